@@ -1,0 +1,192 @@
+"""The whole configuration: ConfigDict -> frozen dataclasses, each validating itself."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax.data.config import DataConfig
+from moe_jax.errors import UserError
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.dispatch import DISPATCH
+from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.optim import OptimizerConfig
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.registry import lookup, own_fields, suggest
+
+PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large a batch, and what is logged."""
+
+    steps: int = 200
+    batch_size: int = 32  # rows a step, over all devices and microbatches
+    accumulation: int = 1  # microbatches a step
+    log_every: int = 10
+    profile_steps: str = ""  # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile
+    deterministic: bool = False  # bitwise-repeatable kernels on NVIDIA, at a cost
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}: set 1 or more.")
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
+                f"({self.accumulation}): change one of them."
+            )
+        self.profile_range()
+
+    def profile_range(self) -> range:
+        """The steps to trace; empty when no trace is asked for."""
+        if not self.profile_steps:
+            return range(0)
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise UserError(
+                f"train.profile_steps is {self.profile_steps!r}: write FIRST:END, such as 20:23."
+            )
+        return range(int(first), int(last))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss and samples."""
+
+    every: int = 100  # steps; 0: only at the end
+    batches: int = 16  # held-out batches an evaluation; 0: the whole split
+    samples: int = 2  # texts generated at the end
+    sample_tokens: int = 200
+    sample_prompt: str = "def "
+    temperature: float = 0.8  # 0: greedy
+
+    def __post_init__(self):
+        for name in ("every", "batches", "samples", "sample_tokens", "temperature"):
+            if getattr(self, name) < 0:
+                raise UserError(f"eval.{name} is {getattr(self, name)}: set 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 100  # 0: off
+    every_minutes: float = 30.0  # 0: off
+    keep_last: int = 3
+    keep_every: int = 0  # also keep every n-th step for good; 0: off
+
+    def __post_init__(self):
+        for name in ("every_steps", "every_minutes", "keep_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"checkpoint.{name} is {getattr(self, name)}: set 0 or more.")
+        if self.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last is {self.keep_last}: set 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    precision: str = "float32"  # compute dtype: float32 | bfloat16 | float64 (the oracle, CPU)
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"precision is {self.precision!r}: use one of {', '.join(PRECISIONS)}."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: set it between 0 and 2**32 - 1.")
+        if not self.model.dense:
+            lookup(ROUTERS, self.model.moe.router, "model.moe.router")
+            lookup(DISPATCH, self.model.moe.dispatch, "model.moe.dispatch")
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default: what the files under configs/ start from."""
+    config = ConfigDict(to_dict(Config()))
+    config.model.moe.options = ConfigDict(
+        {
+            name: {f.name: f.default for f in own_fields(cls, config.model.moe)}
+            for table in (ROUTERS, DISPATCH)
+            for name, cls in table.items()
+            if own_fields(cls, config.model.moe)
+        }
+    )
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config dataclass (JSON-able)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Typed config; raises UserError naming an unknown key, a wrong type or a bad value."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return _build(Config, plain, "")
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON text; `from_json` is its inverse."""
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Config written by `to_json`; the text is data and never run."""
+    try:
+        plain = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"The resolved config is not JSON: {error}.") from None
+    if not isinstance(plain, dict):
+        raise UserError("The resolved config is not a JSON object.")
+    return _build(Config, plain, "")
+
+
+def fingerprint(config: Any) -> str:
+    """SHA-256 of a config dataclass's canonical JSON."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _build(cls: type, plain: Mapping[str, Any], path: str) -> Any:
+    """Dataclass `cls` from a mapping, checking keys and types on the way down."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(plain) - set(hints)
+    if unknown:
+        key = sorted(unknown)[0]
+        raise UserError(f"config.{path}{key} is not a config key{suggest(key, hints)}.")
+    return cls(**{key: _value(hints[key], value, f"{path}{key}") for key, value in plain.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """`value` checked against its annotation; ints are welcome where floats are asked for."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.{path} is {value!r}: it holds keys of its own.")
+        return _build(typing.cast(type, hint), value, f"{path}.")
+    origin = typing.get_origin(hint) or hint
+    if isinstance(origin, types.UnionType):
+        raise TypeError(f"config field {path} has a union type; give it one type")
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong = not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool)
+    if wrong:
+        raise UserError(
+            f"config.{path} is {value!r} ({type(value).__name__}): "
+            f"give {'a mapping' if origin is Mapping else 'a value of type ' + origin.__name__}."
+        )
+    return dict(value) if origin is Mapping else value

@@ -1,0 +1,62 @@
+"""Shape of the decoder-only Transformer."""
+
+import dataclasses
+
+from moe_jax.errors import UserError
+from moe_jax.model.moe.config import MoEConfig
+
+ACTIVATIONS = ("swiglu", "gelu")
+QK_NORMS = ("none", "head", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE FFNs.
+
+    `moe.every = 0` is not used for a dense model: set `dense = True`.
+    """
+
+    vocab_size: int = 0  # V; 0: the tokenizer's
+    num_layers: int = 4  # L
+    width: int = 256  # D
+    num_heads: int = 4  # H
+    num_kv_heads: int = 4  # J
+    head_dim: int = 64  # A
+    ffn_width: int = 1024  # F of the dense FFNs
+    activation: str = "swiglu"  # swiglu | gelu (no gate), for dense FFNs and experts alike
+    qk_norm: str = "none"  # none | head (Qwen3) | full (over the whole projection: OLMoE)
+    tied_head: bool = False  # the output head is the embedding's transpose
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dense: bool = False  # every FFN is dense; `moe` is ignored
+    attention: str = "auto"  # auto | xla | cudnn | splash
+    confine_attention: bool = False  # attention (and targets) stop at document borders
+    scan_layers: bool = False  # scan the repeating period instead of unrolling it
+    remat: str = "none"  # none | full | a policy of model/remat.py by name
+    loss_chunk: int = 2048  # tokens whose logits exist at once in the cross-entropy
+    logits_z_weight: float = 0.0
+    moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self):
+        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: set 1 or more.")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_heads ({self.num_heads}) is not divisible by model.num_kv_heads "
+                f"({self.num_kv_heads}): make it a multiple."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}: RoPE needs an even number.")
+        if self.vocab_size < 0 or self.loss_chunk < 1:
+            raise UserError("model.vocab_size must be 0 or more and model.loss_chunk 1 or more.")
+        for name, known in (("activation", ACTIVATIONS), ("qk_norm", QK_NORMS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
+                )
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) holds experts."""
+        moe = self.moe
+        return not self.dense and layer >= moe.first_dense and (layer + 1) % moe.every == 0

@@ -1,0 +1,59 @@
+"""Knobs of a mixture-of-experts layer that every router and dispatch path shares."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.errors import UserError
+
+PRIORITIES = ("token", "choice")
+BALANCE_SCOPES = ("group", "row", "global")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Which router and dispatch path, how many experts, and what the auxiliary losses weigh.
+
+    `options` holds the knobs that belong to one router or dispatch path alone, under its name;
+    config.py fills it from their dataclasses, so a new one needs no change here.
+    """
+
+    num_experts: int = 8  # E
+    top_k: int = 2  # K; routers with a fixed K (switch, gshard) override it
+    expert_width: int = 1024  # F
+    router: str = "top_k"
+    dispatch: str = "capacity"
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    priority: str = "token"  # who gets a slot first: token (causal) | choice (GShard, Switch)
+    group_rows: int = 0  # rows in a routing group; 0: resolved from batch and mesh limits
+    every: int = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
+    first_dense: int = 0  # the first layers that stay dense whatever `every` says
+    shared_experts: int = 0  # always-on experts of expert_width beside the routed ones
+    balance_weight: float = 0.01
+    balance_scope: str = "group"  # group | row | global
+    z_weight: float = 0.001  # router z-loss (ST-MoE, arXiv 2202.08906)
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.num_experts < 1:
+            raise UserError(f"model.moe.num_experts is {self.num_experts}: set 1 or more.")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(
+                f"model.moe.top_k is {self.top_k} with {self.num_experts} experts: "
+                f"set top_k between 1 and num_experts."
+            )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set it above 0.")
+        for name in ("expert_width", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 1 or more.")
+        for name in ("group_rows", "first_dense", "shared_experts", "balance_weight", "z_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 0 or more.")
+        for name, known in (("priority", PRIORITIES), ("balance_scope", BALANCE_SCOPES)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"model.moe.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
+                )

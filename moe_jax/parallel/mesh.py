@@ -1,0 +1,63 @@
+"""The only place a Mesh is made."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the batch is split over these, in this order
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; at most one may be -1, meaning the devices that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size == 0 or size < -1:
+                raise UserError(f"mesh.{name} is {size}: set 1 or more, or -1 for the rest.")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("mesh has more than one axis of size -1: give all but one a size.")
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """The same sizes with -1 replaced; raises UserError if they do not fit the devices."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        free = [name for name, size in sizes.items() if size == -1]
+        if free and num_devices % fixed == 0:
+            return dataclasses.replace(self, **{free[0]: num_devices // fixed})
+        if fixed != num_devices or free:
+            text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            raise UserError(
+                f"mesh {text} does not multiply to the {num_devices} devices present: "
+                f"change config.mesh or the number of devices."
+            )
+        return self
+
+    @property
+    def batch_shards(self) -> int:
+        """Ways the batch is split (after `resolve`)."""
+        return self.data * self.fsdp * self.expert
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all `devices` (default: every device of every process), all axes Auto."""
+    devices = list(devices if devices is not None else jax.devices())
+    config = config.resolve(len(devices))
+    shape = tuple(dataclasses.asdict(config)[name] for name in AXES)
+    types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "tpu":  # the order on the torus decides which links a collective uses
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
