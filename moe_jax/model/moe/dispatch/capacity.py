@@ -1,0 +1,93 @@
+"""Slot indices, gather in, batched matmul, gather out: the default path.
+
+Each expert has C slots a group.  A sort of the group's assignments by expert gives every slot its
+token and every choice its slot, so memory and time are linear in tokens: there is no [S, E, C]
+array, and every move is a gather, backward included (`moves`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.region import expert_region
+from moe_jax.model.moe.dispatch.slots import (
+    count_stats,
+    expert_capacity,
+    from_priority,
+    routed_ids,
+    to_priority,
+)
+from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
+from moe_jax.parallel.collectives import from_experts, to_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """Bounded slots per expert and group; expert parallelism by all-to-all."""
+
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    priority: str = "token"
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
+        """Slots an expert has for a group of `tokens` tokens."""
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        return expert_capacity(tokens, choices, factor, num_experts)
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, DispatchStats]:
+        """See `types.Dispatch`."""
+        E, shards = experts.num_experts, inputs.mesh.shape["expert"]
+
+        def body(x_GSD, choice, experts, mask_GS):
+            G, S, D = x_GSD.shape
+            K = choice.ids_GSK.shape[2]
+            C = self.capacity(S, K, E, inputs.train)
+            ids_GN = routed_ids(choice, mask_GS, E)
+            moves = slot_moves(ids_GN, E, C, inputs.rows, K, self.priority)
+            x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
+            x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
+            x_END = checkpoint_name(x_END, MOE_DISPATCHED)
+            y_END = from_experts(experts.batched(x_END), "expert", shards)
+            y_MD = checkpoint_name(y_END.reshape(E * G * C, D), MOE_OUT)
+            y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
+            kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
+            return y_ND.reshape(G, S, D), count_stats(choice, mask_GS, kept_GSK)
+
+        return expert_region(body, x_GSD, choice, experts, inputs)
+
+
+def slot_moves(
+    ids_GN: jax.Array, num_experts: int, capacity: int, rows: int, choices: int, priority: str
+) -> Moves:
+    """Slots of G groups, laid out [E, G, C], for assignments to experts ids_GN (E: nobody)."""
+    G, N = ids_GN.shape
+    E, C, K = num_experts, capacity, choices
+    p_ids_GN = to_priority(ids_GN, rows, K, priority)
+    order_GN = sort_by_expert(p_ids_GN, E)  # sorted position -> priority rank
+    start_GE = (p_ids_GN[:, None, :] < jnp.arange(E + 1)[None, :, None]).sum(-1, dtype=jnp.int32)
+
+    # Slot (e, c) holds the c-th assignment of expert e in priority order.
+    sorted_GEC = start_GE[:, :E, None] + jnp.arange(C, dtype=jnp.int32)
+    filled_GEC = sorted_GEC < start_GE[:, 1:, None]
+    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
+    assignment_GN = jnp.take_along_axis(to_priority(number_GN, rows, K, priority), order_GN, axis=1)
+    group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    found_GEC = jnp.take_along_axis(
+        assignment_GN, jnp.minimum(sorted_GEC, N - 1).reshape(G, E * C), axis=1
+    ).reshape(G, E, C)
+    choice_GEC = jnp.where(filled_GEC, found_GEC + group_G11 * N, G * N)
+    choice_M = choice_GEC.swapaxes(0, 1).reshape(-1)
+
+    # Choice (g, n) sits at slot c = its position among its expert's assignments, if c < C.
+    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G11[..., 0], order_GN].set(number_GN)
+    c_GN = sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)
+    place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
+    place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
+    place_NK = from_priority(place_GN, rows, K, priority).reshape(G * N // K, K)
+    return Moves(token_M=choice_M // K, choice_M=choice_M, place_NK=place_NK.astype(jnp.int32))

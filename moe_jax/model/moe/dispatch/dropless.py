@@ -1,0 +1,137 @@
+"""Sorted tokens and a grouped matmul: nothing is dropped for capacity (MegaBlocks, 2211.15841).
+
+On one expert shard: sort the assignments by expert, gather, grouped matmul, gather back.  Across
+devices the sorted assignments of each destination travel in a buffer of fixed size, are sorted
+again by local expert on arrival, and go home the same way.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.errors import UserError
+from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.region import expert_region
+from moe_jax.model.moe.dispatch.slots import count_stats, routed_ids
+from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
+from moe_jax.parallel.collectives import from_experts, to_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropless:
+    """Every sampled choice of a real token reaches its expert.
+
+    `recv_factor` bounds the receive buffer across expert shards, in multiples of an even load; 0
+    means the worst case (the size of the expert axis), which never drops.  Smaller values save
+    memory and make dropping depend on the mesh; overflow is counted as `dropped_buffer`.
+    """
+
+    recv_factor: float = 0.0
+
+    def __post_init__(self):
+        if self.recv_factor < 0 or 0 < self.recv_factor < 1:
+            raise UserError(
+                f"dropless.recv_factor is {self.recv_factor}: set 0 (never drops) or 1 or more."
+            )
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
+        """Nothing is bounded per expert."""
+        return None
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, DispatchStats]:
+        """See `types.Dispatch`."""
+        E, shards = experts.num_experts, inputs.mesh.shape["expert"]
+
+        def body(x_GSD, choice, experts, mask_GS):
+            G, S, D = x_GSD.shape
+            K = choice.ids_GSK.shape[2]
+            ids_N = routed_ids(choice, mask_GS, E).reshape(-1)
+            x_ND = x_GSD.reshape(G * S, D)
+            if shards == 1:
+                moves, sizes_E = sorted_moves(ids_N, E, K)
+                y_MD = experts.grouped(gather_tokens(x_ND, moves), sizes_E)
+            else:
+                room = self._room(G * S * K, shards)
+                moves, sizes_E = shard_moves(ids_N, E, K, shards, room)
+                y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
+            y_MD = checkpoint_name(y_MD, MOE_OUT)
+            y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
+            kept_GSK = (moves.place_NK < y_MD.shape[0]).reshape(G, S, K)
+            lost = (choice.valid_GSK & mask_GS[..., None] & ~kept_GSK).sum(dtype=jnp.int32)
+            return y_ND.reshape(G, S, D), count_stats(choice, mask_GS, kept_GSK, lost)
+
+        return expert_region(body, x_GSD, choice, experts, inputs)
+
+    def _room(self, assignments: int, shards: int) -> int:
+        """Rows one device may send another."""
+        factor = min(self.recv_factor or shards, shards)
+        return min(assignments, math.ceil(assignments * factor / shards))
+
+
+def _starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
+    """Sorted position at which each expert's assignments begin: [E + 1]."""
+    return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
+
+
+def _inverse(order_N: jax.Array) -> jax.Array:
+    numbers = jnp.arange(order_N.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(order_N).at[order_N].set(numbers)
+
+
+def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
+    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes."""
+    N = ids_N.shape[0]
+    start_E = _starts(ids_N, num_experts)
+    order_N = sort_by_expert(ids_N[None], num_experts)[0]
+    choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
+    place_N = jnp.where(ids_N < num_experts, _inverse(order_N), N)
+    return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), jnp.diff(start_E)
+
+
+def shard_moves(
+    ids_N: jax.Array, num_experts: int, choices: int, shards: int, room: int
+) -> tuple[Moves, jax.Array]:
+    """Send buffer [shards, room]: each destination's assignments, sorted by expert.
+
+    Returns the moves and how many of each expert's assignments are in the buffer, [E].
+    """
+    N, local = ids_N.shape[0], num_experts // shards
+    start_E = _starts(ids_N, num_experts)
+    order_N = sort_by_expert(ids_N[None], num_experts)[0]
+    begin_P, end_P = start_E[:-1:local], start_E[local::local]
+    sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
+    choice_PR = jnp.where(
+        sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N
+    )
+    target_N = jnp.minimum(ids_N // local, shards - 1)
+    offset_N = _inverse(order_N) - begin_P[target_N]
+    sent_N = (ids_N < num_experts) & (offset_N < room)
+    place_N = jnp.where(sent_N, target_N * room + offset_N, shards * room)
+    # What overflowed is the tail of a destination's run, so sizes are clipped from the end.
+    limit_E = jnp.repeat(begin_P + room, local, total_repeat_length=num_experts)
+    sizes_E = jnp.minimum(start_E[1:], limit_E) - jnp.minimum(start_E[:-1], limit_E)
+    choice_M = choice_PR.reshape(-1)
+    return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), sizes_E
+
+
+def _across(x_MD: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int) -> jax.Array:
+    """Send [shards, room] rows to their experts' devices, apply the experts, bring them home."""
+    M, D = x_MD.shape
+    local, room = experts.num_experts, M // shards
+    x_PRD = to_experts(x_MD.reshape(shards, room, D), "expert", shards)  # [1, shards*room, D]
+    x_PRD = checkpoint_name(x_PRD, MOE_DISPATCHED)
+    sizes_PE = to_experts(sizes_E.reshape(shards, local), "expert", shards).reshape(shards, local)
+    # Rows of one source come sorted by expert: a row's expert is how many runs end at or before it.
+    ends_PE = jnp.cumsum(sizes_PE, axis=1)
+    ids_PR = (jnp.arange(room)[None, :, None] >= ends_PE[:, None, :]).sum(-1, dtype=jnp.int32)
+    arrive, sizes_local_E = sorted_moves(ids_PR.reshape(-1), local, 1)
+    y_MD = experts.grouped(gather_tokens(x_PRD.reshape(M, D), arrive), sizes_local_E)
+    leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None])
+    y_MD = gather_tokens(y_MD, leave)
+    return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

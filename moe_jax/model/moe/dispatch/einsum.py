@@ -1,0 +1,66 @@
+"""GShard's one-hot formulation (Lepikhin et al., arXiv 2006.16668): the readable reference.
+
+Two einsums with a [G, S, E, C] mask move tokens to expert slots and back; memory and time grow
+with E * C, so it is for reading and for checking the faster paths.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.model.moe.dispatch.slots import (
+    count_stats,
+    expert_capacity,
+    from_priority,
+    routed_ids,
+    to_priority,
+)
+from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+    """One-hot dispatch and combine, with capacity and the drop order of `slots`."""
+
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    priority: str = "token"
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
+        """Slots an expert has for a group of `tokens` tokens."""
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        return expert_capacity(tokens, choices, factor, num_experts)
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, DispatchStats]:
+        """See `types.Dispatch`."""
+        G, S, D = x_GSD.shape
+        K, E = choice.ids_GSK.shape[2], experts.num_experts
+        C = self.capacity(S, K, E, inputs.train)
+        ids_GN = routed_ids(choice, inputs.mask_GS, E)
+        in_order_GNE = jax.nn.one_hot(
+            to_priority(ids_GN, inputs.rows, K, self.priority), E, dtype=jnp.int32
+        )
+        rank_GN = ((jnp.cumsum(in_order_GNE, axis=1) - 1) * in_order_GNE).sum(-1)
+        rank_GN = from_priority(rank_GN, inputs.rows, K, self.priority)
+        kept_GSK = ((ids_GN < E) & (rank_GN < C)).reshape(G, S, K)
+
+        slot_GSKEC = (
+            jax.nn.one_hot(choice.ids_GSK, E, dtype=x_GSD.dtype)[..., None]
+            * jax.nn.one_hot(rank_GN.reshape(G, S, K), C, dtype=x_GSD.dtype)[..., None, :]
+            * kept_GSK[..., None, None].astype(x_GSD.dtype)
+        )
+        dispatch_GSEC = slot_GSKEC.sum(2)
+        weights_GSK = choice.weights_GSK.astype(x_GSD.dtype)
+        combine_GSEC = jnp.einsum("gsk,gskec->gsec", weights_GSK, slot_GSKEC)
+
+        x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD)
+        to_experts = NamedSharding(inputs.mesh, P("expert", ("data", "fsdp"), None, None))
+        x_EGCD = jax.lax.with_sharding_constraint(x_EGCD, to_experts)
+        y_EGCD = experts.batched(x_EGCD.reshape(E, G * C, D)).reshape(E, G, C, D)
+        y_GSD = jnp.einsum("gsec,egcd->gsd", combine_GSEC, y_EGCD)
+        return y_GSD, count_stats(choice, inputs.mask_GS, kept_GSK)

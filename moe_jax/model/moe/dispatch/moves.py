@@ -1,0 +1,97 @@
+"""Moving tokens into expert order and back by gathers, forward and backward.
+
+The transpose of a gather is a scatter-add, slow on every backend.  Both moves here are
+permutations with holes, so each one's backward is the other's forward: a gather by the inverse
+index (MaxText, simply and EasyDeL all ended there).
+
+Axes: N tokens, M places (slots or sorted rows), K choices a token.  An index that points at
+nothing holds `M` (or `N`), one past the end, and reads as zero.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+
+class Moves(NamedTuple):
+    """Where each place reads from and where each choice went."""
+
+    token_M: Int[Array, "M"]  # the token in each place; N: empty
+    choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: empty
+    place_NK: Int[Array, "N K"]  # the place of each assignment; M: dropped
+
+
+def sort_by_expert(ids_GN: Int[Array, "G N"], num_experts: int) -> Int[Array, "G N"]:
+    """Stable order of each group's assignments by expert; id `num_experts` (nobody) goes last.
+
+    Expert and position share one integer where that fits: a sort of single keys is several times
+    faster than one of pairs.
+    """
+    N = ids_GN.shape[1]
+    if (num_experts + 1) * N >= 2**31:
+        return jnp.argsort(ids_GN, axis=1, stable=True).astype(jnp.int32)
+    keys_GN = ids_GN.astype(jnp.int32) * N + jnp.arange(N, dtype=jnp.int32)
+    return jnp.sort(keys_GN, axis=1) % N
+
+
+def _rows(x_ND, index):
+    """x_ND[index], zero where the index is one past the end."""
+    return jnp.take(x_ND, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def gather_tokens(x_ND: Float[Array, "N D"], moves: Moves) -> Float[Array, "M D"]:
+    """x of the token in each place; empty places are zero."""
+    return _rows(x_ND, moves.token_M)
+
+
+def _gather_forward(x_ND, moves):
+    return gather_tokens(x_ND, moves), moves
+
+
+def _gather_backward(moves, dx_MD):
+    # Each token sums over its K places; a loop over K keeps [N, K, D] out of memory.
+    dx_ND = sum(_rows(dx_MD, moves.place_NK[:, k]) for k in range(moves.place_NK.shape[1]))
+    return dx_ND, _no_gradient(moves)
+
+
+@jax.custom_vjp
+def combine(
+    y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], moves: Moves
+) -> Float[Array, "N D"]:
+    """Sum over a token's places of weight * y; dropped choices add nothing."""
+    K = weights_NK.shape[1]
+    return sum(
+        _rows(y_MD, moves.place_NK[:, k]) * weights_NK[:, k, None].astype(y_MD.dtype)
+        for k in range(K)
+    )
+
+
+def _combine_forward(y_MD, weights_NK, moves):
+    return combine(y_MD, weights_NK, moves), (y_MD, weights_NK, moves)
+
+
+def _combine_backward(saved, dy_ND):
+    y_MD, weights_NK, moves = saved
+    N, K = weights_NK.shape
+    dy_MD = _rows(dy_ND, moves.token_M)
+    weights_M = _rows(weights_NK.reshape(N * K, 1), moves.choice_M)
+    # <y, dy> is taken once a place and then carried to the choice, not gathered D wide again.
+    accumulate = jnp.promote_types(y_MD.dtype, jnp.float32)
+    dots_M = (y_MD.astype(accumulate) * dy_MD.astype(accumulate)).sum(-1)
+    dweights_NK = _rows(dots_M[:, None], moves.place_NK.reshape(-1)).reshape(N, K)
+    dy_MD = dy_MD * weights_M.astype(dy_MD.dtype)
+    return dy_MD, dweights_NK.astype(weights_NK.dtype), _no_gradient(moves)
+
+
+gather_tokens.defvjp(_gather_forward, _gather_backward)
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _no_gradient(moves: Moves):
+    """Integer inputs have no tangent space: float0 zeros, as custom_vjp asks."""
+    return jax.tree.map(lambda i: np.zeros(i.shape, jax.dtypes.float0), moves)

@@ -1,0 +1,44 @@
+"""The one shard_map region of the expert-parallel dispatch paths.
+
+Manual over every mesh axis.  Weights enter split over `expert` and `tensor` (their fsdp shards are
+gathered at the border, by pjit), tokens split over the batch axes.  Inside, the only communication
+over `expert` is the path's all-to-all; one psum over `tensor` closes the down projection, taken
+after the combine because a token's sum is narrower than its K places.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.parallel.collectives import varying
+from moe_jax.parallel.mesh import AXES, BATCH_AXES
+
+# body(x_GSD, choice, experts, mask_GS) -> (y_GSD, stats), all local
+Body = Callable[
+    [jax.Array, TokenChoice, Experts, jax.Array], tuple[jax.Array, DispatchStats]
+]
+
+
+def expert_region(
+    body: Body, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+) -> tuple[jax.Array, DispatchStats]:
+    """Run `body` on each device's groups and experts; sum its partial outputs and its counts."""
+    groups = P(BATCH_AXES)
+
+    def local(x_GSD, choice, experts, mask_GS):
+        # Everything with a gradient varies over every axis from here on, so each gradient is
+        # reduced once, at this border.
+        x_GSD, experts = varying((x_GSD, experts), AXES)
+        choice = choice._replace(weights_GSK=varying(choice.weights_GSK, AXES))
+        y_GSD, stats = body(x_GSD, choice, experts, mask_GS)
+        y_GSD = jax.lax.psum(y_GSD, "tensor")
+        return y_GSD, jax.tree.map(lambda n: jax.lax.psum(varying(n, BATCH_AXES), BATCH_AXES), stats)
+
+    return jax.shard_map(
+        local,
+        mesh=inputs.mesh,
+        in_specs=(groups, groups, experts.border_specs(), groups),
+        out_specs=(groups, P()),
+    )(x_GSD, choice, experts, inputs.mask_GS)

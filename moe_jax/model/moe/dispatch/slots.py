@@ -1,0 +1,75 @@
+"""Capacity and drop order inside a routing group, shared by the bounded dispatch paths.
+
+A group's S*K assignments are numbered a = s*K + k.  Priority decides who gets a slot first:
+`token` ranks tokens by position, then row, each with all its choices (strictly causal); `choice`
+ranks all first choices before any second (GShard, Switch), which lets a later token evict an
+earlier one's second choice.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from moe_jax.model.moe.types import DispatchStats, TokenChoice
+
+
+def expert_capacity(tokens: int, choices: int, factor: float, num_experts: int) -> int:
+    """Slots an expert has for a group: ceil(S * K * factor / E), at least 1 and at most S.
+
+    The factor is read as the decimal it was written as, so that 1.1 * 10 is 11 and not 12.
+    """
+    exact = tokens * choices * factor / num_experts
+    return max(1, min(tokens, math.ceil(exact - 1e-9 * max(1.0, exact))))
+
+
+def to_priority(a_GN: jax.Array, rows: int, choices: int, priority: str) -> jax.Array:
+    """[G, S*K] by assignment number -> the same values in priority order."""
+    G, N = a_GN.shape
+    a_GRTK = a_GN.reshape(G, rows, N // (rows * choices), choices)
+    order = (0, 2, 1, 3) if priority == "token" else (0, 3, 2, 1)
+    return a_GRTK.transpose(order).reshape(G, N)
+
+
+def from_priority(a_GN: jax.Array, rows: int, choices: int, priority: str) -> jax.Array:
+    """Inverse of `to_priority`."""
+    G, N = a_GN.shape
+    positions = N // (rows * choices)
+    if priority == "token":
+        return a_GN.reshape(G, positions, rows, choices).transpose(0, 2, 1, 3).reshape(G, N)
+    return a_GN.reshape(G, choices, positions, rows).transpose(0, 3, 2, 1).reshape(G, N)
+
+
+def routed_ids(
+    choice: TokenChoice, mask_GS: Bool[Array, "G S"], num_experts: int
+) -> Int[Array, "G N"]:
+    """Expert of each assignment, `num_experts` (nobody) where it is unsampled or padding."""
+    real = choice.valid_GSK & mask_GS[..., None]
+    G = choice.ids_GSK.shape[0]
+    return jnp.where(real, choice.ids_GSK, num_experts).reshape(G, -1)
+
+
+def count_stats(
+    choice: TokenChoice,
+    mask_GS: Bool[Array, "G S"],
+    kept_GSK: Bool[Array, "G S K"],
+    lost_to_buffer: jax.Array | None = None,
+) -> DispatchStats:
+    """Counts by cause; what is real, sampled, not kept and not lost to a buffer hit capacity."""
+    real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
+    wanted_GSK = real_GSK & choice.valid_GSK
+    buffer = jnp.zeros((), jnp.int32) if lost_to_buffer is None else lost_to_buffer
+    return DispatchStats(
+        assignments=jnp.asarray(kept_GSK.size, jnp.int32),
+        kept=_count(kept_GSK),
+        dropped_capacity=_count(wanted_GSK & ~kept_GSK) - buffer,
+        dropped_buffer=buffer,
+        unsampled=_count(real_GSK & ~choice.valid_GSK),
+        padding=_count(~real_GSK),
+        lost_tokens=_count(mask_GS & ~kept_GSK.any(-1)),
+    )
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return mask.sum(dtype=jnp.int32)

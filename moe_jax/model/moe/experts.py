@@ -1,0 +1,73 @@
+"""The experts: weights of all of them and two pure functions, batched and grouped."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.remat import MOE_HIDDEN
+from moe_jax.ops.grouped_matmul import grouped_matmul
+
+
+def _gelu(h_NUF):
+    return jax.nn.gelu(h_NUF[..., 0, :])
+
+
+def _swiglu(h_NUF):
+    return jax.nn.silu(h_NUF[..., 0, :]) * h_NUF[..., 1, :]
+
+
+# name -> (U, function from [..., U, F] to [..., F])
+ACTIVATE = {"gelu": (1, _gelu), "swiglu": (2, _swiglu)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Two-layer experts; U is 2 for a gated activation (gate first, then up) and 1 without.
+
+    Gate and up share one matrix product.  U stands beside F, not inside it, so that a tensor
+    shard holds the same part of both.
+    """
+
+    w_in_EDUF: Float[Array, "E D U F"]
+    w_out_EFD: Float[Array, "E F D"]
+    activation: str
+
+    @property
+    def num_experts(self) -> int:
+        """E of these weights; inside shard_map the local experts."""
+        return self.w_in_EDUF.shape[0]
+
+    def border_specs(self) -> "Experts":
+        """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
+        return Experts(
+            w_in_EDUF=P("expert", None, None, "tensor"),  # pyright: ignore[reportArgumentType]
+            w_out_EFD=P("expert", "tensor", None),  # pyright: ignore[reportArgumentType]
+            activation=self.activation,
+        )
+
+    def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
+        """Expert e on the rows x_END[e]."""
+        E, D, U, F = self.w_in_EDUF.shape
+        h_ENF = jnp.einsum("end,edf->enf", x_END, self.w_in_EDUF.reshape(E, D, U * F))
+        h_ENF = checkpoint_name(h_ENF, MOE_HIDDEN)
+        a_ENF = ACTIVATE[self.activation][1](h_ENF.reshape(*h_ENF.shape[:2], U, F))
+        return jnp.einsum("enf,efd->end", a_ENF, self.w_out_EFD)
+
+    def grouped(
+        self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]
+    ) -> Float[Array, "N D"]:
+        """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
+        E, D, U, F = self.w_in_EDUF.shape
+        h_NF = grouped_matmul(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
+        h_NF = checkpoint_name(h_NF, MOE_HIDDEN)
+        a_NF = ACTIVATE[self.activation][1](h_NF.reshape(-1, U, F))
+        return grouped_matmul(a_NF, self.w_out_EFD, sizes_E)
+
+
+jax.tree_util.register_dataclass(
+    Experts, data_fields=["w_in_EDUF", "w_out_EFD"], meta_fields=["activation"]
+)

@@ -1,0 +1,112 @@
+"""The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.ffn import DenseFFN
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.dispatch import DISPATCH
+from moe_jax.model.moe.experts import ACTIVATE, Experts
+from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.model.moe.types import (
+    Dispatch,
+    DispatchIn,
+    MoEAux,
+    MoEContext,
+    Router,
+    RouterIn,
+    TokenChoice,
+)
+from moe_jax.model.params import (
+    fan_in,
+    param,
+    param_dtype,
+    residual_fan_in,
+    scoped,
+    truncated_normal,
+)
+from moe_jax.registry import build
+
+
+def make_router(config: MoEConfig) -> Router:
+    """The configured router; raises UserError for an unknown name or knob."""
+    return build(ROUTERS, config.router, config, "model.moe.router")
+
+
+def make_dispatch(config: MoEConfig) -> Dispatch:
+    """The configured dispatch path; raises UserError for an unknown name or knob."""
+    return build(DISPATCH, config.dispatch, config, "model.moe.dispatch")
+
+
+class MoE(nnx.Module):
+    """E routed experts, and optionally always-on shared ones, in place of a dense FFN."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
+        moe, D = config.moe, config.width
+        E, F, own = moe.num_experts, moe.expert_width, param_dtype(dtype)
+        U = ACTIVATE[config.activation][0]
+        self.router = make_router(moe)
+        self.dispatch = make_dispatch(moe)
+        self.activation = config.activation
+        self.layer = layer
+        self.router_names = []
+        for name, spec in self.router.param_specs(D, E).items():
+            init = truncated_normal(spec.std)
+            leaf = param(rngs, f"router_{name}", spec.shape, spec.logical_axes, init, own)
+            setattr(self, f"router_{name}", leaf)
+            self.router_names.append(name)
+        # Fan-in is one expert's: the stack of E is not an input dimension.
+        into = ("experts", "expert_embed", None, "expert_mlp")
+        out = ("experts", "expert_mlp", "expert_embed")
+        out_init = residual_fan_in(F, config.num_layers)
+        self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own)
+        self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own)
+        self.shared = None
+        if moe.shared_experts:
+            wide = dataclasses.replace(config, ffn_width=moe.shared_experts * F)
+            self.shared = DenseFFN(wide, dtype=dtype, rngs=scoped(rngs, "shared"))
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: MoEContext
+    ) -> tuple[Float[Array, "B T D"], MoEAux]:
+        """Output of the experts for every token, padding included as zero, and what happened."""
+        B, T, D = x_BTD.shape
+        R = context.group_rows
+        G = B // R
+        x_GSD = x_BTD.reshape(G, R * T, D)
+        mask_GS = context.mask_BT.reshape(G, R * T)
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, self.layer))(context.row_keys_B)
+        inputs = RouterIn(
+            x_GSD=x_GSD,
+            token_ids_GS=context.token_ids_BT.reshape(G, R * T),
+            mask_GS=mask_GS,
+            keys_GR=keys_B.reshape(G, R),
+            train=context.train,
+        )
+        params = {name: getattr(self, f"router_{name}")[...] for name in self.router_names}
+        choice, aux = self.router.route(inputs, params)
+        experts = Experts(
+            self.w_in_EDUF[...].astype(x_BTD.dtype),
+            self.w_out_EFD[...].astype(x_BTD.dtype),
+            self.activation,
+        )
+        y_GSD, stats = self.dispatch(
+            x_GSD, choice, experts, DispatchIn(mask_GS, R, context.train, context.mesh)
+        )
+        y_BTD = y_GSD.reshape(B, T, D)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, MoEAux(aux, _load(choice, mask_GS, experts.num_experts), stats)
+
+
+def _load(choice: TokenChoice, mask_GS: jax.Array, num_experts: int) -> jax.Array:
+    """Sampled assignments of real tokens an expert: [E]."""
+    wanted_GSK = (choice.valid_GSK & mask_GS[..., None]).astype(jnp.int32)
+    zeros_E = jnp.zeros(num_experts, jnp.int32)
+    return zeros_E.at[choice.ids_GSK.reshape(-1)].add(wanted_GSK.reshape(-1))

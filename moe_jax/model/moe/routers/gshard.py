@@ -1,0 +1,59 @@
+"""GShard routing (Lepikhin et al., arXiv 2006.16668): top-2 with a random second expert."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.moe.balance import balance_loss, router_aux
+from moe_jax.model.moe.routers.linear import (
+    SECOND_EXPERT,
+    linear_logits,
+    linear_params,
+    row_uniform,
+)
+from moe_jax.model.moe.types import RouterIn, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class GShard:
+    """Two experts a token, weights renormalised over the two.
+
+    In training the second is dispatched with probability min(1, 2 * g2), g2 its renormalised
+    weight; otherwise always.  The balance loss counts first choices, as in the paper.
+    """
+
+    balance_scope: str = "group"
+    random_second: bool = True
+
+    @property
+    def choices(self) -> int:
+        """Always 2."""
+        return 2
+
+    def param_specs(self, width: int, num_experts: int):
+        """One [D, E] matrix."""
+        return linear_params(width, num_experts)
+
+    def route(self, inputs: RouterIn, params):
+        """Choose two experts; see `types.Router`."""
+        logits_GSE = linear_logits(inputs, params["kernel"], jitter=0.0)
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        top_GSK, ids_GSK = jax.lax.top_k(probs_GSE, 2)
+        weights_GSK = top_GSK / jnp.maximum(top_GSK.sum(-1, keepdims=True), 1e-9)
+        valid_GSK = jnp.ones(ids_GSK.shape, bool)
+        if inputs.train and self.random_second:
+            positions = ids_GSK.shape[1] // inputs.keys_GR.shape[1]
+            noise_GS = row_uniform(
+                inputs.keys_GR, SECOND_EXPERT, (positions,), weights_GSK.dtype
+            )
+            valid_GSK = valid_GSK.at[..., 1].set(noise_GS < 2 * weights_GSK[..., 1])
+        balance = balance_loss(
+            probs_GSE,
+            ids_GSK[..., :1],
+            inputs.mask_GS,
+            scope=self.balance_scope,
+            rows=inputs.keys_GR.shape[1],
+        )
+        choice = TokenChoice(ids_GSK, weights_GSK, valid_GSK)
+        return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)

@@ -1,0 +1,50 @@
+"""What the linear routers share: one matrix, full-precision logits, optional input jitter."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.model.moe.types import ParamSpec, RouterIn
+
+# Purposes of a router's randomness, folded into the row key.
+JITTER, SECOND_EXPERT = 0, 1
+
+
+def linear_params(width: int, num_experts: int) -> dict[str, ParamSpec]:
+    """One [D, E] matrix; std 0.02 as in OLMoE and Mixtral's released configurations."""
+    return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
+
+
+def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Uniform [0, 1) noise of `shape` for each row, concatenated inside a group: [G, R*shape[0], ...].
+
+    Each row draws from its own key, so the noise of a row does not depend on which device or
+    microbatch holds it.
+    """
+    G, R = keys_GR.shape
+
+    def draw(key):
+        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, dtype)
+
+    noise = jax.vmap(jax.vmap(draw))(keys_GR)
+    return noise.reshape(G, R * shape[0], *shape[1:])
+
+
+def linear_logits(
+    inputs: RouterIn, kernel_DE: Float[Array, "D E"], jitter: float
+) -> Float[Array, "G S E"]:
+    """Router logits in at least float32, with multiplicative input jitter U(1-j, 1+j) in training.
+
+    `precision=HIGHEST`: the default float32 product is TF32 on Hopper and bfloat16 on TPU, and a
+    bfloat16 router changes the top-2 set of about 1% of tokens.
+    """
+    dtype = jnp.promote_types(inputs.x_GSD.dtype, jnp.float32)
+    x_GSD = inputs.x_GSD.astype(dtype)
+    if inputs.train and jitter > 0:
+        rows = inputs.keys_GR.shape[1]
+        shape = (x_GSD.shape[1] // rows, x_GSD.shape[2])
+        noise = row_uniform(inputs.keys_GR, JITTER, shape, dtype)
+        x_GSD = x_GSD * (1 + jitter * (2 * noise - 1))
+    return jnp.einsum(
+        "gsd,de->gse", x_GSD, kernel_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
+    )

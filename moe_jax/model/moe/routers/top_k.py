@@ -1,0 +1,60 @@
+"""Softmax top-k routing: Mixtral (arXiv 2401.04088), OLMoE (2409.02060), Qwen3-MoE (2505.09388)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import UserError
+from moe_jax.model.moe.balance import balance_loss, router_aux
+from moe_jax.model.moe.routers.linear import linear_logits, linear_params
+from moe_jax.model.moe.types import RouterIn, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """The K most probable experts under the softmax over all of them.
+
+    `renormalize` makes the K weights sum to one (Mixtral, Qwen3-MoE); without it they keep their
+    share of the full softmax (OLMoE).
+    """
+
+    top_k: int = 2
+    balance_scope: str = "group"
+    renormalize: bool = True
+    jitter: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.jitter < 1:
+            raise UserError(f"top_k.jitter is {self.jitter}: set it in [0, 1).")
+        if self.renormalize and self.top_k == 1:
+            raise UserError(
+                "router top_k with top_k=1 and renormalize gives every weight 1 and the router no "
+                "gradient: set model.moe.options.top_k.renormalize=False or use router switch."
+            )
+
+    @property
+    def choices(self) -> int:
+        """K."""
+        return self.top_k
+
+    def param_specs(self, width: int, num_experts: int):
+        """One [D, E] matrix."""
+        return linear_params(width, num_experts)
+
+    def route(self, inputs: RouterIn, params):
+        """Choose K experts; see `types.Router`."""
+        logits_GSE = linear_logits(inputs, params["kernel"], self.jitter)
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        weights_GSK, ids_GSK = jax.lax.top_k(probs_GSE, self.top_k)
+        if self.renormalize:
+            weights_GSK = weights_GSK / weights_GSK.sum(-1, keepdims=True)
+        balance = balance_loss(
+            probs_GSE,
+            ids_GSK,
+            inputs.mask_GS,
+            scope=self.balance_scope,
+            rows=inputs.keys_GR.shape[1],
+        )
+        choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
+        return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)

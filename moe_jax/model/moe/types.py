@@ -1,0 +1,172 @@
+"""What routers and dispatch paths hand to each other.
+
+Axes: G routing groups, R rows in a group, T positions in a row, S = R*T tokens in a group (row
+after row), E experts, K choices a token, D model width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Mean(NamedTuple):
+    """A mean kept as (sum, count), so that microbatches add both and divide once."""
+
+    sum: Float[Array, "..."]
+    count: Float[Array, "..."]
+
+    def value(self) -> Float[Array, "..."]:
+        """sum / count; 0 where nothing was counted."""
+        return self.sum / jnp.maximum(self.count, 1)
+
+
+class TokenChoice(NamedTuple):
+    """Each token's experts.  `valid` says that the choice was sampled (GShard's second may not)."""
+
+    ids_GSK: Int[Array, "G S K"]
+    weights_GSK: Float[Array, "G S K"]
+    valid_GSK: Bool[Array, "G S K"]
+
+
+class RouterAux(NamedTuple):
+    """A router's losses and statistics over real tokens, unweighted."""
+
+    balance: Mean  # 1 when balanced, whatever the router
+    z: Mean  # mean squared logsumexp (ST-MoE, arXiv 2202.08906)
+    entropy: Mean  # nats, of each token's distribution over experts
+
+
+class DispatchStats(NamedTuple):
+    """What became of every assignment (int32 counts); `conserved` holds in every step.
+
+    kept + dropped_capacity + dropped_buffer + unsampled + padding = assignments.
+    """
+
+    assignments: Int[Array, "*layers"]
+    kept: Int[Array, "*layers"]
+    dropped_capacity: Int[Array, "*layers"]  # the expert's slots in the group were taken
+    dropped_buffer: Int[Array, "*layers"]  # a smaller receive buffer overflowed (dropless)
+    unsampled: Int[Array, "*layers"]  # the router did not sample this choice
+    padding: Int[Array, "*layers"]  # the token is padding
+    lost_tokens: Int[Array, "*layers"]  # real tokens left with no expert at all
+
+    def conserved(self) -> Bool[Array, "*layers"]:
+        """Whether every assignment is accounted for exactly once."""
+        found = self.kept + self.dropped_capacity + self.dropped_buffer
+        return found + self.unsampled + self.padding == self.assignments
+
+
+class MoEAux(NamedTuple):
+    """Everything one MoE layer reports; stacked over layers by the transformer."""
+
+    router: RouterAux
+    load_E: Int[Array, "*layers E"]  # sampled assignments of real tokens, before any drop
+    stats: DispatchStats
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterIn:
+    """What a router sees.  `keys_GR`: one typed PRNG key a row, so noise is free of the mesh."""
+
+    x_GSD: Float[Array, "G S D"]
+    token_ids_GS: Int[Array, "G S"]
+    mask_GS: Bool[Array, "G S"]  # real tokens
+    keys_GR: jax.Array
+    train: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """A parameter a router asks the MoE module to own: shape, logical axes, init std."""
+
+    shape: tuple[int, ...]
+    logical_axes: tuple[str | None, ...]
+    std: float
+
+
+class Router(Protocol):
+    """Frozen dataclass of its own knobs; owns no parameters and no transport."""
+
+    @property
+    def choices(self) -> int:
+        """K, the choices a token makes."""
+        ...
+
+    def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
+        """Parameters it needs, by name."""
+        ...
+
+    def route(
+        self, inputs: RouterIn, params: Mapping[str, jax.Array]
+    ) -> tuple[TokenChoice, RouterAux]:
+        """Choose experts for every token, padding included (dispatch ignores those)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchIn:
+    """What a dispatch path is given beside the tokens and the choice."""
+
+    mask_GS: Bool[Array, "G S"]
+    rows: int  # R
+    train: bool
+    mesh: Mesh
+
+
+class Experts(Protocol):
+    """The experts as a dispatch path sees them: a pytree of weights with two pure functions."""
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts these weights hold (inside shard_map: the local ones)."""
+        ...
+
+    def border_specs(self) -> Any:
+        """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
+        ...
+
+    def batched(self, x_END: jax.Array) -> jax.Array:
+        """Expert e on rows x_END[e]; under tensor parallelism the partial sum of this shard."""
+        ...
+
+    def grouped(self, x_ND: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
+        ...
+
+
+class Dispatch(Protocol):
+    """Frozen dataclass of its own knobs; owns no parameters."""
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int | None:
+        """Slots an expert has for a group of `tokens` tokens; None when nothing is bounded."""
+        ...
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, DispatchStats]:
+        """y_GSD = sum over a token's kept choices of weight * expert(x), and what happened."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEContext:
+    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static)."""
+
+    token_ids_BT: Int[Array, "B T"]
+    mask_BT: Bool[Array, "B T"]
+    row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row)
+    mesh: Mesh
+    group_rows: int
+    train: bool
+
+
+jax.tree_util.register_dataclass(
+    MoEContext,
+    data_fields=["token_ids_BT", "mask_BT", "row_keys_B"],
+    meta_fields=["mesh", "group_rows", "train"],
+)

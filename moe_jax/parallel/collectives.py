@@ -1,0 +1,40 @@
+"""Collectives of the dispatch region, and the bookkeeping shard_map asks for around them."""
+
+from typing import TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+def varying(tree: T, axes: tuple[str, ...]) -> T:
+    """Mark every leaf as differing over the manual mesh axes `axes`; no data moves.
+
+    The transpose is a psum over the axes that were added: exactly the gradient reduction a weight
+    or token needs that was replicated over them.
+    """
+
+    def cast(x):
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).vma)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` marked as differing over the axes that `other` differs over (loop carries need it)."""
+    return varying(x, tuple(sorted(jax.typeof(other).vma)))
+
+
+def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
+    """All-to-all [E, M, ...] -> [E/size, size*M, ...]: each device gets its experts' rows."""
+    if size == 1:
+        return x_EM
+    return jax.lax.all_to_all(x_EM, axis, split_axis=0, concat_axis=1, tiled=True)
+
+
+def from_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
+    """Inverse of `to_experts`."""
+    if size == 1:
+        return x_EM
+    return jax.lax.all_to_all(x_EM, axis, split_axis=1, concat_axis=0, tiled=True)
