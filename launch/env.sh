@@ -93,11 +93,11 @@ ensure_venv() {
 }
 
 ensure_env() {
-  local hash installed extras extra current=1
+  local key installed extras extra current=1
   ensure_venv
-  hash="$(fingerprint)" || die "$VENV does not run: delete it and run this again."
+  key="$(fingerprint)" || die "$VENV does not run: delete it and run this again."
   installed="$(sed -n 2p "$STAMP" 2>/dev/null)"
-  [ "$(sed -n 1p "$STAMP" 2>/dev/null)" = "$hash" ] || current=""
+  [ "$(sed -n 1p "$STAMP" 2>/dev/null)" = "$key" ] || current=""
   for extra in "$@"; do
     case ",$installed," in *",$extra,"*) ;; *) current="" ;; esac
   done
@@ -108,5 +108,5 @@ ensure_env() {
   rm -f "$STAMP"
   with_progress "pip install" "$VENV_PYTHON" -m pip install --disable-pip-version-check \
     --progress-bar off --editable "$ROOT${extras:+[$extras]}"
-  printf '%s\n%s\n' "$hash" "$extras" >"$STAMP"
+  printf '%s\n%s\n' "$key" "$extras" >"$STAMP"
 }

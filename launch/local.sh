@@ -10,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # Paths are printed as a person at the root of the checkout would type them.
 prefix="$ROOT/"
 [ "$(pwd -P)" = "$ROOT" ] && prefix=""
-config="${prefix}configs/tiny.py"
-workdir="${prefix}runs/tiny"
+config=""
+workdir=""
 given=""  # the flag whose value is the next argument
 for argument in "$@"; do
   case "$given" in
@@ -26,13 +26,21 @@ for argument in "$@"; do
     --workdir | -workdir) given=workdir ;;
   esac
 done
+if [ -z "$workdir" ]; then
+  workdir="${prefix}runs/tiny"
+  set -- --workdir="$workdir" "$@"
+fi
+if [ -z "$config" ]; then
+  config="${prefix}configs/tiny.py"
+  set -- --config="$config" "$@"
+fi
 
 ensure_env
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 # In the background, so that a signal sent to this script reaches the trainer: it then writes a
 # checkpoint and leaves with 42.  Ctrl-C is passed on as SIGTERM for the same reason.
-"$VENV_PYTHON" -m moe_jax.train --config="$config" --workdir="$workdir" "$@" &
+"$VENV_PYTHON" -m moe_jax.train "$@" &
 trainer=$!
 trap 'kill -TERM "$trainer" 2>/dev/null' TERM INT
 code=0
@@ -43,7 +51,6 @@ while kill -0 "$trainer" 2>/dev/null; do  # a trapped signal ended the wait, not
 done
 trap - TERM INT
 
-train="${prefix}.venv/bin/python -m moe_jax.train --config=$config"
 case "$code" in
   0) ;;
   42)
@@ -56,13 +63,15 @@ case "$code" in
     ;;
 esac
 
+python="${prefix}.venv/bin/python"
+train="JAX_PLATFORMS=cpu $python -m moe_jax.train --config=$config"
 cat <<END
 
 Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
-Checkpoints:  $workdir/checkpoints     (list them: ${prefix}.venv/bin/python -m moe_jax.checkpoint --workdir=$workdir)
+Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$workdir)
 Samples:      $workdir/samples.txt
 
-Train on:     bash ${prefix}launch/local.sh --config=$config --workdir=$workdir --config.train.steps=400
-Other mesh:   JAX_PLATFORMS=cpu $train --workdir=$workdir-experts --init_from=$workdir --devices=8 --config.mesh.expert=8
-Own text:     JAX_PLATFORMS=cpu $train --workdir=$workdir-text --config.data.source=text --config.data.files='/path/*.txt'
+Go on:        bash ${prefix}launch/local.sh$(printf ' %q' "$@") --config.train.steps=400
+Other mesh:   $train --workdir=$workdir-experts --init_from=$workdir --devices=8 --config.mesh.expert=8
+Own text:     $train --workdir=$workdir-text --config.data.source=text --config.data.files='/path/*.txt'
 END
