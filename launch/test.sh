@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes the environment, checks style and types, runs the tests.
+#
+#   bash launch/test.sh [--full] [ARGUMENTS OF pytest]
+#
+# --full adds the long forms.  With arguments for pytest only pytest runs.
+set -u
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+full=""
+for argument in "$@"; do  # rotates the arguments once, leaving --full out
+  shift
+  if [ "$argument" = --full ]; then full=1; else set -- "$@" "$argument"; fi
+done
+
+ensure_env test data dev
+cd "$ROOT" || exit 1
+export PATH="$VENV/bin:$PATH" JAX_PLATFORMS=cpu PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+stage() {
+  local title="$1" started=$SECONDS code=0
+  shift
+  say "$title ..."
+  "$@" </dev/null || code=$?
+  [ "$code" -eq 0 ] || die "FAILED: $title (exit code $code, after $((SECONDS - started)) s)."
+  say "$title: passed in $((SECONDS - started)) s"
+}
+
+if [ $# -eq 0 ]; then
+  stage "ruff check" ruff check .
+  stage "ruff format" ruff format --check .
+  stage "pyright" pyright --pythonpath "$VENV_PYTHON"
+fi
+if [ -n "$full" ]; then
+  stage "pytest, every test" python -m pytest -n 2 --dist=loadfile "$@"
+else
+  stage "pytest" python -m pytest -n 2 --dist=loadfile -m "not full" "$@"
+fi

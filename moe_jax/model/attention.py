@@ -1,0 +1,64 @@
+"""Self-attention layer: projections, q/k norm, RoPE, attention, output projection."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.norms import RMSNorm
+from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in, scoped
+from moe_jax.model.remat import ATTENTION_OUT
+from moe_jax.model.rope import Rope, apply_rope
+from moe_jax.ops.attention import attention
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with H query and J key/value heads of width A."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+        D, A = config.width, config.head_dim
+        H, J = config.num_heads, config.num_kv_heads
+        own = param_dtype(dtype)
+        self.implementation = config.attention
+        query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        self.q_DHA = param(rngs, "q", (D, H, A), ("embed", *query), fan_in(D), own)
+        self.k_DJA = param(rngs, "k", (D, J, A), ("embed", *key_value), fan_in(D), own)
+        self.v_DJA = param(rngs, "v", (D, J, A), ("embed", *key_value), fan_in(D), own)
+        out_init = residual_fan_in(H * A, config.num_layers)
+        self.o_HAD = param(rngs, "o", (H, A, D), (*query, "embed"), out_init, own)
+        self.q_norm = _qk_norm(config, H, query, dtype, scoped(rngs, "q_norm"))
+        self.k_norm = _qk_norm(config, J, key_value, dtype, scoped(rngs, "k_norm"))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: Rope,
+        segments_BT: Int[Array, "B T"] | None,
+        mesh: Mesh,
+    ) -> Float[Array, "B T D"]:
+        dtype = x_BTD.dtype
+        q_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, self.q_DHA[...].astype(dtype))
+        k_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.k_DJA[...].astype(dtype))
+        v_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.v_DJA[...].astype(dtype))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHA, k_BTJA = self.q_norm(q_BTHA), self.k_norm(k_BTJA)
+        q_BTHA, k_BTJA = apply_rope(q_BTHA, rope), apply_rope(k_BTJA, rope)
+        out_BTHA = attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, self.implementation)
+        out_BTHA = checkpoint_name(out_BTHA, ATTENTION_OUT)
+        return jnp.einsum("BTHA,HAD->BTD", out_BTHA, self.o_HAD[...].astype(dtype))
+
+
+def _qk_norm(
+    config: ModelConfig, heads: int, axes: tuple[str, str], dtype: Any, rngs: nnx.Rngs
+) -> RMSNorm | None:
+    """Norm of queries or keys: none, each head by itself (Qwen3), or all together (OLMoE)."""
+    if config.qk_norm == "none":
+        return None
+    if config.qk_norm == "head":
+        return RMSNorm((config.head_dim,), axes[1:], eps=config.norm_eps, dtype=dtype, rngs=rngs)
+    shape = (heads, config.head_dim)
+    return RMSNorm(shape, axes, eps=config.norm_eps, dtype=dtype, rngs=rngs)

@@ -1,0 +1,50 @@
+"""One pre-norm Transformer block."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.attention import Attention
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.ffn import DenseFFN
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.types import MoEAux, MoEContext
+from moe_jax.model.norms import RMSNorm
+from moe_jax.model.params import scoped
+from moe_jax.model.rope import Rope
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or holds experts."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
+        norm, eps = ((config.width,), ("norm",)), config.norm_eps
+        self.attention_norm = RMSNorm(*norm, eps=eps, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=scoped(rngs, "attention"))
+        self.ffn_norm = RMSNorm(*norm, eps=eps, dtype=dtype, rngs=rngs)
+        ffn_rngs = scoped(rngs, "ffn")
+        self.ffn = (
+            MoE(config, layer=layer, dtype=dtype, rngs=ffn_rngs)
+            if config.is_moe(layer)
+            else DenseFFN(config, dtype=dtype, rngs=ffn_rngs)
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: Rope,
+        segments_BT: Int[Array, "B T"] | None,
+        context: MoEContext,
+    ) -> tuple[Float[Array, "B T D"], MoEAux | None]:
+        """The new residual stream, and what the experts report (None without experts).
+
+        `segments_BT` confines attention to documents; None lets it cross their borders.
+        """
+        normed = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attention(normed, rope, segments_BT, context.mesh)
+        normed = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, DenseFFN):
+            return x_BTD + self.ffn(normed), None
+        out_BTD, aux = self.ffn(normed, context)
+        return x_BTD + out_BTD, aux

@@ -1,0 +1,40 @@
+"""Dense feed-forward network."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in
+from moe_jax.model.remat import FFN_HIDDEN
+
+
+class DenseFFN(nnx.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202) or GELU without a gate; F = ffn_width."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+        D, F, own = config.width, config.ffn_width, param_dtype(dtype)
+        into, out = ("embed", "mlp"), ("mlp", "embed")
+        out_init = residual_fan_in(F, config.num_layers)
+        self.w_in_DF = param(rngs, "w_in", (D, F), into, fan_in(D), own)
+        self.w_gate_DF = (
+            param(rngs, "w_gate", (D, F), into, fan_in(D), own)
+            if config.activation == "swiglu"
+            else None
+        )
+        self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dtype = x_BTD.dtype
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_in_DF[...].astype(dtype))
+        if self.w_gate_DF is None:
+            hidden_BTF = jax.nn.gelu(up_BTF)
+        else:
+            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate_DF[...].astype(dtype))
+            hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        hidden_BTF = checkpoint_name(hidden_BTF, FFN_HIDDEN)
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_out_FD[...].astype(dtype))

@@ -1,0 +1,79 @@
+"""How a tree of per-layer parameters becomes a tree of stacked ones, and back.
+
+Per layer:  {"blocks": {"0": tree, "1": tree, ...}, ...}
+Stacked:    {"stack": {"0": tree, ...}, "blocks": {...the rest...}, ...}
+
+A stack holds one tree for each block of the repeating period; every leaf has a leading axis of
+`repeats`.  The functions serve any tree of that form: parameters, moments, logical axes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Layers [prefix, prefix + period * repeats) are scanned; all others stand by themselves."""
+
+    num_layers: int
+    prefix: int = 0
+    period: int = 1
+    repeats: int = 0
+
+    @property
+    def end(self) -> int:
+        """The first layer after the scanned ones."""
+        return self.prefix + self.period * self.repeats
+
+    def unrolled(self) -> list[int]:
+        """Layers that stand by themselves."""
+        return [*range(self.prefix), *range(self.end, self.num_layers)]
+
+
+def make_layout(config: ModelConfig) -> Layout:
+    """Scan the period of dense and MoE blocks where it repeats; else, or without
+    `config.scan_layers`, unroll everything."""
+    prefix = 0 if config.dense else min(config.moe.first_dense, config.num_layers)
+    period = 1 if config.dense else config.moe.every
+    repeats = (config.num_layers - prefix) // period
+    if not config.scan_layers or repeats < 2:
+        return Layout(config.num_layers)
+    return Layout(config.num_layers, prefix, period, repeats)
+
+
+def to_stacked(
+    tree: Mapping[str, Any],
+    layout: Layout,
+    stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> dict[str, Any]:
+    """Per-layer tree to stacked tree; `stack` joins the leaves of one period position."""
+    if not layout.repeats:
+        return dict(tree)
+    blocks = tree["blocks"]
+    stacked = {}
+    for position in range(layout.period):
+        layers = range(layout.prefix + position, layout.end, layout.period)
+        trees = [blocks[str(layer)] for layer in layers]
+        stacked[str(position)] = jax.tree.map(stack, *trees, is_leaf=is_leaf)
+    rest = {str(layer): blocks[str(layer)] for layer in layout.unrolled()}
+    return {**tree, "blocks": rest, "stack": stacked}
+
+
+def to_layers(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Stacked tree to per-layer tree: the inverse of `to_stacked`."""
+    if not layout.repeats:
+        return dict(tree)
+    blocks = dict(tree["blocks"])
+    for position, stacked in tree["stack"].items():
+        for repeat in range(layout.repeats):
+            layer = layout.prefix + repeat * layout.period + int(position)
+            blocks[str(layer)] = jax.tree.map(lambda leaf, r=repeat: leaf[r], stacked)
+    ordered = {str(layer): blocks[str(layer)] for layer in range(layout.num_layers)}
+    return {**{k: v for k, v in tree.items() if k != "stack"}, "blocks": ordered}

@@ -1,0 +1,73 @@
+"""How a module declares a parameter: name, shape, logical axes and initialiser in one place."""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+
+_TRUNCATED_STD = 0.87962566103423978  # std of a standard normal cut at two sigma
+
+
+def param_dtype(dtype: Any) -> Any:
+    """Parameters are float32, and float64 where the computation is (the oracle)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def param(
+    rngs: nnx.Rngs,
+    name: str,
+    shape: Sequence[int],
+    logical_axes: Sequence[str | None],
+    init: Initializer,
+    dtype: Any,
+) -> nnx.Param:
+    """A parameter whose metadata `logical_axes` names one axis (or None) for each dimension.
+
+    Its key is the `params` key of `rngs` folded with `name`, never a counter: the value does not
+    depend on which other parameters exist or on their order.
+    """
+    if len(shape) != len(logical_axes):
+        raise ValueError(f"parameter {name}: shape {shape} against logical axes {logical_axes}")
+    key = jax.random.fold_in(rngs.params.key.get_value(), zlib.crc32(name.encode()))
+    return nnx.Param(init(key, tuple(shape), dtype), logical_axes=tuple(logical_axes))
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Normal cut at two sigma, with standard deviation `std` after the cut."""
+
+    def init(key, shape, dtype):
+        sample = jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape), dtype)
+        return sample * jnp.asarray(std / _TRUNCATED_STD, dtype)
+
+    return init
+
+
+def fan_in(size: int) -> Initializer:
+    """Truncated normal of variance 1 / size, where `size` inputs are summed into one output."""
+    return truncated_normal(1 / math.sqrt(size))
+
+
+def residual_fan_in(size: int, num_layers: int) -> Initializer:
+    """`fan_in` for a projection onto the residual stream, scaled by 1 / sqrt(2 L).
+
+    A block adds to the stream twice, so its variance stays bounded in depth (GPT-2).
+    """
+    return truncated_normal(1 / math.sqrt(size * 2 * num_layers))
+
+
+def ones(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """All ones, for the weights of norms."""
+    del key
+    return jnp.ones(tuple(shape), dtype)
+
+
+def scoped(rngs: nnx.Rngs, name: str | int) -> nnx.Rngs:
+    """Keys for a submodule: those of `rngs` folded with its name, whatever was drawn before."""
+    number = name if isinstance(name, int) else zlib.crc32(name.encode())
+    return nnx.Rngs(params=jax.random.fold_in(rngs.params.key.get_value(), number))

@@ -1,0 +1,189 @@
+"""The Transformer as pure functions: define once, then init and forward on plain trees.
+
+A parameter tree is nested dicts of arrays: {"embed_VD", "blocks": {"0": ..., ...}, "norm": ...,
+"head_DV"}, with "stack" beside "blocks" where layers are scanned (layout.py).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.layout import Layout, make_layout, to_stacked
+from moe_jax.model.moe.types import MoEAux, MoEContext
+from moe_jax.model.remat import remat
+from moe_jax.model.rope import Rope, rope_tables
+from moe_jax.model.transformer import Transformer
+from moe_jax.parallel.rules import sharding
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """Everything about a model but its parameters."""
+
+    config: ModelConfig
+    dtype: Any  # of the computation; parameters are float32 or wider
+    layout: Layout
+    trunk: nnx.GraphDef  # the Transformer without its blocks
+    blocks: tuple[nnx.GraphDef, ...]  # one for each layer
+    abstract: Params  # jax.ShapeDtypeStruct of every parameter
+    logical_axes: Params  # tuple of logical axis names of every parameter
+
+
+def define(config: ModelConfig, dtype: Any) -> ModelDef:
+    """Shapes, logical axes and graph definitions; allocates nothing.
+
+    `config.vocab_size` must be resolved.
+    """
+    dtype = jnp.dtype(dtype)
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    trunk, blocks, states = _split(model)
+    abstract = _map(states, lambda variable: variable.get_value())
+    axes = _map(states, lambda variable: variable.get_metadata("logical_axes"))
+    layout = make_layout(config)
+    return ModelDef(
+        config=config,
+        dtype=dtype,
+        layout=layout,
+        trunk=trunk,
+        blocks=blocks,
+        abstract=jax.eval_shape(lambda tree: to_stacked(tree, layout), abstract),
+        logical_axes=to_stacked(
+            axes, layout, lambda *leaves: ("layers", *leaves[0]), is_leaf=is_axes
+        ),
+    )
+
+
+def is_axes(leaf: Any) -> bool:
+    """Whether `leaf` is a leaf of a tree of logical axes."""
+    return isinstance(leaf, tuple)
+
+
+def init(model: ModelDef, key: jax.Array) -> Params:
+    """Initial parameters: the same for any layout, mesh and JAX device; call it under jit."""
+    rngs = nnx.Rngs(params=key)
+    states = _split(Transformer(model.config, dtype=model.dtype, rngs=rngs))[2]
+    return to_stacked(_map(states, lambda variable: variable.get_value()), model.layout)
+
+
+def _split(model: Transformer) -> tuple[nnx.GraphDef, tuple[nnx.GraphDef, ...], dict[str, Any]]:
+    """Graph definitions of trunk and blocks, and a dict tree with their Param variables."""
+    pairs = [nnx.split(block, nnx.Param) for block in model.blocks]
+    model.blocks = nnx.List([])
+    trunk, state = nnx.split(model, nnx.Param)
+    blocks = {str(layer): state for layer, (_, state) in enumerate(pairs)}
+    return trunk, tuple(graph for graph, _ in pairs), {**state, "blocks": blocks}
+
+
+def _map(tree: Any, function: Any) -> Any:
+    """`function` of every Variable, as plain nested dicts."""
+    if isinstance(tree, nnx.Variable):
+        return function(tree)
+    return {str(key): _map(value, function) for key, value in tree.items()}
+
+
+def forward(
+    model: ModelDef,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+    context: MoEContext,
+) -> tuple[Float[Array, "B T D"], MoEAux | None]:
+    """All blocks and the last norm.
+
+    Args:
+      model, params: from `define` and `init`.
+      tokens_BT: token ids below the vocabulary size.
+      positions_BT: positions for RoPE.
+      segments_BT: document of each token, 0 for padding; read where config.confine_attention.
+      context: mesh, mask and keys; `row_keys_B` are folded with the layer here, so that scanned
+        and unrolled layers draw the same noise.
+
+    Returns:
+      The residual stream after the last norm, and MoEAux with a leading axis over MoE layers in
+      their order (None where no layer holds experts).
+    """
+    config, layout = model.config, model.layout
+    trunk = _merge_trunk(model, params)
+    rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, model.dtype)
+    segments = segments_BT if config.confine_attention else None
+    shared = (rope, segments, context)
+
+    x = _constrain(trunk.embed(tokens_BT), context)
+    auxes: list[MoEAux] = []
+
+    def unrolled(x, layers):
+        for layer in layers:
+            x, aux = _block(model, layer, scanned=False)(
+                params["blocks"][str(layer)], x, jnp.int32(layer), *shared
+            )
+            auxes.extend([] if aux is None else [jax.tree.map(lambda leaf: leaf[None], aux)])
+        return x
+
+    x = unrolled(x, range(layout.prefix))
+    if layout.repeats:
+        x, aux = _scan(model, params["stack"], x, shared)
+        auxes.extend([] if aux is None else [aux])
+    x = unrolled(x, range(layout.end, layout.num_layers))
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes) if auxes else None
+    return trunk.norm(x), joined
+
+
+def head_weight(model: ModelDef, params: Params) -> Float[Array, "D V"]:
+    """The output projection, which may be the embedding's transpose."""
+    return _merge_trunk(model, params).head()
+
+
+def _merge_trunk(model: ModelDef, params: Params) -> Transformer:
+    own = {key: value for key, value in params.items() if key not in ("blocks", "stack")}
+    return nnx.merge(model.trunk, own)
+
+
+def _constrain(x_BTD, context: MoEContext):
+    """Split over rows at block borders: without it XLA may choose to split the width."""
+    return jax.lax.with_sharding_constraint(x_BTD, sharding(context.mesh, ("batch", None, None)))
+
+
+def _block(model: ModelDef, layer: int, *, scanned: bool):
+    """Pure function of block `layer` under the remat policy.
+
+    `index` is the layer's number as an array: in a scan the graph definition is that of the
+    first repeat.
+    """
+
+    def run(params, x_BTD, index, rope: Rope, segments, context: MoEContext):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(context.row_keys_B, index)
+        context = dataclasses.replace(context, row_keys_B=keys)
+        x_BTD, aux = nnx.merge(model.blocks[layer], params)(x_BTD, rope, segments, context)
+        return _constrain(x_BTD, context), aux
+
+    return remat(run, model.config.remat, scanned=scanned)
+
+
+def _scan(model: ModelDef, stacked: Params, x_BTD, shared) -> tuple[jax.Array, MoEAux | None]:
+    """Scan over the repeats of the period; MoEAux comes back in layer order."""
+    layout = model.layout
+    blocks = [
+        _block(model, layout.prefix + position, scanned=True) for position in range(layout.period)
+    ]
+
+    def one_repeat(x, inputs):
+        repeat, params = inputs
+        auxes = []
+        for position, block in enumerate(blocks):
+            index = layout.prefix + repeat * layout.period + position
+            x, aux = block(params[str(position)], x, index, *shared)
+            auxes.extend([] if aux is None else [aux])
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
+
+    repeats = jnp.arange(layout.repeats, dtype=jnp.int32)
+    x_BTD, aux = jax.lax.scan(one_repeat, x_BTD, (repeats, stacked))
+    # [repeats, MoE layers of a period, ...] -> [MoE layers, ...]
+    return x_BTD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)

@@ -1,0 +1,51 @@
+"""The decoder-only Transformer as one module: who owns which parameter.
+
+Training runs it through stack.py, which splits it once into pure trees.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.block import Block
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.norms import RMSNorm
+from moe_jax.model.params import fan_in, param, param_dtype, scoped, truncated_normal
+
+
+class Transformer(nnx.Module):
+    """Embedding, L blocks, last norm, and an output head unless it is tied to the embedding.
+
+    Every initial value depends only on the seed of `rngs`, the layer and the parameter's name.
+    `config.vocab_size` must be resolved (above 0).
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+        if config.vocab_size < 1:
+            raise ValueError("model.vocab_size is not resolved: take it from the tokenizer")
+        V, D, own = config.vocab_size, config.width, param_dtype(dtype)
+        # A tied table is also the head, which sums D products into a logit.
+        embed_init = truncated_normal(1 / math.sqrt(D))
+        self.dtype = dtype
+        self.embed_VD = param(rngs, "embed", (V, D), ("vocab", "embed"), embed_init, own)
+        self.blocks = nnx.List(
+            Block(config, layer=layer, dtype=dtype, rngs=scoped(scoped(rngs, "blocks"), layer))
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm((D,), ("norm",), eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.head_DV = (
+            None
+            if config.tied_head
+            else param(rngs, "head", (D, V), ("embed", "vocab"), fan_in(D), own)
+        )
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, in the compute dtype."""
+        return self.embed_VD[...].astype(self.dtype)[tokens_BT]
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output projection."""
+        return jnp.transpose(self.embed_VD[...]) if self.head_DV is None else self.head_DV[...]

@@ -1,0 +1,204 @@
+"""Output projection and cross-entropy together, a few tokens' logits at a time.
+
+Axes: B rows, T positions, N tokens of one device, D width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.parallel.mesh import BATCH_AXES
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the tokens that count.  Only `loss_sum` carries a gradient."""
+
+    loss_sum: Float[Array, ""]  # nll_sum + z_weight * z_sum: what is minimised
+    nll_sum: Float[Array, ""]  # nats
+    z_sum: Float[Array, ""]  # sum of logsumexp(logits)^2
+    count: Float[Array, ""]  # tokens
+
+
+def cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    *,
+    z_weight: float,
+    chunk: int,
+    mesh: Mesh,
+    implementation: str = "chunked",
+) -> CrossEntropy:
+    """Sums of -log softmax(x head)[target], and of the logits' z-loss, where mask is true.
+
+    Args:
+      x_BTD: the last norm's output, rows split over the batch axes of `mesh`.
+      head_DV: output projection; it is multiplied in x's dtype, logits are float32 or wider.
+      targets_BT: class of each position; any integer where the mask is false.
+      mask_BT: the positions that count.
+      z_weight: weight of logsumexp^2 in `loss_sum` (PaLM, arXiv 2204.02311, section 5).
+      chunk: tokens of one device whose logits exist at once.
+      mesh: where it runs; vocabulary may be split over `tensor`.
+      implementation: a key of CROSS_ENTROPY.
+    """
+    function = CROSS_ENTROPY[implementation]
+    local = functools.partial(function, z_weight=z_weight, chunk=chunk)
+
+    def shard(x_BTD, head_DV, targets_BT, mask_BT):
+        D = x_BTD.shape[-1]
+        sums = local(x_BTD.reshape(-1, D), head_DV, targets_BT.reshape(-1), mask_BT.reshape(-1))
+        return jax.lax.psum(sums, BATCH_AXES)
+
+    return _by_rows(shard, mesh, P())(x_BTD, head_DV, targets_BT, mask_BT)
+
+
+def token_nll(
+    x_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    chunk: int,
+    mesh: Mesh,
+) -> Float[Array, "B T"]:
+    """-log softmax(x head)[target] of every position, for evaluation; see `cross_entropy`."""
+
+    def shard(x_BTD, head_DV, targets_BT):
+        D = x_BTD.shape[-1]
+        chunks = _split(chunk, x_BTD.reshape(-1, D), targets_BT.reshape(-1))
+        nll_CN = jax.lax.map(lambda one: _nll(*_logits(one[0], head_DV, one[1])), chunks)
+        return nll_CN.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+    return _by_rows(shard, mesh, P(BATCH_AXES))(x_BTD, head_DV, targets_BT)
+
+
+def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
+    """`function(x, head, *per-token)` on each device's own rows, `tensor` left to XLA.
+
+    Left to XLA altogether, every chunk would reduce the head's gradient over the batch axes and
+    chunking would move tokens between devices; here it is reduced once.
+    """
+
+    def run(x_BTD, head_DV, *tokens):
+        rows = P(BATCH_AXES)
+        sharded = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(rows, P(), *(rows for _ in tokens)),
+            out_specs=out_spec,
+            axis_names=set(BATCH_AXES),
+            check_vma=False,  # the scans below start from constants, which vary over no axis
+        )
+        # jit: jax 0.10 cannot run a region that is manual over only some axes op by op.
+        return jax.jit(sharded)(x_BTD, head_DV, *tokens)
+
+    return run
+
+
+def _split(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
+    """Arrays over N tokens as [chunks, tokens]: equal chunks of at most `chunk`, zero-padded."""
+    size = arrays[0].shape[0]
+    chunks = -(-size // chunk)
+    each = -(-size // chunks)
+    widths = (0, chunks * each - size)
+    padded = [jnp.pad(a, (widths, *((0, 0) for _ in a.shape[1:]))) for a in arrays]
+    return [a.reshape(chunks, each, *a.shape[1:]) for a in padded]
+
+
+def _logits(x_ND, head_DV, targets_N):
+    """Logits in float32 or wider, and where each token's target stands."""
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    head = head_DV.astype(x_ND.dtype)
+    logits_NV = jnp.einsum("ND,DV->NV", x_ND, head, preferred_element_type=wide)
+    hit_NV = jnp.arange(head.shape[-1]) == targets_N[:, None]
+    return logits_NV, hit_NV
+
+
+def _nll(logits_NV, hit_NV):
+    # A masked sum, not a gather: with the vocabulary split over `tensor` it stays local.
+    return jax.nn.logsumexp(logits_NV, axis=-1) - jnp.where(hit_NV, logits_NV, 0).sum(-1)
+
+
+def full_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
+    """The reference: all logits at once, differentiated by JAX."""
+    del chunk
+    logits_NV, hit_NV = _logits(x_ND, head_DV, targets_N)
+    nll = jnp.where(mask_N, _nll(logits_NV, hit_NV), 0).sum()
+    z = jnp.where(mask_N, jax.nn.logsumexp(logits_NV, axis=-1) ** 2, 0).sum()
+    count = mask_N.sum().astype(nll.dtype)
+    stop = jax.lax.stop_gradient
+    return CrossEntropy(nll + z_weight * z, stop(nll), stop(z), count)
+
+
+def chunked_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
+    """Logits of `chunk` tokens at a time; gradients are computed in the forward pass.
+
+    The loss is a sum, so its gradients are known up to one scalar before the backward pass
+    begins: each chunk turns its logits into d loss/d logits at once and they are never computed
+    again (the idea of Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989).
+    """
+    return _chunked(x_ND, head_DV, targets_N, mask_N, z_weight, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x_ND, head_DV, targets_N, mask_N, z_weight, chunk) -> CrossEntropy:
+    return _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, False)[0]
+
+
+def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradients=True):
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+
+    def one_chunk(carry, inputs):
+        (nll, z, d_head), (x, targets, mask) = carry, inputs
+        logits, hit = _logits(x, head_DV, targets)
+        highest = logits.max(-1, keepdims=True)
+        shifted = jnp.exp(logits - highest)
+        total = shifted.sum(-1, keepdims=True)
+        lse = jnp.log(total) + highest
+        nll += jnp.where(mask, lse[:, 0] - jnp.where(hit, logits, 0).sum(-1), 0).sum()
+        z += jnp.where(mask, lse[:, 0] ** 2, 0).sum()
+        if not gradients:
+            return (nll, z, d_head), None
+        slope = (1 + 2 * z_weight * lse) / total
+        d_logits = jnp.where(mask[:, None], shifted * slope - hit, 0).astype(x.dtype)
+        d_x = jnp.einsum("NV,DV->ND", d_logits, head_DV.astype(x.dtype))
+        d_head += jnp.einsum("ND,NV->DV", x, d_logits, preferred_element_type=wide)
+        return (nll, z, d_head), d_x
+
+    zero = jnp.zeros((), wide)
+    start = (zero, zero, jnp.zeros(head_DV.shape, wide) if gradients else zero)
+    (nll, z, d_head), d_x = _scan(one_chunk, start, _split(chunk, x_ND, targets_N, mask_N))
+    out = CrossEntropy(nll + z_weight * z, nll, z, mask_N.sum().astype(wide))
+    if not gradients:
+        return out, None
+    return out, (d_x.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], d_head.astype(head_DV.dtype))
+
+
+def _chunked_backward(z_weight, chunk, residuals, cotangents):
+    del z_weight, chunk
+    d_x, d_head = residuals
+    scale = cotangents.loss_sum
+    return (d_x * scale).astype(d_x.dtype), (d_head * scale).astype(d_head.dtype), None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _scan(body, carry, inputs):
+    """`jax.lax.scan`, without the loop where there is one chunk."""
+    if inputs[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, inputs)
+    carry, out = body(carry, [a[0] for a in inputs])
+    return carry, None if out is None else out[None]
+
+
+CROSS_ENTROPY: dict[str, Callable[..., CrossEntropy]] = {
+    "full": full_cross_entropy,
+    "chunked": chunked_cross_entropy,
+}

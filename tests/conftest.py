@@ -1,0 +1,89 @@
+"""What every test stands on: 8 virtual CPU devices, checked signatures, a warm compile cache."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# For this process and, as environment variables, for those it starts.  The defaults of the cache
+# keep only what took a second to compile, which leaves out nearly every jit of a test.
+JAX_SETTINGS = {
+    "jax_platforms": "cpu",
+    "jax_compilation_cache_dir": str(ROOT / ".cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for _name, _value in JAX_SETTINGS.items():
+    jax.config.update(_name, _value)
+# Not for processes we start: they have one device unless they ask for more with --devices.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Before the first import of moe_jax: from here on its signatures are checked at each call.
+jaxtyping.install_import_hook("moe_jax", "beartype.beartype")
+
+
+class Finished(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def cli_env() -> dict[str, str]:
+    """Environment for processes that a test starts: this one's, CPU only, the same cache."""
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env.update({name.upper(): str(value) for name, value in JAX_SETTINGS.items()})
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env
+
+
+@pytest.fixture
+def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
+    """`run_cli(["moe_jax.train", "--config=...", ...], timeout=...)` in a process of its own.
+
+    The process works in `tmp_path` unless `cwd` says otherwise, so nothing lands in the checkout.
+    Raises subprocess.TimeoutExpired, the process killed, when `timeout` seconds do not suffice.
+    """
+
+    def run(args: list[str], timeout: float = 300, cwd: Path | None = None) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", *args],
+            cwd=cwd or tmp_path,
+            env=cli_env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def mesh_of() -> Callable[..., jax.sharding.Mesh]:
+    """`mesh_of(data=2, expert=4)`: a mesh of the first so many virtual devices, others size 1."""
+    from moe_jax.parallel.mesh import MeshConfig, make_mesh
+
+    def make(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+        devices = jax.devices()[: data * fsdp * expert * tensor]
+        return make_mesh(MeshConfig(data, fsdp, expert, tensor), devices)
+
+    return make
+
+
+@pytest.fixture
+def x64():
+    """float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield

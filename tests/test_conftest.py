@@ -1,0 +1,61 @@
+"""The ground the other tests stand on holds what conftest.py promises."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+CHECKED_MODULE = """
+from jaxtyping import Array, Float
+
+def total(x_BD: Float[Array, "B D"]) -> Float[Array, "B"]:
+    return x_BD.sum(axis=0)
+"""
+
+
+def test_eight_cpu_devices():
+    assert [device.platform for device in jax.devices()] == ["cpu"] * 8
+
+
+def test_mesh_of_takes_only_the_devices_it_needs(mesh_of):
+    assert dict(mesh_of(data=2, expert=4).shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert mesh_of(fsdp=2).size == 2
+
+
+def test_x64_is_float64_inside(x64):
+    assert jnp.zeros(()).dtype == jnp.float64
+
+
+def test_outside_x64_is_float32():
+    assert jnp.zeros(()).dtype == jnp.float32
+
+
+def test_signatures_are_checked(tmp_path, monkeypatch):
+    """A result of the wrong shape raises under the hook that is installed over moe_jax."""
+    (tmp_path / "wrong_shape.py").write_text(CHECKED_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with jaxtyping.install_import_hook("wrong_shape", "beartype.beartype"):
+        import wrong_shape  # pyright: ignore[reportMissingImports]
+    with pytest.raises(jaxtyping.TypeCheckError):
+        wrong_shape.total(jnp.zeros((2, 3)))
+
+
+def test_the_hook_covers_moe_jax():
+    from moe_jax.parallel import rules
+
+    assert hasattr(rules.spec, "__wrapped__"), "moe_jax was imported before the hook"
+
+
+def test_run_cli_gives_code_output_and_errors(run_cli):
+    done = run_cli(["timeit", "--help"])
+    assert (done.code, done.err) == (0, "") and "timeit" in done.out
+    assert run_cli(["no_such_module"]).code == 1
+
+
+def test_a_started_process_has_one_device_and_the_cache(run_cli, tmp_path):
+    (tmp_path / "probe.py").write_text(
+        "import jax; print(jax.device_count(), jax.default_backend(),"
+        " jax.config.jax_compilation_cache_dir)"
+    )
+    done = run_cli(["probe"])
+    assert done.out.split() == ["1", "cpu", jax.config.jax_compilation_cache_dir], done.err

@@ -1,0 +1,258 @@
+"""Reads the source: who imports whom, what is never called, how long things are.
+
+The table below is the order that ARCHITECTURE.md describes.  A module belongs to the entry with
+the longest matching name.  It may import its own entry and entries of a lower rank; entries of
+one rank never import each other.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RANKS = {
+    "moe_jax": 0,  # only __init__.py: the version
+    "moe_jax.errors": 0,
+    "moe_jax.registry": 1,
+    "moe_jax.parallel": 2,
+    "moe_jax.ops": 3,
+    "moe_jax.model": 4,  # only __init__.py
+    "moe_jax.model.moe": 4,  # only __init__.py
+    "moe_jax.model.moe.config": 4,
+    "moe_jax.model.config": 5,
+    "moe_jax.model.moe.types": 5,
+    "moe_jax.model.moe.groups": 6,
+    "moe_jax.model.moe.balance": 6,
+    "moe_jax.model.norms": 6,
+    "moe_jax.model.rope": 6,
+    "moe_jax.model.ffn": 6,
+    "moe_jax.model.remat": 6,
+    "moe_jax.model.moe.routers": 7,
+    "moe_jax.model.moe.dispatch": 7,
+    "moe_jax.model.moe.experts": 7,
+    "moe_jax.model.attention": 7,
+    "moe_jax.model.moe.layer": 8,
+    "moe_jax.model.block": 9,
+    "moe_jax.model.transformer": 10,
+    "moe_jax.losses": 11,
+    "moe_jax.optim": 11,
+    "moe_jax.data": 11,
+    "moe_jax.config": 12,
+    "moe_jax.cli": 13,
+    "moe_jax.metrics": 13,
+    "moe_jax.checkpoint": 14,
+    "moe_jax.eval": 15,
+    "moe_jax.train": 16,
+    "moe_jax.data.__main__": 17,
+    "moe_jax.bench": 17,
+}
+# Pairs that their ranks would allow.
+FORBIDDEN = {("moe_jax.data", "moe_jax.model")}
+# A launcher builds command lines on machines that may hold no JAX at all.
+LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.registry")
+
+NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
+NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "pickle.loads"}
+NEVER_TRUE = {"shell", "allow_pickle"}
+
+FILE_LINES = 400
+FUNCTION_LINES = 80
+# path or path:function -> why it may be longer.
+LONGER: dict[str, str] = {}
+
+
+def sources(root: Path) -> dict[str, Path]:
+    """Module name -> file, for everything we wrote except the tests."""
+    found = {}
+    for top in ("moe_jax", "configs", "launch"):
+        for path in sorted((root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of every import, those inside functions included."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:  # `from package import name`: a module, or a name inside it
+                inner = f"{base}.{alias.name}"
+                yield node.lineno, inner if inner in known else base
+
+
+def layer(module: str) -> str | None:
+    """The entry of RANKS that `module` belongs to; None: it has to be given a place."""
+    if module in RANKS:
+        return module
+    name = module.rpartition(".")[0]
+    while name and name not in RANKS:
+        name = name.rpartition(".")[0]
+    # A package that is listed only for its __init__ gives no place to its modules.
+    return None if name in ("", "moe_jax", "moe_jax.model", "moe_jax.model.moe") else name
+
+
+def layering_faults(root: Path) -> list[str]:
+    """One line for each import that goes against the order."""
+    known, faults = sources(root), []
+    for module, path in known.items():
+        top, here = module.partition(".")[0], layer(module)
+        if top == "moe_jax" and here is None:
+            faults.append(f"{module} has no place in RANKS")
+            continue
+        for line, target in imports(module, path, known):
+            where, there = f"{module}:{line} imports {target}", layer(target)
+            target_top = target.partition(".")[0]
+            if top == "launch" and (
+                target_top in ("jax", "flax")
+                or (target_top == "moe_jax" and target not in LAUNCH_MAY_IMPORT)
+            ):
+                faults.append(where)
+            if top != "moe_jax":
+                continue
+            if target_top in ("configs", "launch"):
+                faults.append(where)
+            if target_top != "moe_jax" or here == there or there is None:
+                continue
+            if RANKS[here] <= RANKS[there] or any(
+                here.startswith(low) and there.startswith(high) for low, high in FORBIDDEN
+            ):
+                faults.append(where)
+    return faults
+
+
+def dotted(node: ast.expr) -> str:
+    """`os.system` of the expression os.system; empty for anything that is not a dotted name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and dotted(node.value):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def unsafe_faults(root: Path) -> list[str]:
+    """One line for each import or call that could run what a file or a flag says."""
+    known, faults = sources(root), []
+    for module, path in known.items():
+        for line, target in imports(module, path, known):
+            if target.partition(".")[0] in NEVER_IMPORTED:
+                faults.append(f"{module}:{line} imports {target}")
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, ast.Call):
+                continue
+            if dotted(node.func) in NEVER_CALLED:
+                faults.append(f"{module}:{node.lineno} calls {dotted(node.func)}")
+            for keyword in node.keywords:
+                value = keyword.value
+                off = isinstance(value, ast.Constant) and value.value in (False, None)
+                if keyword.arg in NEVER_TRUE and not off:
+                    faults.append(f"{module}:{node.lineno} sets {keyword.arg}")
+    return faults
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def length_faults(root: Path) -> list[str]:
+    """One line for each file of FILE_LINES or more, each function of FUNCTION_LINES or more."""
+    faults = []
+    for path in [*sources(root).values(), *sorted((root / "tests").rglob("*.py"))]:
+        name = str(path.relative_to(root))
+        lines = len(path.read_text().splitlines())
+        if lines >= FILE_LINES and name not in LONGER:
+            faults.append(f"{name} has {lines} lines")
+        for function in functions(path):
+            lines = (function.end_lineno or function.lineno) - function.lineno + 1
+            if lines >= FUNCTION_LINES and f"{name}:{function.name}" not in LONGER:
+                faults.append(f"{name}:{function.name} has {lines} lines")
+    return faults
+
+
+def test_imports_follow_the_order():
+    assert layering_faults(ROOT) == []
+
+
+def test_nothing_runs_what_a_file_says():
+    assert unsafe_faults(ROOT) == []
+
+
+def test_files_and_functions_are_short():
+    assert length_faults(ROOT) == []
+
+
+def test_exactly_one_train_step():
+    places = [
+        f"{module}:{function.lineno}"
+        for module, path in sources(ROOT).items()
+        for function in functions(path)
+        if function.name == "train_step"
+    ]
+    assert len(places) == 1 and places[0].startswith("moe_jax.train.step:"), places
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("moe_jax/ops/a.py", "import moe_jax.model.block", "imports moe_jax.model.block"),
+        ("moe_jax/model/moe/routers/a.py", "from moe_jax.model.moe.dispatch import x", "dispatch"),
+        ("moe_jax/model/moe/dispatch/a.py", "def f():\n  from ..experts import x", "moe.experts"),
+        ("moe_jax/data/a.py", "from moe_jax.model import config", "imports moe_jax.model"),
+        ("moe_jax/model/block.py", "from moe_jax import losses", "imports moe_jax.losses"),
+        ("moe_jax/train/a.py", "from configs import tiny", "imports configs"),
+        ("launch/sweep.py", "import moe_jax.train.loop", "imports moe_jax.train.loop"),
+        ("launch/slurm.py", "import jax", "imports jax"),
+        ("moe_jax/brand_new.py", "", "has no place"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, file, text, fault):
+    """The control: each kind of wrong import, planted alone in a small tree, is reported."""
+    for name in (file, "moe_jax/losses.py", "moe_jax/model/config.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert layering_faults(tmp_path) == [] or fault == "has no place"
+    (tmp_path / file).write_text(text)
+    (found,) = layering_faults(tmp_path)
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "x = eval('1')",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.run('ls', shell=flag)",
+        "np.load('a.npy', allow_pickle=True)",
+    ],
+)
+def test_a_planted_unsafe_call_is_found(tmp_path, text):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "a.py").write_text("subprocess.run(['ls'], shell=False)\nmodel.eval()\n")
+    assert unsafe_faults(tmp_path) == []
+    (tmp_path / "launch" / "a.py").write_text(text)
+    assert len(unsafe_faults(tmp_path)) == 1
+
+
+def test_a_planted_long_function_is_found(tmp_path):
+    (tmp_path / "tests").mkdir()
+    body = "def f():\n" + "    pass\n" * (FUNCTION_LINES - 2)
+    (tmp_path / "tests" / "a.py").write_text(body)
+    assert length_faults(tmp_path) == []
+    (tmp_path / "tests" / "a.py").write_text(body + "    pass\n")
+    assert length_faults(tmp_path) == [f"tests/a.py:f has {FUNCTION_LINES} lines"]
+    (tmp_path / "tests" / "a.py").write_text("x = 1\n" * FILE_LINES)
+    assert length_faults(tmp_path) == [f"tests/a.py has {FILE_LINES} lines"]
