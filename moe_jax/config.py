@@ -106,9 +106,7 @@ class Config:
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
-            raise UserError(
-                f"precision is {self.precision!r}: use one of {', '.join(PRECISIONS)}."
-            )
+            raise UserError(f"precision is {self.precision!r}: use one of {', '.join(PRECISIONS)}.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: set it between 0 and 2**32 - 1.")
         if not self.model.dense:

@@ -25,7 +25,7 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(*norm, eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
         self.ffn = (
-            MoE(config, layer=layer, dtype=dtype, rngs=ffn_rngs)
+            MoE(config, dtype=dtype, rngs=ffn_rngs)
             if config.is_moe(layer)
             else DenseFFN(config, dtype=dtype, rngs=ffn_rngs)
         )

@@ -15,7 +15,7 @@ def varying(tree: T, axes: tuple[str, ...]) -> T:
     """
 
     def cast(x):
-        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).vma)
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
@@ -23,7 +23,7 @@ def varying(tree: T, axes: tuple[str, ...]) -> T:
 
 def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` marked as differing over the axes that `other` differs over (loop carries need it)."""
-    return varying(x, tuple(sorted(jax.typeof(other).vma)))
+    return varying(x, tuple(sorted(jax.typeof(other).manual_axis_type.varying)))
 
 
 def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:

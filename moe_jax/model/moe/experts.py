@@ -57,9 +57,7 @@ class Experts:
         a_ENF = ACTIVATE[self.activation][1](h_ENF.reshape(*h_ENF.shape[:2], U, F))
         return jnp.einsum("enf,efd->end", a_ENF, self.w_out_EFD)
 
-    def grouped(
-        self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]
-    ) -> Float[Array, "N D"]:
+    def grouped(self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]) -> Float[Array, "N D"]:
         """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
         E, D, U, F = self.w_in_EDUF.shape
         h_NF = grouped_matmul(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)

@@ -47,14 +47,13 @@ def make_dispatch(config: MoEConfig) -> Dispatch:
 class MoE(nnx.Module):
     """E routed experts, and optionally always-on shared ones, in place of a dense FFN."""
 
-    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         moe, D = config.moe, config.width
         E, F, own = moe.num_experts, moe.expert_width, param_dtype(dtype)
         U = ACTIVATE[config.activation][0]
         self.router = make_router(moe)
         self.dispatch = make_dispatch(moe)
         self.activation = config.activation
-        self.layer = layer
         self.router_names = []
         for name, spec in self.router.param_specs(D, E).items():
             init = truncated_normal(spec.std)
@@ -81,12 +80,11 @@ class MoE(nnx.Module):
         G = B // R
         x_GSD = x_BTD.reshape(G, R * T, D)
         mask_GS = context.mask_BT.reshape(G, R * T)
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, self.layer))(context.row_keys_B)
         inputs = RouterIn(
             x_GSD=x_GSD,
             token_ids_GS=context.token_ids_BT.reshape(G, R * T),
             mask_GS=mask_GS,
-            keys_GR=keys_B.reshape(G, R),
+            keys_GR=context.row_keys_B.reshape(G, R),
             train=context.train,
         )
         params = {name: getattr(self, f"router_{name}")[...] for name in self.router_names}

@@ -159,7 +159,7 @@ class MoEContext:
 
     token_ids_BT: Int[Array, "B T"]
     mask_BT: Bool[Array, "B T"]
-    row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row)
+    row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
     mesh: Mesh
     group_rows: int
     train: bool

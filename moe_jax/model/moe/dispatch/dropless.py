@@ -106,9 +106,7 @@ def shard_moves(
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     begin_P, end_P = start_E[:-1:local], start_E[local::local]
     sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
-    choice_PR = jnp.where(
-        sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N
-    )
+    choice_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
     target_N = jnp.minimum(ids_N // local, shards - 1)
     offset_N = _inverse(order_N) - begin_P[target_N]
     sent_N = (ids_N < num_experts) & (offset_N < room)

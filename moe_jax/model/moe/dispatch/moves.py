@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-
 class Moves(NamedTuple):
     """Where each place reads from and where each choice went."""
 

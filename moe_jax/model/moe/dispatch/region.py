@@ -16,9 +16,7 @@ from moe_jax.parallel.collectives import varying
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
 
 # body(x_GSD, choice, experts, mask_GS) -> (y_GSD, stats), all local
-Body = Callable[
-    [jax.Array, TokenChoice, Experts, jax.Array], tuple[jax.Array, DispatchStats]
-]
+Body = Callable[[jax.Array, TokenChoice, Experts, jax.Array], tuple[jax.Array, DispatchStats]]
 
 
 def expert_region(
@@ -34,7 +32,9 @@ def expert_region(
         choice = choice._replace(weights_GSK=varying(choice.weights_GSK, AXES))
         y_GSD, stats = body(x_GSD, choice, experts, mask_GS)
         y_GSD = jax.lax.psum(y_GSD, "tensor")
-        return y_GSD, jax.tree.map(lambda n: jax.lax.psum(varying(n, BATCH_AXES), BATCH_AXES), stats)
+        return y_GSD, jax.tree.map(
+            lambda n: jax.lax.psum(varying(n, BATCH_AXES), BATCH_AXES), stats
+        )
 
     return jax.shard_map(
         local,

@@ -44,9 +44,7 @@ class GShard:
         valid_GSK = jnp.ones(ids_GSK.shape, bool)
         if inputs.train and self.random_second:
             positions = ids_GSK.shape[1] // inputs.keys_GR.shape[1]
-            noise_GS = row_uniform(
-                inputs.keys_GR, SECOND_EXPERT, (positions,), weights_GSK.dtype
-            )
+            noise_GS = row_uniform(inputs.keys_GR, SECOND_EXPERT, (positions,), weights_GSK.dtype)
             valid_GSK = valid_GSK.at[..., 1].set(noise_GS < 2 * weights_GSK[..., 1])
         balance = balance_loss(
             probs_GSE,
