@@ -100,69 +100,85 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices, False for vectors (norm weights, biases).
-
-    A leaf's own rank decides, so leaves stacked over layers count one axis less: their tree says
-    `stack` above them.
-    """
-
-    def is_matrix(path, leaf):
-        stacked = any(getattr(key, "key", None) == "stack" for key in path)
-        return leaf.ndim - stacked >= 2
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+def _decayed(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Weight decay of matrices; `Optimizer` calls rules on one leaf of one layer at a time."""
+    return optax.add_decayed_weights(
+        config.weight_decay, mask=lambda leaf: jax.tree.map(lambda x: x.ndim >= 2, leaf)
+    )
 
 
-def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """optax's Adam with both moments in `moment_dtype`; the update itself in the weights' dtype."""
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.moment_dtype == "param":
         return adam
-    dtype = jnp.dtype(config.moment_dtype)
 
-    def store(state):
-        return state._replace(
-            mu=jax.tree.map(lambda m: m.astype(dtype), state.mu),
-            nu=jax.tree.map(lambda n: n.astype(dtype), state.nu),
-        )
+    def cast(state, dtype):
+        return state._replace(mu=state.mu.astype(dtype), nu=state.nu.astype(dtype))
 
-    def init(params):
-        return store(adam.init(params))
+    def init(leaf):
+        return cast(adam.init(leaf), config.moment_dtype)
 
-    def update(updates, state, params=None):
-        wide = state._replace(
-            mu=jax.tree.map(lambda m, g: m.astype(g.dtype), state.mu, updates),
-            nu=jax.tree.map(lambda n, g: n.astype(g.dtype), state.nu, updates),
-        )
-        updates, state = adam.update(updates, wide, params)
-        return updates, store(state)
+    def update(gradient, state, leaf=None):
+        step, state = adam.update(gradient, cast(state, gradient.dtype), leaf)
+        return step, cast(state, config.moment_dtype)
 
     return optax.GradientTransformation(init, update)
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.chain(
-        scale_by_adam(config), optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
-    )
+    return optax.chain(_adam(config), _decayed(config))
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """Factored second moments (Shazeer and Stern, arXiv 1804.04235), without relative steps."""
     return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), _decayed(config)
     )
 
 
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule, learning rate included; gradients are clipped by the train step.
+class Optimizer:
+    """An update rule applied leaf by leaf, and for stacked layers layer by layer.
 
-    The step clips because the norm is reported anyway and one pass over the gradients is enough.
+    So a rule that looks at a whole matrix (Adafactor) does the same to scanned layers as to
+    unrolled ones, and the state of a leaf has the leaf's layout: it is stacked and split with the
+    parameters.  Leaves whose path names a norm are not decayed whatever their rank.
+
+    Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
     """
-    rule = lookup(OPTIMIZERS, config.name, "optimizer.name")(config)
-    return optax.chain(rule, optax.scale_by_learning_rate(make_schedule(config, steps)))
+
+    def __init__(self, config: OptimizerConfig, steps: int):
+        self.schedule = make_schedule(config, steps)
+        self._rule = lookup(OPTIMIZERS, config.name, "optimizer.name")(config)
+        plain = dataclasses.replace(config, weight_decay=0.0)
+        self._no_decay = lookup(OPTIMIZERS, config.name, "optimizer.name")(plain)
+
+    def init(self, params: Any) -> Any:
+        """State: the tree of `params` with the rule's state in place of each leaf."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._for(path)[0](leaf), params
+        )
+
+    def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
+        """New parameters and state after `step` (from 0)."""
+        rate = self.schedule(step)
+
+        def one(path, param, gradient, state):
+            direction, state = self._for(path)[1](gradient, state, param)
+            return param - (rate * direction).astype(param.dtype), state
+
+        pairs = jax.tree_util.tree_map_with_path(one, params, gradients, state)
+        outer = jax.tree.structure(params)
+        flat = outer.flatten_up_to(pairs)
+        return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
+
+    def _for(self, path: tuple[Any, ...]):
+        """(init, update) for the leaf at `path`."""
+        keys = [str(getattr(key, "key", key)) for key in path]
+        rule = self._no_decay if any("norm" in key for key in keys) else self._rule
+        if "stack" in keys:
+            return jax.vmap(rule.init), jax.vmap(rule.update)
+        return rule.init, rule.update

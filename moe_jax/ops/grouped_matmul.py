@@ -90,16 +90,16 @@ def _locate(t, before, first, tile: int):
 
 def tiled_forward(x_ND, w_EDF, sizes_E):
     """Tiles in order; a tile's rows past its group are overwritten by the next group's first."""
-    N, D = x_ND.shape
+    N = x_ND.shape[0]
     tile = tile_rows(N, w_EDF.shape[0])
     before, first = _tiles(sizes_E, tile)
     x_ND = jnp.pad(x_ND, ((0, tile), (0, 0)))
 
     def body(t, y_NF):
         e, row, _ = _locate(t, before, first, tile)
-        x = jax.lax.dynamic_slice(x_ND, (row, 0), (tile, D))
+        x = jax.lax.dynamic_slice_in_dim(x_ND, row, tile)
         w = jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
-        return jax.lax.dynamic_update_slice(y_NF, x @ w, (row, 0))
+        return jax.lax.dynamic_update_slice_in_dim(y_NF, x @ w, row, 0)
 
     start = varying_like(jnp.zeros((N + tile, w_EDF.shape[2]), x_ND.dtype), x_ND)
     return jax.lax.fori_loop(0, before[-1], body, start)[:N]
@@ -116,8 +116,8 @@ def tiled_weight_gradient(x_ND, dy_NF, sizes_E):
     def body(t, dw_EDF):
         e, row, end = _locate(t, before, first, tile)
         inside = (row + jnp.arange(tile))[:, None] < end
-        x = jnp.where(inside, jax.lax.dynamic_slice(x_ND, (row, 0), (tile, D)), 0)
-        dy = jnp.where(inside, jax.lax.dynamic_slice(dy_NF, (row, 0), (tile, F)), 0)
+        x = jnp.where(inside, jax.lax.dynamic_slice_in_dim(x_ND, row, tile), 0)
+        dy = jnp.where(inside, jax.lax.dynamic_slice_in_dim(dy_NF, row, tile), 0)
         dw = jax.lax.dynamic_index_in_dim(dw_EDF, e) + (x.T @ dy)[None]
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw, e, 0)
 

@@ -1,0 +1,87 @@
+"""The training loss of one microbatch, as sums to be divided by the whole batch's counts."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from moe_jax.model.moe.types import MoEAux, MoEContext
+from moe_jax.model.stack import ModelDef, Params, forward, head_weight
+from moe_jax.ops.cross_entropy import CrossEntropy, cross_entropy
+
+
+class Counts(NamedTuple):
+    """What the sums of a whole global batch are divided by; known before any forward pass."""
+
+    targets: Float[Array, ""]  # positions that count in the language-model loss
+    tokens: Float[Array, ""]  # real tokens
+
+
+class LossSums(NamedTuple):
+    """Sums over a microbatch; microbatches add."""
+
+    lm: CrossEntropy
+    moe: MoEAux | None  # None for a dense model
+
+
+@dataclasses.dataclass(frozen=True)
+class LossValues:
+    """Means over the global batch: `total` is what was minimised."""
+
+    total: Float[Array, ""]
+    lm: Float[Array, ""]  # nats a target
+    logits_z: Float[Array, ""]
+    balance: Float[Array, ""]  # mean over MoE layers, unweighted; 1 when balanced
+    router_z: Float[Array, ""]  # mean over MoE layers, unweighted
+
+
+jax.tree_util.register_dataclass(LossValues)
+
+
+def count(batch: Any, dtype: Any) -> Counts:
+    """Counts of a data.pipeline.Batch of any leading shape."""
+    return Counts(
+        batch.loss_mask_BT.sum(dtype=jnp.int32).astype(dtype),
+        (batch.segments_BT > 0).sum(dtype=jnp.int32).astype(dtype),
+    )
+
+
+def loss_sums(
+    model: ModelDef, params: Params, batch: Any, context: MoEContext, mesh: Mesh
+) -> LossSums:
+    """Forward pass of one microbatch (a data.pipeline.Batch with axes B, T)."""
+    x_BTD, moe = forward(
+        model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
+    )
+    lm = cross_entropy(
+        x_BTD,
+        head_weight(model, params),
+        batch.targets_BT,
+        batch.loss_mask_BT,
+        z_weight=model.config.logits_z_weight,
+        chunk=model.config.loss_chunk,
+        mesh=mesh,
+    )
+    return LossSums(lm, moe)
+
+
+def loss_values(sums: LossSums, counts: Counts, model: ModelDef) -> LossValues:
+    """The loss whose gradients, over microbatches, add up to the global batch's.
+
+    Auxiliary losses are taken per layer and then averaged: pooling the layers first would let
+    opposite imbalances cancel.
+    """
+    targets, tokens = jnp.maximum(counts.targets, 1), jnp.maximum(counts.tokens, 1)
+    lm = sums.lm.nll_sum / targets
+    logits_z = sums.lm.z_sum / targets
+    total = sums.lm.loss_sum / targets
+    balance = router_z = jnp.zeros_like(lm)
+    if sums.moe is not None:
+        config = model.config.moe
+        balance = (sums.moe.router.balance.sum / tokens).mean().astype(lm.dtype)
+        router_z = (sums.moe.router.z.sum / tokens).mean().astype(lm.dtype)
+        total = total + config.balance_weight * balance + config.z_weight * router_z
+    return LossValues(total, lm, logits_z, balance, router_z)

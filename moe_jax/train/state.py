@@ -1,0 +1,80 @@
+"""What a run carries from step to step, where it lies on the mesh, and its form on disk."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.model.layout import Layout, to_layers, to_stacked
+from moe_jax.model.stack import ModelDef, init, is_axes
+from moe_jax.optim import Optimizer
+from moe_jax.parallel.rules import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Step counter, parameters, and the optimizer's state leaf by leaf beside them."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+
+
+jax.tree_util.register_dataclass(TrainState)
+
+
+def new_state(model: ModelDef, optimizer: Optimizer, key: jax.Array) -> TrainState:
+    """A fresh state; call it under jit with `state_shardings` as out_shardings."""
+    params = init(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
+    """Shapes and dtypes of the state; allocates nothing."""
+    optimizer_state = jax.eval_shape(optimizer.init, model.abstract)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state)
+
+
+def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
+    """Sharding of every parameter, from its logical axes."""
+    return jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
+
+
+def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Sharding of every leaf: moments lie as their parameter does, anything smaller everywhere."""
+    everywhere = NamedSharding(mesh, P())
+    params = param_shardings(model, mesh)
+    state = abstract_state(model, optimizer)
+
+    def beside(param, where, leaves):
+        return jax.tree.map(
+            lambda leaf: where if leaf.shape == param.shape else everywhere, leaves
+        )
+
+    moments = jax.tree.map(beside, state.params, params, state.optimizer)
+    return TrainState(everywhere, params, moments)
+
+
+def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
+    """The one form on disk: per-layer leaves under `params` and `optimizer`, whatever is scanned.
+
+    Stacked leaves are cut on the host's side of a save where they are cut at all: unrolled states
+    pass through untouched.
+    """
+    return {
+        "step": state.step,
+        "params": to_layers(state.params, layout),
+        "optimizer": to_layers(state.optimizer, layout),
+    }
+
+
+def from_disk(tree: dict[str, Any], layout: Layout) -> TrainState:
+    """Inverse of `to_disk`."""
+    return TrainState(
+        tree["step"],
+        to_stacked(tree["params"], layout),
+        to_stacked(tree["optimizer"], layout),
+    )
