@@ -1,0 +1,335 @@
+"""Tokenise a corpus into a store, once; a build that was killed goes on where it stopped.
+
+A shard of tokens is written whole, then a part file that lists the documents which begin in it.
+The part files are the journal: the next run counts them, skips the documents they list, and cuts
+the tokens already written off the last of those.  So a resumed build is byte-identical to one
+that was never stopped.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from moe_jax.data.config import DataConfig
+from moe_jax.data.corpora import Document, Stream, find_streams
+from moe_jax.data.store import (
+    SOURCE,
+    SPLITS,
+    START,
+    STORE_FORMAT,
+    Store,
+    array_spec,
+    first_line,
+    key_value_store,
+    open_store,
+    read_manifest,
+)
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.errors import UserError
+
+CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
+SHARD_TOKENS = 1 << 22  # one file
+DOCUMENTS_CHUNK = 1 << 16  # documents
+ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the token arrays' chunks and files."""
+
+    chunk: int = CHUNK_TOKENS
+    shard: int = SHARD_TOKENS
+
+
+def build(
+    config: DataConfig,
+    root: str | os.PathLike,
+    progress: Callable[[str], None] | None = None,
+    layout: Layout = Layout(),
+) -> Store:
+    """The store of `config` under `root`: opened if it is there, else built (or finished).
+
+    Stores lie in folders named by their fingerprint, so a changed file, tokenizer or split never
+    meets an old store.  Of several processes of one machine, one builds and the others wait.
+
+    Args:
+      config: the corpus, its tokenizer and the split.
+      root: folder of all stores, local or gs://.
+      progress: called with a line of text now and then.
+      layout: chunk and shard sizes.
+
+    Raises:
+      UserError: input that cannot be used (see corpora.py, tokenizers.py), or a corpus too small
+        to hold some of it out.
+    """
+    say = progress or (lambda line: None)
+    tokenizer = load_tokenizer(config.tokenizer)
+    streams = find_streams(config)
+    weights = [stream.weight for stream in streams]
+    fingerprint = store_fingerprint(config, streams, tokenizer, layout)
+    path = epath.Path(root) / fingerprint[:16]
+    with _lock(epath.Path(root), fingerprint[:16]):
+        manifest = read_manifest(path)
+        if manifest is None:
+            say(f"building the store {path}")
+            _write(path, config, streams, tokenizer, layout, fingerprint, say)
+        elif manifest["fingerprint"] != fingerprint:
+            raise UserError(f"{path} holds another store than its name says: delete it.")
+    return open_store(path, weights)
+
+
+def store_fingerprint(
+    config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: Layout
+) -> str:
+    """SHA-256 of all that decides what a store holds; paths and weights do not."""
+    payload = {
+        "format": STORE_FORMAT,
+        "layout": dataclasses.asdict(layout),
+        "tokenizer": tokenizer.identity,
+        "heldout_fraction": config.heldout_fraction,
+        "streams": [
+            [stream.name, stream.kind, stream.field, stream.sources, list(stream.digests())]
+            for stream in streams
+        ],
+    }
+    return hashlib.sha256(json.dumps(payload).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(root: epath.Path, name: str) -> Iterator[None]:
+    """Held by one process of a machine at a time and released when it dies; none on gs://."""
+    if "://" in os.fspath(root):
+        yield
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / f"{name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"The store cannot be written to {root} ({error.strerror}): set data.store."
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class HoldOut:
+    """Which documents are held out: a function of their content, so copies stay together.
+
+    A document is held out when the first 64 bits of its SHA-256, as a fraction, are below
+    `fraction`; in a stream where none is, the document with the smallest is.
+    """
+
+    def __init__(self, streams: tuple[Stream, ...], fraction: float):
+        self._limit = int(fraction * 2**64)
+        self._chosen: set[int] = set()
+        for stream in streams:
+            smallest = min((self._key(doc.text) for doc in stream.documents()), default=None)
+            if smallest is None:
+                raise UserError(f"data: {stream.name!r} holds no documents: name other files.")
+            if smallest >= self._limit:
+                self._chosen.add(smallest)
+        for stream in streams:
+            if all(self.split(doc.text) == "heldout" for doc in stream.documents()):
+                raise UserError(
+                    f"data: {stream.name!r} is too small to train on some of it and hold some "
+                    "out: it needs at least two different documents (a single text file counts "
+                    "as one for every 8,192 characters)."
+                )
+
+    def split(self, text: str) -> str:
+        """train or heldout."""
+        key = self._key(text)
+        return "heldout" if key < self._limit or key in self._chosen else "train"
+
+    @staticmethod
+    def _key(text: str) -> int:
+        return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+
+
+def _write(
+    path: epath.Path,
+    config: DataConfig,
+    streams: tuple[Stream, ...],
+    tokenizer: Tokenizer,
+    layout: Layout,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> None:
+    """Write both splits, then the manifest that makes the store a finished one."""
+    hold_out = HoldOut(streams, config.heldout_fraction)
+    sources = [source for stream in streams for source in stream.sources]
+    ids = {source: i for i, source in enumerate(sources)}
+    stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
+    bounds = {}
+    for split in SPLITS:
+        documents = (
+            document
+            for stream in streams
+            for document in stream.documents()
+            if hold_out.split(document.text) == split
+        )
+        writer = _SplitWriter(path / split, tokenizer, layout, ids)
+        total, table = writer.write(documents, lambda line, split=split: say(f"{split}: {line}"))
+        first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))
+        bounds[split] = [*table[first, START].tolist(), total]
+    manifest = {
+        "format": STORE_FORMAT,
+        "fingerprint": fingerprint,
+        "tokenizer": tokenizer.identity,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "streams": [stream.name for stream in streams],
+        "sources": sources,
+        "splits": bounds,
+    }
+    folder = key_value_store(path)
+    folder.write("manifest.json", json.dumps(manifest, indent=1).encode()).result()
+    for split in SPLITS:
+        folder.delete_range(ts.KvStore.KeyRange(f"{split}/parts/", f"{split}/parts0")).result()
+
+
+class _SplitWriter:
+    """Writes one split, shard by shard."""
+
+    def __init__(
+        self, path: epath.Path, tokenizer: Tokenizer, layout: Layout, source_ids: dict[str, int]
+    ):
+        self._path = path
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._source_ids = source_ids
+        self._folder = key_value_store(path)
+        self._parts = self._read_parts()
+        spec = array_spec(path / "tokens")
+        if not self._parts:
+            dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+            spec["metadata"] = _tokens_metadata(layout, dtype)
+        fresh = not self._parts
+        self._tokens = ts.open(spec, open=not fresh, create=fresh, delete_existing=fresh).result()
+
+    def write(
+        self, documents: Iterator[Document], say: Callable[[str], None]
+    ) -> tuple[int, np.ndarray]:
+        """Write the split; returns its tokens and its documents [documents, 3]."""
+        start = end = len(self._parts) * self._layout.shard  # next document's, next token's place
+        if self._parts:  # the last document listed may go on: tokenise it again
+            known = np.concatenate(self._parts)
+            start = int(known[-1, START])
+            documents = itertools.islice(documents, len(known) - 1, None)
+            say(f"resuming after {end:,} tokens")
+        buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
+        filled, rows = 0, []
+        for document, ids in self._encoded(documents):
+            if start == end:
+                size = len(document.text.encode("utf-8")) + 1  # the eos counts as one byte
+                rows.append((start, size, self._source_ids[document.source]))
+            rest = ids[end - start :]
+            start = end = start + len(ids)
+            while len(rest):
+                piece = rest[: len(buffer) - filled]
+                buffer[filled : filled + len(piece)] = piece
+                filled, rest = filled + len(piece), rest[len(piece) :]
+                if filled == len(buffer):
+                    self._write_tokens(buffer, len(self._parts))
+                    self._write_part(np.array(rows, np.int64).reshape(-1, 3))
+                    filled, rows = 0, []
+                    say(f"{len(self._parts) * len(buffer):,} tokens")
+        if filled:
+            self._write_tokens(buffer[:filled], len(self._parts))
+        table = np.concatenate([*self._parts, np.array(rows, np.int64).reshape(-1, 3)])
+        self._write_documents(table)
+        say(f"{end:,} tokens in {len(table):,} documents")
+        return end, table
+
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Each document with its token ids and eos; the tokenizer gets many at once."""
+        batch, size = [], 0
+        for document in documents:
+            batch.append(document)
+            size += len(document.text)
+            if size >= ENCODE_CHARACTERS:
+                yield from self._encode(batch)
+                batch, size = [], 0
+        yield from self._encode(batch)
+
+    def _encode(self, batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        for document, ids in zip(batch, encoded, strict=True):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+                raise UserError(
+                    f"{document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, beyond "
+                    f"its {self._tokenizer.vocab_size}: use one whose vocabulary is whole."
+                )
+            yield document, np.append(ids, self._tokenizer.eos_id)
+
+    def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
+        start = shard * self._layout.shard
+        stop = start + len(tokens)
+        with _writing(self._path):
+            self._tokens = self._tokens.resize(exclusive_max=[stop]).result()
+            self._tokens[start:stop].write(tokens).result()
+
+    def _write_part(self, rows: np.ndarray) -> None:
+        file = io.BytesIO()
+        np.save(file, rows, allow_pickle=False)
+        with _writing(self._path):
+            self._folder.write(f"parts/{len(self._parts):08d}", file.getvalue()).result()
+        self._parts.append(rows)
+
+    def _read_parts(self) -> list[np.ndarray]:
+        keys = sorted(self._folder.list(ts.KvStore.KeyRange("parts/", "parts0")).result())
+        values = [self._folder.read(key).result().value for key in keys]
+        return [np.load(io.BytesIO(value), allow_pickle=False) for value in values]
+
+    def _write_documents(self, table: np.ndarray) -> None:
+        spec = array_spec(self._path / "documents")
+        spec["metadata"] = {
+            "shape": list(table.shape),
+            "data_type": "int64",
+            "chunk_grid": _regular([DOCUMENTS_CHUNK, 3]),
+            "codecs": CODECS,
+        }
+        with _writing(self._path):
+            array = ts.open(spec, create=True, delete_existing=True).result()
+            array.write(table).result()
+
+
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def _regular(shape: list[int]) -> dict[str, Any]:
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+def _tokens_metadata(layout: Layout, dtype: str) -> dict[str, Any]:
+    """zarr3 metadata of an empty token array: checksummed chunks inside shards."""
+    sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
+    return {
+        "shape": [0],
+        "data_type": dtype,
+        "chunk_grid": _regular([layout.shard]),
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # tensorstore raises ValueError and others
+        raise UserError(
+            f"{path} cannot be written ({first_line(error)}): free its disk or set data.store."
+        ) from error

@@ -1,0 +1,130 @@
+"""Global batches on the devices, assembled by a background thread ahead of the step."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from moe_jax.data.pipeline import Batch
+
+RowsFn = Callable[[int, np.ndarray], Batch]
+
+
+class DeviceFeed(Iterator[tuple[int, Batch]]):
+    """Yields (step, batch) for consecutive steps; a batch holds global jax.Arrays.
+
+    Arrays are [accumulation, rows, T] (`row_B`: [accumulation, rows]); the row at [a, i] is row
+    `a * rows + i` of the step.  Each host reads only the rows its own devices hold, each once.
+
+    Attributes:
+      last_wait: seconds the consumer waited for its last batch.
+    """
+
+    def __init__(
+        self,
+        rows_fn: RowsFn,
+        shape: tuple[int, int, int],
+        shardings: tuple[Sharding, Sharding],
+        start: int,
+        stop: int | None = None,
+        depth: int = 2,
+    ):
+        """Starts the thread.
+
+        Args:
+          rows_fn: (step, row ids) -> Batch of NumPy arrays, such as `Batches.rows`.
+          shape: (accumulation, rows, T) of the global batch.
+          shardings: of the [accumulation, rows, T] arrays and of [accumulation, rows].
+          start: first step.
+          stop: the step after the last; None: without end.
+          depth: batches held ready.
+        """
+        self.last_wait = 0.0
+        self._assemble = _Assembler(rows_fn, shape, shardings)
+        self._free = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue[tuple[int, Batch] | BaseException | None] = (
+            queue.SimpleQueue()
+        )
+        self._closed = threading.Event()
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(start, stop), name="data-feed", daemon=True
+        )
+        self._thread.start()
+
+    def __next__(self) -> tuple[int, Batch]:
+        """The next step's batch.
+
+        Raises:
+          StopIteration: after the last step, or when closed.
+          Exception: whatever reading raised, with its traceback.
+        """
+        if self._end is not None:
+            raise self._end
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.last_wait = time.perf_counter() - began
+        if isinstance(item, tuple):
+            self._free.release()
+            return item
+        self._end = StopIteration() if item is None else item
+        raise self._end
+
+    def close(self) -> None:
+        """Stop and join the thread; batches held ready are dropped."""
+        self._closed.set()
+        self._free.release()
+        self._thread.join()
+        self._end = self._end or StopIteration()
+
+    def __enter__(self) -> "DeviceFeed":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _run(self, start: int, stop: int | None) -> None:
+        step = start
+        try:
+            while stop is None or step < stop:
+                self._free.acquire()
+                if self._closed.is_set():
+                    break
+                self._ready.put((step, self._assemble(step)))
+                step += 1
+            self._ready.put(None)
+        except BaseException as error:  # the consumer raises it
+            self._ready.put(error)
+
+
+class _Assembler:
+    """Global arrays of one step from the rows this host needs."""
+
+    def __init__(
+        self, rows_fn: RowsFn, shape: tuple[int, int, int], shardings: tuple[Sharding, Sharding]
+    ):
+        self._rows_fn = rows_fn
+        self._shape = shape
+        self._shardings = shardings
+        needed = np.zeros(shape[:2], bool)
+        for index in shardings[0].addressable_devices_indices_map(shape).values():
+            needed[index[:2]] = True
+        for index in shardings[1].addressable_devices_indices_map(shape[:2]).values():
+            needed[index] = True
+        self._row_ids = np.flatnonzero(needed)
+        # Place of global row [a, i] among the rows read.
+        self._place = (np.cumsum(needed.ravel()) - 1).reshape(shape[:2])
+
+    def __call__(self, step: int) -> Batch:
+        return Batch(*(self._array(rows) for rows in self._rows_fn(step, self._row_ids)))
+
+    def _array(self, rows: np.ndarray) -> jax.Array:
+        shape = self._shape if rows.ndim == 2 else self._shape[:2]
+        sharding = self._shardings[0 if rows.ndim == 2 else 1]
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: rows[(self._place[index[:2]], *index[2:])]
+        )

@@ -1,0 +1,219 @@
+"""Rows of a batch as a pure function of (seed, step, row).
+
+A window is `sequence_length + 1` tokens of a split's stream, beginning at a multiple of
+`sequence_length`: every token but a stream's first is a target exactly once an epoch.  Which
+window a row holds follows from the seed and `step * batch_size + row` alone (Grain's random access
+shuffle, repeat and mix), never from what was read before, by whom or on how many hosts.
+
+Axes: B rows asked for, T positions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
+from moe_jax.errors import UserError
+
+HELDOUT_SEED = 0  # every run evaluates on the same windows in the same order
+
+
+class Batch(NamedTuple):
+    """Some rows of a batch; NumPy arrays here, jax.Arrays of the global batch from a feed.
+
+    Where `loss_mask_BT` is False, target, source and bytes say nothing.
+    """
+
+    tokens_BT: Any  # int32
+    targets_BT: Any  # int32, the next token
+    segments_BT: Any  # int32, 1.. by document within the row; 0 is padding
+    positions_BT: Any  # int32, from the row's start, or the document's when confined
+    loss_mask_BT: Any  # bool, the target is a token (and, when confined, of the same document)
+    sources_BT: Any  # int32, source id of the target
+    bytes_BT: Any  # int32, UTF-8 bytes of the target; a document's sum is exact (eos counts 1)
+    row_B: Any  # int32, row of the global batch
+
+
+class Windows:
+    """The windows of a split, numbered through all its streams.
+
+    Attributes:
+      starts: number of each stream's first window, then the number of windows.
+    """
+
+    def __init__(self, split: Split, pad_id: int, sequence_length: int, confine: bool):
+        self._split = split
+        self._pad_id = pad_id
+        self._T = sequence_length
+        self._confine = confine
+        lengths = np.diff(split.bounds)
+        counts = -(-np.maximum(lengths - 1, 0) // sequence_length)
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        document_starts = split.documents[:, START]
+        self._document_starts = np.append(document_starts, split.num_tokens)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def bounds(self, windows: Int[np.ndarray, "B"]) -> tuple[np.ndarray, np.ndarray]:
+        """First token of each window and the token after its last; equal for window -1."""
+        stream = np.searchsorted(self.starts, windows, side="right") - 1
+        stream = np.clip(stream, 0, len(self.starts) - 2)
+        start = self._split.bounds[stream] + (windows - self.starts[stream]) * self._T
+        stop = np.minimum(start + self._T + 1, self._split.bounds[stream + 1])
+        empty = windows < 0
+        return np.where(empty, 0, start), np.where(empty, 0, stop)
+
+    def batch(self, windows: Int[np.ndarray, "B"], row_ids: Int[np.ndarray, "B"]) -> Batch:
+        """Rows holding these windows; window -1 is a row of padding.
+
+        Raises:
+          UserError: tokens that cannot be read.
+        """
+        B, T = len(windows), self._T
+        start_B, stop_B = self.bounds(windows)
+        text_BU = np.full((B, T + 1), self._pad_id, np.int32)  # U = T + 1
+        rows = [b for b in range(B) if stop_B[b] > start_B[b]]
+        ranges = [(int(start_B[b]), int(stop_B[b])) for b in rows]
+        for b, tokens in zip(rows, self._split.read(ranges), strict=True):
+            text_BU[b, : len(tokens)] = tokens
+
+        # A stream's last window is short.  Its last token has no target: it is padding as input.
+        place_BU = start_B[:, None] + np.arange(T + 1)
+        real_BT = place_BU[:, 1:] < stop_B[:, None]
+        place_BU = np.minimum(place_BU, np.maximum(stop_B - 1, 0)[:, None])
+        document_BU = np.searchsorted(self._document_starts, place_BU, side="right") - 1
+        here_BT, next_BT = document_BU[:, :-1], document_BU[:, 1:]
+        segments_BT = np.where(real_BT, here_BT - here_BT[:, :1] + 1, 0)
+        positions_BT = np.broadcast_to(np.arange(T), (B, T))
+        loss_mask_BT = real_BT
+        if self._confine:
+            began_BT = np.maximum(self._document_starts[here_BT], start_B[:, None])
+            positions_BT = np.where(real_BT, place_BU[:, :-1] - began_BT, 0)
+            loss_mask_BT = real_BT & (here_BT == next_BT)
+        return Batch(
+            tokens_BT=np.where(real_BT, text_BU[:, :-1], np.int32(self._pad_id)),
+            targets_BT=np.where(real_BT, text_BU[:, 1:], np.int32(self._pad_id)),
+            segments_BT=segments_BT.astype(np.int32),
+            positions_BT=positions_BT.astype(np.int32),
+            loss_mask_BT=loss_mask_BT,
+            sources_BT=self._split.documents[next_BT, SOURCE].astype(np.int32),
+            bytes_BT=self._bytes(place_BU[:, 1:], next_BT),
+            row_B=np.asarray(row_ids, np.int32),
+        )
+
+    def _bytes(self, place_BT: np.ndarray, document_BT: np.ndarray) -> np.ndarray:
+        """Bytes of the token at each place: its document's, spread evenly over its tokens.
+
+        Sums over whole documents are exact for any tokenizer, and every token of the byte
+        tokenizer gets exactly 1.
+        """
+        first_BT = self._document_starts[document_BT]
+        length_BT = self._document_starts[document_BT + 1] - first_BT
+        size_BT = self._split.documents[document_BT, BYTES]
+        index_BT = place_BT - first_BT
+        bytes_BT = (index_BT + 1) * size_BT // length_BT - index_BT * size_BT // length_BT
+        return bytes_BT.astype(np.int32)
+
+
+class Batches:
+    """Training rows: `rows(step, row_ids)` for any step, in any order, on any host."""
+
+    def __init__(self, windows: Windows, weights: Sequence[float], seed: int, batch_size: int):
+        self.batch_size = batch_size
+        self._windows = windows
+        streams = []
+        for i, (start, stop) in enumerate(
+            zip(windows.starts[:-1], windows.starts[1:], strict=True)
+        ):
+            stream_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+            numbers = grain.MapDataset.range(int(start), int(stop))
+            streams.append(numbers.seed(stream_seed).shuffle().repeat())
+        self._order = grain.MapDataset.mix(streams, weights)
+
+    @classmethod
+    def for_training(
+        cls, store: Store, seed: int, batch_size: int, sequence_length: int, confine: bool = False
+    ) -> "Batches":
+        """Shuffled windows of the store's training split, each stream repeated for ever.
+
+        Args:
+          store: an open store; its weights mix the streams.
+          seed: below 2**32; orders the windows.
+          batch_size: rows a step, over all hosts.
+          sequence_length: T.
+          confine: targets and positions stop at document borders, as attention then does.
+
+        Raises:
+          UserError: a sequence longer than the split, or fewer windows than a batch has rows.
+        """
+        windows = Windows(store.train, store.pad_id, sequence_length, confine)
+        _check_length(store.train, sequence_length, "training")
+        if len(windows) < batch_size:
+            raise UserError(
+                f"The training text makes {len(windows)} rows of {sequence_length} tokens, fewer "
+                f"than one batch of {batch_size}: add text, or lower train.batch_size or "
+                "data.sequence_length."
+            )
+        if np.any(np.diff(windows.starts) == 0):
+            name = store.streams[int(np.argmin(np.diff(windows.starts)))]
+            raise UserError(f"data.mixture.{name} has no text to train on: add some or remove it.")
+        return cls(windows, store.weights, seed, batch_size)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Windows in the training split."""
+        return len(self._windows)
+
+    def window_ids(self, step: int, row_ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+        """Which windows the rows of a step hold (example ids, for audits)."""
+        first = step * self.batch_size
+        return np.array([self._order[first + int(row)] for row in row_ids], np.int64)
+
+    def rows(self, step: int, row_ids: Int[np.ndarray, "B"]) -> Batch:
+        """Rows `row_ids` (0 .. batch_size - 1) of the global batch of `step`."""
+        return self._windows.batch(self.window_ids(step, row_ids), row_ids)
+
+
+class HeldOut:
+    """Every held-out window once, in a fixed pseudo-random order; `len()` batches.
+
+    Any first few batches are a fair sample.  The last batch is filled with rows of padding.
+    """
+
+    def __init__(self, store: Store, batch_size: int, sequence_length: int, confine: bool = False):
+        """See `Batches.for_training`.
+
+        Raises:
+          UserError: a sequence longer than the held-out split.
+        """
+        _check_length(store.heldout, sequence_length, "held-out")
+        self.batch_size = batch_size
+        self._windows = Windows(store.heldout, store.pad_id, sequence_length, confine)
+        self._order = np.random.Generator(np.random.Philox(HELDOUT_SEED)).permutation(
+            len(self._windows)
+        )
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._windows) / self.batch_size)
+
+    def rows(self, index: int, row_ids: Int[np.ndarray, "B"]) -> Batch:
+        """Rows `row_ids` (0 .. batch_size - 1) of batch `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"held-out batch {index} of {len(self)}")
+        places = index * self.batch_size + np.asarray(row_ids)
+        inside = places < len(self._order)
+        windows = np.where(inside, self._order[np.where(inside, places, 0)], -1)
+        return self._windows.batch(windows, row_ids)
+
+
+def _check_length(split: Split, sequence_length: int, what: str) -> None:
+    if split.num_tokens < sequence_length + 1:
+        raise UserError(
+            f"The {what} text has {split.num_tokens} tokens, fewer than data.sequence_length "
+            f"({sequence_length}) and one more: lower it or add text."
+        )
