@@ -1,0 +1,130 @@
+"""Names, shapes and digests of the leaves of a checkpoint."""
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from moe_jax.errors import UserError
+
+Leaf = jax.ShapeDtypeStruct
+_SLACK = 64 * 2**20  # bytes beside the arrays: metadata, part-filled blocks
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """`tree`'s leaves by name, such as `params/blocks/3/moe/w_in`, in the order of the tree.
+
+    Dict keys, sequence indices and NamedTuple fields are joined by `/`.  An nnx Variable is a leaf:
+    the attribute its value sits under is not part of the name.
+
+    Raises:
+      ValueError: two leaves have one name.
+    """
+    names: dict[str, Any] = {}
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+            path = path[:-1]
+        name = keystr(path, simple=True, separator="/")
+        if name in names:
+            raise ValueError(f"two leaves are called {name!r}")
+        names[name] = leaf
+    return names
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of named leaves: the one form that is on disk."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def abstract(leaf: Any) -> Leaf:
+    """Shape, dtype and, for arrays on devices, sharding of an array, scalar or ShapeDtypeStruct.
+
+    Raises:
+      TypeError: a typed PRNG key; store `jax.random.key_data` of it.
+    """
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError("a typed PRNG key has no stable bytes: store jax.random.key_data(key)")
+    return Leaf(tuple(leaf.shape), leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def check_same(where: str, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
+    """Raises UserError naming the first leaf whose presence, shape or dtype differs."""
+    for name in sorted(set(saved) | set(wanted)):
+        there, here = _text(saved.get(name)), _text(wanted.get(name))
+        if there != here:
+            raise UserError(
+                f"{where} holds another model or optimizer: {name} is {there} there and {here} "
+                f"in this config; use the config of that run or another --workdir."
+            )
+
+
+def _text(leaf: Leaf | None) -> str:
+    if leaf is None:
+        return "absent"
+    return f"{np.dtype(leaf.dtype).name}[{','.join(str(n) for n in leaf.shape)}]"
+
+
+def array_digest(leaves: Iterable[tuple[str, Any]]) -> str:
+    """SHA-256 (64 hex digits) of named arrays; says nothing about devices, mesh or file layout.
+
+    Over the leaves in order of name: name, dtype, shape, then the little-endian bytes.
+
+    Args:
+      leaves: (name, array) in ascending order of name, so that a checkpoint larger than memory
+        can be streamed.  The whole of each array must be readable on this host.
+
+    Raises:
+      ValueError: names out of order.
+    """
+    digest = hashlib.sha256()
+    previous = ""
+    for name, leaf in leaves:
+        if name <= previous:
+            raise ValueError(f"{name!r} comes after {previous!r}: sort the leaves by name")
+        previous = name
+        array = np.ascontiguousarray(leaf)
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        shape = ",".join(str(n) for n in np.shape(leaf))
+        digest.update(f"{name}\0{array.dtype.name}\0{shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def disk_needed(tree: Any) -> int:
+    """Bytes one checkpoint of `tree` (arrays or ShapeDtypeStructs) takes, rounded up a little."""
+    leaves = [abstract(leaf) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves) + _SLACK
+
+
+def check_disk(root: os.PathLike[str] | str, needed: int) -> None:
+    """Raises UserError if the file system of `root` (which need not exist) lacks `needed` bytes.
+
+    Remote paths such as gs:// are not checked: object stores have no free space to ask for.
+    """
+    if "://" in os.fspath(root):
+        return
+    path = epath.Path(root).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise UserError(
+            f"A checkpoint needs {needed / 2**30:.2f} GiB and {root} has {free / 2**30:.2f} GiB "
+            f"free: make room or choose another --workdir."
+        )
