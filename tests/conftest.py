@@ -27,7 +27,7 @@ for _name, _value in JAX_SETTINGS.items():
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Before the first import of moe_jax: from here on its signatures are checked at each call.
-jaxtyping.install_import_hook("moe_jax", "beartype.beartype")
+jaxtyping.install_import_hook("moe_jax", "signatures.check")
 
 
 class Finished(NamedTuple):
