@@ -1,5 +1,6 @@
 """What every test stands on: 8 virtual CPU devices, checked signatures, a warm compile cache."""
 
+import json
 import os
 import subprocess
 import sys
@@ -87,3 +88,33 @@ def x64():
     """float64 for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def golden() -> Callable[..., None]:
+    """`golden("name", value)`: value equals tests/golden/name.json, floats within `rtol`.
+
+    Under MOE_JAX_WRITE_GOLDENS=1 a missing file is written, and the test fails once so that
+    nobody refreshes by accident.
+    """
+
+    def compare(name: str, value: object, rtol: float = 0.0) -> None:
+        path = ROOT / "tests" / "golden" / f"{name}.json"
+        value = json.loads(json.dumps(value))
+        if not path.exists():
+            if os.environ.get("MOE_JAX_WRITE_GOLDENS") == "1":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            pytest.fail(f"{path} was missing: see Goldens in CONTRIBUTING.md")
+        expected = json.loads(path.read_text())
+        assert jax.tree.structure(value) == jax.tree.structure(expected)
+        for (where, new), old in zip(
+            jax.tree.leaves_with_path(value), jax.tree.leaves(expected), strict=True
+        ):
+            where = jax.tree_util.keystr(where)
+            if isinstance(old, float):
+                assert new == pytest.approx(old, rel=rtol, abs=0), where
+            else:
+                assert new == old, where
+
+    return compare

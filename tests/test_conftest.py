@@ -79,3 +79,16 @@ def test_a_started_process_has_one_device_and_the_cache(run_cli, tmp_path):
     )
     done = run_cli(["probe"])
     assert done.out.split() == ["1", "cpu", jax.config.jax_compilation_cache_dir], done.err
+
+
+def test_golden_compares_and_refuses_what_moved(golden, monkeypatch, tmp_path):
+    monkeypatch.setitem(golden.__globals__, "ROOT", tmp_path)
+    monkeypatch.setenv("MOE_JAX_WRITE_GOLDENS", "1")
+    value = {"losses": [1.0, 2.0], "name": "tiny", "none": None}
+    with pytest.raises(pytest.fail.Exception, match="was missing"):
+        golden("tiny", value)
+    golden("tiny", value)
+    golden("tiny", value | {"losses": [1.0, 2.0 + 1e-9]}, rtol=1e-6)
+    for moved in ({"losses": [1.0, 2.1]}, {"losses": [1.0]}, {"name": "tiny2"}, {"none": 0}):
+        with pytest.raises(AssertionError):
+            golden("tiny", value | moved, rtol=1e-6)
