@@ -30,8 +30,8 @@ class Attention(nnx.Module):
         self.v_DJA = param(rngs, "v", (D, J, A), ("embed", *key_value), fan_in(D), own)
         out_init = residual_fan_in(H * A, config.num_layers)
         self.o_HAD = param(rngs, "o", (H, A, D), (*query, "embed"), out_init, own)
-        self.q_norm = _qk_norm(config, H, query, dtype, scoped(rngs, "q_norm"))
-        self.k_norm = _qk_norm(config, J, key_value, dtype, scoped(rngs, "k_norm"))
+        self.q_norm = _qk_norm(config, H, "heads", dtype, scoped(rngs, "q_norm"))
+        self.k_norm = _qk_norm(config, J, "kv_heads", dtype, scoped(rngs, "k_norm"))
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         k_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.k_DJA[...].astype(dtype))
         v_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.v_DJA[...].astype(dtype))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHA, k_BTJA = self.q_norm(q_BTHA), self.k_norm(k_BTJA)
+            q_BTHA, k_BTJA = _normed(self.q_norm, q_BTHA), _normed(self.k_norm, k_BTJA)
         q_BTHA, k_BTJA = apply_rope(q_BTHA, rope), apply_rope(k_BTJA, rope)
         out_BTHA = attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, self.implementation)
         out_BTHA = checkpoint_name(out_BTHA, ATTENTION_OUT)
@@ -53,12 +53,19 @@ class Attention(nnx.Module):
 
 
 def _qk_norm(
-    config: ModelConfig, heads: int, axes: tuple[str, str], dtype: Any, rngs: nnx.Rngs
+    config: ModelConfig, heads: int, axis: str, dtype: Any, rngs: nnx.Rngs
 ) -> RMSNorm | None:
     """Norm of queries or keys: none, each head by itself (Qwen3), or all together (OLMoE)."""
     if config.qk_norm == "none":
         return None
-    if config.qk_norm == "head":
-        return RMSNorm((config.head_dim,), axes[1:], eps=config.norm_eps, dtype=dtype, rngs=rngs)
-    shape = (heads, config.head_dim)
-    return RMSNorm(shape, axes, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+    size, axis = {
+        "head": (config.head_dim, "head_dim"),
+        "full": (heads * config.head_dim, axis),
+    }[config.qk_norm]
+    return RMSNorm(size, axis, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+
+
+def _normed(norm: RMSNorm, x_BTHA: Float[Array, "B T H A"]) -> Float[Array, "B T H A"]:
+    """`norm` over as many trailing numbers as it has weights: one head's, or all heads'."""
+    parts = x_BTHA.reshape(*x_BTHA.shape[:2], -1, norm.weight.shape[0])
+    return norm(parts).reshape(x_BTHA.shape)

@@ -19,10 +19,10 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or holds experts."""
 
     def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
-        norm, eps = ((config.width,), ("norm",)), config.norm_eps
-        self.attention_norm = RMSNorm(*norm, eps=eps, dtype=dtype, rngs=rngs)
+        D, eps = config.width, config.norm_eps
+        self.attention_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, dtype=dtype, rngs=scoped(rngs, "attention"))
-        self.ffn_norm = RMSNorm(*norm, eps=eps, dtype=dtype, rngs=rngs)
+        self.ffn_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
         self.ffn = (
             MoE(config, dtype=dtype, rngs=ffn_rngs)

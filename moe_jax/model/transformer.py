@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
             Block(config, layer=layer, dtype=dtype, rngs=scoped(scoped(rngs, "blocks"), layer))
             for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm((D,), ("norm",), eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(D, "norm", eps=config.norm_eps, dtype=dtype, rngs=rngs)
         self.head_DV = (
             None
             if config.tied_head
