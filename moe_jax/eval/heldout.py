@@ -1,0 +1,99 @@
+"""Held-out loss: with the eval capacity factor and without dropping, overall and per source."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.data.pipeline import Batch
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.types import MoEAux, MoEContext
+from moe_jax.model.stack import ModelDef, define, forward, head_weight
+from moe_jax.ops.cross_entropy import token_nll
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSums:
+    """Sums over held-out tokens; batches add.  Axis S: sources."""
+
+    nll_S: Any  # nats, eval capacity factor
+    nodrop_nll_S: Any  # nats, no token dropped
+    targets_S: Any
+    bytes_S: Any
+    moe: MoEAux | None
+
+
+jax.tree_util.register_dataclass(EvalSums)
+
+
+def never_dropping(model: ModelDef) -> ModelDef:
+    """The same parameters behind a dispatch path that drops nothing."""
+    moe = model.config.moe
+    if model.config.dense or moe.dispatch == "dense":
+        return model
+    options = {name: knobs for name, knobs in moe.options.items() if name != "dropless"}
+    moe = dataclasses.replace(moe, dispatch="dropless", options=options)
+    config: ModelConfig = dataclasses.replace(model.config, moe=moe)
+    return model if config == model.config else define(config, model.dtype)
+
+
+def make_eval_step(
+    model: ModelDef, num_sources: int, group_rows: int, mesh: Mesh
+) -> Callable[[Any, Batch], EvalSums]:
+    """(params, batch [1, B, T]) -> EvalSums; jit it."""
+    nodrop = never_dropping(model)
+
+    def nll(model: ModelDef, params, batch: Batch, context: MoEContext):
+        x_BTD, moe = forward(
+            model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
+        )
+        chunk = model.config.loss_chunk
+        head_DV = head_weight(model, params)
+        return token_nll(x_BTD, head_DV, batch.targets_BT, chunk=chunk, mesh=mesh), moe
+
+    def eval_step(params: Any, batch: Batch) -> EvalSums:
+        """Sums of one held-out batch."""
+        batch = jax.tree.map(lambda x: x[0], batch)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch.row_B)
+        mask_BT = batch.segments_BT > 0
+        context = MoEContext(batch.tokens_BT, mask_BT, keys_B, mesh, group_rows, train=False)
+        nll_BT, moe = nll(model, params, batch, context)
+        nodrop_BT = nll_BT if nodrop is model else nll(nodrop, params, batch, context)[0]
+
+        def by_source(values_BT):
+            values = jnp.where(batch.loss_mask_BT, values_BT, 0)
+            one_hot = batch.sources_BT[..., None] == jnp.arange(num_sources)
+            return jnp.where(one_hot, values[..., None], 0).sum((0, 1))
+
+        ones_BT = jnp.ones_like(batch.bytes_BT)
+        return EvalSums(
+            by_source(nll_BT), by_source(nodrop_BT), by_source(ones_BT), by_source(batch.bytes_BT), moe
+        )
+
+    return eval_step
+
+
+def eval_row(sums: EvalSums, sources: tuple[str, ...]) -> dict[str, Any]:
+    """The logged numbers; `sums` holds NumPy arrays over all held-out batches."""
+    targets, size = max(1, sums.targets_S.sum()), max(1, sums.bytes_S.sum())
+    present = [s for s in range(len(sources)) if sums.targets_S[s]]
+    row: dict[str, Any] = {
+        "eval_loss": float(sums.nll_S.sum() / targets),
+        "eval_loss_nodrop": float(sums.nodrop_nll_S.sum() / targets),
+        "eval_bits_per_byte": float(sums.nll_S.sum() / size / np.log(2)),
+        "eval_bits_per_byte_nodrop": float(sums.nodrop_nll_S.sum() / size / np.log(2)),
+        "eval_tokens": int(targets),
+    }
+    if sums.moe is not None:
+        stats = sums.moe.stats
+        wanted = (stats.assignments - stats.unsampled - stats.padding).sum()
+        dropped = (stats.dropped_capacity + stats.dropped_buffer).sum()
+        row["eval_drop_fraction"] = float(dropped / max(1, wanted))
+    row["eval_loss_by_source"] = {
+        sources[s]: float(sums.nll_S[s] / sums.targets_S[s]) for s in present
+    }
+    return row

@@ -1,0 +1,56 @@
+"""A few generated texts: plain greedy or temperature sampling, no token dropped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.eval.heldout import never_dropping
+from moe_jax.model.moe.types import MoEContext
+from moe_jax.model.stack import ModelDef, forward, head_weight
+from moe_jax.parallel.rules import sharding
+
+
+def make_sampler(
+    model: ModelDef, mesh: Mesh, *, seed: int, temperature: float, vocab_size: int
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """(params, tokens_BT, prompt length) -> tokens_BT with everything after the prompt generated.
+
+    Every token costs a forward pass over all T positions: simple, and enough for a look.
+
+    Args:
+      model, mesh: what to sample from; B must be a multiple of the batch shards.
+      seed: of the draws.
+      temperature: of the softmax; 0 takes the most likely token.
+      vocab_size: ids from here on (padding of the vocabulary) are never drawn.
+    """
+    model = never_dropping(model)
+
+    def sample(params: Any, tokens_BT: jax.Array, prompt: jax.Array) -> jax.Array:
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        ones_BT = jnp.ones((B, T), jnp.int32)
+        row_keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.key(seed), b))(jnp.arange(B))
+        head_DV = head_weight(model, params)
+
+        def one(t, tokens_BT):
+            context = MoEContext(tokens_BT, ones_BT > 0, row_keys, mesh, 1, train=False)
+            x_BTD, _ = forward(model, params, tokens_BT, positions_BT, ones_BT, context)
+            x_BD = jax.lax.dynamic_index_in_dim(x_BTD, t - 1, axis=1, keepdims=False)
+            logits_BV = x_BD.astype(jnp.float32) @ head_DV.astype(jnp.float32)
+            logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
+            keys_B = jax.vmap(lambda key: jax.random.fold_in(key, t))(row_keys)
+            drawn_B = jax.vmap(_draw)(keys_B, logits_BV).astype(jnp.int32)
+            return jax.lax.dynamic_update_slice_in_dim(tokens_BT, drawn_B[:, None], t, axis=1)
+
+        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, sharding(mesh, ("batch", None)))
+        return jax.lax.fori_loop(prompt, T, one, tokens_BT)
+
+    def _draw(key, logits_V):
+        if temperature == 0:
+            return jnp.argmax(logits_V)
+        return jax.random.categorical(key, logits_V / temperature)
+
+    return sample

@@ -1,0 +1,67 @@
+"""One step's device metrics as the row that is logged."""
+
+from typing import Any
+
+import numpy as np
+
+from moe_jax.model.moe.types import MoEAux
+
+
+def load_summary(load_LE: np.ndarray) -> dict[str, list[float]]:
+    """Per layer, from assignments an expert [L, E] before any drop."""
+    mean_L = np.maximum(load_LE.mean(1), 1e-9)
+    share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1)
+    entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-30))).sum(1)
+    return {
+        "load_max_over_mean": (load_LE.max(1) / mean_L).tolist(),
+        "load_min_over_mean": (load_LE.min(1) / mean_L).tolist(),
+        "load_cv": (load_LE.std(1) / mean_L).tolist(),
+        "effective_experts": np.exp(entropy_L).tolist(),
+        "dead_experts": (load_LE == 0).sum(1).tolist(),
+    }
+
+
+def moe_row(moe: MoEAux | None) -> dict[str, Any]:
+    """The experts' part of a row: totals over layers, and per-layer lists under `layers`.
+
+    `moe` holds NumPy arrays with a leading axis over MoE layers; a dense model has zeros.
+    """
+    if moe is None:
+        zeros = dict.fromkeys(("assignments", "kept", "dropped", "unsampled", "padding"), 0)
+        rest = {"drop_fraction": 0.0, "load_max_over_mean": 1.0, "dead_experts": 0}
+        return {**zeros, **rest, "router_entropy": 0.0, "layers": {}}
+    stats = moe.stats
+    total = {name: int(np.sum(value, dtype=np.int64)) for name, value in stats._asdict().items()}
+    dropped = total["dropped_capacity"] + total["dropped_buffer"]
+    wanted_L = np.maximum(stats.assignments - stats.unsampled - stats.padding, 1)
+    dropped_L = stats.dropped_capacity + stats.dropped_buffer
+    layers = load_summary(np.asarray(moe.load_E, np.float64))
+    router_L = {
+        "balance_loss": moe.router.balance,
+        "z_loss": moe.router.z,
+        "router_entropy": moe.router.entropy,
+    }
+    layers |= {
+        name: (mean.sum / np.maximum(mean.count, 1)).tolist() for name, mean in router_L.items()
+    }
+    layers |= {
+        "drop_fraction": (dropped_L / wanted_L).tolist(),
+        "dropped_capacity": stats.dropped_capacity.tolist(),
+        "dropped_buffer": stats.dropped_buffer.tolist(),
+        "lost_tokens": stats.lost_tokens.tolist(),
+    }
+    return {
+        "assignments": total["assignments"],
+        "kept": total["kept"],
+        "dropped": dropped,
+        "dropped_capacity": total["dropped_capacity"],
+        "dropped_buffer": total["dropped_buffer"],
+        "unsampled": total["unsampled"],
+        "padding": total["padding"],
+        "lost_tokens": total["lost_tokens"],
+        "drop_fraction": dropped / max(1, int(wanted_L.sum())),
+        "load_max_over_mean": max(layers["load_max_over_mean"]),
+        "dead_experts": int(sum(layers["dead_experts"])),
+        "router_entropy": float(np.mean(layers["router_entropy"])),
+        "layers": layers,
+    }
