@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checkpoint import Checkpoints, array_digest, check_disk, disk_needed, named_leaves
-
+from moe_jax.checkpoint.__main__ import main
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -364,7 +364,7 @@ def test_sigkill_during_saves(tmp_path, kill):
 def test_command_line(tmp_path, capsys):
     checkpoints = saved(tmp_path / "checkpoints", 2, 10, 30)
     flip_bit(files_of(tmp_path / "checkpoints", 30)[0])
-    assert cli(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["2", "10", "30"]
     assert [line.split()[-1] for line in lines[:2]] == [checkpoints.digest(s) for s in (2, 10)]
@@ -376,16 +376,16 @@ def test_command_line_lists_quarantine_apart(tmp_path, capsys):
     checkpoints = saved(tmp_path / "checkpoints", 1, 2)
     flip_bit(files_of(tmp_path / "checkpoints", 2)[0])
     checkpoints.latest_good()
-    assert cli(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
     streams = capsys.readouterr()
     assert len(streams.out.splitlines()) == 1 and "quarantine" in streams.err
 
 
 def test_command_line_without_checkpoints(tmp_path, capsys):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        cli(["moe-checkpoint", f"--workdir={tmp_path}"])
+        main(["moe-checkpoint", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="--workdir"):
-        cli(["moe-checkpoint"])
+        main(["moe-checkpoint"])
 
 
 def test_manifest_lists_the_weights(tmp_path):

@@ -1,0 +1,116 @@
+"""How the processes of a run start, stop and tell their launcher what to do next."""
+
+import os
+import re
+import signal
+from collections.abc import Mapping
+
+import jax
+from jax.experimental import multihost_utils
+
+from moe_jax.errors import UserError
+
+DONE = 0  # exit code: finished, or stopped by a person's STOP file
+FIX = 1  # something a person must fix
+DIVERGED = 3  # the loss is gone; running again would lose it again
+AGAIN = 42  # run the same command again: preempted, or the watchdog fired
+
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+    """Joins the processes of a run; must come before anything that touches a device.
+
+    With all three arguments they decide.  With none, the environment does: several tasks under
+    Slurm's srun, or several TPU hosts (TPU VM pods, GKE).  `process_count=1` alone means one
+    process whatever the environment says.
+
+    Args:
+      coordinator: HOST:PORT of process 0, reachable by all.
+      process_count: how many processes.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: some of the three are missing or impossible, or the environment is half there.
+    """
+    if (coordinator, process_count, process_id) == ("", 1, -1):
+        return
+    if coordinator or process_count or process_id != -1:
+        _check_explicit(coordinator, process_count, process_id)
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    elif detect(os.environ):
+        jax.distributed.initialize()
+
+
+def detect(environment: Mapping[str, str]) -> bool:
+    """Whether the environment asks for several processes; raises UserError if it is half there."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        missing = [name for name in _SLURM if name not in environment]
+        if missing:
+            raise UserError(
+                f"Slurm gives {tasks} tasks but {missing[0]} is not set: start through srun, or "
+                f"pass --process_count=1 for one process."
+            )
+        return True
+    if jax.config.jax_platforms == "cpu":
+        return False  # a TPU host may run on its CPU, alone
+    # Cloud TPU and GKE name the hosts of a pod here; jax prefers the first of the two.
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts and "TPU_WORKER_ID" not in environment:
+        raise UserError(
+            "TPU_WORKER_HOSTNAMES lists several hosts but TPU_WORKER_ID is not set: set it, or "
+            "pass --process_count=1 for one process."
+        )
+    # jax sets TPU_ML_PLATFORM where it finds TPU chips; there it can ask the metadata server,
+    # unless told not to.
+    can_ask = "TPU_ML_PLATFORM" in environment and "TPU_SKIP_MDS_QUERY" not in environment
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment or can_ask
+
+
+def lead() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+class Preemption:
+    """Notices SIGTERM; ask `reached` once every step, on every process.  Make it after `start`.
+
+    One process: our handler sets a flag.  Several: jax.distributed catches the signal and all
+    processes agree on one step to stop at; a handler of ours would silently disable that.
+    """
+
+    def __init__(self):
+        self._several = jax.distributed.is_initialized()
+        self._asked = False
+        if not self._several:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and exit with AGAIN after `step`; true on exactly one step if several."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def close(self) -> None:
+        """Gives SIGTERM back to whoever had it."""
+        if not self._several:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def _check_explicit(coordinator: str, process_count: int, process_id: int) -> None:
+    if not coordinator or process_count < 1 or process_id < 0:
+        raise UserError(
+            f"--coordinator={coordinator} --process_count={process_count} "
+            f"--process_id={process_id} do not make a process: give all three, HOST:PORT, the "
+            f"number of processes and this one's index from 0."
+        )
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator} has no port: write HOST:PORT.")
+    if process_id >= process_count:
+        raise UserError(
+            f"--process_id={process_id} is not below --process_count={process_count}: count from 0."
+        )

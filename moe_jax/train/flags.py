@@ -1,0 +1,212 @@
+"""The command line of every console command: absl flags, a config file and its overrides."""
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import FIX
+from moe_jax.registry import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a command; its type is the type of its default."""
+
+    name: str
+    default: str | int | float | bool
+    help: str
+
+
+class Parsed(NamedTuple):
+    """What `parse` found."""
+
+    config: ConfigDict  # empty for a command without --config
+    overrides: dict[str, Any]  # {"train.steps": 200}, as given on the command line
+    flags: Any  # values by attribute: workdir, devices and the extra ones
+
+
+# For commands that may run as several processes: what `distributed.start` takes.
+PROCESS_FLAGS = (
+    Flag("coordinator", "", "HOST:PORT of process 0, for several processes started by hand."),
+    Flag("process_count", 0, "How many processes; 1 ignores what the environment says."),
+    Flag("process_id", -1, "Which process this is, from 0."),
+)
+_COMMON = (
+    Flag("workdir", "", "Folder of the run, local or gs://."),
+    Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
+)
+_DEFINE = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+}
+
+
+def parse(
+    argv: Sequence[str], *, extra: Sequence[Flag] = (), config: bool = True, workdir: bool = True
+) -> Parsed:
+    """Reads a command line and applies --devices; call it before anything touches a device.
+
+    Args:
+      argv: the program's name and its arguments.
+      extra: flags beside --workdir and --devices.
+      config: whether the command takes --config=FILE.py[:ARG] and --config.a.b=VALUE.
+      workdir: whether the command needs --workdir.
+
+    Raises:
+      UserError: anything wrong with the arguments or with the config file.
+    """
+    known = [*_COMMON, *extra]
+    if {"--help", "-h"} & set(argv[1:]):
+        _print_help(argv[0], known, config)
+        sys.exit(0)
+    values = flags.FlagValues()
+    for flag in known:
+        _DEFINE[type(flag.default)](flag.name, flag.default, flag.help, flag_values=values)
+    arguments = list(argv)
+    if config:
+        path, arguments = _split_config(arguments)
+        loaded = load_config(path)
+        _check_keys(loaded, arguments)
+        config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=arguments)
+    stray = _read(values, arguments)
+    if stray:
+        raise UserError(f"{stray[0]!r} is not a flag: write --NAME=VALUE.")
+    found = SimpleNamespace(**{flag.name: values[flag.name].value for flag in known})
+    if workdir and not found.workdir:
+        raise UserError("--workdir is missing: name the folder of the run.")
+    _use_virtual_devices(found.devices)
+    if not config:
+        return Parsed(ConfigDict(), {}, found)
+    overrides = dict(config_flags.get_override_values(values["config"]))
+    return Parsed(values["config"].value, overrides, found)
+
+
+def load_config(path: str) -> ConfigDict:
+    """What `get_config` of FILE.py[:ARG] returns; an exception inside the file is not caught.
+
+    Raises:
+      UserError: no such file, no get_config in it, or it returns something else.
+    """
+    file, colon, argument = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"--config={path}: there is no file {file!r}.")
+    spec = importlib.util.spec_from_file_location("moe_jax_run_config", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: {file!r} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"--config={path}: {file!r} defines no get_config().")
+    if argument and not inspect.signature(get_config).parameters:
+        raise UserError(f"--config={path}: get_config() of {file!r} takes no argument.")
+    config = get_config(argument) if argument else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict."
+        )
+    return config
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Runs a command's `main(argv)` and exits: its result (None: 0), or 1 after an exception.
+
+    A UserError is printed as its one sentence, any other exception with its traceback.
+    """
+    failed = True
+    try:
+        code = main(sys.argv) or 0
+        failed = False
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        code = FIX
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = FIX
+    if failed and jax.distributed.is_initialized():
+        # An orderly exit waits for the other processes, and they wait for this one: for minutes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config and the arguments without it."""
+    path, rest = "", []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    if not path:
+        raise UserError("--config is missing: name a config file, such as configs/tiny.py.")
+    return path, rest
+
+
+def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises UserError for an override of a key that the config does not have."""
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        node: Any = config
+        above = "config"
+        for key in match[1].split(".") if match else ():
+            if not isinstance(node, ConfigDict):
+                raise UserError(f"{above} is a value and has no key {key!r}.")
+            if key not in node:
+                raise UserError(f"{above}.{key} is not a config key{suggest(key, node)}.")
+            node, above = node[key], f"{above}.{key}"
+
+
+def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses `argv` into `values`; returns what is no flag."""
+    try:
+        return values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(
+            f"--{error.flagname} is not a flag{suggest(error.flagname, values)}."
+        ) from None
+    except flags.IllegalFlagValueError as error:
+        # absl says: flag --NAME=VALUE: what its parser thought of it
+        given = str(error).removeprefix("flag ").split(": ")[0]
+        name = given.removeprefix("--").split("=")[0]
+        kind = values[name].flag_type() if name in values else "another type"
+        raise UserError(f"{given} is not valid: give a value of type {kind}.") from None
+    except flags.Error as error:
+        raise UserError(f"{str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _use_virtual_devices(count: int) -> None:
+    if count < 0:
+        raise UserError(f"--devices={count}: give 1 or more, or 0 for the machine's own.")
+    if count:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _print_help(program: str, known: Sequence[Flag], config: bool) -> None:
+    print(f"usage: {os.path.basename(program)} [--FLAG=VALUE ...]\n")
+    if config:
+        print("  --config=FILE.py[:ARG]  config file")
+        print("  --config.KEY=VALUE      override of one key of it, such as --config.train.steps=9")
+    for flag in known:
+        print(f"  --{flag.name}={flag.default!r}  {flag.help}")

@@ -1,0 +1,273 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+from moe_jax.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes and shows the rows of a run; does nothing on any process but the lead.
+
+    A row is a dict with `step` and numbers; per-layer lists stand under `layers`, other nested
+    dicts (per source, say) are welcome.  A number that is not finite becomes a string ("nan",
+    "inf", "-inf"), so that every line stays JSON and float() still reads it.
+
+    Args:
+      workdir: folder of the run, local.
+      total_steps: where the run ends.
+      is_lead: whether this is process 0.
+      resumed_step: the restored step; later rows are set aside.  None: a fresh start.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        total_steps: int,
+        is_lead: bool,
+        resumed_step: int | None,
+    ):
+        self._on = is_lead
+        if not is_lead:
+            return
+        self._total = total_steps
+        folder = pathlib.Path(workdir)
+        self._path = folder / METRICS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            truncate(self._path, resumed_step)
+            # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
+            self._file = open(self._path, "ab", buffering=0)
+            self._board = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"),
+                purge_step=None if resumed_step is None else resumed_step + 1,
+                write_to_disk=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written ({error.strerror or error}): choose "
+                f"another folder or change its permissions."
+            ) from None
+        self._screen = _Screen(total_steps, resumed_step or 0)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends `row` to metrics.jsonl and TensorBoard, and shows it.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
+        if not self._on:
+            return
+        row = {name: _plain(value) for name, value in row.items()}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
+                f"the same command again."
+            ) from None
+        for tag, value in _scalars(row):
+            if tag != "step":
+                self._board.add_scalar(tag, value, row["step"])
+        self._screen.show(row)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._on:
+            self._screen.say(text)
+
+    def close(self) -> None:
+        """Ends the bar and flushes the event file."""
+        if self._on:
+            self._screen.close()
+            self._board.close()
+            self._file.close()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Screen:
+    """A progress bar on a terminal, plain lines anywhere else."""
+
+    def __init__(self, total: int, done: int):
+        self._total, self._stream = total, sys.stdout
+        self._line, self._last_eval = f"step {done}/{total}", "-"
+        self._bar: rich.progress.Progress | None = None
+        if self._stream.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.BarColumn(bar_width=20),
+                rich.progress.TextColumn("{task.description}", markup=False),
+                console=rich.console.Console(file=self._stream),
+            )
+            self._task = self._bar.add_task(self._line, total=total, completed=done)
+            self._bar.start()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        if "eval_loss" in row:
+            self.say(eval_line(row, self._total))
+            self._last_eval = _number(row["eval_loss"])
+        if "loss" in row:
+            self._line = train_line(row, self._total)
+            if self._bar is None:
+                self.say(self._line)
+        if self._bar is not None:
+            text = f"{self._line}  eval {self._last_eval}"
+            self._bar.update(self._task, completed=row["step"], description=text)
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def truncate(path: pathlib.Path, step: int | None) -> None:
+    """Keeps the rows of a metrics file up to `step` (None: no row), atomically.
+
+    What follows, a torn last line included, goes to `<name>.<n>.tail` beside it, n from 1.
+    """
+    if not path.exists():
+        return
+    kept, tail = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        (kept if _belongs(line, step) else tail).append(line)
+    if not tail:
+        return
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}.tail")).exists():
+        number += 1
+    # The tail first: a kill in between loses no row, it only sets the tail aside twice.
+    for target, lines in ((aside, tail), (path, kept)):
+        unfinished = target.with_name(f"{target.name}.new")
+        unfinished.write_bytes(b"".join(lines))
+        os.replace(unfinished, target)
+
+
+def _belongs(line: bytes, step: int | None) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    found = row.get("step") if isinstance(row, dict) else None
+    return line.endswith(b"\n") and step is not None and isinstance(found, int) and found <= step
+
+
+def train_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """One line such as `step 40/200  loss 3.1234  lm 3.1001  tok/s 21.3k  mfu -  drop 1.2%  ...`.
+
+    A value that the row does not have, or has as None, shows as `-`.
+    """
+    seconds = _finite(row.get("step_seconds"))
+    left = None if seconds is None else seconds * max(0, total_steps - row["step"])
+    return "  ".join(
+        (
+            f"step {row['step']}/{total_steps}",
+            f"loss {_number(row.get('loss'))}",
+            f"lm {_number(row.get('lm_loss'))}",
+            f"tok/s {_count(row.get('tokens_per_second'))}",
+            f"mfu {_percent(row.get('mfu'))}",
+            f"drop {_percent(row.get('drop_fraction'))}",
+            f"eta {_duration(left)}",
+        )
+    )
+
+
+def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """One line of every `eval_*` number of a row."""
+    parts = [
+        f"{name} {_number(value)}"
+        for name, value in row.items()
+        if name.startswith("eval_") and not isinstance(value, Mapping | list)
+    ]
+    return "  ".join((f"step {row['step']}/{total_steps}", *parts))
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able twin of numbers, arrays and nested containers."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+    """(tag, number) of a row; keys and list indices are joined by `/`."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _scalars(part, f"{tag}/{name}" if tag else name)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _scalars(part, f"{tag}/{index:02d}")
+    elif isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        yield tag, float(value)
+    elif isinstance(value, int | float):
+        yield tag, float(value)
+
+
+def _finite(value: Any) -> float | None:
+    """The number, or None where there is none to show."""
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _number(value: Any) -> str:
+    number = _finite(value)
+    if number is None:
+        return "-" if value is None else str(value)
+    return str(value) if isinstance(value, int) else f"{number:.4f}"
+
+
+def _percent(value: Any) -> str:
+    number = _finite(value)
+    return "-" if number is None else f"{100 * number:.1f}%"
+
+
+def _count(value: Any) -> str:
+    """21300 -> 21.3k."""
+    number = _finite(value)
+    if number is None:
+        return "-"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    """80 -> 1m20s."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
