@@ -1,0 +1,28 @@
+"""GPU benchmark, few large experts: Mixtral's proportions at a size that one H200 trains.
+
+Paper: shapes after Mixtral of Experts, https://arxiv.org/abs/2401.04088.
+Cost: 2.31B parameters, 723M active; 4 rows of 4096 tokens a step on one 141 GB GPU.
+Expected: the README's table of TFLOP/s beside other frameworks on the same shapes.
+Command: python -m moe_jax.bench --config=configs/bench_mixtral_2b.py --steps=20
+"""
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import default_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    del arg
+    config = default_config()
+    config.precision = "bfloat16"
+    model, moe = config.model, config.model.moe
+    model.vocab_size = 32_000
+    model.num_layers, model.width = 6, 2048
+    model.num_heads, model.num_kv_heads, model.head_dim = 16, 4, 128
+    model.rope_theta = 1e6
+    moe.num_experts, moe.top_k, moe.expert_width = 8, 2, 7168
+    moe.options.top_k.renormalize = True
+
+    config.data.sequence_length = 4096
+    config.train.batch_size = 4
+    return config

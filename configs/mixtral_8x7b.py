@@ -1,0 +1,38 @@
+"""Mixtral 8x7B: 8 large experts, two a token, in every layer.
+
+Paper: Mixtral of Experts, https://arxiv.org/abs/2401.04088.  Shapes and router as released; the
+  training recipe was not published, the one below is ours.
+Cost: 46.7B parameters, 12.9B active; 2^22 tokens a step.  Weights, gradients and Adam in
+  float32 need 750 GB: one 8-GPU H200 node.
+Expected: no published loss; the released weights are the reference for the architecture.
+Command: python -m moe_jax.train --config=configs/mixtral_8x7b.py --workdir=gs://BUCKET/mixtral
+  --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'
+  --config.data.tokenizer=tokenizer.model
+"""
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import default_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    del arg
+    config = default_config()
+    config.precision = "bfloat16"
+    config.mesh.expert = 8
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    model, moe = config.model, config.model.moe
+    model.vocab_size = 32_000
+    model.num_layers, model.width = 32, 4096
+    model.num_heads, model.num_kv_heads, model.head_dim = 32, 8, 128
+    model.rope_theta = 1e6
+    model.scan_layers, model.remat = True, "save_dispatch"
+    moe.num_experts, moe.top_k, moe.expert_width = 8, 2, 14336
+    moe.options.top_k.renormalize = True
+    moe.dispatch = "dropless"
+    moe.balance_weight, moe.z_weight = 0.02, 0.001
+
+    config.data.sequence_length = 4096
+    config.train.steps, config.train.batch_size = 250_000, 1024
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-4, 2000
+    return config

@@ -1,0 +1,82 @@
+"""Every file under configs/ loads, and the named architectures have their published sizes."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moe_jax.config import Config, from_config_dict
+from moe_jax.errors import UserError
+from moe_jax.model.flops import flops_per_token, param_counts
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+BYTES = 258
+ARGUMENTS = {"tiny": ("", "dense"), "cpu_small": ("8", "32", "128", "dense")}
+ALL = [
+    (path.stem, arg)
+    for path in sorted(CONFIGS.glob("*.py"))
+    for arg in ARGUMENTS.get(path.stem, ("",))
+]
+
+# Totals from the released checkpoints; active parameters (embedding included) beside them.
+PUBLISHED = {
+    "mixtral_8x7b": (46_702_792_704, 12_879_925_248),  # "12.9B"
+    "olmoe_1b_7b": (6_919_161_856, 1_282_017_280),  # "1.3B"
+    "qwen3_30b_a3b": (30_532_122_624, 3_353_032_704),  # "3.3B"
+}
+
+
+def load(name: str, arg: str = "") -> Config:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(arg))
+
+
+@pytest.mark.parametrize(("name", "arg"), ALL)
+def test_builds(name, arg):
+    config = load(name, arg)
+    vocab = config.model.vocab_size or BYTES
+    total, active = param_counts(dataclasses.replace(config.model, vocab_size=vocab))
+    assert total >= active > 0
+    assert (total == active) == config.model.dense
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_argument_is_refused(name):
+    with pytest.raises(UserError, match="takes"):
+        load(name, "sparse")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    assert param_counts(load(name).model) == PUBLISHED[name]
+
+
+def test_switch_c_by_hand():
+    V, L, D, F, E, HA = 32128, 30, 2080, 6144, 2048, 32 * 64
+    layer = 4 * D * HA + 2 * D + D * E  # attention, norms, router
+    total = V * D + L * (layer + E * 2 * D * F) + D
+    assert param_counts(load("switch_c").model) == (total, V * D + L * (layer + 2 * D * F) + D)
+    assert 1.565e12 < total < 1.575e12
+
+
+def test_dense_twins_cost_the_same_per_token():
+    """The router is all that a sparse model adds to a token's FLOPs."""
+    for name, sparse in (("tiny", ""), ("cpu_small", "8")):
+        twins = [
+            dataclasses.replace(load(name, a).model, vocab_size=BYTES) for a in (sparse, "dense")
+        ]
+        moe, dense = (flops_per_token(model, 128) for model in twins)
+        router = 6 * twins[0].num_layers * twins[0].width * twins[0].moe.num_experts
+        assert moe - dense == router
+
+
+def test_flops_by_hand():
+    model = load("mixtral_8x7b").model
+    V, L, D, F, H, J, A, K, E, T = 32000, 32, 4096, 14336, 32, 8, 128, 2, 8, 4096
+    matmul = V * D + L * (2 * D * H * A + 2 * D * J * A + K * 3 * D * F + D * E)
+    causal = 3 * L * (2 * 2 * T * H * A) / 2
+    assert flops_per_token(model, T) == 6 * matmul + causal
