@@ -158,9 +158,7 @@ class Optimizer:
 
     def init(self, params: Any) -> Any:
         """State: the tree of `params` with the rule's state in place of each leaf."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self._for(path)[0](leaf), params
-        )
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._for(path)[0](leaf), params)
 
     def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
         """New parameters and state after `step` (from 0)."""

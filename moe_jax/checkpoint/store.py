@@ -149,7 +149,9 @@ class Checkpoints:
         leaves = named_leaves(tree)
         for leaf in leaves.values():
             abstract(leaf)  # refuses what has no stable bytes
-        item = nested({k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()})
+        item = nested(
+            {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
+        )
         chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
         with self._writing(step):
             self._orbax.save(self._path(step), args=_Save(item, chunked), force=True)

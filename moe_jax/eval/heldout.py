@@ -71,7 +71,11 @@ def make_eval_step(
 
         ones_BT = jnp.ones_like(batch.bytes_BT)
         return EvalSums(
-            by_source(nll_BT), by_source(nodrop_BT), by_source(ones_BT), by_source(batch.bytes_BT), moe
+            by_source(nll_BT),
+            by_source(nodrop_BT),
+            by_source(ones_BT),
+            by_source(batch.bytes_BT),
+            moe,
         )
 
     return eval_step

@@ -165,6 +165,16 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
         os.replace(unfinished, target)
 
 
+def has_eval(path: pathlib.Path, step: int) -> bool:
+    """Whether a metrics file holds held-out results of `step`."""
+    if not path.exists():
+        return False
+    rows = [
+        json.loads(line) for line in path.read_bytes().splitlines() if _belongs(line + b"\n", step)
+    ]
+    return any(row["step"] == step and "eval_loss" in row for row in rows)
+
+
 def _belongs(line: bytes, step: int | None) -> bool:
     try:
         row = json.loads(line)

@@ -50,9 +50,7 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
     state = abstract_state(model, optimizer)
 
     def beside(param, where, leaves):
-        return jax.tree.map(
-            lambda leaf: where if leaf.shape == param.shape else everywhere, leaves
-        )
+        return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else everywhere, leaves)
 
     moments = jax.tree.map(beside, state.params, params, state.optimizer)
     return TrainState(everywhere, params, moments)

@@ -107,5 +107,3 @@ def make_train_step(
         return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
-
-

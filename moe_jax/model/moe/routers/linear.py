@@ -16,7 +16,7 @@ def linear_params(width: int, num_experts: int) -> dict[str, ParamSpec]:
 
 
 def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Uniform [0, 1) noise of `shape` for each row, concatenated inside a group: [G, R*shape[0], ...].
+    """Uniform [0, 1) noise of `shape` for each row, joined inside a group: [G, R*shape[0], ...].
 
     Each row draws from its own key, so the noise of a row does not depend on which device or
     microbatch holds it.

@@ -1,0 +1,98 @@
+"""python -m moe_jax.train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from moe_jax.config import from_config_dict, to_json
+from moe_jax.errors import UserError
+from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.parallel import distributed
+from moe_jax.train import flags
+from moe_jax.train.loop import train
+from moe_jax.train.record import write_run_record
+from moe_jax.train.report import Reporter
+from moe_jax.train.setup import Run, first_state, prepare
+
+_FLAGS = (
+    flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
+    *flags.PROCESS_FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """One run of the command; returns its exit code."""
+    # ---- command line and processes
+    parsed = flags.parse(argv, extra=_FLAGS)
+    given = parsed.flags
+    distributed.start(given.coordinator, given.process_count, given.process_id)
+    preemption = distributed.Preemption()
+    config = from_config_dict(parsed.config)
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+        if jax.default_backend() != "cpu":
+            raise UserError(
+                "precision float64 is the oracle and runs on the CPU: set "
+                "JAX_PLATFORMS=cpu or another precision."
+            )
+    workdir = Path(given.workdir).absolute()
+
+    # ---- everything that can be wrong is found out here, before anything is compiled
+    run = prepare(config, workdir, _say)
+    for line in _describe(run):
+        _say(line)
+
+    # ---- state
+    began = time.perf_counter()
+    state = first_state(run, given.init_from, _say)
+    jax.block_until_ready(state.params)
+    _say(f"state ready in {time.perf_counter() - began:.1f} s")
+    start = int(state.step)
+    if distributed.lead():
+        write_run_record(str(workdir), to_json(run.config), parsed.overrides)
+
+    # ---- train
+    resumed = start if start else None
+    with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
+        code = train(run, state, reporter, preemption)
+    run.checkpoints.close()
+    _say(
+        f"metrics: {workdir / 'metrics.jsonl'}   checkpoints: {workdir / 'checkpoints'}   "
+        f"samples: {workdir / 'samples.txt'}"
+    )
+    return code
+
+
+def _say(line: str) -> None:
+    if distributed.lead():
+        print(line, flush=True)
+
+
+def _describe(run: Run) -> list[str]:
+    config, store = run.config, run.store
+    counts = param_counts(config.model)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    mesh = " x ".join(f"{name} {n}" for name, n in dataclasses.asdict(config.mesh).items() if n > 1)
+    accumulation, rows, length = run.microbatch
+    return [
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {mesh or 'of one device'}, "
+        f"{config.precision}",
+        f"{counts.total / 1e6:,.2f}M parameters, {counts.active / 1e6:,.2f}M active, "
+        f"{flops / 1e6:,.1f}M model FLOPs a token",
+        f"{accumulation} x {rows} rows of {length} tokens a step, {config.train.steps} steps",
+        f"store {store.path}: {store.train.num_tokens:,} tokens to train on, "
+        f"{store.heldout.num_tokens:,} held out, vocabulary {store.vocab_size}",
+    ]
+
+
+def cli() -> None:
+    """The console command."""
+    flags.run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

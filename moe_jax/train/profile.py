@@ -1,0 +1,31 @@
+"""Traces of a live run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+class Profiler:
+    """Captures the steps of `train.profile_steps` into WORKDIR/profile (TensorBoard, Perfetto)."""
+
+    def __init__(self, steps: range, workdir: Path, say: Callable[[str], None]):
+        self._steps = steps
+        self._folder = workdir / "profile"
+        self._say = say
+        self._tracing = False
+
+    def before(self, step: int) -> None:
+        """Call with each step's number before it is started, all earlier ones being done."""
+        if step in self._steps and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        elif self._tracing and step not in self._steps:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace, if one is being taken."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            self._say(f"trace written to {self._folder}")

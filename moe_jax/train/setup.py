@@ -1,0 +1,189 @@
+"""Everything a run stands on before its first step: config, mesh, model, data, state."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax import checkpoint
+from moe_jax.config import Config, from_json
+from moe_jax.data.build import build
+from moe_jax.data.pipeline import Batches
+from moe_jax.data.store import Store
+from moe_jax.errors import UserError
+from moe_jax.model.layout import to_stacked
+from moe_jax.model.stack import ModelDef, define
+from moe_jax.optim import Optimizer
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import resolve
+from moe_jax.train.state import (
+    TrainState,
+    abstract_state,
+    from_disk,
+    new_state,
+    param_shardings,
+    state_shardings,
+)
+
+Say = Callable[[str], None]
+
+# What decides which tokens a step sees, or how they are grouped: a resumed run must keep it.
+_KEPT_ON_RESUME = (
+    "seed",
+    "train.batch_size",
+    "data.source",
+    "data.files",
+    "data.field",
+    "data.tokenizer",
+    "data.sequence_length",
+    "data.heldout_fraction",
+    "data.mixture",
+    "model.moe.group_rows",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What does not change during a run."""
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    model: ModelDef
+    optimizer: Optimizer
+    store: Store
+    batches: Batches
+    checkpoints: checkpoint.Checkpoints
+
+    @property
+    def microbatch(self) -> tuple[int, int, int]:
+        """(accumulation, rows, T) of a global batch."""
+        train = self.config.train
+        rows = train.batch_size // train.accumulation
+        return train.accumulation, rows, self.config.data.sequence_length
+
+
+def prepare(config: Config, workdir: Path, say: Say) -> Run:
+    """Resolve the config, build or open the store, define the model, check that all of it fits.
+
+    Raises:
+      UserError: anything the user has to change, before anything is compiled.
+    """
+    saved = _saved_config(workdir)
+    if saved is not None:
+        config = _keep_groups(config, saved)
+    stores = config.data.store or os.path.join(workdir.parent, "stores")
+    store = build(config.data, stores, progress=say)
+    config, notes = resolve.resolve(config, jax.device_count(), store.vocab_size)
+    store.check_vocabulary(config.model.vocab_size)
+    if saved is not None:
+        _check_resume(config, saved)
+    mesh = make_mesh(config.mesh)
+    model = define(config.model, jnp.dtype(config.precision))
+    resolve.check_shapes(model, mesh)
+    optimizer = Optimizer(config.optimizer, config.train.steps)
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
+    )
+    checkpoint.check_disk(
+        checkpoints.root, checkpoint.disk_needed(abstract_state(model, optimizer))
+    )
+    batches = Batches.for_training(
+        store,
+        config.seed,
+        config.train.batch_size,
+        config.data.sequence_length,
+        config.model.confine_attention,
+    )
+    for line in [*notes, *resolve.describe(config)]:
+        say(line)
+    return Run(config, workdir, mesh, model, optimizer, store, batches, checkpoints)
+
+
+def _saved_config(workdir: Path) -> Config | None:
+    """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
+    path = workdir / "config.json"
+    if not path.exists() or not (workdir / "checkpoints").exists():
+        return None
+    return from_json(path.read_text())
+
+
+def _keep_groups(config: Config, saved: Config) -> Config:
+    """Routing groups were resolved once, with the first mesh; they stay as they were."""
+    if config.model.moe.group_rows:
+        return config
+    moe = dataclasses.replace(config.model.moe, group_rows=saved.model.moe.group_rows)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def _check_resume(config: Config, saved: Config) -> None:
+    """Raises UserError when a resumed run would see other tokens or other routing groups."""
+    for name in _KEPT_ON_RESUME:
+        new, old = _get(config, name), _get(saved, name)
+        if new != old:
+            raise UserError(
+                f"config.{name} is {new!r} but the run in this workdir has {old!r}: use that, or "
+                f"another --workdir (with --init_from to keep the weights)."
+            )
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def first_state(run: Run, init_from: str, say: Say) -> TrainState:
+    """The newest good checkpoint of the workdir, else other weights, else a fresh state."""
+    shardings = state_shardings(run.model, run.optimizer, run.mesh)
+    step = run.checkpoints.latest_good(say)
+    if step is not None:
+        say(f"resuming from step {step}")
+        return _restored(run, step, shardings)
+    key = jax.random.key(run.config.seed, impl="threefry2x32")
+    create = jax.jit(lambda key: new_state(run.model, run.optimizer, key), out_shardings=shardings)
+    state = create(key)
+    if not init_from:
+        return state
+    say(f"starting from the weights in {init_from}")
+    return dataclasses.replace(state, params=_weights_of(run, init_from))
+
+
+def _disk_target(run: Run) -> dict[str, Any]:
+    """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
+    flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
+    state = abstract_state(flat, run.optimizer)
+    target = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        state_shardings(flat, run.optimizer, run.mesh),
+    )
+    return {"step": target.step, "params": target.params, "optimizer": target.optimizer}
+
+
+def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
+    tree = run.checkpoints.restore(step, _disk_target(run))
+    if not run.model.layout.repeats:
+        return from_disk(tree, run.model.layout)
+    stack = jax.jit(
+        lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings, donate_argnums=0
+    )
+    return stack(tree)
+
+
+def _weights_of(run: Run, workdir: str) -> Any:
+    """Parameters of another run's newest good checkpoint."""
+    other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
+    step = other.latest_good()
+    if step is None:
+        raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
+    target = _disk_target(run)
+    params = other.restore_subtree(step, "params", target["params"])
+    other.close()
+    where = param_shardings(run.model, run.mesh)
+    return jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)(params)
