@@ -17,7 +17,7 @@ from moe_jax.train.profile import Profiler
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, state_shardings, to_disk
-from moe_jax.train.step import StepMetrics, StepOptions, make_train_step
+from moe_jax.train.step import StepMetrics, make_train_step
 
 SAMPLES = "samples.txt"
 
@@ -86,12 +86,7 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
 
 def compile_step(run: Run, state: TrainState, batch: Any) -> Any:
     """The compiled train step, its state donated."""
-    options = StepOptions(
-        seed=run.config.seed,
-        group_rows=run.config.model.moe.group_rows,
-        clip_norm=run.config.optimizer.clip_norm,
-    )
-    step = make_train_step(run.model, run.optimizer, options, run.mesh)
+    step = make_train_step(run.model, run.optimizer, run.step_options, run.mesh)
     where = state_shardings(run.model, run.optimizer, run.mesh)
     return (
         jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, batch).compile()

@@ -29,6 +29,7 @@ from moe_jax.train.state import (
     param_shardings,
     state_shardings,
 )
+from moe_jax.train.step import StepOptions
 
 Say = Callable[[str], None]
 
@@ -66,6 +67,15 @@ class Run:
         train = self.config.train
         rows = train.batch_size // train.accumulation
         return train.accumulation, rows, self.config.data.sequence_length
+
+    @property
+    def step_options(self) -> StepOptions:
+        """What the train step takes from the config."""
+        return StepOptions(
+            seed=self.config.seed,
+            group_rows=self.config.model.moe.group_rows,
+            clip_norm=self.config.optimizer.clip_norm,
+        )
 
 
 def prepare(config: Config, workdir: Path, say: Say) -> Run:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moe_jax.data.pipeline import Batch
-from moe_jax.losses import Counts, LossValues, count, loss_sums, loss_values
+from moe_jax.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
 from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
@@ -50,12 +50,12 @@ def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Arr
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
 
 
-def make_train_step(
-    model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step with everything bound that does not change; jit it with the state donated.
+def make_gradients(
+    model: ModelDef, options: StepOptions, mesh: Mesh
+) -> Callable[[Any, Batch, jax.Array], tuple[Any, LossSums, Counts]]:
+    """(params, batch [A, B, T], step) -> gradients of the loss, its sums, what divides them.
 
-    The batch has a leading axis of microbatches: [A, B, T], gradients of which are added.
+    The A microbatches are taken one after the other and their gradients added.
     """
 
     def microbatch(params: Any, batch: Batch, step: jax.Array, counts: Counts):
@@ -70,28 +70,35 @@ def make_train_step(
         sums = loss_sums(model, params, batch, context, mesh)
         return loss_values(sums, counts, model).total, sums
 
-    def gradients(params: Any, batch: Batch, step: jax.Array, counts: Counts):
-        """(gradients, sums) of the whole global batch, one microbatch after the other."""
+    def gradients(params: Any, batch: Batch, step: jax.Array):
+        counts = count(batch, model.abstract["embed_VD"].dtype)
 
         def one(batch):
-            grad = jax.grad(microbatch, has_aux=True)
-            return grad(params, batch, step, counts)
+            return jax.grad(microbatch, has_aux=True)(params, batch, step, counts)
 
+        first = jax.tree.map(lambda x: x[0], batch)
         if batch.row_B.shape[0] == 1:
-            return one(jax.tree.map(lambda x: x[0], batch))
+            return *one(first), counts
 
         def add(total, batch):
             return jax.tree.map(jnp.add, total, one(batch)), None
 
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+        shapes = jax.eval_shape(one, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, batch)[0]
+        return *jax.lax.scan(add, zeros, batch)[0], counts
+
+    return gradients
+
+
+def make_train_step(
+    model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step with everything bound that does not change; jit it with the state donated."""
+    gradients = make_gradients(model, options, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on the global batch."""
-        dtype = model.abstract["embed_VD"].dtype
-        counts = count(batch, dtype)
-        grads, sums = gradients(state.params, batch, state.step, counts)
+        grads, sums, counts = gradients(state.params, batch, state.step)
         norm = optax.global_norm(grads)
         if options.clip_norm:
             scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))

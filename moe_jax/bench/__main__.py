@@ -1,0 +1,48 @@
+"""python -m moe_jax.bench --config=...: one JSON line of how fast a config trains here."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from moe_jax.bench.measure import measure
+from moe_jax.config import from_config_dict
+from moe_jax.errors import UserError
+from moe_jax.train import flags
+from moe_jax.train.setup import first_state, prepare
+
+_FLAGS = (
+    flags.Flag("steps", 20, "Steps to time, after some that are not."),
+    flags.Flag("gradients", False, "Also time forward and backward alone."),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train some steps on the config's own data and print their speed; keeps only the store."""
+    parsed = flags.parse(argv, extra=_FLAGS, workdir=False)
+    if parsed.flags.steps < 1:
+        raise UserError(f"--steps={parsed.flags.steps}: time 1 step or more.")
+    config = from_config_dict(parsed.config)
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+    workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
+    run = prepare(config, workdir.absolute(), _progress)
+    row = measure(run, first_state(run, "", _progress), parsed.flags.steps, parsed.flags.gradients)
+    name = next(a.removeprefix("--config=") for a in argv if a.startswith("--config="))
+    print(json.dumps({"config": name, **row}), flush=True)
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def cli() -> None:
+    """The console command."""
+    flags.run(main)
+
+
+if __name__ == "__main__":
+    cli()
