@@ -64,7 +64,7 @@ case "$code" in
 esac
 
 python="${prefix}.venv/bin/python"
-train="JAX_PLATFORMS=cpu $python -m moe_jax.train --config=$config"
+train="$python -m moe_jax.train --config=$config"
 cat <<END
 
 Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)

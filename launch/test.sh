@@ -29,7 +29,7 @@ stage() {
 if [ $# -eq 0 ]; then
   stage "ruff check" ruff check .
   stage "ruff format" ruff format --check .
-  stage "pyright" pyright --pythonpath "$VENV_PYTHON"
+  stage "pyright" pyright --level error --pythonpath "$VENV_PYTHON"
 fi
 if [ -n "$full" ]; then
   stage "pytest, every test" python -m pytest -n 2 --dist=loadfile "$@"

@@ -39,6 +39,7 @@ RANKS = {
     "moe_jax.model.block": 9,
     "moe_jax.model.transformer": 10,
     "moe_jax.model.stack": 11,  # the transformer with its blocks scanned
+    "moe_jax.model.flops": 12,
     "moe_jax.losses": 12,
     "moe_jax.optim": 12,
     "moe_jax.data": 12,
