@@ -6,7 +6,7 @@ after row), E experts, K choices a token, D model width.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class ParamSpec:
     std: float
 
 
+@runtime_checkable  # so that signatures can be checked in tests
 class Router(Protocol):
     """Frozen dataclass of its own knobs; owns no parameters and no transport."""
 
@@ -118,6 +119,7 @@ class DispatchIn:
     mesh: Mesh
 
 
+@runtime_checkable
 class Experts(Protocol):
     """The experts as a dispatch path sees them: a pytree of weights with two pure functions."""
 
@@ -139,6 +141,7 @@ class Experts(Protocol):
         ...
 
 
+@runtime_checkable
 class Dispatch(Protocol):
     """Frozen dataclass of its own knobs; owns no parameters."""
 

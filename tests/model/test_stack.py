@@ -1,0 +1,228 @@
+"""The whole model as pure functions: layouts, remat, causality, sharding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.layout import Layout, make_layout, to_layers, to_stacked
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.types import MoEContext
+from moe_jax.model.remat import REMAT
+from moe_jax.model.stack import define, forward, head_weight, init, is_axes
+from moe_jax.ops.cross_entropy import cross_entropy
+from moe_jax.parallel.rules import sharding, spec
+
+B, T = 4, 16
+DENSE = ModelConfig(
+    vocab_size=40,
+    num_layers=3,
+    width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_width=32,
+    dense=True,
+)
+# Dense, then twice (MoE, dense), then MoE: a prefix, two repeats of a period of two, a remainder.
+SPARSE = dataclasses.replace(
+    DENSE,
+    dense=False,
+    num_layers=6,
+    moe=MoEConfig(
+        num_experts=4,
+        expert_width=8,
+        every=2,
+        first_dense=1,
+        options={"top_k": {"jitter": 0.3}},
+    ),
+)
+
+
+def batch(seed=1):
+    tokens = jax.random.randint(jax.random.key(seed), (B, T), 0, 40)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    segments = jnp.where(positions < 6, 1, 2).at[-1, -3:].set(0)
+    return tokens, positions, segments
+
+
+def run(model, params, tokens, positions, segments, mesh, train=True):
+    keys = jax.random.split(jax.random.key(3), B)
+    context = MoEContext(tokens, segments > 0, keys, mesh, group_rows=2, train=train)
+    return forward(model, params, tokens, positions, segments, context)
+
+
+def step(config, mesh, dtype=jnp.float64):
+    """Initial parameters, (loss, activations, aux) and gradients of one batch."""
+    model = define(config, dtype)
+
+    def loss(params, tokens, positions, segments):
+        x, aux = run(model, params, tokens, positions, segments, mesh)
+        head, real = head_weight(model, params), segments > 0
+        out = cross_entropy(x, head, tokens, real, z_weight=0.0, chunk=50, mesh=mesh)
+        return out.loss_sum / out.count, (x, aux)
+
+    params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
+    (value, rest), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *batch())
+    return model, params, (value, *rest), grads
+
+
+def assert_close(a, b, atol=1e-13):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-12), a, b)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_layouts():
+    scanned = dataclasses.replace(SPARSE, scan_layers=True)
+    assert make_layout(SPARSE) == Layout(6)
+    assert make_layout(scanned) == Layout(6, prefix=1, period=2, repeats=2)
+    assert make_layout(scanned).unrolled() == [0, 5]
+    assert make_layout(dataclasses.replace(scanned, num_layers=4)).repeats == 0  # nothing repeats
+    assert make_layout(dataclasses.replace(DENSE, scan_layers=True)) == Layout(3, 0, 1, 3)
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_scanned_equals_unrolled(x64, mesh_of, config):
+    """Values, statistics of every layer, noise of the router, gradients; initial values exactly."""
+    _, params, out, grads = step(config, mesh_of())
+    model, stacked, scanned_out, scanned_grads = step(
+        dataclasses.replace(config, scan_layers=True), mesh_of()
+    )
+    assert model.layout.repeats >= 2
+    assert_equal(to_layers(stacked, model.layout), params)
+    assert_equal(to_stacked(params, model.layout), stacked)
+    assert_close(scanned_out, out)
+    assert_close(to_layers(scanned_grads, model.layout), grads)
+
+
+def test_the_router_is_noisy_in_training_only(mesh_of):
+    """The control of the comparison above: without noise it would hold for any keys."""
+    model = define(SPARSE, jnp.float32)
+    params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
+
+    def compute(train):
+        return jax.jit(lambda p: run(model, p, *batch(), mesh_of(), train)[0])(params)
+
+    assert np.abs(compute(True) - compute(False)).max() > 1e-4
+
+
+def test_remat_changes_no_value(x64, mesh_of):
+    moe = dataclasses.replace(SPARSE.moe, every=1, first_dense=0)
+    config = dataclasses.replace(SPARSE, num_layers=2, moe=moe)
+    _, _, out, grads = step(config, mesh_of())
+    for name in REMAT:
+        scan = name in ("full", "save_dispatch")
+        again = dataclasses.replace(config, remat=name, scan_layers=scan)
+        model, _, remat_out, remat_grads = step(again, mesh_of())
+        assert_close(remat_out, out)
+        assert_close(to_layers(remat_grads, model.layout), grads)
+
+
+def test_remat_recomputes(mesh_of):
+    """Less saved means more products; the tags stand where the policies expect them.
+
+    "dots" computes only attention's batched products again, "save_hidden" also the projections.
+    """
+
+    def dots(name):
+        model = define(dataclasses.replace(DENSE, remat=name), jnp.float32)
+        params = model.abstract
+
+        def loss(params):
+            return run(model, params, *batch(), mesh_of())[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
+
+    assert dots("none") < dots("dots") < dots("save_hidden") < dots("full")
+
+
+def test_an_unknown_policy_is_refused(mesh_of):
+    with pytest.raises(UserError, match=r"model.remat 'ful' is unknown .did you mean 'full'"):
+        step(dataclasses.replace(DENSE, remat="ful"), mesh_of(), jnp.float32)
+
+
+def test_dense_model_is_causal_to_the_bit(mesh_of):
+    model = define(DENSE, jnp.float32)
+    params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
+    tokens, positions, segments = batch()
+    compute = jax.jit(lambda tokens: run(model, params, tokens, positions, segments, mesh_of())[0])
+    plain, changed = compute(tokens), compute(tokens.at[:, 9:].set(5))
+    np.testing.assert_array_equal(plain[:, :9], changed[:, :9])
+    assert (np.asarray(plain[:, 9:]) != np.asarray(changed[:, 9:])).any()
+
+
+def test_confined_attention_stops_at_documents(mesh_of):
+    tokens, positions, segments = batch()
+
+    def second_document(config, tokens):
+        model = define(config, jnp.float32)
+        params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
+        compute = jax.jit(lambda t: run(model, params, t, positions, segments, mesh_of())[0])
+        return np.asarray(compute(tokens))[:, 6:]
+
+    other = tokens.at[:, :6].set(7)
+    confined = dataclasses.replace(DENSE, confine_attention=True)
+    np.testing.assert_array_equal(
+        second_document(confined, tokens), second_document(confined, other)
+    )
+    assert (second_document(DENSE, tokens) != second_document(DENSE, other)).any()
+
+
+def test_same_on_a_mesh_and_every_parameter_is_placed(x64, mesh_of):
+    config = dataclasses.replace(SPARSE, scan_layers=True, qk_norm="full")
+    model, params, out, grads = step(config, mesh_of())
+    mesh = mesh_of(fsdp=2, tensor=2)
+    places = jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
+    placed = jax.jit(lambda key: init(model, key), out_shardings=places)(jax.random.key(0))
+    assert_equal(placed, params)
+    split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+    assert sum(leaf.size for leaf in split) > 0.95 * sum(
+        leaf.size for leaf in jax.tree.leaves(placed)
+    )
+
+    def loss(params):
+        x, aux = run(model, params, *batch(), mesh)
+        tokens, _, segments = batch()
+        head = head_weight(model, params)
+        sums = cross_entropy(x, head, tokens, segments > 0, z_weight=0.0, chunk=50, mesh=mesh)
+        return sums.loss_sum / sums.count, (x, aux)
+
+    (value, rest), mesh_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(placed)
+    assert_close((value, *rest), out, atol=1e-10)
+    assert_close(mesh_grads, grads, atol=1e-10)
+
+
+def test_logical_axes_match_shapes_and_are_known():
+    for config in (DENSE, SPARSE, dataclasses.replace(SPARSE, scan_layers=True, tied_head=True)):
+        model = define(config, jnp.float32)
+        axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
+        shapes = jax.tree.leaves(model.abstract)
+        assert len(axes) == len(shapes)
+        for names, leaf in zip(axes, shapes, strict=True):
+            assert len(names) == len(leaf.shape)
+            spec(names)  # raises for an unknown or colliding name
+
+
+def test_abstract_parameters_are_those_of_init():
+    model = define(dataclasses.replace(SPARSE, scan_layers=True), jnp.bfloat16)
+    real = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), model.abstract
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(real))
+
+
+def test_a_tied_head_is_the_embedding(x64):
+    model = define(dataclasses.replace(DENSE, tied_head=True), jnp.float64)
+    params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
+    assert "head_DV" not in params
+    np.testing.assert_array_equal(head_weight(model, params), params["embed_VD"].T)
