@@ -200,8 +200,14 @@ def test_when_none_is_good_nothing_moves_and_nothing_starts_over(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"format": 1, "files": {}}', '{"format": 9, "files": {"a": {}}}']
-    + ['{"format": 1, "files": {"../1/x": {"size": 1, "sha256": ""}}}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 1, "files": {}}',
+        '{"format": 9, "files": {"a": {}}}',
+        '{"format": 1, "files": {"../1/x": {"size": 1, "sha256": ""}}}',
+    ],
 )
 def test_a_garbled_manifest_is_a_bad_step(tmp_path, text):
     checkpoints = saved(tmp_path, 1)

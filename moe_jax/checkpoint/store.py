@@ -149,9 +149,8 @@ class Checkpoints:
         leaves = named_leaves(tree)
         for leaf in leaves.values():
             abstract(leaf)  # refuses what has no stable bytes
-        item = nested(
-            {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
-        )
+        arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
+        item = nested(arrays)
         chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
         with self._writing(step):
             self._orbax.save(self._path(step), args=_Save(item, chunked), force=True)
@@ -298,7 +297,7 @@ class Checkpoints:
 
 
 def _lead_decides(action: Callable[[], int | None]) -> int | None:
-    """`action()` run by process 0, its result on every process; if it raises, every process does."""
+    """What `action()` returns on process 0, on every process; if it raises there, all raise."""
     failed, nothing = -2, -1
     code, error = nothing, None
     if jax.process_index() == 0:
@@ -321,7 +320,8 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:300]}..."
+    line = re.sub(r" \[\w+='.*", "", line)  # TensorStore appends whole specs and source lines
+    return line if len(line) <= 300 else f"...{line[-300:]}"  # it begins with the outermost cause
 
 
 @contextlib.contextmanager
