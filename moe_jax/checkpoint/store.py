@@ -249,11 +249,17 @@ class Checkpoints:
     def _quarantine(self, step: int) -> epath.Path:
         """Moves `step` aside under a name that is still free."""
         folder = self.root / QUARANTINE
-        folder.mkdir(parents=True, exist_ok=True)
         target, count = folder / str(step), 1
         while target.exists():
             target, count = folder / f"{step}.{count}", count + 1
-        return self._path(step).rename(target)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return self._path(step).rename(target)
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint {self._path(step)} cannot be moved to {target} "
+                f"({_cause(error)}): move it yourself, then run the same command again."
+            ) from error
 
     def _retain(self) -> None:
         steps = self.steps()
