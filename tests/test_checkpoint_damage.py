@@ -77,15 +77,18 @@ def test_a_garbled_manifest_is_a_bad_step(tmp_path, text):
 def test_what_is_not_a_step_is_ignored(tmp_path):
     checkpoints = saved(tmp_path, 1)
     (tmp_path / "7").mkdir()  # an empty numeric directory
-    shutil.copytree(tmp_path / "1", tmp_path / "8.orbax-checkpoint-tmp")
+    for leftover in ("6.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp", "0.doomed"):
+        shutil.copytree(tmp_path / "1", tmp_path / leftover)
     (tmp_path / "9").mkdir()
     (tmp_path / "9" / "data").write_bytes(b"half a save without a commit marker")
     (tmp_path / "notes.txt").write_text("hello")
+    checkpoints = Checkpoints(tmp_path)  # as after a restart
     assert checkpoints.steps() == [1] and checkpoints.latest_good() == 1
     for step in (7, 8, 9):
         assert checkpoints.save(step, make_tree("cube", seed=step))
     checkpoints.wait()
     assert checkpoints.latest_good() == 9 and checkpoints.quarantined() == ["9"]
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".orbax-checkpoint-tmp", ".doomed")]
 
 
 @pytest.mark.parametrize("marker", ["manifest.json", "commit_success.txt"])

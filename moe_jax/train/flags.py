@@ -44,7 +44,7 @@ PROCESS_FLAGS = (
     Flag("process_id", -1, "Which process this is, from 0."),
 )
 _COMMON = (
-    Flag("workdir", "", "Folder of the run, local or gs://."),
+    Flag("workdir", "", "Folder of the run."),
     Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
 )
 _DEFINE = {

@@ -152,24 +152,34 @@ except UserError as error:
 """
 
 
-def pair(env: dict[str, str], body: str, *arguments: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", START + body, address, str(index), *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+@pytest.fixture
+def pair(cli_env):
+    """`pair(program, *arguments)` starts it as two processes that can find each other."""
+    started: list[subprocess.Popen] = []
+
+    def start(body: str, *arguments: str) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        for index in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", START + body, address, str(index), *arguments],
+                env=cli_env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def test_sigterm_to_one_of_two_stops_both_at_one_step(cli_env):
-    processes = pair(cli_env, STOP)
+def test_sigterm_to_one_of_two_stops_both_at_one_step(pair):
+    processes = pair(STOP)
     for process in processes:
         assert process.stdout and process.stdout.readline() == "running\n"
     processes[1].send_signal(signal.SIGTERM)
@@ -179,8 +189,8 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step(cli_env):
     assert steps[0] == steps[1] > 0
 
 
-def test_two_processes_write_one_checkpoint(tmp_path, cli_env):
-    processes = pair(cli_env, SAVE, str(tmp_path / "two"))
+def test_two_processes_write_one_checkpoint(tmp_path, pair):
+    processes = pair(SAVE, str(tmp_path / "two"))
     ended = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert "manifest.json is damaged" in ended[0][0]
