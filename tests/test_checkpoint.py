@@ -1,94 +1,26 @@
-"""Checkpoints: what is written comes back, and damage never passes for weights."""
+"""Checkpoints: what is written comes back, on any layout, and the list of them tells the truth."""
 
 import json
-import pathlib
 import re
-import shutil
-import signal
-import subprocess
-import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from checkpoint_trees import (
+    LAYOUTS,
+    Moments,
+    abstract,
+    files_of,
+    flip_bit,
+    make_tree,
+    same_bits,
+    saved,
+)
 
 from moe_jax.checkpoint import Checkpoints, array_digest, check_disk, disk_needed, named_leaves
 from moe_jax.checkpoint.__main__ import main
 from moe_jax.errors import UserError
-from moe_jax.parallel.mesh import MeshConfig, make_mesh
-
-
-class Moments(NamedTuple):
-    """Stands for an optimizer's state."""
-
-    mu: dict
-    count: int
-
-
-LAYOUTS = {
-    "one": (MeshConfig(), 1),
-    "data8": (MeshConfig(), 8),
-    "expert8": (MeshConfig(data=1, expert=8), 8),
-    "cube": (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8),
-    "expert4": (MeshConfig(data=1, expert=4), 4),
-}
-SPECS = {"w_in": P("expert", "fsdp", "tensor"), "scale": P(), "half": P(("data", "expert"), None)}
-
-
-def make_tree(layout: str, seed: int = 0):
-    """The same values for a seed, laid out on a mesh."""
-    config, devices = LAYOUTS[layout]
-    mesh = make_mesh(config, jax.devices()[:devices])
-    rng = np.random.default_rng(seed)
-    values = {
-        "w_in": rng.normal(size=(8, 4, 6)).astype(np.float32),
-        "scale": rng.normal(size=(5,)).astype(np.float32),
-        "half": rng.normal(size=(8, 2)).astype(jnp.bfloat16),
-    }
-    arrays = {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in values.items()}
-    params = {"blocks": [{"w_in": arrays["w_in"]}, {"half": arrays["half"]}]}
-    params["scale"] = arrays["scale"]
-    moments = Moments({"scale": arrays["scale"] + 1}, 7)
-    return {"params": params, "opt": (moments,), "step": np.int64(3)}
-
-
-def abstract(tree):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            np.shape(x), np.asarray(x).dtype, sharding=getattr(x, "sharding", None)
-        ),
-        tree,
-    )
-
-
-def saved(root, *steps: int, keep_last: int = 9, keep_every: int = 0) -> Checkpoints:
-    checkpoints = Checkpoints(root, keep_last=keep_last, keep_every=keep_every)
-    for step in steps:
-        assert checkpoints.save(step, make_tree("cube", seed=step))
-    checkpoints.wait()
-    return checkpoints
-
-
-def same_bits(a, b) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def files_of(root: pathlib.Path, step: int) -> list[pathlib.Path]:
-    """The files of a step that a manifest covers, the largest (weights) first."""
-    files = [p for p in (root / str(step)).rglob("*") if p.is_file() and p.stat().st_size]
-    ours = ("manifest.json", "commit_success.txt", "_CHECKPOINT_METADATA")
-    return sorted((p for p in files if p.name not in ours), key=lambda p: -p.stat().st_size)
-
-
-def flip_bit(path: pathlib.Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_names():
@@ -156,80 +88,6 @@ def test_restore_subtree_reads_the_parameters_of_another_run(tmp_path):
     assert jax.tree.all(jax.tree.map(same_bits, back, wanted))
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_a_flipped_bit_in_any_file_is_found(tmp_path, which):
-    checkpoints = saved(tmp_path, 1, 2)
-    damaged = files_of(tmp_path, 2)[which]
-    flip_bit(damaged)
-    reports: list[str] = []
-    assert checkpoints.latest_good(reports.append) == 1
-    assert len(reports) == 1 and damaged.name in reports[0] and "step 2" in reports[0]
-    assert checkpoints.steps() == [1] and checkpoints.quarantined() == ["2"]
-    assert (tmp_path / "quarantine" / "2" / damaged.relative_to(tmp_path / "2")).exists()
-
-
-def test_a_cut_file_is_found_and_the_step_can_be_saved_again(tmp_path):
-    checkpoints = saved(tmp_path, 1, 2)
-    for copy in range(2):
-        damaged = files_of(tmp_path, 2)[0]
-        damaged.write_bytes(damaged.read_bytes()[:-7])
-        reason = checkpoints.verify(2)
-        assert reason and "bytes instead of" in reason and damaged.name in reason
-        assert checkpoints.latest_good() == 1
-        assert len(checkpoints.quarantined()) == copy + 1
-        assert checkpoints.save(2, make_tree("cube", seed=2))
-        checkpoints.wait()
-        assert checkpoints.latest_good() == 2
-
-
-def test_a_removed_file_is_found(tmp_path):
-    checkpoints = saved(tmp_path, 1)
-    files_of(tmp_path, 1)[0].unlink()
-    assert "missing" in (checkpoints.verify(1) or "")
-
-
-def test_when_none_is_good_nothing_moves_and_nothing_starts_over(tmp_path):
-    checkpoints = saved(tmp_path, 1, 2)
-    for step in (1, 2):
-        flip_bit(files_of(tmp_path, step)[0])
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"No checkpoint under .* verifies .*step 2"):
-            checkpoints.latest_good()
-    assert checkpoints.steps() == [1, 2] and not checkpoints.quarantined()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{", '{"format": 1, "files": {}}', '{"format": 9, "files": {"a": {}}}']
-    + ['{"format": 1, "files": {"../1/x": {"size": 1, "sha256": ""}}}'],
-)
-def test_a_garbled_manifest_is_a_bad_step(tmp_path, text):
-    checkpoints = saved(tmp_path, 1)
-    (tmp_path / "1" / "manifest.json").write_text(text)
-    assert "manifest.json is damaged" in (checkpoints.verify(1) or "")
-
-
-def test_what_is_not_a_step_is_ignored(tmp_path):
-    checkpoints = saved(tmp_path, 1)
-    (tmp_path / "7").mkdir()  # an empty numeric directory
-    shutil.copytree(tmp_path / "1", tmp_path / "8.orbax-checkpoint-tmp")
-    (tmp_path / "9").mkdir()
-    (tmp_path / "9" / "data").write_bytes(b"half a save without a commit marker")
-    (tmp_path / "notes.txt").write_text("hello")
-    assert checkpoints.steps() == [1] and checkpoints.latest_good() == 1
-    for step in (7, 8, 9):
-        assert checkpoints.save(step, make_tree("cube", seed=step))
-    checkpoints.wait()
-    assert checkpoints.latest_good() == 9 and checkpoints.quarantined() == ["9"]
-
-
-@pytest.mark.parametrize("marker", ["manifest.json", "commit_success.txt"])
-def test_a_step_that_lost_its_marker_is_passed_over(tmp_path, marker):
-    checkpoints = saved(tmp_path, 1, 2)
-    (tmp_path / "2" / marker).unlink()
-    assert checkpoints.latest_good() == 1
-
-
 def test_a_fresh_folder_has_no_steps_and_is_not_written(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none")
     assert checkpoints.latest_good() is None and checkpoints.steps() == []
@@ -294,30 +152,6 @@ def test_relative_root(tmp_path, monkeypatch):
     assert same_bits(back["params"]["scale"], make_tree("one", seed=1)["params"]["scale"])
 
 
-def test_a_save_that_cannot_be_written_names_path_and_reason(tmp_path):
-    root = tmp_path / "checkpoints"
-    root.write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"checkpoints.* cannot be written \(.*(exists|Not a dir)"):
-        saved(root, 1)
-
-
-def test_a_save_that_fails_half_way_leaves_the_older_step(tmp_path, monkeypatch):
-    checkpoints = saved(tmp_path, 1)
-
-    def full(directory):
-        raise OSError(28, "No space left on device", str(directory))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("moe_jax.checkpoint.manifest.write", full)
-        with pytest.raises(UserError, match=r"/2 cannot be written \(No space left on device"):
-            checkpoints.save(2, make_tree("cube"))
-            checkpoints.wait()
-    assert checkpoints.latest_good() == 1
-    assert checkpoints.save(2, make_tree("cube"))
-    checkpoints.wait()
-    assert checkpoints.latest_good() == 2
-
-
 def test_disk(tmp_path):
     tree = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32), "n": 3}
     assert 4 * 2**20 < disk_needed(tree) < 2**28
@@ -325,40 +159,6 @@ def test_disk(tmp_path):
     check_disk("gs://bucket/run", 2**80)
     with pytest.raises(UserError, match="GiB free"):
         check_disk(tmp_path / "run", 2**80)
-
-
-KILLED = """
-import sys
-import jax.numpy as jnp
-from moe_jax.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1])
-for step in range(1, 1000):
-    checkpoints.save(step, {"params": {"w": jnp.full((1024, 1024), step)}, "step": step})
-    if step == 3:
-        print("saving", flush=True)
-"""
-
-
-@pytest.mark.parametrize("kill", range(3))
-def test_sigkill_during_saves(tmp_path, kill):
-    """Whatever the kill leaves, the newest step that is found holds the values of that step."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout and run.stdout.readline() == "saving\n"
-        # A temporary directory seen: a save is under way at this moment.
-        while not any(tmp_path.glob("*.orbax-checkpoint-tmp*")):
-            assert run.poll() is None
-        run.send_signal(signal.SIGKILL)
-    checkpoints = Checkpoints(tmp_path)
-    step = checkpoints.latest_good()
-    assert step is not None and step >= 2 and not checkpoints.quarantined()
-    target = {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.int32)}, "step": np.int64(0)}
-    back = checkpoints.restore(step, target)
-    assert int(back["step"]) == step and (np.asarray(back["params"]["w"]) == step).all()
-    assert checkpoints.save(step + 1, back)
-    checkpoints.wait()
-    assert checkpoints.latest_good() == step + 1
-    assert not list(tmp_path.glob("*tmp*"))
 
 
 def test_command_line(tmp_path, capsys):

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from moe_jax.checkpoint.store import QUARANTINE, Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.train import flags
@@ -17,6 +19,7 @@ from moe_jax.train import flags
 def main(argv: Sequence[str]) -> int:
     """Prints the lines; raises UserError where there is no checkpoint."""
     parsed = flags.parse(argv, config=False)
+    jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
     checkpoints = Checkpoints(os.path.join(parsed.flags.workdir, "checkpoints"))
     steps = checkpoints.steps()
     if not steps:

@@ -6,11 +6,12 @@ files were merged and before the step gets its final name, so a committed step a
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, cast
+from typing import cast
 
 from etils import epath
 
@@ -72,7 +73,7 @@ def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.
 
 def _entry(path: epath.Path) -> dict[str, int | str]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(cast(BinaryIO, file), "sha256").hexdigest()
+        digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     return {"size": path.stat().length, "sha256": digest}
 
 

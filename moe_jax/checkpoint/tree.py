@@ -5,16 +5,17 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from moe_jax.errors import UserError
 
-Leaf = jax.ShapeDtypeStruct
+Leaf: TypeAlias = jax.ShapeDtypeStruct
 _SLACK = 64 * 2**20  # bytes beside the arrays: metadata, part-filled blocks
 
 
@@ -58,7 +59,7 @@ def abstract(leaf: Any) -> Leaf:
     """
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("a typed PRNG key has no stable bytes: store jax.random.key_data(key)")
     return Leaf(tuple(leaf.shape), leaf.dtype, sharding=getattr(leaf, "sharding", None))
 

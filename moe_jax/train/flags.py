@@ -44,7 +44,7 @@ PROCESS_FLAGS = (
     Flag("process_id", -1, "Which process this is, from 0."),
 )
 _COMMON = (
-    Flag("workdir", "", "Folder of the run, local or gs://."),
+    Flag("workdir", "", "Folder of the run."),
     Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
 )
 _DEFINE = {
@@ -92,7 +92,7 @@ def parse(
     if not config:
         return Parsed(ConfigDict(), {}, found)
     overrides = dict(config_flags.get_override_values(values["config"]))
-    return Parsed(values["config"].value, overrides, found)
+    return Parsed(loaded, overrides, found)
 
 
 def load_config(path: str) -> ConfigDict:
@@ -101,7 +101,7 @@ def load_config(path: str) -> ConfigDict:
     Raises:
       UserError: no such file, no get_config in it, or it returns something else.
     """
-    file, colon, argument = path.partition(":")
+    file, _, argument = path.partition(":")
     if not os.path.isfile(file):
         raise UserError(f"--config={path}: there is no file {file!r}.")
     spec = importlib.util.spec_from_file_location("moe_jax_run_config", file)

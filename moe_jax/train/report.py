@@ -51,7 +51,7 @@ class Reporter:
             folder.mkdir(parents=True, exist_ok=True)
             truncate(self._path, resumed_step)
             # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
-            self._file = open(self._path, "ab", buffering=0)
+            self._file = self._path.open("ab", buffering=0)
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"),
                 purge_step=None if resumed_step is None else resumed_step + 1,
@@ -235,9 +235,7 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, list):
         for index, part in enumerate(value):
             yield from _scalars(part, f"{tag}/{index:02d}")
-    elif isinstance(value, str) and value in ("nan", "inf", "-inf"):
-        yield tag, float(value)
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
         yield tag, float(value)
 
 

@@ -134,20 +134,20 @@ flags.run(main)
 """
 
 
-def run_program(*arguments):
+def run_program(env, *arguments):
     command = [sys.executable, "-c", PROGRAM, "--workdir=w", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_devices_and_exit_codes(config):
-    done = run_program(config, "--devices=3", "--end=42")
+def test_devices_and_exit_codes(config, cli_env):
+    done = run_program(cli_env, config, "--devices=3", "--end=42")
     assert (done.returncode, done.stdout, done.stderr) == (42, "cpu 3\n", "")
 
 
-def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(config):
-    done = run_program(config, "--end=user")
+def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(config, cli_env):
+    done = run_program(cli_env, config, "--end=user")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "Error: Change the thing.\n")
-    done = run_program(config, "--end=bug")
+    done = run_program(cli_env, config, "--end=bug")
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.endswith("ZeroDivisionError: a bug\n")
 

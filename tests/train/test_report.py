@@ -103,6 +103,13 @@ def test_resume_sets_later_rows_and_a_torn_line_aside(tmp_path):
     ]
 
 
+def test_a_row_without_its_line_end_is_torn(tmp_path):
+    """Kept, it would run into the next row."""
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}')
+    report(tmp_path, [{"step": 2, "loss": 1.0}], resumed=2)
+    assert read(tmp_path / METRICS) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+
+
 def test_resume_without_later_rows_leaves_the_file_alone(tmp_path):
     report(tmp_path, [{"step": 10, "loss": 1.0}])
     before = (tmp_path / METRICS).stat()

@@ -1,0 +1,202 @@
+"""Processes start together, stop together, and write one checkpoint together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.errors import UserError
+from moe_jax.parallel import distributed
+
+SLURM = {
+    "SLURM_NTASKS": "4",
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+POD = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+
+
+@pytest.fixture
+def any_platform():
+    """As on a machine where nobody asked for the CPU."""
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        ({**SLURM, "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, False),
+        (POD, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, False),
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    ],
+)
+def test_detection(any_platform, environment, several):
+    assert distributed.detect(environment) == several
+
+
+@pytest.mark.parametrize("missing", ["SLURM_STEP_NODELIST", "SLURM_PROCID"])
+def test_half_of_slurm_is_refused(missing):
+    environment = {name: value for name, value in SLURM.items() if name != missing}
+    with pytest.raises(UserError, match=f"{missing} is not set: start through srun"):
+        distributed.detect(environment)
+
+
+def test_half_of_a_pod_is_refused_and_the_cpu_stays_alone(any_platform):
+    with pytest.raises(UserError, match="TPU_WORKER_ID"):
+        distributed.detect({"TPU_WORKER_HOSTNAMES": "a,b"})
+    jax.config.update("jax_platforms", "cpu")
+    assert not distributed.detect(POD)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("host:1", 0, -1), "give all three"),
+        (("", 2, 0), "give all three"),
+        (("host", 2, 0), "has no port"),
+        (("host:1", 2, 2), "count from 0"),
+    ],
+)
+def test_half_of_the_flags_is_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        distributed.start(*arguments)
+
+
+def test_one_process_whatever_the_environment_says(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(process_count=1)
+    assert not jax.distributed.is_initialized() and distributed.lead()
+
+
+def test_sigterm_in_one_process():
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = distributed.Preemption()
+    assert not preemption.reached(1)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2)
+    preemption.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+START = """
+import os, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.errors import UserError
+from moe_jax.parallel import distributed
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
+jax.config.update("jax_num_cpu_devices", 2)
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+assert jax.process_count() == 2
+"""
+
+STOP = """
+preemption = distributed.Preemption()
+print("running", flush=True)
+step = 0
+while not preemption.reached(step):
+    step += 1
+    multihost_utils.sync_global_devices(str(step))
+print(step, flush=True)
+sys.exit(distributed.AGAIN)
+"""
+
+SAVE = """
+mesh = make_mesh(MeshConfig(data=2, expert=2))
+w = np.arange(32, dtype=np.float32).reshape(8, 4)
+sharding = NamedSharding(mesh, P(("data", "expert")))
+w = jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
+tree = {"params": {"w": w}, "step": np.int64(1)}
+checkpoints = Checkpoints(sys.argv[3], keep_last=1)
+for step in (1, 2):
+    assert checkpoints.save(step, tree)
+    assert not checkpoints.save(step, tree)
+checkpoints.wait()
+multihost_utils.sync_global_devices("retained")
+assert checkpoints.steps() == [2] and checkpoints.latest_good() == 2
+like = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=NamedSharding(mesh, P(None, "expert")))
+back = checkpoints.restore(2, {"params": {"w": like}, "step": np.int64(0)})
+whole = multihost_utils.process_allgather(back["params"]["w"], tiled=True)
+assert (whole == np.arange(32).reshape(8, 4)).all() and int(back["step"]) == 1
+multihost_utils.sync_global_devices("before the damage")
+if distributed.lead():
+    (checkpoints.root / "2" / "manifest.json").write_text("garbage")
+multihost_utils.sync_global_devices("damaged")
+try:
+    checkpoints.latest_good()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def pair(cli_env):
+    """`pair(program, *arguments)` starts it as two processes that can find each other."""
+    started: list[subprocess.Popen] = []
+
+    def start(body: str, *arguments: str) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        for index in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", START + body, address, str(index), *arguments],
+                env=cli_env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_to_one_of_two_stops_both_at_one_step(pair):
+    processes = pair(STOP)
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "running\n"
+    processes[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [distributed.AGAIN] * 2, ended
+    steps = [int(out.splitlines()[-1]) for out, _ in ended]
+    assert steps[0] == steps[1] > 0
+
+
+def test_two_processes_write_one_checkpoint(tmp_path, pair):
+    processes = pair(SAVE, str(tmp_path / "two"))
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert "manifest.json is damaged" in ended[0][0]
+    assert "Process 0 cannot go on" in ended[1][0]
+    alone = Checkpoints(tmp_path / "one")
+    w = np.arange(32, dtype=np.float32).reshape(8, 4)
+    alone.save(2, {"params": {"w": w}})
+    alone.wait()
+    assert Checkpoints(tmp_path / "two").digest(2) == alone.digest(2)

@@ -1,0 +1,156 @@
+"""Damage to checkpoints: it never passes for weights, and never starts a run over."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_trees import files_of, flip_bit, make_tree, saved
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.errors import UserError
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_flipped_bit_in_any_file_is_found(tmp_path, which):
+    checkpoints = saved(tmp_path, 1, 2)
+    damaged = files_of(tmp_path, 2)[which]
+    flip_bit(damaged)
+    reports: list[str] = []
+    assert checkpoints.latest_good(reports.append) == 1
+    assert len(reports) == 1 and damaged.name in reports[0] and "step 2" in reports[0]
+    assert checkpoints.steps() == [1] and checkpoints.quarantined() == ["2"]
+    assert (tmp_path / "quarantine" / "2" / damaged.relative_to(tmp_path / "2")).exists()
+
+
+def test_a_cut_file_is_found_and_the_step_can_be_saved_again(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    for copy in range(2):
+        damaged = files_of(tmp_path, 2)[0]
+        damaged.write_bytes(damaged.read_bytes()[:-7])
+        reason = checkpoints.verify(2)
+        assert reason and "bytes instead of" in reason and damaged.name in reason
+        assert checkpoints.latest_good() == 1
+        assert len(checkpoints.quarantined()) == copy + 1
+        assert checkpoints.save(2, make_tree("cube", seed=2))
+        checkpoints.wait()
+        assert checkpoints.latest_good() == 2
+
+
+def test_a_removed_file_is_found(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    files_of(tmp_path, 1)[0].unlink()
+    assert "missing" in (checkpoints.verify(1) or "")
+
+
+def test_when_none_is_good_nothing_moves_and_nothing_starts_over(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip_bit(files_of(tmp_path, step)[0])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"No checkpoint under .* verifies .*step 2"):
+            checkpoints.latest_good()
+    assert checkpoints.steps() == [1, 2] and not checkpoints.quarantined()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 1, "files": {}}',
+        '{"format": 9, "files": {"a": {}}}',
+        '{"format": 1, "files": {"../1/x": {"size": 1, "sha256": ""}}}',
+    ],
+)
+def test_a_garbled_manifest_is_a_bad_step(tmp_path, text):
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / "1" / "manifest.json").write_text(text)
+    assert "manifest.json is damaged" in (checkpoints.verify(1) or "")
+
+
+def test_what_is_not_a_step_is_ignored(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / "7").mkdir()  # an empty numeric directory
+    for leftover in ("6.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp", "0.doomed"):
+        shutil.copytree(tmp_path / "1", tmp_path / leftover)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "data").write_bytes(b"half a save without a commit marker")
+    (tmp_path / "notes.txt").write_text("hello")
+    checkpoints = Checkpoints(tmp_path)  # as after a restart
+    assert checkpoints.steps() == [1] and checkpoints.latest_good() == 1
+    for step in (7, 8, 9):
+        assert checkpoints.save(step, make_tree("cube", seed=step))
+    checkpoints.wait()
+    assert checkpoints.latest_good() == 9 and checkpoints.quarantined() == ["9"]
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".orbax-checkpoint-tmp", ".doomed")]
+
+
+@pytest.mark.parametrize("marker", ["manifest.json", "commit_success.txt"])
+def test_a_step_that_lost_its_marker_is_passed_over(tmp_path, marker):
+    checkpoints = saved(tmp_path, 1, 2)
+    (tmp_path / "2" / marker).unlink()
+    assert checkpoints.latest_good() == 1
+
+
+def test_a_save_that_cannot_be_written_names_path_and_reason(tmp_path):
+    root = tmp_path / "checkpoints"
+    root.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"checkpoints.* cannot be written \(.*(exists|Not a dir)"):
+        saved(root, 1)
+
+
+def test_a_save_that_fails_half_way_leaves_the_older_step(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1)
+
+    def full(directory):
+        raise OSError(28, "No space left on device", str(directory))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_jax.checkpoint.manifest.write", full)
+        with pytest.raises(UserError, match=r"/2 cannot be written \(No space left on device"):
+            checkpoints.save(2, make_tree("cube"))
+            checkpoints.wait()
+    assert checkpoints.latest_good() == 1
+    assert checkpoints.save(2, make_tree("cube"))
+    checkpoints.wait()
+    assert checkpoints.latest_good() == 2
+
+
+KILLED = """
+import sys
+import jax.numpy as jnp
+from moe_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+for step in range(1, 1000):
+    checkpoints.save(step, {"params": {"w": jnp.full((1024, 1024), step)}, "step": step})
+    if step == 3:
+        print("saving", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kill", range(3))
+def test_sigkill_during_saves(tmp_path, cli_env, kill):
+    """Whatever the kill leaves, the newest step that is found holds the values of that step."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, env=cli_env, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout and run.stdout.readline() == "saving\n"
+        # A temporary directory seen: a save is under way at this moment.
+        while not any(tmp_path.glob("*.orbax-checkpoint-tmp*")):
+            assert run.poll() is None
+        run.send_signal(signal.SIGKILL)
+    checkpoints = Checkpoints(tmp_path)
+    step = checkpoints.latest_good()
+    assert step is not None and step >= 2 and not checkpoints.quarantined()
+    target = {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.int32)}, "step": np.int64(0)}
+    back = checkpoints.restore(step, target)
+    assert int(back["step"]) == step and (np.asarray(back["params"]["w"]) == step).all()
+    assert checkpoints.save(step + 1, back)
+    checkpoints.wait()
+    assert checkpoints.latest_good() == step + 1
+    assert not list(tmp_path.glob("*tmp*"))
