@@ -116,7 +116,7 @@ class Config:
 
 def default_config() -> ConfigDict:
     """Every key with its default: what the files under configs/ start from."""
-    config = ConfigDict(to_dict(Config()))
+    config: Any = ConfigDict(to_dict(Config()))  # pyright sees None behind every attribute
     config.model.moe.options = ConfigDict(
         {
             name: {f.name: f.default for f in own_fields(cls, config.model.moe)}
@@ -187,4 +187,4 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             f"config.{path} is {value!r} ({type(value).__name__}): "
             f"give {'a mapping' if origin is Mapping else 'a value of type ' + origin.__name__}."
         )
-    return dict(value) if origin is Mapping else value
+    return {**value} if isinstance(value, Mapping) else value

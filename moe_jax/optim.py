@@ -116,10 +116,10 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     def cast(state, dtype):
         return state._replace(mu=state.mu.astype(dtype), nu=state.nu.astype(dtype))
 
-    def init(leaf):
+    def init(leaf: Any) -> Any:
         return cast(adam.init(leaf), config.moment_dtype)
 
-    def update(gradient, state, leaf=None):
+    def update(gradient: Any, state: Any, leaf: Any = None, **_: Any) -> Any:
         step, state = adam.update(gradient, cast(state, gradient.dtype), leaf)
         return step, cast(state, config.moment_dtype)
 
@@ -165,6 +165,7 @@ class Optimizer:
         rate = self.schedule(step)
 
         def one(path, param, gradient, state):
+            direction: Any
             direction, state = self._for(path)[1](gradient, state, param)
             return param - (rate * direction).astype(param.dtype), state
 

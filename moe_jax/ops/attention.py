@@ -7,6 +7,7 @@ Axes: B batch, T query positions, S key positions (as many), H query heads, J ke
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,8 @@ def splash_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
         by_head = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
         ids = None if segments_T is None else kernel.SegmentIds(segments_T, segments_T)
         q_HTA = by_head(q_THA) / math.sqrt(A)  # the kernel does not scale
-        return by_head(run(q_HTA, by_head(k_TJA), by_head(v_TJA), segment_ids=ids))
+        out_HTA: Any = run(q_HTA, by_head(k_TJA), by_head(v_TJA), segment_ids=ids)
+        return by_head(out_HTA)
 
     rows = P(BATCH_AXES, None, "tensor", None)
     segments = None if segments_BT is None else P(BATCH_AXES, None)

@@ -5,7 +5,7 @@ Axes: B rows, T positions, N tokens of one device, D width, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,7 @@ def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradient
         return (nll, z, d_head), d_x
 
     zero = jnp.zeros((), wide)
+    d_x: Any
     start = (zero, zero, jnp.zeros(head_DV.shape, wide) if gradients else zero)
     (nll, z, d_head), d_x = _scan(one_chunk, start, _split(chunk, x_ND, targets_N, mask_N))
     out = CrossEntropy(nll + z_weight * z, nll, z, mask_N.sum().astype(wide))

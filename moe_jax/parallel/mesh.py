@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all `devices` (default: every device of every process), all axes Auto."""
     devices = list(devices if devices is not None else jax.devices())
     config = config.resolve(len(devices))

@@ -34,7 +34,7 @@ class Evaluator:
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """The same held-out windows every time, so curves are comparable."""
-        total = None
+        total: Any = None
         where = batch_shardings(self._run)
         with DeviceFeed(self._heldout.rows, self._shape, where, 0, self._batches) as feed:
             for _, batch in feed:

@@ -18,7 +18,7 @@ from moe_jax.parallel.rules import sharding
 class TrainState:
     """Step counter, parameters, and the optimizer's state leaf by leaf beside them."""
 
-    step: jax.Array
+    step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
     params: Any
     optimizer: Any
 

@@ -8,6 +8,7 @@ Axes: N tokens, M places (slots or sorted rows), K choices a token.  An index th
 nothing holds `M` (or `N`), one past the end, and reads as zero.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -64,10 +65,11 @@ def combine(
 ) -> Float[Array, "N D"]:
     """Sum over a token's places of weight * y; dropped choices add nothing."""
     K = weights_NK.shape[1]
-    return sum(
+    parts = [
         _rows(y_MD, moves.place_NK[:, k]) * weights_NK[:, k, None].astype(y_MD.dtype)
         for k in range(K)
-    )
+    ]
+    return functools.reduce(jnp.add, parts)
 
 
 def _combine_forward(y_MD, weights_NK, moves):
