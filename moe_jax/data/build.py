@@ -89,6 +89,14 @@ def build(
     return open_store(path, weights)
 
 
+def store_root(config: DataConfig, workdir: str | os.PathLike) -> epath.Path:
+    """Where the stores of a run in `workdir` lie: data.store, or WORKDIR/../stores."""
+    folder = epath.Path(workdir).expanduser()
+    if not config.store:
+        return (folder if "://" in os.fspath(workdir) else folder.resolve()).parent / "stores"
+    return epath.Path(config.store).expanduser()
+
+
 def store_fingerprint(
     config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: Layout
 ) -> str:

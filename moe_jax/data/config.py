@@ -1,10 +1,12 @@
 """What text to train on, and how it becomes rows."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.registry import lookup
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet")
 
@@ -20,7 +22,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens a row
     heldout_fraction: float = 0.05  # share of documents (by content hash) kept for evaluation
     store: str = ""  # where the tokenised store lies; empty: WORKDIR/../stores
-    # name -> {source, files, field, weight}; when not empty, replaces source, files and field.
+    # name -> {source (text), files, field (text), weight (1)}; when not empty, replaces source, files and field.
     mixture: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -30,7 +32,20 @@ class DataConfig:
             raise UserError(
                 f"data.heldout_fraction is {self.heldout_fraction}: set a share between 0 and 1."
             )
+        lookup(dict.fromkeys(SOURCES), self.source, "data.source")
         for name, part in self.mixture.items():
-            weight = part.get("weight", 1.0)
-            if not weight > 0:
-                raise UserError(f"data.mixture.{name}.weight is {weight}: set it above 0.")
+            _check_part(f"data.mixture.{name}", part)
+
+
+def _check_part(where: str, part: Any) -> None:
+    """Raises UserError for an entry of a mixture with an unknown key or a value out of place."""
+    known = {"source": str, "files": str, "field": str, "weight": float}
+    if not isinstance(part, Mapping):
+        raise UserError(f"{where} is {part!r}: give it {', '.join(known)}.")
+    for key, value in part.items():
+        kind = lookup(known, key, f"{where} key")
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"{where}.{key} is {value!r}: give a value of type {kind.__name__}.")
+    lookup(dict.fromkeys(SOURCES), part.get("source", "text"), f"{where}.source")
+    if not 0 < part.get("weight", 1.0) < math.inf:
+        raise UserError(f"{where}.weight is {part['weight']}: set a number above 0.")

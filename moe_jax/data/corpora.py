@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from moe_jax.data.config import SOURCES, DataConfig
+from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
-from moe_jax.registry import lookup
 
 MAX_FILE_LABELS = 64  # more files than this share one source label
 PIECE_CHARACTERS = 8192  # a text corpus of a single file is cut into documents of about this size
@@ -85,7 +84,7 @@ def find_streams(config: DataConfig) -> tuple[Stream, ...]:
     """The corpus that `config` describes.
 
     Raises:
-      UserError: unknown kind or key, or a glob that matches no file.
+      UserError: a glob that matches no file.
     """
     if not config.mixture:
         files = _find_files(config.source, config.files, "data")
@@ -95,8 +94,6 @@ def find_streams(config: DataConfig) -> tuple[Stream, ...]:
     streams = []
     for name, part in config.mixture.items():
         where = f"data.mixture.{name}"
-        for key in part:
-            lookup(dict.fromkeys(("source", "files", "field", "weight")), key, f"{where} key")
         kind = part.get("source", "text")
         files = _find_files(kind, part.get("files", ""), where)
         files = tuple(file._replace(source=name) for file in files)
@@ -106,7 +103,6 @@ def find_streams(config: DataConfig) -> tuple[Stream, ...]:
 
 
 def _find_files(kind: str, globs: str, where: str) -> tuple[SourceFile, ...]:
-    lookup(dict.fromkeys(SOURCES), kind, f"{where}.source")
     if kind == "stdlib":
         return _stdlib_files(epath.Path(sysconfig.get_path("stdlib")))
     patterns = [pattern.strip() for pattern in globs.split(",") if pattern.strip()]

@@ -111,10 +111,9 @@ class _Assembler:
         self._shape = shape
         self._shardings = shardings
         needed = np.zeros(shape[:2], bool)
-        for index in shardings[0].addressable_devices_indices_map(shape).values():
-            needed[index[:2]] = True
-        for index in shardings[1].addressable_devices_indices_map(shape[:2]).values():
-            needed[index] = True
+        for sharding, array_shape in zip(shardings, (shape, shape[:2]), strict=True):
+            for index in sharding.addressable_devices_indices_map(array_shape).values():
+                needed[(index or ())[:2]] = True
         self._row_ids = np.flatnonzero(needed)
         # Place of global row [a, i] among the rows read.
         self._place = (np.cumsum(needed.ravel()) - 1).reshape(shape[:2])
@@ -125,6 +124,9 @@ class _Assembler:
     def _array(self, rows: np.ndarray) -> jax.Array:
         shape = self._shape if rows.ndim == 2 else self._shape[:2]
         sharding = self._shardings[0 if rows.ndim == 2 else 1]
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: rows[(self._place[index[:2]], *index[2:])]
-        )
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = index or ()
+            return rows[(self._place[index[:2]], *index[2:])]
+
+        return jax.make_array_from_callback(shape, sharding, shard)

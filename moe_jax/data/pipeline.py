@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
 from moe_jax.errors import UserError
@@ -59,7 +59,7 @@ class Windows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def bounds(self, windows: Int[np.ndarray, "B"]) -> tuple[np.ndarray, np.ndarray]:
+    def bounds(self, windows: Integer[np.ndarray, "B"]) -> tuple[np.ndarray, np.ndarray]:
         """First token of each window and the token after its last; equal for window -1."""
         stream = np.searchsorted(self.starts, windows, side="right") - 1
         stream = np.clip(stream, 0, len(self.starts) - 2)
@@ -68,7 +68,7 @@ class Windows:
         empty = windows < 0
         return np.where(empty, 0, start), np.where(empty, 0, stop)
 
-    def batch(self, windows: Int[np.ndarray, "B"], row_ids: Int[np.ndarray, "B"]) -> Batch:
+    def batch(self, windows: Integer[np.ndarray, "B"], row_ids: Integer[np.ndarray, "B"]) -> Batch:
         """Rows holding these windows; window -1 is a row of padding.
 
         Raises:
@@ -169,12 +169,12 @@ class Batches:
         """Windows in the training split."""
         return len(self._windows)
 
-    def window_ids(self, step: int, row_ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+    def window_ids(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Integer[np.ndarray, "B"]:
         """Which windows the rows of a step hold (example ids, for audits)."""
         first = step * self.batch_size
         return np.array([self._order[first + int(row)] for row in row_ids], np.int64)
 
-    def rows(self, step: int, row_ids: Int[np.ndarray, "B"]) -> Batch:
+    def rows(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
         """Rows `row_ids` (0 .. batch_size - 1) of the global batch of `step`."""
         return self._windows.batch(self.window_ids(step, row_ids), row_ids)
 
@@ -201,7 +201,7 @@ class HeldOut:
     def __len__(self) -> int:
         return math.ceil(len(self._windows) / self.batch_size)
 
-    def rows(self, index: int, row_ids: Int[np.ndarray, "B"]) -> Batch:
+    def rows(self, index: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
         """Rows `row_ids` (0 .. batch_size - 1) of batch `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"held-out batch {index} of {len(self)}")

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from moe_jax.errors import UserError
 
@@ -39,8 +39,8 @@ class Split:
 
     path: str
     tokens: ts.TensorStore
-    documents: Int[np.ndarray, "N 3"]
-    bounds: Int[np.ndarray, "M"]  # first token of each entry of the mixture, then the length
+    documents: Integer[np.ndarray, "N 3"]
+    bounds: Integer[np.ndarray, "M"]  # first token of each entry of the mixture, then the length
 
     @property
     def num_tokens(self) -> int:

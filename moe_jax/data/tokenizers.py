@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from moe_jax.errors import UserError
 
@@ -19,6 +19,7 @@ KNOWN_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SE
 KNOWN_PAD = (PADDING, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline needs of a tokenizer.
 
@@ -31,7 +32,7 @@ class Tokenizer(Protocol):
     pad_id: int
     identity: str  # SHA-256 that changes when the tokens of some text would
 
-    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """Token ids of a text, without any special token added."""
         ...
 
@@ -39,7 +40,7 @@ class Tokenizer(Protocol):
         """`encode` of many texts at once."""
         ...
 
-    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
         """Text of token ids; eos and padding become nothing, broken UTF-8 becomes U+FFFD."""
         ...
 
@@ -52,7 +53,7 @@ class BytesTokenizer:
     pad_id = 257
     identity = hashlib.sha256(b"bytes").hexdigest()
 
-    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
         return self.encode_batch([text])[0]
 
@@ -60,7 +61,7 @@ class BytesTokenizer:
         """See `Tokenizer`."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
         """See `Tokenizer`."""
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
@@ -85,7 +86,7 @@ class JsonTokenizer:
         self.eos_id, self.pad_id, self.vocab_size = ids
         self.identity = hashlib.sha256(b"tokenizer.json" + raw).hexdigest()
 
-    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
         return self.encode_batch([text])[0]
 
@@ -94,7 +95,7 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
-    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
         return self._tokenizer.decode([int(i) for i in ids if i not in special])
@@ -125,7 +126,7 @@ class SentencePieceTokenizer:
         self.eos_id, self.pad_id, self.vocab_size = ids
         self.identity = hashlib.sha256(b"sentencepiece" + raw).hexdigest()
 
-    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
         return self.encode_batch([text])[0]
 
@@ -133,7 +134,7 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         return [np.asarray(ids, np.int64) for ids in self._processor.encode(list(texts))]
 
-    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
         return self._processor.decode([int(i) for i in ids if i not in special])
