@@ -1,7 +1,7 @@
 """Build and describe a store without training, or train a tokenizer on a config's corpus.
 
-    python -m moe_jax.data --config=configs/tiny.py [--workdir=DIR] [--config.data.KEY=VALUE]
-    python -m moe_jax.data train-bpe --config=... --vocab_size=N --output=tokenizer.json
+python -m moe_jax.data --config=configs/tiny.py [--workdir=DIR] [--config.data.KEY=VALUE]
+python -m moe_jax.data train-bpe --config=... --vocab_size=N --output=tokenizer.json
 """
 
 from collections.abc import Sequence

@@ -222,11 +222,11 @@ class _SplitWriter:
         self._folder = key_value_store(path)
         self._parts = self._read_parts()
         spec = array_spec(path / "tokens")
-        if not self._parts:
+        if self._parts:
+            self._tokens: Any = ts.open(spec).result()
+        else:
             dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-            spec["metadata"] = _tokens_metadata(layout, dtype)
-        fresh = not self._parts
-        self._tokens = ts.open(spec, open=not fresh, create=fresh, delete_existing=fresh).result()
+            self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
 
     def write(
         self, documents: Iterator[Document], say: Callable[[str], None]
@@ -303,16 +303,19 @@ class _SplitWriter:
         return [np.load(io.BytesIO(value), allow_pickle=False) for value in values]
 
     def _write_documents(self, table: np.ndarray) -> None:
-        spec = array_spec(self._path / "documents")
-        spec["metadata"] = {
+        metadata = {
             "shape": list(table.shape),
             "data_type": "int64",
             "chunk_grid": _regular([DOCUMENTS_CHUNK, 3]),
             "codecs": CODECS,
         }
         with _writing(self._path):
-            array = ts.open(spec, create=True, delete_existing=True).result()
-            array.write(table).result()
+            self._create("documents", metadata).write(table).result()
+
+    def _create(self, name: str, metadata: dict[str, Any]) -> Any:
+        """An empty array in place of whatever a build that was stopped left there."""
+        spec = array_spec(self._path / name) | {"metadata": metadata}
+        return ts.open(spec, create=True, delete_existing=True).result()
 
 
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

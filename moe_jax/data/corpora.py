@@ -6,6 +6,7 @@ library), so nothing here depends on where the text lies.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -123,17 +124,14 @@ def _find_files(kind: str, globs: str, where: str) -> tuple[SourceFile, ...]:
 
 def _glob(pattern: str) -> list[epath.Path]:
     """Files (never folders) that match; absolute paths, or gs:// ones."""
-    parts = PurePosixPath(pattern.split("://", 1)[-1]).parts
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
-    path = epath.Path(pattern).expanduser()
-    if wild is None:
-        found = [path] if path.exists() else []
-    else:
-        base = path
-        for _ in parts[wild:]:
-            base = base.parent
-        found = list(base.glob("/".join(parts[wild:])))
-    return [path if "://" in pattern else path.resolve() for path in found if not path.is_dir()]
+    if "://" not in pattern:
+        found = glob.glob(os.path.abspath(os.path.expanduser(pattern)), recursive=True)
+        return [epath.Path(path) for path in found if os.path.isfile(path)]
+    if "**" in pattern:
+        raise UserError(f"{pattern!r}: ** is for local files only, name the folders with *.")
+    scheme, _, rest = pattern.partition("://")
+    bucket, _, inside = rest.partition("/")
+    return [path for path in epath.Path(f"{scheme}://{bucket}").glob(inside) if not path.is_dir()]
 
 
 def _label(files: tuple[SourceFile, ...], stream: str) -> tuple[SourceFile, ...]:

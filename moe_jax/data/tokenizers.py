@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 from etils import epath
@@ -19,7 +19,6 @@ KNOWN_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SE
 KNOWN_PAD = (PADDING, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
-@runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline needs of a tokenizer.
 
@@ -40,7 +39,7 @@ class Tokenizer(Protocol):
         """`encode` of many texts at once."""
         ...
 
-    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of token ids; eos and padding become nothing, broken UTF-8 becomes U+FFFD."""
         ...
 
@@ -61,9 +60,9 @@ class BytesTokenizer:
         """See `Tokenizer`."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class JsonTokenizer:
@@ -95,10 +94,10 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
-    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
-        return self._tokenizer.decode([int(i) for i in ids if i not in special])
+        return self._tokenizer.decode([i for i in map(int, ids) if i not in special])
 
 
 class SentencePieceTokenizer:
@@ -134,10 +133,10 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         return [np.asarray(ids, np.int64) for ids in self._processor.encode(list(texts))]
 
-    def decode(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
-        return self._processor.decode([int(i) for i in ids if i not in special])
+        return self._processor.decode([i for i in map(int, ids) if i not in special])
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -10,7 +10,7 @@ from moe_jax.data.build import Layout, build
 from moe_jax.data.config import DataConfig
 from moe_jax.data.store import Store
 
-SMALL = Layout(chunk=16, shard=64)
+SMALL = Layout(chunk=64, shard=512)
 
 
 @pytest.fixture

@@ -87,9 +87,7 @@ def test_names_do_not_depend_on_where_the_files_lie(tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "other" / "two")
     config = {"source": "text", "files": f"{tmp_path}/one/**/*.txt"}
     moved = {"source": "text", "files": f"{tmp_path}/other/two/**/*.txt"}
-    digests = [
-        list(find_streams(DataConfig(**each))[0].digests()) for each in (config, moved)
-    ]
+    digests = [list(find_streams(DataConfig(**each))[0].digests()) for each in (config, moved)]
     assert digests[0] == digests[1]
     assert [name for name, _ in digests[0]] == ["deep/x.txt", "y.txt"]
 
