@@ -22,7 +22,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens a row
     heldout_fraction: float = 0.05  # share of documents (by content hash) kept for evaluation
     store: str = ""  # where the tokenised store lies; empty: WORKDIR/../stores
-    # name -> {source (text), files, field (text), weight (1)}; when not empty, replaces source, files and field.
+    # name -> {source (text), files, field (text), weight (1)}; replaces source, files and field.
     mixture: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

@@ -132,7 +132,7 @@ def test_bad_files_are_named(case, tmp_path):
 
 def test_a_missing_parquet_column_lists_those_there(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column 'text'.*body, n"):
+    with pytest.raises(UserError, match=r"no column 'text'.*body, n"):
         documents(source="parquet", files=f"{tmp_path}/a.parquet")
     with pytest.raises(UserError, match="row 0: column 'n' does not hold text"):
         documents(source="parquet", files=f"{tmp_path}/a.parquet", field="n")

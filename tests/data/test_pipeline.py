@@ -77,21 +77,21 @@ def test_streams_mix_by_weight_and_never_share_a_row(make_store):
 
 
 def test_held_out_covers_every_window_once_then_pads(store):
-    held = HeldOut(store, 8, T)
+    held = HeldOut(store, 7, T)
     windows = -(-(store.heldout.num_tokens - 1) // T)
-    assert len(held) == -(-windows // 8) and windows % 8
+    assert len(held) == -(-windows // 7) and windows % 7
     targets, full_rows = Counter(), 0
     for index in range(len(held)):
-        batch = held.rows(index, np.arange(8))
+        batch = held.rows(index, np.arange(7))
         assert_same(held.rows(index, np.array([6, 1])), batch, np.array([6, 1]))
         targets.update(batch.targets_BT[batch.loss_mask_BT].tolist())
         full_rows += int(batch.loss_mask_BT.any(axis=1).sum())
     (tokens,) = store.heldout.read([(0, store.heldout.num_tokens)])
     assert targets == Counter(tokens[1:].tolist()) and full_rows == windows
-    empty = batch.segments_BT[windows % 8 :]
-    assert empty.size and not empty.any() and (batch.tokens_BT[windows % 8 :] == PAD).all()
+    empty = batch.segments_BT[windows % 7 :]
+    assert empty.size and not empty.any() and (batch.tokens_BT[windows % 7 :] == PAD).all()
     with pytest.raises(IndexError):
-        held.rows(len(held), np.arange(8))
+        held.rows(len(held), np.arange(7))
 
 
 def test_bytes_of_the_byte_tokenizer_are_ones(store):

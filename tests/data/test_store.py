@@ -1,7 +1,9 @@
 """The store: resumable, byte-identical, split by content, and loud about damage."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -34,7 +36,7 @@ def split_documents(store, name: str) -> list[str]:
     (tokens,) = split.read([(0, split.num_tokens)])
     starts = [*split.documents[:, START], split.num_tokens]
     found = []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         assert tokens[stop - 1] == store.eos_id
         found.append(bytes(tokens[start : stop - 1].tolist()).decode())
     return found
@@ -90,7 +92,7 @@ def test_a_corpus_of_one_document_is_refused(tmp_path):
         build(DataConfig(source="jsonl", files=f"{tmp_path}/c.jsonl"), tmp_path / "stores")
 
 
-class Killed(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -117,14 +119,14 @@ def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
             nonlocal count
             count += 1
             if count == fatal and when == "before":
-                raise Killed
+                raise StoppedError
             real(*args)
             if count == fatal:
-                raise Killed
+                raise StoppedError
 
         root = tmp_path / f"{fatal}"
         monkeypatch.setattr(_SplitWriter, step, dying)
-        with pytest.raises(Killed):
+        with pytest.raises(StoppedError):
             build(config, root, layout=SMALL)
         assert read_manifest(root / store.fingerprint[:16]) is None
         monkeypatch.setattr(_SplitWriter, step, real)
@@ -149,15 +151,13 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
             write(self, rows)
             written.append(rows)
             if len(written) == shards:
-                raise Killed
+                raise StoppedError
 
         with monkeypatch.context() as patch:
             patch.setattr(BytesTokenizer, "encode_batch", watched)
             patch.setattr(_SplitWriter, "_write_part", dying)
-            try:
+            with contextlib.suppress(StoppedError):
                 build(config, tmp_path / "resumed", layout=SMALL)
-            except Killed:
-                pass
         return sum(len(text.encode()) + 1 for text in given)
 
     total = store.train.num_tokens + store.heldout.num_tokens
@@ -280,7 +280,7 @@ def test_text_of_zeros_is_stored(tmp_path):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(config, store, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="ids reach 257.*set it to 258"):
+    with pytest.raises(UserError, match=r"ids reach 257.*set it to 258"):
         store.check_vocabulary(257)
     store.check_vocabulary(258)
     monkeypatch.setattr(BytesTokenizer, "vocab_size", 200)
