@@ -30,11 +30,15 @@ class DenseFFN(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_in_DF[...].astype(dtype))
+        up_BTF = _project(x_BTD, self.w_in_DF)
         if self.w_gate_DF is None:
             hidden_BTF = jax.nn.gelu(up_BTF)
         else:
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate_DF[...].astype(dtype))
-            hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        hidden_BTF = checkpoint_name(hidden_BTF, FFN_HIDDEN)
+            hidden_BTF = jax.nn.silu(_project(x_BTD, self.w_gate_DF)) * up_BTF
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_out_FD[...].astype(dtype))
+
+
+def _project(x_BTD: Float[Array, "B T D"], w_DF: nnx.Param) -> Float[Array, "B T F"]:
+    """Tagged before the activation: its derivative needs them, so saving it saves the product."""
+    h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_DF[...].astype(x_BTD.dtype))
+    return checkpoint_name(h_BTF, FFN_HIDDEN)

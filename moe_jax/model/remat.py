@@ -13,10 +13,10 @@ from jax import checkpoint_policies as policies
 from moe_jax.registry import lookup
 
 ATTENTION_OUT = "attention_out"  # output of attention before its projection
-FFN_HIDDEN = "ffn_hidden"  # activations between the two matmuls of a dense FFN
+FFN_HIDDEN = "ffn_hidden"  # between the two matmuls of a dense FFN, before the activation
 ROUTER_LOGITS = "router_logits"
 MOE_DISPATCHED = "moe_dispatched"  # tokens where their experts are: after the all-to-all
-MOE_HIDDEN = "moe_hidden"  # activations between the two matmuls of the experts
+MOE_HIDDEN = "moe_hidden"  # between the two matmuls of the experts, before the activation
 MOE_OUT = "moe_out"  # what the experts made, back where the tokens are
 
 _DISPATCH = (ROUTER_LOGITS, MOE_DISPATCHED, MOE_OUT)

@@ -34,6 +34,7 @@ SPARSE = dataclasses.replace(
     dense=False,
     num_layers=6,
     moe=MoEConfig(
+        dispatch="dense",
         num_experts=4,
         expert_width=8,
         every=2,
@@ -116,7 +117,7 @@ def test_the_router_is_noisy_in_training_only(mesh_of):
 
 
 def test_remat_changes_no_value(x64, mesh_of):
-    moe = dataclasses.replace(SPARSE.moe, every=1, first_dense=0)
+    moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
     config = dataclasses.replace(SPARSE, num_layers=2, moe=moe)
     _, _, out, grads = step(config, mesh_of())
     for name in REMAT:
