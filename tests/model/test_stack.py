@@ -120,7 +120,7 @@ def test_remat_changes_no_value(x64, mesh_of):
     moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
     config = dataclasses.replace(SPARSE, num_layers=2, moe=moe)
     _, _, out, grads = step(config, mesh_of())
-    for name in REMAT:
+    for name in REMAT.keys() - {"none"}:
         scan = name in ("full", "save_dispatch")
         again = dataclasses.replace(config, remat=name, scan_layers=scan)
         model, _, remat_out, remat_grads = step(again, mesh_of())
