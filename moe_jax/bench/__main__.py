@@ -10,6 +10,7 @@ import jax
 from moe_jax.bench.measure import measure
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
+from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
 from moe_jax.train.setup import first_state, prepare
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
+    keep_freed_memory()
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
     run = prepare(config, workdir.absolute(), _progress)
     row = measure(run, first_state(run, "", _progress), parsed.flags.steps, parsed.flags.gradients)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -14,6 +13,7 @@ from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in, sc
 from moe_jax.model.remat import ATTENTION_OUT
 from moe_jax.model.rope import Rope, apply_rope
 from moe_jax.ops.attention import attention
+from moe_jax.ops.linear import linear
 
 
 class Attention(nnx.Module):
@@ -41,15 +41,16 @@ class Attention(nnx.Module):
         mesh: Mesh,
     ) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
-        q_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, self.q_DHA[...].astype(dtype))
-        k_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.k_DJA[...].astype(dtype))
-        v_BTJA = jnp.einsum("BTD,DJA->BTJA", x_BTD, self.v_DJA[...].astype(dtype))
+        q_BTHA = linear(x_BTD, self.q_DHA[...].astype(dtype))
+        k_BTJA = linear(x_BTD, self.k_DJA[...].astype(dtype))
+        v_BTJA = linear(x_BTD, self.v_DJA[...].astype(dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHA, k_BTJA = _normed(self.q_norm, q_BTHA), _normed(self.k_norm, k_BTJA)
         q_BTHA, k_BTJA = apply_rope(q_BTHA, rope), apply_rope(k_BTJA, rope)
         out_BTHA = attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, self.implementation)
         out_BTHA = checkpoint_name(out_BTHA, ATTENTION_OUT)
-        return jnp.einsum("BTHA,HAD->BTD", out_BTHA, self.o_HAD[...].astype(dtype))
+        w_oD = self.o_HAD[...].astype(dtype).reshape(-1, x_BTD.shape[-1])
+        return linear(out_BTHA.reshape(*x_BTD.shape[:2], -1), w_oD)
 
 
 def _qk_norm(

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in
 from moe_jax.model.remat import FFN_HIDDEN
+from moe_jax.ops.linear import linear
 
 
 class DenseFFN(nnx.Module):
@@ -29,16 +29,15 @@ class DenseFFN(nnx.Module):
         self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        dtype = x_BTD.dtype
         up_BTF = _project(x_BTD, self.w_in_DF)
         if self.w_gate_DF is None:
             hidden_BTF = jax.nn.gelu(up_BTF)
         else:
             hidden_BTF = jax.nn.silu(_project(x_BTD, self.w_gate_DF)) * up_BTF
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_out_FD[...].astype(dtype))
+        return linear(hidden_BTF, self.w_out_FD[...].astype(x_BTD.dtype))
 
 
 def _project(x_BTD: Float[Array, "B T D"], w_DF: nnx.Param) -> Float[Array, "B T F"]:
     """Tagged before the activation: its derivative needs them, so saving it saves the product."""
-    h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_DF[...].astype(x_BTD.dtype))
+    h_BTF = linear(x_BTD, w_DF[...].astype(x_BTD.dtype))
     return checkpoint_name(h_BTF, FFN_HIDDEN)

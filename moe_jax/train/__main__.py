@@ -12,6 +12,7 @@ from moe_jax.config import from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
+from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
 from moe_jax.train.loop import train
 from moe_jax.train.record import write_run_record
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.flags
     distributed.start(given.coordinator, given.process_count, given.process_id)
     preemption = distributed.Preemption()
+    keep_freed_memory()
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)

@@ -12,16 +12,18 @@ from moe_jax.model.remat import MOE_HIDDEN
 from moe_jax.ops.grouped_matmul import grouped_matmul
 
 
-def _gelu(h_NUF):
-    return jax.nn.gelu(h_NUF[..., 0, :])
+def _swiglu(gate, up):
+    return jax.nn.silu(gate) * up
 
 
-def _swiglu(h_NUF):
-    return jax.nn.silu(h_NUF[..., 0, :]) * h_NUF[..., 1, :]
+# name -> (U, function of U tensors [..., F])
+ACTIVATE = {"gelu": (1, jax.nn.gelu), "swiglu": (2, _swiglu)}
 
 
-# name -> (U, function from [..., U, F] to [..., F])
-ACTIVATE = {"gelu": (1, _gelu), "swiglu": (2, _swiglu)}
+def _activate(name: str, h):
+    """[..., U*F] -> [..., F]; the transpose of `split` is a concatenation, that of slices pads."""
+    U, function = ACTIVATE[name]
+    return function(*jax.lax.split(h, [h.shape[-1] // U] * U, axis=h.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Experts:
         E, D, U, F = self.w_in_EDUF.shape
         h_ENF = jnp.einsum("end,edf->enf", x_END, self.w_in_EDUF.reshape(E, D, U * F))
         h_ENF = checkpoint_name(h_ENF, MOE_HIDDEN)
-        a_ENF = ACTIVATE[self.activation][1](h_ENF.reshape(*h_ENF.shape[:2], U, F))
+        a_ENF = _activate(self.activation, h_ENF)
         return jnp.einsum("enf,efd->end", a_ENF, self.w_out_EFD)
 
     def grouped(self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]) -> Float[Array, "N D"]:
@@ -62,7 +64,7 @@ class Experts:
         E, D, U, F = self.w_in_EDUF.shape
         h_NF = grouped_matmul(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
         h_NF = checkpoint_name(h_NF, MOE_HIDDEN)
-        a_NF = ACTIVATE[self.activation][1](h_NF.reshape(-1, U, F))
+        a_NF = _activate(self.activation, h_NF)
         return grouped_matmul(a_NF, self.w_out_EFD, sizes_E)
 
 
