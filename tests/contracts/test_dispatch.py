@@ -1,4 +1,4 @@
-"""Every router x dispatch path x mesh gives the dense oracle's outputs and gradients, in float64."""
+"""Every router x dispatch path x mesh against the dense oracle, in float64: values, gradients."""
 
 import dataclasses
 import math
@@ -47,14 +47,14 @@ def test_the_oracle_is_the_plain_sum_over_experts(router):
 
 
 def test_the_scenarios_are_what_they_are_called():
-    def load_E(name, k=None):
+    def load(name, k=None):
         choice = oracle("top_k")(SCENARIOS[name]).choice
         return np.bincount(choice.ids_GSK[..., :k].reshape(-1), minlength=E)
 
-    assert set(load_E("even")) == {TOKENS * 3}
-    assert load_E("skewed").max() > 4 * load_E("skewed").min()
-    assert list(load_E("empty_experts") == 0) == [False, False, *[True] * 4, False, False]
-    assert list(load_E("one_expert", 1) > 0) == [e == 5 for e in range(E)]
+    assert set(load("even")) == {TOKENS * 3}
+    assert load("skewed").max() > 4 * load("skewed").min()
+    assert list(load("empty_experts") == 0) == [False, False, *[True] * 4, False, False]
+    assert list(load("one_expert", 1) > 0) == [e == 5 for e in range(E)]
 
 
 @pytest.mark.parametrize(("router", "dispatch", "where"), pairwise(ROUTERS, DISPATCH, MESHES))

@@ -27,7 +27,7 @@ def moves() -> Moves:
 
 
 @pytest.fixture
-def one_hot_NKM(moves):
+def one_hot(moves):
     return (np.asarray(moves.place_NK)[..., None] == np.arange(M)).astype(np.float64)
 
 
@@ -47,21 +47,21 @@ def same_gradients(ours, plain, args):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-14)
 
 
-def test_gather_tokens(moves, one_hot_NKM):
+def test_gather_tokens(moves, one_hot):
     x_ND = jax.random.normal(jax.random.key(0), (N, D), jnp.float64)
     same_gradients(
         lambda x: gather_tokens(x, moves),
-        lambda x: jnp.einsum("nkm,nd->md", one_hot_NKM, x),
+        lambda x: jnp.einsum("nkm,nd->md", one_hot, x),
         (x_ND,),
     )
 
 
-def test_combine(moves, one_hot_NKM):
+def test_combine(moves, one_hot):
     y_MD = jax.random.normal(jax.random.key(1), (M, D), jnp.float64)
     weights_NK = jax.random.normal(jax.random.key(2), (N, K), jnp.float64)
     same_gradients(
         lambda y, w: combine(y, w, moves),
-        lambda y, w: jnp.einsum("nkm,md,nk->nd", one_hot_NKM, y, w),
+        lambda y, w: jnp.einsum("nkm,md,nk->nd", one_hot, y, w),
         (y_MD, weights_NK),
     )
 
