@@ -11,6 +11,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
 from moe_jax.model.moe.routers.gshard import GShard
+from moe_jax.model.moe.routers.linear import top_choices
 from moe_jax.model.moe.routers.switch import Switch
 from moe_jax.model.moe.routers.top_k import TopK
 from moe_jax.model.moe.types import Mean, RouterIn
@@ -154,6 +155,19 @@ def test_nothing_real_gives_zero_losses():
     given = dataclasses.replace(inputs(), mask_GS=jnp.zeros((G, S), bool))
     _, aux = route(Switch(), given, kernel())
     assert [float(mean.value()) for mean in aux] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("choices", [1, 3, E])
+def test_top_choices_with_ties_and_nan(choices):
+    """Ties go to the lower expert; a token of NaN stays NaN and keeps its ids in range."""
+    probs = jnp.asarray(np.random.default_rng(3).integers(0, 3, (2, 50, E)) / 4.0)
+    weights, ids = top_choices(probs, choices)
+    expected_weights, expected_ids = jax.lax.top_k(probs, choices)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_array_equal(weights, expected_weights)
+    weights, ids = top_choices(probs.at[0, 0].set(jnp.nan), choices)
+    assert jnp.isnan(weights[0, 0, 0]) and not jnp.isnan(weights[1:]).any()
+    assert ((ids >= 0) & (ids < E)).all()
 
 
 # Gradients
