@@ -111,7 +111,11 @@ def forward(
       their order (None where no layer holds experts).
     """
     config, layout = model.config, model.layout
-    trunk = _merge_trunk(model, params)
+    # Looked up while split over the width, the rows could only reach their place on the batch axes
+    # by a replication of all of them; so each row of the table is whole first.
+    table = sharding(context.mesh, ("vocab", None))
+    embed_VD = jax.lax.with_sharding_constraint(params["embed_VD"], table)
+    trunk = _merge_trunk(model, params | {"embed_VD": embed_VD})
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, model.dtype)
     segments = segments_BT if config.confine_attention else None
     shared = (rope, segments, context)

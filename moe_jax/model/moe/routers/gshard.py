@@ -11,6 +11,7 @@ from moe_jax.model.moe.routers.linear import (
     linear_logits,
     linear_params,
     row_uniform,
+    top_choices,
 )
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
@@ -39,7 +40,7 @@ class GShard:
         """Choose two experts; see `types.Router`."""
         logits_GSE = linear_logits(inputs, params["kernel"], jitter=0.0)
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
-        top_GSK, ids_GSK = jax.lax.top_k(probs_GSE, 2)
+        top_GSK, ids_GSK = top_choices(probs_GSE, 2)
         weights_GSK = top_GSK / jnp.maximum(top_GSK.sum(-1, keepdims=True), 1e-9)
         valid_GSK = jnp.ones(ids_GSK.shape, bool)
         if inputs.train and self.random_second:

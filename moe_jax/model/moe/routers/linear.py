@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_jax.model.moe.types import ParamSpec, RouterIn
 
@@ -48,3 +48,26 @@ def linear_logits(
     return jnp.einsum(
         "gsd,de->gse", x_GSD, kernel_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
     )
+
+
+def top_choices(
+    probs_GSE: Float[Array, "G S E"], choices: int
+) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
+    """The K largest probabilities of each token and their experts, largest first.
+
+    Equal ones go to the lower expert, as in `jax.lax.top_k`.  That one is not used because XLA
+    does not partition it: on a mesh each device would gather the probabilities of all tokens and
+    choose for all of them.
+    """
+    expert_E = jnp.arange(probs_GSE.shape[-1], dtype=jnp.int32)
+    left_GSE = jax.lax.stop_gradient(probs_GSE)
+    weights, ids = [], []
+    for _ in range(choices):
+        is_largest_GSE = left_GSE == left_GSE.max(-1, keepdims=True)
+        # The last expert where nothing is equal: a row of NaN keeps an id in range.
+        id_GS = jnp.where(is_largest_GSE, expert_E, expert_E[-1]).min(-1)
+        chosen_GSE = expert_E == id_GS[..., None]
+        weights.append(jnp.where(chosen_GSE, probs_GSE, 0).sum(-1))
+        ids.append(id_GS)
+        left_GSE = jnp.where(chosen_GSE, -jnp.inf, left_GSE)
+    return jnp.stack(weights, -1), jnp.stack(ids, -1)

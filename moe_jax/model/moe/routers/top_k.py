@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
-from moe_jax.model.moe.routers.linear import linear_logits, linear_params
+from moe_jax.model.moe.routers.linear import linear_logits, linear_params, top_choices
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
 
@@ -46,7 +46,7 @@ class TopK:
         """Choose K experts; see `types.Router`."""
         logits_GSE = linear_logits(inputs, params["kernel"], self.jitter)
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
-        weights_GSK, ids_GSK = jax.lax.top_k(probs_GSE, self.top_k)
+        weights_GSK, ids_GSK = top_choices(probs_GSE, self.top_k)
         if self.renormalize:
             weights_GSK = weights_GSK / weights_GSK.sum(-1, keepdims=True)
         balance = balance_loss(

@@ -1,0 +1,149 @@
+"""What the compiled layer communicates, holds and computes in."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layer_cases import (
+    MESHES,
+    SCENARIOS,
+    E,
+    layer_config,
+    layer_function,
+    mesh,
+    shardings,
+)
+
+from moe_jax.model.moe.dispatch.capacity import Capacity
+from moe_jax.model.moe.dispatch.einsum import Einsum
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.model.moe.types import DispatchIn, TokenChoice
+
+SHARDED = ["data2_expert4", "fsdp2_expert2_tensor2"]
+
+
+def lowered(router: str, dispatch: str, where: str):
+    """Forward and backward of the layer in float32, gradients sharded like the parameters."""
+    case = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, bool if a.dtype == bool else jnp.float32),
+        SCENARIOS["skewed"],
+    )
+    devices = mesh(where)
+    params, x, cases = shardings(devices)
+    step = layer_function(layer_config(router, dispatch), devices, jnp.float32)
+    jitted = jax.jit(step, in_shardings=(params, x, cases), out_shardings=(None, (params, x)))
+    return jitted.lower(case.params, case.x_BTD, case)
+
+
+def over_expert(op: str, router: str, dispatch: str, where: str) -> list[hlo.Collective]:
+    """Floating-point collectives `op` of the compiled layer that cross the expert axis."""
+    # [devices] -> position on the expert axis; the axes are data, fsdp, expert, tensor.
+    position = np.indices(mesh(where).devices.shape)[2].reshape(-1)
+    found = hlo.collectives(lowered(router, dispatch, where).compile().as_text())
+    return [
+        one
+        for one in found
+        if one.op == op and one.floating and (np.ptp(position[one.groups], axis=1) > 0).any()
+    ]
+
+
+@pytest.mark.parametrize("where", SHARDED)
+@pytest.mark.parametrize(("router", "dispatch"), [("gshard", "capacity"), ("top_k", "dropless")])
+def test_only_all_to_all_crosses_the_expert_axis(router, dispatch, where):
+    """No weight, no token and no probability is gathered over it."""
+    assert over_expert("all-gather", router, dispatch, where) == []
+    # There and back, forward and backward.
+    assert len(over_expert("all-to-all", router, dispatch, where)) >= 4
+
+
+def test_a_gather_of_experts_would_be_seen():
+    """The control: the dense oracle needs all experts everywhere."""
+    shapes = [one.shape for one in over_expert("all-gather", "top_k", "dense", "data2_expert4")]
+    assert any(shape[0] == E for shape in shapes)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_router_product_is_at_highest_precision(router):
+    """The default float32 product is TF32 on Hopper and bfloat16 on TPU."""
+    text = lowered(router, "capacity", "one_device").as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    ours = [line for line in products if re.search(rf"-> tensor<\d+x\d+x{E}xf32>", line)]
+    assert ours and all("precision = [HIGHEST, HIGHEST]" in line for line in ours)
+    assert len(ours) < len(products)  # the experts' products are at the default
+
+
+def temporary_bytes(path, experts: int) -> int:
+    """Of forward and backward, one group, 32 tokens an expert."""
+    tokens, width, hidden = 32 * experts, 16, 8
+
+    def loss(x_GSD, weights_GSK, w_in, w_out, ids_GSK):
+        choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
+        inputs = DispatchIn(jnp.ones((1, tokens), bool), 1, True, mesh("one_device"))
+        y_GSD, _ = path(x_GSD, choice, Experts(w_in, w_out, "swiglu"), inputs)
+        return (y_GSD**2).sum()
+
+    shapes = (
+        (1, tokens, width),
+        (1, tokens, 2),
+        (experts, width, 2, hidden),
+        (experts, hidden, width),
+    )
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    low = step.lower(*arrays, jax.ShapeDtypeStruct((1, tokens, 2), jnp.int32))
+    if isinstance(path, Capacity):
+        assert hlo.floating_scatters(low.as_text()) == []
+    return low.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_capacity_memory_is_linear_in_tokens_and_moves_nothing_by_scatter():
+    """16 times the experts and tokens; a [tokens, E, C] array would grow 256 times."""
+    assert temporary_bytes(Capacity(), 64) < 1.3 * 16 * temporary_bytes(Capacity(), 4)
+
+
+def test_the_one_hot_formulation_is_not_linear():
+    """The control: what the capacity path is there to avoid."""
+    assert temporary_bytes(Einsum(), 64) > 5 * 16 * temporary_bytes(Einsum(), 4)
+
+
+def test_a_scatter_of_values_would_be_seen():
+    """The control: the transpose of a plain gather."""
+    index = jnp.arange(4)
+    step = jax.jit(jax.grad(lambda x: (x[index] ** 2).sum()))
+    text = step.lower(jax.ShapeDtypeStruct((9, 3), jnp.float32)).as_text()
+    assert hlo.floating_scatters(text) == [(9, 3)]
+
+
+def compile_log(env, dispatch: str, where: str) -> str:
+    """What XLA logs while a process of its own compiles the train step of a small model."""
+    sizes = [f"{axis}={size}" for axis, size in MESHES[where].items()]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_step.py"), dispatch, *sizes],
+        env=env | {"JAX_ENABLE_COMPILATION_CACHE": "0"},  # a cached program logs nothing
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "where"),
+    [("capacity", "fsdp2_expert2_tensor2"), ("dropless", "data2_expert4")],
+)
+def test_the_train_step_reshards_nothing_by_full_replication(dispatch, where, cli_env):
+    """XLA says so where it finds no better way between two shardings."""
+    assert "Involuntary full rematerialization" not in compile_log(cli_env, dispatch, where)
+
+
+def test_a_full_replication_would_be_logged(cli_env):
+    """The control: the oracle on a mesh, whose backward XLA cannot reshard."""
+    assert "Involuntary full rematerialization" in compile_log(cli_env, "dense", "data2_expert4")

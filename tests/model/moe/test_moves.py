@@ -1,0 +1,85 @@
+"""Gathers there and back against the one-hot products they stand for, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+
+N, M, D, K = 10, 24, 3, 2
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture
+def moves() -> Moves:
+    """Random places for most assignments, some dropped, some places empty."""
+    rng = np.random.default_rng(0)
+    place_NK = rng.permutation(M)[: N * K].reshape(N, K)
+    place_NK[rng.random((N, K)) < 0.3] = M
+    place_NK[4] = M  # a token that went nowhere
+    choice_M = np.full(M, N * K)
+    for number, place in enumerate(place_NK.reshape(-1)):
+        if place < M:
+            choice_M[place] = number
+    return Moves(*(jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK)))
+
+
+@pytest.fixture
+def one_hot(moves):
+    return (np.asarray(moves.place_NK)[..., None] == np.arange(M)).astype(np.float64)
+
+
+def test_the_fixture_has_every_kind(moves):
+    kept = np.asarray(moves.place_NK) < M
+    assert not kept.all() and kept.any(1).sum() < N and (np.asarray(moves.token_M) == N).any()
+
+
+def same_gradients(ours, plain, args):
+    """Values and pullbacks of one random cotangent."""
+    y, pullback = jax.vjp(ours, *args)
+    expected, expected_pullback = jax.vjp(plain, *args)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
+    cotangent = jax.random.normal(jax.random.key(5), y.shape, y.dtype)
+    for found, wanted in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+        assert np.asarray(wanted).any()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-14)
+
+
+def test_gather_tokens(moves, one_hot):
+    x_ND = jax.random.normal(jax.random.key(0), (N, D), jnp.float64)
+    same_gradients(
+        lambda x: gather_tokens(x, moves),
+        lambda x: jnp.einsum("nkm,nd->md", one_hot, x),
+        (x_ND,),
+    )
+
+
+def test_combine(moves, one_hot):
+    y_MD = jax.random.normal(jax.random.key(1), (M, D), jnp.float64)
+    weights_NK = jax.random.normal(jax.random.key(2), (N, K), jnp.float64)
+    same_gradients(
+        lambda y, w: combine(y, w, moves),
+        lambda y, w: jnp.einsum("nkm,md,nk->nd", one_hot, y, w),
+        (y_MD, weights_NK),
+    )
+
+
+def test_weights_keep_their_dtype_and_sum_in_float32(moves):
+    """A bfloat16 dot product over D would lose the router's gradient."""
+    y_MD = jnp.ones((M, 1000), jnp.bfloat16)
+    weights_NK = jnp.ones((N, K), jnp.float32)
+    y, pullback = jax.vjp(lambda w: combine(y_MD, w, moves), weights_NK)
+    (found,) = pullback(jnp.full_like(y, 1.0))
+    kept = np.asarray(moves.place_NK) < M
+    assert found.dtype == jnp.float32 and y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, np.where(kept, 1000.0, 0.0))
+
+
+@pytest.mark.parametrize("experts", [5, 2**28])  # the second does not fit the packed key
+def test_sort_by_expert_is_stable_with_nobody_last(experts):
+    ids = np.random.default_rng(1).integers(0, 5, (3, 20)).astype(np.int32)
+    ids[ids == 4] = experts
+    expected = np.argsort(ids, axis=1, kind="stable")
+    np.testing.assert_array_equal(sort_by_expert(jnp.asarray(ids), experts), expected)
