@@ -25,10 +25,10 @@ def main(argv: Sequence[str]) -> int:
     parsed = flags.parse(argv, extra=_FLAGS, workdir=False)
     if parsed.flags.steps < 1:
         raise UserError(f"--steps={parsed.flags.steps}: time 1 step or more.")
+    keep_freed_memory()
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    keep_freed_memory()
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
     run = prepare(config, workdir.absolute(), _progress)
     row = measure(run, first_state(run, "", _progress), parsed.flags.steps, parsed.flags.gradients)

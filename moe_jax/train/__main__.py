@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     # ---- command line and processes
     parsed = flags.parse(argv, extra=_FLAGS)
     given = parsed.flags
+    keep_freed_memory()
     distributed.start(given.coordinator, given.process_count, given.process_id)
     preemption = distributed.Preemption()
-    keep_freed_memory()
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
