@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,31 @@ class Run:
         )
 
 
-def prepare(config: Config, workdir: Path, say: Say) -> Run:
+def prepare(
+    config: Config, workdir: Path, say: Say, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
+
+    Args:
+      config: as written.
+      workdir: folder of the run; nothing is written to it here.
+      say: called with lines for the start-up log.
+      devices: to run on; None: every device of every process.
 
     Raises:
       UserError: anything the user has to change, before anything is compiled.
     """
+    devices = jax.devices() if devices is None else devices
     saved = _saved_config(workdir)
     if saved is not None:
         config = _keep_groups(config, saved)
     stores = config.data.store or os.path.join(workdir.parent, "stores")
     store = build(config.data, stores, progress=say)
-    config, notes = resolve.resolve(config, jax.device_count(), store.vocab_size)
+    config, notes = resolve.resolve(config, len(devices), store.vocab_size)
     store.check_vocabulary(config.model.vocab_size)
     if saved is not None:
         _check_resume(config, saved)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     model = define(config.model, jnp.dtype(config.precision))
     resolve.check_shapes(model, mesh)
     optimizer = Optimizer(config.optimizer, config.train.steps)

@@ -99,7 +99,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on the global batch."""
         grads, sums, counts = gradients(state.params, batch, state.step)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if options.clip_norm:
             scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
