@@ -8,7 +8,7 @@ from moe_jax.config import Config, from_config_dict
 from moe_jax.train.flags import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the model reads a small text and learns which word comes after another one".split()
+WORDS = ("the", "model", "reads", "a", "small", "text", "and", "learns", "which", "word", "follows")
 
 # configs/tiny.py shrunk to what compiles in seconds.  Log every step, so that runs can be compared.
 SMALL = {

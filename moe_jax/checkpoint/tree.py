@@ -66,7 +66,9 @@ def abstract(leaf: Any) -> Leaf:
 
 def check_same(where: str, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
     """Raises UserError naming the first leaf whose presence, shape or dtype differs."""
-    for name in sorted(set(saved) | set(wanted)):
+    names = set(saved) | set(wanted)
+    # Parameters first: a person knows them, and the optimizer's leaves only follow them.
+    for name in sorted(names, key=lambda name: (not name.startswith("params/"), name)):
         there, here = _text(saved.get(name)), _text(wanted.get(name))
         if there != here:
             raise UserError(

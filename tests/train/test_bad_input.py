@@ -1,0 +1,224 @@
+"""What a person can get wrong: one sentence, exit 1, nothing written and nothing lost."""
+
+import dataclasses
+import hashlib
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+from small_run import flags, small_config, write_corpus
+
+from moe_jax.config import to_json
+from moe_jax.errors import UserError
+from moe_jax.train.__main__ import main
+from moe_jax.train.loop import save
+from moe_jax.train.record import write_run_record
+from moe_jax.train.setup import first_state, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a case may use: good text files, the folder of stores, an empty folder, a saved run."""
+
+    files: str
+    stores: Path
+    empty: Path
+    saved: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    made = Place(write_corpus(root / "text"), root / "stores", root / "empty", root / "saved")
+    made.empty.mkdir()
+    config = small_config(made.files, **{"data.store": str(made.stores)})
+    run = prepare(config, made.saved, lambda line: None)
+    save(run, first_state(run, "", lambda line: None), 1)
+    run.checkpoints.close()
+    write_run_record(str(made.saved), to_json(run.config), {})
+    return made
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """The trainer takes SIGTERM for the life of its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with the SHA-256 of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def arguments(place: Place, workdir: Path, overrides: dict[str, object]) -> list[str]:
+    return flags(workdir, place.files, **{"data.store": str(place.stores)} | overrides)
+
+
+# overrides of the small run on 8 devices -> what the sentence must say
+CONFIGS = {
+    "unknown key": ({"train.stepz": 5}, r"config\.train\.stepz .*did you mean 'steps'"),
+    "wrong type": ({"train.steps": "many"}, r"--config\.train\.steps=many .*type int"),
+    "heads and kv heads": (
+        {"model.num_heads": 3, "model.num_kv_heads": 2},
+        r"model\.num_heads \(3\) is not divisible by model\.num_kv_heads \(2\)",
+    ),
+    "experts and expert axis": (
+        {"model.moe.num_experts": 6, "mesh.expert": 4},
+        r"model\.moe\.num_experts \(6\) is not divisible by mesh\.expert \(4\)",
+    ),
+    "mesh and devices": ({"mesh.data": 3}, r"data 3 .* does not multiply to the 8 devices"),
+    "mesh and devices with a rest": ({"mesh.expert": 3}, r"does not multiply to the 8 devices"),
+    "group split by the mesh": (
+        {"model.moe.group_rows": 8},
+        r"model\.moe\.group_rows \(8\) does not divide the 4 rows",
+    ),
+    "group split by accumulation": (
+        {"model.moe.group_rows": 4, "train.accumulation": 2},
+        r"model\.moe\.group_rows \(4\) does not divide the 2 rows",
+    ),
+    "rows and devices": ({"train.batch_size": 12}, r"train\.batch_size \(12\) is not divisible"),
+    "K above E": (
+        {"model.moe.top_k": 9},
+        r"model\.moe\.top_k is 9 with 8 experts",
+    ),
+    "K above E, which the router fixes": (
+        {"model.moe.num_experts": 1, "model.moe.top_k": 1, "model.moe.router": "gshard"},
+        r"model\.moe\.top_k is 2 with 1 experts",
+    ),
+    "capacity factor": ({"model.moe.capacity_factor": 0.0}, r"capacity_factor is 0\.0: set it"),
+    "eval capacity factor": (
+        {"model.moe.eval_capacity_factor": -1.0},
+        r"eval_capacity_factor is -1\.0: set it",
+    ),
+    "sequence longer than the store": (
+        {"data.sequence_length": 10_000_000},
+        r"fewer than data\.sequence_length \(10000000\)",
+    ),
+    "sequence longer than the held-out text": (
+        {"data.sequence_length": 5000, "train.batch_size": 8},
+        r"held-out text has \d+ tokens, fewer than data\.sequence_length \(5000\)",
+    ),
+    "corpus smaller than a batch": (
+        {"train.batch_size": 1 << 14},
+        r"fewer than one batch of 16384",
+    ),
+    "token id beyond the vocabulary": (
+        {"model.vocab_size": 100},
+        r"token ids up to 257, beyond model\.vocab_size \(100\)",
+    ),
+    "no files named": ({"data.files": ""}, r"data\.files is empty"),
+    "missing files": ({"data.files": "/nowhere/*.txt"}, r"no file matches '/nowhere/\*\.txt'"),
+    "unknown router": ({"model.moe.router": "topk"}, r"model\.moe\.router .*'top_k'"),
+    "unknown dispatch": ({"model.moe.dispatch": "droples"}, r"did you mean 'dropless'"),
+    "heads and tensor axis": (
+        {"mesh.tensor": 4, "mesh.data": 2},
+        r"mesh\.tensor",
+    ),
+    "precision": ({"precision": "float16"}, r"precision is 'float16'"),
+}
+
+
+def check_sentence(error: pytest.ExceptionInfo, pattern: str) -> None:
+    assert error.match(pattern)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mistake_in_the_config(place, tmp_path, name):
+    overrides, pattern = CONFIGS[name]
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"good text, then \xff\xfe", r"bad\.txt is not UTF-8 at byte offset 16"),
+        (b"", r"bad\.txt is empty"),
+    ],
+)
+def test_unreadable_text(place, tmp_path, content, pattern):
+    write_corpus(tmp_path / "text", 4)
+    (tmp_path / "text" / "bad.txt").write_bytes(content)
+    overrides = {"data.files": str(tmp_path / "text" / "*.txt")}
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stray_argument(place, tmp_path):
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {}), "steps=3"])
+    check_sentence(error, "'steps=3' is not a flag")
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper/run"])
+def test_workdir_is_not_writable(place, tmp_path, below):
+    """As root every folder can be written, but not one in the place of a file."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / below, {})])
+    check_sentence(error, "--workdir=.*file.* cannot be written")
+    assert contents(tmp_path) == {"file": hashlib.sha256(b"mine").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        (
+            {"model.moe.expert_width": 48},
+            r": params/blocks/1/.* is float32\[8,32,2,32\] there and float32\[8,32,2,48\] in this",
+        ),
+        ({"model.num_layers": 4}, r": params/blocks/2/.* is absent there and float32"),
+        ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
+        ({"seed": 7}, r"config\.seed is 7 but the run in this workdir has 0"),
+        ({"train.batch_size": 64}, r"config\.train\.batch_size is 64 .* has 32"),
+        ({"model.moe.group_rows": 2}, r"config\.model\.moe\.group_rows is 2 .* has 4"),
+        ({"data.sequence_length": 64}, r"config\.data\.sequence_length is 64 .* has 32"),
+    ],
+)
+def test_workdir_of_another_run(place, overrides, pattern):
+    before = contents(place.saved)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, overrides)])
+    check_sentence(error, pattern)
+    assert contents(place.saved) == before
+
+
+def test_init_from_a_folder_without_checkpoint(place, tmp_path):
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {}), f"--init_from={place.empty}"])
+    check_sentence(error, "--init_from=.*empty holds no checkpoint")
+    assert not (tmp_path / "run").exists() and not list(place.empty.iterdir())
+
+
+def test_the_command_prints_one_line(place, tmp_path, run_cli):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"caf\xe9 " * 10)
+    for overrides in ({"data.files": str(bad)}, {"mesh.expert": 2}):
+        done = run_cli(["moe_jax.train", *arguments(place, tmp_path / "run", overrides)])
+        assert done.code == 1
+        assert done.err.startswith("Error: ") and done.err.endswith(".\n"), done.err
+        assert done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_good_run_is_good(place, tmp_path):
+    """The control: without an override nothing is refused."""
+    run = prepare(
+        small_config(place.files, **{"data.store": str(place.stores)}),
+        tmp_path / "run",
+        lambda line: None,
+        jax.devices(),
+    )
+    assert run.mesh.size == 8

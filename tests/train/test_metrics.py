@@ -1,0 +1,174 @@
+"""What a run logs: every number is there, counts are conserved, held-out losses are right."""
+
+import dataclasses
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import WORDS, eval_rows, flags, rows, small_config, train_rows, write_corpus
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moe_jax.data.pipeline import HeldOut
+from moe_jax.model.moe.types import MoEContext
+from moe_jax.model.stack import define, forward, head_weight
+from moe_jax.train.__main__ import main
+from moe_jax.train.evaluate import Evaluator
+from moe_jax.train.setup import first_state, prepare
+
+STEPS = 6
+LOGGED = (
+    "step loss lm_loss balance_loss z_loss grad_norm learning_rate tokens tokens_per_second "
+    "step_seconds data_wait_seconds model_tflops_per_second mfu assignments kept dropped padding "
+    "drop_fraction load_max_over_mean dead_experts router_entropy layers"
+)
+# 8 documents make about three batches, so that six steps meet the padded row of an epoch's end;
+# gshard leaves some second choices unsampled, and a small capacity drops.
+OVERRIDES = {
+    "model.num_layers": 3,
+    "model.moe.every": 1,
+    "model.moe.first_dense": 1,
+    "model.moe.router": "gshard",
+    "model.moe.capacity_factor": 1.0,
+    "model.moe.eval_capacity_factor": 1.0,
+    "train.steps": STEPS,
+    "eval.every": 4,
+    "eval.batches": 0,
+}
+MOE_LAYERS, TOP_K, ROWS, T = 2, 2, 32, 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("metrics") / "text", 8)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, corpus):
+    """A run of a few steps on 8 devices."""
+    folder = tmp_path_factory.mktemp("metrics") / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["train", *flags(folder, corpus, **OVERRIDES)]) == 0
+    signal.signal(signal.SIGTERM, before)
+    return folder
+
+
+def test_rows_of_steps(workdir):
+    logged = train_rows(workdir)
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    for row in logged:
+        assert set(LOGGED.split()) <= set(row)
+        assert row["tokens"] == row["step"] * ROWS * T
+        assert row["mfu"] is None  # the peak of a CPU is unknown
+        config = small_config("", **OVERRIDES)
+        assert row["loss"] == pytest.approx(
+            row["lm_loss"]
+            + config.model.moe.balance_weight * row["balance_loss"]
+            + config.model.moe.z_weight * row["z_loss"],
+            rel=1e-6,
+        )
+        per_layer = {name: values for name, values in row["layers"].items()}
+        assert {len(values) for values in per_layer.values()} == {MOE_LAYERS}
+        assert row["load_max_over_mean"] == max(per_layer["load_max_over_mean"])
+        assert row["dead_experts"] == sum(per_layer["dead_experts"])
+    assert [row["learning_rate"] for row in logged[:3]] == pytest.approx([0, 0.00075, 0.0015])
+
+
+def test_counts_are_conserved(workdir):
+    logged = train_rows(workdir)
+    for row in logged:
+        assert row["assignments"] == ROWS * T * TOP_K * MOE_LAYERS
+        parts = ("kept", "dropped", "unsampled", "padding")
+        assert sum(row[name] for name in parts) == row["assignments"]
+        assert row["padding"] == (ROWS * T - row["step_tokens"]) * TOP_K * MOE_LAYERS
+        wanted = row["assignments"] - row["unsampled"] - row["padding"]
+        assert row["drop_fraction"] == pytest.approx(row["dropped"] / wanted)
+    for name in ("kept", "dropped", "unsampled", "padding"):
+        assert any(row[name] for row in logged), f"the run never met {name}"
+
+
+def test_held_out_rows(workdir):
+    logged = eval_rows(workdir)
+    assert [row["step"] for row in logged] == [4, STEPS]
+    for row in logged:
+        assert {"eval_loss", "eval_loss_nodrop", "eval_bits_per_byte"} <= set(row)
+        assert row["eval_drop_fraction"] > 0 and row["eval_loss"] != row["eval_loss_nodrop"]
+        # One token of this tokenizer is one byte.
+        assert row["eval_bits_per_byte"] == pytest.approx(row["eval_loss"] / np.log(2))
+        assert row["eval_loss_by_source"]
+    assert rows(workdir)[-1] == logged[-1]
+
+
+def test_held_out_loss_recomputed(workdir, corpus):
+    """By the readable dispatch paths, all windows in one batch, in NumPy from the logits on."""
+    run = prepare(small_config(corpus, **OVERRIDES), workdir, lambda line: None, jax.devices()[:1])
+    params = first_state(run, "", lambda line: None).params
+    # The batches of the run: drops depend on the rows of a group.
+    heldout = HeldOut(run.store, ROWS, T)
+    found = dict.fromkeys(("einsum", "dense"), 0.0)
+    targets = 0
+    by_source = np.zeros(len(run.store.sources))
+    for index in range(len(heldout)):
+        batch = heldout.rows(index, np.arange(ROWS))
+        targets += batch.loss_mask_BT.sum()
+        for dispatch in found:
+            nll_BT = np.where(batch.loss_mask_BT, _nll(run, params, batch, dispatch), 0)
+            found[dispatch] += nll_BT.sum()
+            if dispatch == "einsum":
+                np.add.at(by_source, batch.sources_BT.ravel(), nll_BT.ravel())
+    row = eval_rows(workdir)[-1]
+    assert row["eval_tokens"] == targets == run.store.heldout.num_tokens - 1
+    assert row["eval_loss"] == pytest.approx(found["einsum"] / targets, rel=1e-5)
+    assert row["eval_loss_nodrop"] == pytest.approx(found["dense"] / targets, rel=1e-5)
+    shares = [row["eval_loss_by_source"].get(name) for name in run.store.sources]
+    assert [share is None for share in shares] == [total == 0 for total in by_source]
+
+
+def _nll(run, params, batch, dispatch):
+    moe = dataclasses.replace(run.config.model.moe, dispatch=dispatch, options={})
+    model = define(dataclasses.replace(run.config.model, moe=moe), jnp.float32)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.row_B)
+    context = MoEContext(
+        batch.tokens_BT,
+        batch.segments_BT > 0,
+        keys_B,
+        run.mesh,
+        run.config.model.moe.group_rows,
+        train=False,
+    )
+    x_BTD, _ = forward(
+        model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
+    )
+    logits_BTV = np.asarray(x_BTD, np.float64) @ np.asarray(head_weight(model, params), np.float64)
+    top_BT = logits_BTV.max(-1)
+    total_BT = top_BT + np.log(np.exp(logits_BTV - top_BT[..., None]).sum(-1))
+    return total_BT - np.take_along_axis(logits_BTV, batch.targets_BT[..., None], -1)[..., 0]
+
+
+def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
+    """Nats of all held-out tokens over their bytes, whatever a token is."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    overrides = {"data.tokenizer": str(tmp_path / "tokenizer.json"), "eval.batches": 0}
+    run = prepare(
+        small_config(corpus, **overrides), tmp_path / "run", lambda line: None, jax.devices()[:1]
+    )
+    row = Evaluator(run)(first_state(run, "", lambda line: None).params)
+
+    bytes_run = prepare(
+        small_config(corpus), tmp_path / "run", lambda line: None, jax.devices()[:1]
+    )
+    size = bytes_run.store.heldout.num_tokens  # the same documents, a token a byte
+    assert run.store.heldout.num_tokens < 0.6 * size
+    nats = row["eval_loss"] * row["eval_tokens"]
+    first = tokenizer.decode(run.store.heldout.read([(0, 1)])[0].tolist())
+    assert nats / np.log(2) / row["eval_bits_per_byte"] == pytest.approx(size - len(first), abs=1)

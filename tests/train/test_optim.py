@@ -1,0 +1,161 @@
+"""Optimizers against arithmetic written out in NumPy float64."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.optim import Optimizer, OptimizerConfig, make_schedule
+
+CONFIG = OptimizerConfig(
+    learning_rate=0.01,
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.1,
+    schedule="constant",
+    warmup_steps=2,
+)
+SHAPES = {"w_DF": (6, 8), "norm": {"scale_D": (6,)}, "bias_F": (8,), "q_norm_HA": (2, 4)}
+DECAYED = {"w_DF"}
+
+
+def is_shape(leaf):
+    return isinstance(leaf, tuple)
+
+
+def draw(seed, shapes=SHAPES):
+    """Float64 arrays of these shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=is_shape)
+
+
+def run(config, params, gradients, dtype="float64", steps=100):
+    """Parameters and optimizer state after one update for each of `gradients`."""
+    optimizer = Optimizer(config, steps)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    state = optimizer.init(params)
+    for step, gradient in enumerate(gradients):
+        gradient = jax.tree.map(lambda x: jnp.asarray(x, dtype), gradient)
+        params, state = optimizer.update(gradient, state, params, jnp.int32(step))
+    return params, state
+
+
+def test_adamw(x64):
+    params, gradients = draw(0), [draw(seed) for seed in range(1, 6)]
+    got, _ = run(CONFIG, params, gradients)
+
+    def oracle(path, w, *history):
+        decay = CONFIG.weight_decay if path[0].key in DECAYED else 0.0
+        m = v = np.zeros_like(w)
+        for t, g in enumerate(history, 1):
+            rate = CONFIG.learning_rate * min(1.0, (t - 1) / CONFIG.warmup_steps)
+            m = CONFIG.b1 * m + (1 - CONFIG.b1) * g
+            v = CONFIG.b2 * v + (1 - CONFIG.b2) * g * g
+            m_hat, v_hat = m / (1 - CONFIG.b1**t), v / (1 - CONFIG.b2**t)
+            w = w - rate * (m_hat / (np.sqrt(v_hat) + CONFIG.eps) + decay * w)
+        return w
+
+    expected = jax.tree_util.tree_map_with_path(oracle, params, *gradients)
+    # 1e-7: optax computes the schedule in float32.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7), got, expected)
+
+
+def test_the_first_step_of_a_warm_up_changes_nothing(x64):
+    params = draw(0)
+    got, _ = run(CONFIG, params, [draw(1)])
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
+    """Adafactor looks at whole matrices: factored moments and the clip by their RMS."""
+    layers, shapes = 3, {"w_DF": (128, 130), "norm_D": (6,)}  # optax factors from 128 on
+    config = dataclasses.replace(CONFIG, name=name, warmup_steps=0)
+    trees = [[draw(10 * step + layer, shapes) for layer in range(layers)] for step in range(4)]
+    # Scales differ between layers, so a norm or an RMS over all of them would show.
+    trees = [
+        [jax.tree.map(lambda x, k=10.0**layer: k * x, tree) for layer, tree in enumerate(step)]
+        for step in trees
+    ]
+    unrolled = [{str(layer): tree for layer, tree in enumerate(step)} for step in trees]
+    stacked = [{"stack": jax.tree.map(lambda *xs: np.stack(xs), *step)} for step in trees]
+    apart, _ = run(config, unrolled[0], unrolled[1:])
+    together, _ = run(config, stacked[0], stacked[1:])
+    for layer in range(layers):
+        for leaf in shapes:
+            np.testing.assert_allclose(
+                together["stack"][leaf][layer], apart[str(layer)][leaf], rtol=1e-12
+            )
+
+
+def test_adafactor_is_factored():
+    shape = (256, 128)
+    _, state = run(
+        dataclasses.replace(CONFIG, name="adafactor"),
+        {"w_DF": np.ones(shape)},
+        [{"w_DF": np.ones(shape)}],
+        "float32",
+    )
+    largest = max(leaf.size for leaf in jax.tree.leaves(state))
+    assert largest == max(shape)
+
+
+def test_bfloat16_moments():
+    params, gradients = draw(0), [draw(seed) for seed in range(1, 4)]
+    config = dataclasses.replace(CONFIG, warmup_steps=0)
+    exact, _ = run(config, params, gradients, "float32")
+    half = dataclasses.replace(config, moment_dtype="bfloat16")
+    got, state = run(half, params, gradients, "float32")
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(params))
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")}
+    for new, reference in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        assert new.dtype == jnp.float32
+        # Three steps of 0.01, each off by a few of bfloat16's 2**-8.
+        np.testing.assert_allclose(new, reference, rtol=0, atol=3 * 0.01 * 4 / 256)
+        assert np.any(np.asarray(new) != np.asarray(reference))
+
+
+SCHEDULES = {
+    # name -> {step: share of the peak}, for 10 steps of warm-up in a run of 110
+    "constant": {0: 0, 5: 0.5, 10: 1, 60: 1, 110: 1},
+    "cosine": {
+        0: 0,
+        5: 0.5,
+        10: 1,
+        35: 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2,
+        60: 0.55,
+        110: 0.1,
+        500: 0.1,
+    },
+    "wsd": {0: 0, 5: 0.5, 10: 1, 88: 1, 99: 0.55, 110: 0.1, 500: 0.1},
+    "inverse_sqrt": {0: 0, 5: 0.5, 10: 1, 40: 0.5, 90: 1 / 3},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(x64, name):
+    config = OptimizerConfig(learning_rate=0.02, schedule=name, warmup_steps=10, final_share=0.1)
+    schedule = make_schedule(config, 110)
+    for step, share in SCHEDULES[name].items():
+        assert float(schedule(jnp.int32(step))) == pytest.approx(0.02 * share, rel=1e-6), step
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"name": "adam"}, "adamw"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"moment_dtype": "float16"}, "moment_dtype"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"b2": 1.0}, r"\[0, 1\)"),
+        ({"decay_share": 0.0}, "decay_share"),
+    ],
+)
+def test_bad_values(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        OptimizerConfig(**change)
