@@ -1,0 +1,78 @@
+"""Two processes over gloo train what one process trains."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from small_run import eval_rows, flags, train_rows, write_corpus
+
+from moe_jax.checkpoint import Checkpoints
+
+OVERRIDES = {
+    "mesh.data": 2,
+    "mesh.expert": 2,
+    "model.moe.group_rows": 4,
+    "train.steps": 6,
+    "train.accumulation": 2,
+    "checkpoint.every_steps": 3,
+}
+
+
+@pytest.fixture
+def pair(cli_env):
+    """`pair(arguments)` starts two processes of two devices; both are gone when the test ends."""
+    started: list[subprocess.Popen] = []
+
+    def start(arguments: list[str]) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        own = ["--devices=2", f"--coordinator=localhost:{port}", "--process_count=2"]
+        for index in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "moe_jax.train", *arguments, *own, f"--process_id={index}"],
+                env=cli_env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            started.append(process)
+        return started[-2:]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair):
+    files = write_corpus(tmp_path / "text")
+    alone = run_cli(["moe_jax.train", *flags(tmp_path / "one", files, **OVERRIDES), "--devices=4"])
+    assert alone.code == 0, alone.err
+    ended = [
+        (process, *process.communicate(timeout=240))
+        for process in pair(flags(tmp_path / "two", files, **OVERRIDES))
+    ]
+    assert [process.returncode for process, _, _ in ended] == [0, 0], ended
+    quiet = [line for line in ended[1][1].splitlines() if not line.startswith("[Gloo]")]
+    assert quiet == []  # only the lead prints
+
+    one, two = train_rows(tmp_path / "one"), train_rows(tmp_path / "two")
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
+    for expected, found in zip(one, two, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["assignments"] == expected["assignments"]
+        assert found["kept"] + found["dropped"] == found["assignments"] - found["padding"]
+    ends = [eval_rows(tmp_path / name)[-1] for name in ("one", "two")]
+    assert ends[1]["eval_loss"] == pytest.approx(ends[0]["eval_loss"], rel=1e-4)
+
+    saved = Checkpoints(tmp_path / "two" / "checkpoints")
+    assert saved.steps() == [3, 6]
+    assert [saved.verify(step) for step in saved.steps()] == [None, None]
+    assert saved.digest(3) != saved.digest(6)
