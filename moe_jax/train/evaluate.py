@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.data.pipeline import HeldOut
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.eval.heldout import eval_row, make_eval_step
 from moe_jax.eval.sample import make_sampler
@@ -24,9 +23,8 @@ class Evaluator:
         _, rows, length = run.microbatch
         self._run = run
         self._shape = (1, rows, length)
-        self._heldout = HeldOut(run.store, rows, length, run.config.model.confine_attention)
-        limit = run.config.eval.batches or len(self._heldout)
-        self._batches = min(limit, len(self._heldout))
+        limit = run.config.eval.batches or len(run.heldout)
+        self._batches = min(limit, len(run.heldout))
         step = make_eval_step(
             run.model, len(run.store.sources), run.config.model.moe.group_rows, run.mesh
         )
@@ -36,7 +34,7 @@ class Evaluator:
         """The same held-out windows every time, so curves are comparable."""
         total: Any = None
         where = batch_shardings(self._run)
-        with DeviceFeed(self._heldout.rows, self._shape, where, 0, self._batches) as feed:
+        with DeviceFeed(self._run.heldout.rows, self._shape, where, 0, self._batches) as feed:
             for _, batch in feed:
                 sums = jax.tree.map(_wide, jax.device_get(self._step(params, batch)))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)

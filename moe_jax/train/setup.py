@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint
 from moe_jax.config import Config, from_json
 from moe_jax.data.build import build
-from moe_jax.data.pipeline import Batches
+from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
 from moe_jax.errors import UserError
 from moe_jax.model.layout import to_stacked
@@ -59,6 +59,7 @@ class Run:
     optimizer: Optimizer
     store: Store
     batches: Batches
+    heldout: HeldOut
     checkpoints: checkpoint.Checkpoints
 
     @property
@@ -119,9 +120,15 @@ def prepare(
         config.data.sequence_length,
         config.model.confine_attention,
     )
+    heldout = HeldOut(
+        store,
+        config.train.batch_size // config.train.accumulation,
+        config.data.sequence_length,
+        config.model.confine_attention,
+    )
     for line in [*notes, *resolve.describe(config)]:
         say(line)
-    return Run(config, workdir, mesh, model, optimizer, store, batches, checkpoints)
+    return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
 
 
 def _saved_config(workdir: Path) -> Config | None:
@@ -189,10 +196,7 @@ def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
     tree = run.checkpoints.restore(step, _disk_target(run))
     if not run.model.layout.repeats:
         return from_disk(tree, run.model.layout)
-    stack = jax.jit(
-        lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings, donate_argnums=0
-    )
-    return stack(tree)
+    return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)
 
 
 def _weights_of(run: Run, workdir: str) -> Any:
