@@ -32,8 +32,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
     run = prepare(config, workdir.absolute(), _progress)
     row = measure(run, first_state(run, "", _progress), parsed.flags.steps, parsed.flags.gradients)
-    name = next(a.removeprefix("--config=") for a in argv if a.startswith("--config="))
-    print(json.dumps({"config": name, **row}), flush=True)
+    print(json.dumps({"config": parsed.flags.config, **row}), flush=True)
     return 0
 
 

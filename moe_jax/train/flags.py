@@ -34,7 +34,7 @@ class Parsed(NamedTuple):
 
     config: ConfigDict  # empty for a command without --config
     overrides: dict[str, Any]  # {"train.steps": 200}, as given on the command line
-    flags: Any  # values by attribute: workdir, devices and the extra ones
+    flags: Any  # values by attribute: config (FILE.py[:ARG]), workdir, devices, the extra ones
 
 
 # For commands that may run as several processes: what `distributed.start` takes.
@@ -91,6 +91,7 @@ def parse(
     _use_virtual_devices(found.devices)
     if not config:
         return Parsed(ConfigDict(), {}, found)
+    found.config = path
     overrides = dict(config_flags.get_override_values(values["config"]))
     return Parsed(loaded, overrides, found)
 
