@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from moe_jax.config import Config, from_config_dict
+from moe_jax.config import Config, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.train.resolve import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BYTES = 258
@@ -42,6 +44,13 @@ def test_builds(name, arg):
     total, active = param_counts(dataclasses.replace(config.model, vocab_size=vocab))
     assert total >= active > 0
     assert (total == active) == config.model.dense
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in ALL}))
+def test_resolved(name, golden):
+    """As the run record of 8 devices has it: no default changes unnoticed."""
+    resolved = {arg: resolve(load(name, arg), 8, BYTES)[0] for other, arg in ALL if other == name}
+    golden(f"config_{name}", {arg: json.loads(to_json(c)) for arg, c in resolved.items()})
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

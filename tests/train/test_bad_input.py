@@ -119,7 +119,7 @@ CONFIGS = {
     "unknown dispatch": ({"model.moe.dispatch": "droples"}, r"did you mean 'dropless'"),
     "heads and tensor axis": (
         {"mesh.tensor": 4, "mesh.data": 2},
-        r"mesh\.tensor",
+        r"k_DJA has kv_heads = 2, which mesh tensor \(4\) does not divide",
     ),
     "precision": ({"precision": "float16"}, r"precision is 'float16'"),
 }

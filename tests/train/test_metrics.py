@@ -158,7 +158,11 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    overrides = {"data.tokenizer": str(tmp_path / "tokenizer.json"), "eval.batches": 0}
+    overrides = {
+        "data.tokenizer": str(tmp_path / "tokenizer.json"),
+        "eval.batches": 0,
+        "train.batch_size": 8,
+    }
     run = prepare(
         small_config(corpus, **overrides), tmp_path / "run", lambda line: None, jax.devices()[:1]
     )
