@@ -126,6 +126,7 @@ def test_held_out_loss_recomputed(workdir, corpus):
 
 
 def _nll(run, params, batch, dispatch):
+    batch = jax.tree.map(jnp.asarray, batch)
     moe = dataclasses.replace(run.config.model.moe, dispatch=dispatch, options={})
     model = define(dataclasses.replace(run.config.model, moe=moe), jnp.float32)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.row_B)
