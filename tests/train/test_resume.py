@@ -30,6 +30,7 @@ OVERRIDES = {
     "checkpoint.every_steps": EVERY,
     "model.moe.group_rows": 4,
     "optimizer.schedule": "constant",
+    "eval.samples": 0,
 }
 PIPE = 4096  # bytes of a pipe: far fewer lines than a run of STEPS prints
 NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens")

@@ -12,12 +12,14 @@ from small_run import eval_rows, flags, train_rows, write_corpus
 from moe_jax.checkpoint import Checkpoints
 
 OVERRIDES = {
+    "model.num_layers": 1,
+    "model.moe.every": 1,
     "mesh.data": 2,
     "mesh.expert": 2,
     "model.moe.group_rows": 4,
     "train.steps": 6,
-    "train.accumulation": 2,
     "checkpoint.every_steps": 3,
+    "eval.samples": 0,
 }
 
 
