@@ -79,9 +79,7 @@ class Run:
         )
 
 
-def prepare(
-    config: Config, workdir: Path, say: Say, devices: Sequence[Any] | None = None
-) -> Run:
+def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | None = None) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
     Args:
