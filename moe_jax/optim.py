@@ -116,12 +116,12 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     def cast(state, dtype):
         return state._replace(mu=state.mu.astype(dtype), nu=state.nu.astype(dtype))
 
-    def init(leaf: Any) -> Any:
-        return cast(adam.init(leaf), config.moment_dtype)
+    def init(params: Any) -> Any:
+        return cast(adam.init(params), config.moment_dtype)
 
-    def update(gradient: Any, state: Any, leaf: Any = None, **_: Any) -> Any:
-        step, state = adam.update(gradient, cast(state, gradient.dtype), leaf)
-        return step, cast(state, config.moment_dtype)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        direction, state = adam.update(updates, cast(state, updates.dtype), params)
+        return direction, cast(state, config.moment_dtype)
 
     return optax.GradientTransformation(init, update)
 

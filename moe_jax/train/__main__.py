@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     for line in _describe(run):
         _say(line)
 
+    _check_writable(workdir)
+
     # ---- state
     began = time.perf_counter()
     state = first_state(run, given.init_from, _say)
@@ -67,6 +69,15 @@ def main(argv: Sequence[str]) -> int:
         f"samples: {workdir / 'samples.txt'}"
     )
     return code
+
+
+def _check_writable(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be made ({error.strerror}): choose another folder."
+        ) from None
 
 
 def _say(line: str) -> None:

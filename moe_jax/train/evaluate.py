@@ -14,6 +14,7 @@ from moe_jax.eval.heldout import eval_row, make_eval_step
 from moe_jax.eval.sample import make_sampler
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.setup import Run
+from moe_jax.train.state import everywhere
 
 
 class Evaluator:
@@ -28,7 +29,7 @@ class Evaluator:
         step = make_eval_step(
             run.model, len(run.store.sources), run.config.model.moe.group_rows, run.mesh
         )
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """The same held-out windows every time, so curves are comparable."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moe_jax import checkpoint
 from moe_jax.config import Config, from_json
-from moe_jax.data.build import build
+from moe_jax.data.build import build, store_root
 from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
 from moe_jax.errors import UserError
@@ -95,8 +95,7 @@ def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | No
     saved = _saved_config(workdir)
     if saved is not None:
         config = _keep_groups(config, saved)
-    stores = config.data.store or os.path.join(workdir.parent, "stores")
-    store = build(config.data, stores, progress=say)
+    store = build(config.data, store_root(config.data, workdir), progress=say)
     config, notes = resolve.resolve(config, len(devices), store.vocab_size)
     store.check_vocabulary(config.model.vocab_size)
     if saved is not None:

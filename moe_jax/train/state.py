@@ -38,6 +38,11 @@ def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state)
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, P())
+
+
 def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
     """Sharding of every parameter, from its logical axes."""
     return jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
@@ -45,15 +50,15 @@ def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
 
 def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Sharding of every leaf: moments lie as their parameter does, anything smaller everywhere."""
-    everywhere = NamedSharding(mesh, P())
+    whole = everywhere(mesh)
     params = param_shardings(model, mesh)
     state = abstract_state(model, optimizer)
 
     def beside(param, where, leaves):
-        return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else everywhere, leaves)
+        return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else whole, leaves)
 
     moments = jax.tree.map(beside, state.params, params, state.optimizer)
-    return TrainState(everywhere, params, moments)
+    return TrainState(whole, params, moments)
 
 
 def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
