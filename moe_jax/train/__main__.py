@@ -1,6 +1,7 @@
 """python -m moe_jax.train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -72,12 +73,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_writable(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    """Raises UserError where `workdir` cannot be made or written; makes nothing."""
+    there = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "write-protected" if there.is_dir() else "not a folder"
         raise UserError(
-            f"--workdir={workdir} cannot be made ({error.strerror}): choose another folder."
-        ) from None
+            f"--workdir={workdir} cannot be written ({there} is {why}): choose another folder."
+        )
 
 
 def _say(line: str) -> None:

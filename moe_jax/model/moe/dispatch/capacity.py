@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import (
+    Slots,
     count_stats,
-    expert_capacity,
     from_priority,
     routed_ids,
     to_priority,
@@ -26,17 +26,8 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
+class Capacity(Slots):
     """Bounded slots per expert and group; expert parallelism by all-to-all."""
-
-    capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
-    priority: str = "token"
-
-    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
-        """Slots an expert has for a group of `tokens` tokens."""
-        factor = self.capacity_factor if train else self.eval_capacity_factor
-        return expert_capacity(tokens, choices, factor, num_experts)
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.model.moe.dispatch.slots import (
+    Slots,
     count_stats,
-    expert_capacity,
     from_priority,
     routed_ids,
     to_priority,
@@ -22,17 +22,8 @@ from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenCho
 
 
 @dataclasses.dataclass(frozen=True)
-class Einsum:
+class Einsum(Slots):
     """One-hot dispatch and combine, with capacity and the drop order of `slots`."""
-
-    capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
-    priority: str = "token"
-
-    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
-        """Slots an expert has for a group of `tokens` tokens."""
-        factor = self.capacity_factor if train else self.eval_capacity_factor
-        return expert_capacity(tokens, choices, factor, num_experts)
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn

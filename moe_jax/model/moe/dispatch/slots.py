@@ -6,6 +6,7 @@ ranks all first choices before any second (GShard, Switch), which lets a later t
 earlier one's second choice.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -13,6 +14,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.model.moe.types import DispatchStats, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The knobs of a dispatch path with bounded slots per expert and group."""
+
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    priority: str = "token"
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
+        """Slots an expert has for a group of `tokens` tokens."""
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        return expert_capacity(tokens, choices, factor, num_experts)
 
 
 def expert_capacity(tokens: int, choices: int, factor: float, num_experts: int) -> int:

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.moe.balance import balance_loss, router_aux
 from moe_jax.model.moe.routers.linear import (
     SECOND_EXPERT,
+    linear_aux,
     linear_logits,
     linear_params,
     row_uniform,
@@ -47,12 +47,7 @@ class GShard:
             positions = ids_GSK.shape[1] // inputs.keys_GR.shape[1]
             noise_GS = row_uniform(inputs.keys_GR, SECOND_EXPERT, (positions,), weights_GSK.dtype)
             valid_GSK = valid_GSK.at[..., 1].set(noise_GS < 2 * weights_GSK[..., 1])
-        balance = balance_loss(
-            probs_GSE,
-            ids_GSK[..., :1],
-            inputs.mask_GS,
-            scope=self.balance_scope,
-            rows=inputs.keys_GR.shape[1],
-        )
         choice = TokenChoice(ids_GSK, weights_GSK, valid_GSK)
-        return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+        return choice, linear_aux(
+            inputs, logits_GSE, probs_GSE, ids_GSK[..., :1], self.balance_scope
+        )

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.moe.types import ParamSpec, RouterIn
+from moe_jax.model.moe.balance import balance_loss, router_aux
+from moe_jax.model.moe.types import ParamSpec, RouterAux, RouterIn
+from moe_jax.model.remat import ROUTER_LOGITS
 
 # Purposes of a router's randomness, folded into the row key.
 JITTER, SECOND_EXPERT = 0, 1
@@ -45,9 +48,10 @@ def linear_logits(
         shape = (x_GSD.shape[1] // rows, x_GSD.shape[2])
         noise = row_uniform(inputs.keys_GR, JITTER, shape, dtype)
         x_GSD = x_GSD * (1 + jitter * (2 * noise - 1))
-    return jnp.einsum(
+    logits_GSE = jnp.einsum(
         "gsd,de->gse", x_GSD, kernel_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
     )
+    return checkpoint_name(logits_GSE, ROUTER_LOGITS)
 
 
 def top_choices(
@@ -71,3 +75,16 @@ def top_choices(
         ids.append(id_GS)
         left_GSE = jnp.where(chosen_GSE, -jnp.inf, left_GSE)
     return jnp.stack(weights, -1), jnp.stack(ids, -1)
+
+
+def linear_aux(
+    inputs: RouterIn,
+    logits_GSE: Float[Array, "G S E"],
+    probs_GSE: Float[Array, "G S E"],
+    ids_GSK: Int[Array, "G S K"],
+    scope: str,
+) -> RouterAux:
+    """Balance over the choices in `ids_GSK`, z-loss and entropy."""
+    rows = inputs.keys_GR.shape[1]
+    balance = balance_loss(probs_GSE, ids_GSK, inputs.mask_GS, scope=scope, rows=rows)
+    return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)

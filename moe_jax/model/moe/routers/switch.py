@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.balance import balance_loss, router_aux
-from moe_jax.model.moe.routers.linear import linear_logits, linear_params, top_choices
+from moe_jax.model.moe.routers.linear import linear_aux, linear_logits, linear_params, top_choices
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
 
@@ -40,12 +39,5 @@ class Switch:
         logits_GSE = linear_logits(inputs, params["kernel"], self.jitter)
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
         weights_GSK, ids_GSK = top_choices(probs_GSE, 1)
-        balance = balance_loss(
-            probs_GSE,
-            ids_GSK,
-            inputs.mask_GS,
-            scope=self.balance_scope,
-            rows=inputs.keys_GR.shape[1],
-        )
         choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
-        return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+        return choice, linear_aux(inputs, logits_GSE, probs_GSE, ids_GSK, self.balance_scope)
