@@ -31,10 +31,12 @@ def main(argv: Sequence[str]) -> int:
     # ---- command line and processes
     parsed = flags.parse(argv, extra=_FLAGS)
     given = parsed.flags
+    config = from_config_dict(parsed.config)
     keep_freed_memory()
+    if config.train.deterministic:
+        _use_deterministic_kernels()
     distributed.start(given.coordinator, given.process_count, given.process_id)
     preemption = distributed.Preemption()
-    config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
         if jax.default_backend() != "cpu":
@@ -70,6 +72,15 @@ def main(argv: Sequence[str]) -> int:
         f"samples: {workdir / 'samples.txt'}"
     )
     return code
+
+
+def _use_deterministic_kernels() -> None:
+    """NVIDIA only: no atomics, no autotuning between kernels that round differently.
+
+    XLA reads its flags when a backend starts, so this comes before anything touches a device.
+    """
+    flag = "--xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), flag]))
 
 
 def _check_writable(workdir: Path) -> None:
