@@ -17,7 +17,7 @@ from pathlib import Path
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "cpu_small.py"
 EXPERTS = (8, 32, 128)
-PATHS = ("dense", "einsum", "capacity", "dropless")
+PATHS = ("capacity", "dropless", "einsum", "dense")
 
 
 def main() -> None:

@@ -64,14 +64,17 @@ case "$code" in
 esac
 
 python="${prefix}.venv/bin/python"
-train="$python -m moe_jax.train --config=$config"
+train="$python -m moe_jax.train$(printf ' %q' "$@")"  # of a flag given twice the last one counts
+steps=$("$VENV_PYTHON" -c '
+import json, sys
+print(2 * json.load(open(sys.argv[1]))["train"]["steps"])' "$workdir/config.json")
 cat <<END
 
 Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
 Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$workdir)
 Samples:      $workdir/samples.txt
 
-Go on:        bash ${prefix}launch/local.sh$(printf ' %q' "$@") --config.train.steps=400
+Go on:        bash ${prefix}launch/local.sh$(printf ' %q' "$@") --config.train.steps=$steps
 Other mesh:   $train --workdir=$workdir-experts --init_from=$workdir --devices=8 --config.mesh.expert=8
 Own text:     $train --workdir=$workdir-text --config.data.source=text --config.data.files='/path/*.txt'
 END

@@ -38,6 +38,11 @@ class OptimizerConfig:
                 f"optimizer.moment_dtype is {self.moment_dtype!r}: "
                 f"use one of {', '.join(MOMENT_DTYPES)}."
             )
+        if self.name == "adafactor" and self.moment_dtype != "param":
+            raise UserError(
+                f"optimizer.moment_dtype is {self.moment_dtype!r}, which adafactor does not know: "
+                f"set it to 'param', or use adamw."
+            )
         if not self.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}: set it above 0.")
         for name in ("weight_decay", "clip_norm", "warmup_steps", "final_share", "eps"):

@@ -213,6 +213,12 @@ def _jsonl_field(line: bytes, field: str, where: str) -> str:
         raise UserError(f"{where} is not JSON ({error.msg}): fix or remove it.") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise UserError(f"{where} has no text in field {field!r}: set data.field to one that has.")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where} holds half a surrogate pair, which UTF-8 cannot: fix or remove it."
+        ) from None
     return record[field]
 
 
@@ -237,12 +243,17 @@ def _read_parquet(path: epath.Path, field: str) -> Iterator[str]:
         if file.metadata.num_rows == 0:
             raise UserError(f"{path} is empty: remove it from the files to train on.")
         row = 0
-        for batch in file.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str | None):
-                    raise UserError(f"{path} row {row}: column {field!r} does not hold text.")
-                yield text or ""
-                row += 1
+        try:
+            for batch in file.iter_batches(columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise UserError(f"{path} row {row}: column {field!r} does not hold text.")
+                    yield text or ""
+                    row += 1
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: column {field!r} is not UTF-8 after row {row}.") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read after row {row} ({error}).") from None
 
 
 # name of a kind -> the texts of one file of it

@@ -76,6 +76,9 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json ({error}).") from None
+        # Stored for fine-tuning; here they would cut documents and add padding to the stream.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         ids = _special_ids(
             next((vocabulary[name] for name in KNOWN_EOS if name in vocabulary), None),

@@ -47,11 +47,10 @@ def main(argv: Sequence[str]) -> int:
     workdir = Path(given.workdir).absolute()
 
     # ---- everything that can be wrong is found out here, before anything is compiled
+    _check_writable(workdir)
     run = prepare(config, workdir, _say)
     for line in _describe(run):
         _say(line)
-
-    _check_writable(workdir)
 
     # ---- state
     began = time.perf_counter()
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     _say(f"state ready in {time.perf_counter() - began:.1f} s")
     start = int(state.step)
     if distributed.lead():
-        write_run_record(str(workdir), to_json(run.config), parsed.overrides)
+        write_run_record(str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint)
 
     # ---- train
     resumed = start if start else None
@@ -85,7 +84,7 @@ def _use_deterministic_kernels() -> None:
 
 def _check_writable(workdir: Path) -> None:
     """Raises UserError where `workdir` cannot be made or written; makes nothing."""
-    there = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    there = next(folder for folder in (workdir, *workdir.parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "write-protected" if there.is_dir() else "not a folder"
         raise UserError(

@@ -24,7 +24,8 @@ class Evaluator:
         _, rows, length = run.microbatch
         self._run = run
         self._shape = (1, rows, length)
-        limit = run.config.eval.batches or len(run.heldout)
+        # Counted in batches of a whole step, so that accumulation changes nothing.
+        limit = run.config.eval.batches * run.config.train.accumulation or len(run.heldout)
         self._batches = min(limit, len(run.heldout))
         step = make_eval_step(
             run.model, len(run.store.sources), run.config.model.moe.group_rows, run.mesh

@@ -10,7 +10,7 @@ from moe_jax.data.feed import DeviceFeed
 from moe_jax.metrics import moe_row
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.chips import peak_tflops
-from moe_jax.parallel.distributed import AGAIN, DONE, Preemption
+from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.profile import Profiler
@@ -61,6 +61,14 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
             # One step in flight: the next is prepared while this one runs.
             jax.block_until_ready(metrics)
             clock.stepped()
+            if _diverged(metrics):
+                reporter.log({"step": done, **step_row(metrics), **clock.read(done)})
+                run.checkpoints.wait()
+                reporter.say(
+                    f"step {done} diverged (its loss or gradient is not finite) and is not saved: "
+                    f"lower optimizer.learning_rate and run again"
+                )
+                return DIVERGED
             if done % config.train.log_every == 0 or done in (start + 1, total):
                 reporter.log({"step": done, **step_row(metrics), **clock.read(done)})
             if done < total and config.eval.every and done % config.eval.every == 0:
@@ -82,6 +90,10 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
     if stop is Stop.ASKED:
         reporter.say(f"stopped by the file STOP: step {done} is saved")
     return DONE
+
+
+def _diverged(metrics: StepMetrics) -> bool:
+    return not np.isfinite([float(metrics.loss.total), float(metrics.grad_norm)]).all()
 
 
 def compile_step(run: Run, state: TrainState, batch: Any) -> Any:

@@ -14,6 +14,7 @@ from etils import epath
 import moe_jax
 from moe_jax.errors import UserError
 
+DATA_RECORD = "data.json"
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -27,8 +28,10 @@ _PACKAGES = (
 )
 
 
-def write_run_record(workdir: str, config_json: str, overrides: Mapping[str, Any]) -> None:
-    """Writes config.json, overrides.json and versions.json into `workdir`, making it.
+def write_run_record(
+    workdir: str, config_json: str, overrides: Mapping[str, Any], data_fingerprint: str
+) -> None:
+    """Writes config.json, overrides.json, data.json and versions.json into `workdir`, making it.
 
     Called by process 0 at every start; a resumed run replaces the files.
 
@@ -36,6 +39,7 @@ def write_run_record(workdir: str, config_json: str, overrides: Mapping[str, Any
       workdir: folder of the run.
       config_json: the resolved config as `moe_jax.config.to_json` writes it.
       overrides: the --config.* overrides of the command line.
+      data_fingerprint: of the token store.
 
     Raises:
       UserError: the folder cannot be written.
@@ -43,13 +47,16 @@ def write_run_record(workdir: str, config_json: str, overrides: Mapping[str, Any
     files = {
         "config.json": config_json,
         "overrides.json": json.dumps(overrides, indent=2, sort_keys=True, default=str) + "\n",
+        DATA_RECORD: json.dumps({"fingerprint": data_fingerprint}) + "\n",
         "versions.json": json.dumps(versions(), indent=2, sort_keys=True) + "\n",
     }
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (folder / name).write_text(text)
+            unfinished = folder / f"{name}.new"
+            unfinished.write_text(text)
+            unfinished.replace(folder / name)  # a kill leaves the old file or the new one
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "

@@ -15,12 +15,14 @@ from moe_jax.config import Config, from_json
 from moe_jax.data.build import build, store_root
 from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.layout import to_stacked
 from moe_jax.model.stack import ModelDef, define
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import resolve
+from moe_jax.train.record import DATA_RECORD
 from moe_jax.train.state import (
     TrainState,
     abstract_state,
@@ -95,11 +97,15 @@ def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | No
     saved = _saved_config(workdir)
     if saved is not None:
         config = _keep_groups(config, saved)
+    # What needs no text comes first: tokenising may take hours.
+    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    config, notes = resolve.resolve(config, len(devices), vocabulary)
+    if saved is not None:
+        notes += _check_resume(config, saved)
     store = build(config.data, store_root(config.data, workdir), progress=say)
-    config, notes = resolve.resolve(config, len(devices), store.vocab_size)
     store.check_vocabulary(config.model.vocab_size)
     if saved is not None:
-        _check_resume(config, saved)
+        _check_same_text(store, workdir)
     mesh = make_mesh(config.mesh, devices)
     model = define(config.model, jnp.dtype(config.precision))
     resolve.check_shapes(model, mesh)
@@ -131,9 +137,12 @@ def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | No
 def _saved_config(workdir: Path) -> Config | None:
     """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
     path = workdir / "config.json"
-    if not path.exists() or not (workdir / "checkpoints").exists():
+    if not os.path.exists(path) or not os.path.exists(workdir / "checkpoints"):
         return None
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text())
+    except UserError as error:
+        raise UserError(f"{path}: {error} Delete it, and the run goes on without it.") from None
 
 
 def _keep_groups(config: Config, saved: Config) -> Config:
@@ -144,8 +153,8 @@ def _keep_groups(config: Config, saved: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-def _check_resume(config: Config, saved: Config) -> None:
-    """Raises UserError when a resumed run would see other tokens or other routing groups."""
+def _check_resume(config: Config, saved: Config) -> list[str]:
+    """Notes for the log; UserError when the run would see other tokens or routing groups."""
     for name in _KEPT_ON_RESUME:
         new, old = _get(config, name), _get(saved, name)
         if new != old:
@@ -153,6 +162,18 @@ def _check_resume(config: Config, saved: Config) -> None:
                 f"config.{name} is {new!r} but the run in this workdir has {old!r}: use that, or "
                 f"another --workdir (with --init_from to keep the weights)."
             )
+    steps, before = config.train.steps, saved.train.steps
+    return [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
+
+
+def _check_same_text(store: Store, workdir: Path) -> None:
+    """Raises UserError when the files behind a resumed run's data have changed."""
+    path = workdir / DATA_RECORD
+    if path.exists() and store.fingerprint not in path.read_text():
+        raise UserError(
+            f"The text of the run in {workdir} has changed since it began: bring the files back, "
+            f"or use another --workdir (with --init_from to keep the weights)."
+        )
 
 
 def _get(config: Any, path: str) -> Any:
@@ -199,7 +220,8 @@ def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
 def _weights_of(run: Run, workdir: str) -> Any:
     """Parameters of another run's newest good checkpoint."""
     other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
-    step = other.latest_good()
+    good = (step for step in reversed(other.steps()) if other.verify(step) is None)
+    step = next(good, None)  # a bad one is passed over but not moved: the run is not ours
     if step is None:
         raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
     target = _disk_target(run)

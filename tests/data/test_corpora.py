@@ -114,6 +114,7 @@ BAD_FILES = {
     "not_object": ("jsonl", b'{"text": "a"}\n[1]\n', "line 2 has no text in field 'text'"),
     "no_field": ("jsonl", b'{"body": "a"}\n', "line 1 has no text in field 'text'"),
     "null_field": ("jsonl", b'{"text": null}\n', "line 1 has no text in field 'text'"),
+    "half_surrogate": ("jsonl", rb'{"text": "\ud83d"}', "line 1 holds half a surrogate pair"),
     "jsonl_latin": ("jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8 at byte offset 13"),
     "empty_jsonl": ("jsonl", b"", "is empty"),
     "not_parquet": ("parquet", b"PAR?", "is not a Parquet file"),
@@ -156,3 +157,12 @@ def test_a_missing_parquet_column_lists_those_there(tmp_path):
 def test_bad_configs_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         documents(**fields)
+
+
+def test_a_parquet_column_that_is_not_utf8(tmp_path):
+    raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    config = DataConfig(source="parquet", files=f"{tmp_path}/*.parquet")
+    with pytest.raises(UserError, match="column 'text' is not UTF-8 after row 0"):
+        [list(stream.documents()) for stream in find_streams(config)]

@@ -101,3 +101,15 @@ def test_what_is_refused(tmp_path):
         train_bpe(iter(SAMPLE), 100, tmp_path / "t.json")
     with pytest.raises(UserError, match=r"end in \.json"):
         train_bpe(iter(SAMPLE), 300, tmp_path / "t.txt")
+
+
+def test_stored_truncation_and_padding_are_not_applied(bpe, tmp_path):
+    import tokenizers
+
+    limited = tokenizers.Tokenizer.from_file(bpe)
+    limited.enable_truncation(max_length=2)
+    limited.enable_padding(length=64)
+    limited.save(str(tmp_path / "limited.json"))
+    text = "a text of more than two tokens"
+    whole = load_tokenizer(bpe).encode(text)
+    assert load_tokenizer(str(tmp_path / "limited.json")).encode(text).tolist() == whole.tolist()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import signal
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import jax
 import pytest
 from small_run import flags, small_config, write_corpus
 
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import to_json
 from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import DIVERGED
 from moe_jax.train.__main__ import main
 from moe_jax.train.loop import save
 from moe_jax.train.record import write_run_record
@@ -36,7 +39,7 @@ def place(tmp_path_factory):
     run = prepare(config, made.saved, lambda line: None)
     save(run, first_state(run, "", lambda line: None), 1)
     run.checkpoints.close()
-    write_run_record(str(made.saved), to_json(run.config), {})
+    write_run_record(str(made.saved), to_json(run.config), {}, run.store.fingerprint)
     return made
 
 
@@ -222,3 +225,35 @@ def test_the_good_run_is_good(place, tmp_path):
         jax.devices(),
     )
     assert run.mesh.size == 8
+
+
+def test_text_that_changed_since_the_run_began(place, tmp_path):
+    files = write_corpus(tmp_path / "text", documents=70)
+    before = contents(place.saved)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {"data.files": files})])
+    check_sentence(error, r"config\.data\.files is .* but the run in this workdir has")
+    (place.saved / "data.json").write_text('{"fingerprint": "of other text"}')
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {})])
+    check_sentence(error, "The text of the run in .* has changed since it began")
+    (place.saved / "data.json").unlink()
+    assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
+
+
+def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path):
+    hot = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.steps": 12}
+    often = {"checkpoint.every_steps": 1, "optimizer.warmup_steps": 0}
+    code = main(["train", *arguments(place, tmp_path / "run", hot | often)])
+    assert code == DIVERGED
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}
+    saved = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    assert rows[-1]["step"] not in saved
+
+
+def test_adafactor_refuses_a_moment_dtype(place, tmp_path):
+    overrides = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, "optimizer.moment_dtype is 'bfloat16', which adafactor does not know")

@@ -154,11 +154,11 @@ def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(config, cli_env):
 
 def test_run_record(tmp_path):
     folder = tmp_path / "run"
-    write_run_record(str(folder), '{"seed": 1}\n', {"train.steps": 7})
+    write_run_record(str(folder), '{"seed": 1}\n', {"train.steps": 7}, "abc")
     assert json.loads((folder / "config.json").read_text()) == {"seed": 1}
     assert json.loads((folder / "overrides.json").read_text()) == {"train.steps": 7}
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["packages"]["jax"] and versions["python"] and versions["device_count"] == 8
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written"):
-        write_run_record(str(tmp_path / "file"), "{}", {})
+        write_run_record(str(tmp_path / "file"), "{}", {}, "abc")
