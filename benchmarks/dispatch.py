@@ -21,7 +21,7 @@ PATHS = ("capacity", "dropless", "einsum", "dense")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
     steps = parser.parse_args().steps
     print("| dispatch | " + " | ".join(f"E={e}" for e in EXPERTS) + " |")

@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--steps", type=int, default=20)
     given, rest = parser.parse_known_args()
