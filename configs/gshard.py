@@ -35,4 +35,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.steps, config.train.batch_size = 100_000, 1024
     config.optimizer.name, config.optimizer.schedule = "adafactor", "inverse_sqrt"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.01, 10_000
+    config.optimizer.weight_decay = 0.0
     return config

@@ -3,9 +3,10 @@
 Paper: Mixtral of Experts, https://arxiv.org/abs/2401.04088.  Shapes and router as released; the
   training recipe was not published, the one below is ours.
 Cost: 46.7B parameters, 12.9B active; 2^22 tokens a step.  Weights, gradients and Adam in
-  float32 need 750 GB: one 8-GPU H200 node.
+  float32 need 750 GB.  `fsdp` takes the devices beside `expert`; with few of
+  them, set train.accumulation so that a device holds a row or two at a time (not yet run).
 Expected: no published loss; the released weights are the reference for the architecture.
-Command: python -m moe_jax.train --config=configs/mixtral_8x7b.py --workdir=gs://BUCKET/mixtral
+Command: python -m moe_jax.train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'
   --config.data.tokenizer=tokenizer.model
 """
@@ -26,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model.num_layers, model.width = 32, 4096
     model.num_heads, model.num_kv_heads, model.head_dim = 32, 8, 128
     model.rope_theta = 1e6
-    model.scan_layers, model.remat = True, "save_dispatch"
+    model.scan_layers, model.remat = True, "full"
     moe.num_experts, moe.top_k, moe.expert_width = 8, 2, 14336
     moe.options.top_k.renormalize = True
     moe.dispatch = "dropless"

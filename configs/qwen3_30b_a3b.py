@@ -3,9 +3,10 @@
 Paper: Qwen3 Technical Report, https://arxiv.org/abs/2505.09388: q/k norm by head, renormalised
   weights, no shared expert, balance loss over the global batch.  The recipe below is ours.
 Cost: 30.5B parameters, 3.35B active; 2^22 tokens a step.  Weights, gradients and Adam in
-  float32 need 490 GB: one 8-GPU H200 node.
+  float32 need 490 GB.  `fsdp` takes the devices beside `expert`; with few of
+  them, set train.accumulation so that a device holds a row or two at a time (not yet run).
 Expected: no published loss; the released weights are the reference for the architecture.
-Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=gs://BUCKET/qwen3
+Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'
   --config.data.tokenizer=tokenizer.json
 """
@@ -27,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model.num_heads, model.num_kv_heads, model.head_dim = 32, 4, 128
     model.qk_norm = "head"
     model.rope_theta, model.norm_eps = 1e6, 1e-6
-    model.scan_layers, model.remat = True, "save_dispatch"
+    model.scan_layers, model.remat = True, "full"
     moe.num_experts, moe.top_k, moe.expert_width = 128, 8, 768
     moe.options.top_k.renormalize = True
     moe.dispatch = "dropless"

@@ -138,7 +138,10 @@ def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """Factored second moments (Shazeer and Stern, arXiv 1804.04235), without relative steps."""
     return optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), _decayed(config)
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),  # the rate is relative to each weight's size, as in T5
+        _decayed(config),
     )
 
 

@@ -60,7 +60,8 @@ def ragged_weight_gradient(x_ND, dy_NF, sizes_E):
     """dw[e] = x[rows of e]^T @ dy[rows of e], through ragged_dot's own transpose."""
     shape = (sizes_E.shape[0], x_ND.shape[1], dy_NF.shape[1])
     inside = jnp.arange(x_ND.shape[0])[:, None] < sizes_E.sum()
-    dy_NF = jnp.where(inside, dy_NF, 0)
+    # Both sides: rows past the last group may hold anything, and 0 * NaN is NaN.
+    x_ND, dy_NF = jnp.where(inside, x_ND, 0), jnp.where(inside, dy_NF, 0)
     zeros = varying_like(jnp.zeros(shape, x_ND.dtype), x_ND)
     _, pullback = jax.vjp(lambda w: jax.lax.ragged_dot(x_ND, w, sizes_E), zeros)
     return pullback(dy_NF)[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.errors import UserError
@@ -60,5 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = tuple(dataclasses.asdict(config)[name] for name in AXES)
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu":  # the order on the torus decides which links a collective uses
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        # Splitting a torus axis between mesh axes admits any sizes that multiply.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)

@@ -66,15 +66,18 @@ class MoE(nnx.Module):
         out_init = residual_fan_in(F, config.num_layers)
         self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own)
         self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own)
-        self.shared = None
-        if moe.shared_experts:
-            wide = dataclasses.replace(config, ffn_width=moe.shared_experts * F)
-            self.shared = DenseFFN(wide, dtype=dtype, rngs=scoped(rngs, "shared"))
+        wide = dataclasses.replace(config, ffn_width=moe.shared_experts * F or F)
+        self.shared = (
+            DenseFFN(wide, dtype=dtype, rngs=scoped(rngs, "shared")) if moe.shared_experts else None
+        )
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: MoEContext
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
-        """Output of the experts for every token, padding included as zero, and what happened."""
+        """Output of the experts for every token, and what happened.
+
+        Routed experts give padding zero.
+        """
         B, T, D = x_BTD.shape
         R = context.group_rows
         G = B // R

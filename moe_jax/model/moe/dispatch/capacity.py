@@ -41,6 +41,7 @@ class Capacity(Slots):
             C = self.capacity(S, K, E, inputs.train)
             ids_GN = routed_ids(choice, mask_GS, E)
             moves = slot_moves(ids_GN, E, C, inputs.rows, K, self.priority)
+            moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
             x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
             x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
             x_END = checkpoint_name(x_END, MOE_DISPATCHED)

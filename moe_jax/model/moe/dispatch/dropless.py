@@ -54,11 +54,13 @@ class Dropless:
             ids_N = routed_ids(choice, mask_GS, E).reshape(-1)
             x_ND = x_GSD.reshape(G * S, D)
             if shards == 1:
-                moves, sizes_E = sorted_moves(ids_N, E, K)
-                y_MD = experts.grouped(gather_tokens(x_ND, moves), sizes_E)
+                moves, sizes_E = checkpoint_name(sorted_moves(ids_N, E, K), MOE_DISPATCHED)
+                x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
+                y_MD = experts.grouped(x_MD, sizes_E)
             else:
                 room = self._room(G * S * K, shards)
                 moves, sizes_E = shard_moves(ids_N, E, K, shards, room)
+                moves = checkpoint_name(moves, MOE_DISPATCHED)
                 y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
             y_MD = checkpoint_name(y_MD, MOE_OUT)
             y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
@@ -125,10 +127,13 @@ def _across(x_MD: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int) 
     x_PRD = to_experts(x_MD.reshape(shards, room, D), "expert", shards)  # [1, shards*room, D]
     x_PRD = checkpoint_name(x_PRD, MOE_DISPATCHED)
     sizes_PE = to_experts(sizes_E.reshape(shards, local), "expert", shards).reshape(shards, local)
+    sizes_PE = checkpoint_name(sizes_PE, MOE_DISPATCHED)
     # Rows of one source come sorted by expert: a row's expert is how many runs end at or before it.
     ends_PE = jnp.cumsum(sizes_PE, axis=1)
     ids_PR = (jnp.arange(room)[None, :, None] >= ends_PE[:, None, :]).sum(-1, dtype=jnp.int32)
-    arrive, sizes_local_E = sorted_moves(ids_PR.reshape(-1), local, 1)
+    arrive, sizes_local_E = checkpoint_name(
+        sorted_moves(ids_PR.reshape(-1), local, 1), MOE_DISPATCHED
+    )
     y_MD = experts.grouped(gather_tokens(x_PRD.reshape(M, D), arrive), sizes_local_E)
     leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None])
     y_MD = gather_tokens(y_MD, leave)
