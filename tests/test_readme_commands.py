@@ -1,0 +1,50 @@
+"""The README's own commands, run in its order on a small model and a small text."""
+
+import shlex
+
+import pytest
+from small_run import SMALL, write_corpus
+from test_readme import ROOT, commands
+
+LINES = [line for line in commands() if line.startswith("python -m moe_jax.")]
+SMALLER = {"eval.samples": 0, "model.moe.group_rows": 1}  # the groups that tiny itself has
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands are typed: configs beside it, text of each kind in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    write_corpus(folder / "path")
+    for number in range(64):
+        text = (folder / "path" / f"{number:03d}.txt").read_text().strip()
+        (folder / "path" / f"{number:03d}.jsonl").write_text(f'{{"text": "{text}"}}\n')
+    return folder
+
+
+def typed(line: str, folder, more_steps: int) -> list[str]:
+    """The arguments after `python -m`, shrunk: what the README sets itself stays."""
+    words = [word.replace("/path/", f"{folder}/path/") for word in shlex.split(line)[2:]]
+    if words[0] == "moe_jax.checkpoint":
+        return words
+    text = {"data.source": "text", "data.files": f"{folder}/path/*.txt"}
+    small = SMALL | SMALLER | text | {"train.steps": more_steps, "model.moe.num_experts": 8}
+    given = {word.split("=")[0].removeprefix("--config.") for word in words}
+    kept = {key: value for key, value in small.items() if key not in given}
+    words = [w.replace("--vocab_size=4096", "--vocab_size=300") for w in words]
+    words = [
+        f"--config.train.steps={more_steps}" if w.startswith("--config.train.steps=") else w
+        for w in words
+    ]
+    return [*words, *(f"--config.{key}={value}" for key, value in kept.items())]
+
+
+def test_commands_in_order(folder, run_cli):
+    """Later commands go on from what earlier ones left, as a reader would."""
+    assert len(LINES) >= 7
+    first = "python -m moe_jax.train --config=configs/tiny.py --workdir=runs/tiny"
+    for number, line in enumerate([first, *LINES]):
+        done = run_cli(typed(line, folder, 2 + number), cwd=folder)
+        assert done.code == 0, f"{line}\n{done.err}"
+    for name in ("tiny", "experts", "text", "jsonl", "bpe"):
+        assert (folder / "runs" / name / "metrics.jsonl").exists(), name
