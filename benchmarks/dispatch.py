@@ -3,7 +3,7 @@
     python benchmarks/dispatch.py [--steps=5]
 
 Each cell is a process of `python -m moe_jax.bench` on configs/cpu_small.py with 16 rows of 128
-bytes: the same active FLOPs at every E, and routing groups of 4 E tokens x K, so that an expert
+bytes: the same active FLOPs at every E, and routing groups of 16 E tokens, so that an expert
 has 32 tokens of a group on average whatever E is.  Run it on an otherwise idle machine; `dense` at
 128 experts takes minutes.
 """
