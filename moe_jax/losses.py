@@ -64,6 +64,7 @@ def loss_sums(
         z_weight=model.config.logits_z_weight,
         chunk=model.config.loss_chunk,
         mesh=mesh,
+        implementation=model.config.cross_entropy,
     )
     return LossSums(lm, moe)
 

@@ -79,14 +79,15 @@ def build(
     weights = [stream.weight for stream in streams]
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)
     path = epath.Path(root) / fingerprint[:16]
-    with _lock(epath.Path(root), fingerprint[:16]):
-        manifest = read_manifest(path)
-        if manifest is None:
-            say(f"building the store {path}")
-            _write(path, config, streams, tokenizer, layout, fingerprint, say)
-        elif manifest["fingerprint"] != fingerprint:
-            raise UserError(f"{path} holds another store than its name says: delete it.")
-    return open_store(path, weights)
+    if read_manifest(path) is None:  # a finished store may lie where nobody can write
+        with _lock(epath.Path(root), fingerprint[:16]):
+            if read_manifest(path) is None:  # nobody built it while this process waited
+                say(f"building the store {path}")
+                _write(path, config, streams, tokenizer, layout, fingerprint, say)
+    store = open_store(path, weights)
+    if store.fingerprint != fingerprint:
+        raise UserError(f"{path} holds another store than its name says: delete it.")
+    return store
 
 
 def store_root(config: DataConfig, workdir: str | os.PathLike) -> epath.Path:

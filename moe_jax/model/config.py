@@ -4,6 +4,8 @@ import dataclasses
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
+from moe_jax.ops.attention import ATTENTION
+from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 
 ACTIVATIONS = ("swiglu", "gelu")
 QK_NORMS = ("none", "head", "full")
@@ -33,7 +35,8 @@ class ModelConfig:
     confine_attention: bool = False  # attention (and targets) stop at document borders
     scan_layers: bool = False  # scan the repeating period instead of unrolling it
     remat: str = "none"  # none | full | a policy of model/remat.py by name
-    loss_chunk: int = 2048  # tokens whose logits exist at once in the cross-entropy
+    cross_entropy: str = "tokens"  # how its logits are cut: tokens | vocabulary | full (not at all)
+    loss_chunk: int = 2048  # logits that exist at once on a device, in multiples of the vocabulary
     logits_z_weight: float = 0.0
     moe: MoEConfig = MoEConfig()
 
@@ -50,7 +53,13 @@ class ModelConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: RoPE needs an even number.")
         if self.vocab_size < 0 or self.loss_chunk < 1:
             raise UserError("model.vocab_size must be 0 or more and model.loss_chunk 1 or more.")
-        for name, known in (("activation", ACTIVATIONS), ("qk_norm", QK_NORMS)):
+        tables = {
+            "activation": ACTIVATIONS,
+            "qk_norm": QK_NORMS,
+            "attention": ("auto", *ATTENTION),
+            "cross_entropy": CROSS_ENTROPY,
+        }
+        for name, known in tables.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"model.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."

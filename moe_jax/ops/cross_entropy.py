@@ -1,4 +1,8 @@
-"""Output projection and cross-entropy together, a few tokens' logits at a time.
+"""Output projection and cross-entropy together, a part of the logits at a time.
+
+Two ways to cut them, with the same number of logits in memory: by tokens (the default: gradients
+come from the same pass, three matmuls in all) and by vocabulary (four matmuls, since the softmax
+of a token is known only after its last class; it helps where a device holds few tokens).
 
 Axes: B rows, T positions, N tokens of one device, D width, V vocabulary.
 """
@@ -14,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.registry import lookup
 
 
 class CrossEntropy(NamedTuple):
@@ -34,7 +39,7 @@ def cross_entropy(
     z_weight: float,
     chunk: int,
     mesh: Mesh,
-    implementation: str = "chunked",
+    implementation: str = "tokens",
 ) -> CrossEntropy:
     """Sums of -log softmax(x head)[target], and of the logits' z-loss, where mask is true.
 
@@ -44,11 +49,15 @@ def cross_entropy(
       targets_BT: class of each position; any integer where the mask is false.
       mask_BT: the positions that count.
       z_weight: weight of logsumexp^2 in `loss_sum` (PaLM, arXiv 2204.02311, section 5).
-      chunk: tokens of one device whose logits exist at once.
+      chunk: float32 logits of one device that exist at once, in multiples of V; a device's
+        tokens are cut at least in two.
       mesh: where it runs; vocabulary may be split over `tensor`.
       implementation: a key of CROSS_ENTROPY.
+
+    Raises:
+      UserError: unknown implementation.
     """
-    function = CROSS_ENTROPY[implementation]
+    function = lookup(CROSS_ENTROPY, implementation, "model.cross_entropy")
     local = functools.partial(function, z_weight=z_weight, chunk=chunk)
 
     def shard(x_BTD, head_DV, targets_BT, mask_BT):
@@ -101,10 +110,15 @@ def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
     return run
 
 
+def _chunks(tokens: int, chunk: int) -> int:
+    """Into how many parts a device's logits are cut: never one, so never all at once."""
+    return max(2, -(-tokens // chunk))
+
+
 def _split(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
     """Arrays over N tokens as [chunks, tokens]: equal chunks of at most `chunk`, zero-padded."""
     size = arrays[0].shape[0]
-    chunks = -(-size // chunk)
+    chunks = _chunks(size, chunk)
     each = -(-size // chunks)
     widths = (0, chunks * each - size)
     padded = [jnp.pad(a, (widths, *((0, 0) for _ in a.shape[1:]))) for a in arrays]
@@ -129,14 +143,11 @@ def full_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> 
     """The reference: all logits at once, differentiated by JAX."""
     del chunk
     logits_NV, hit_NV = _logits(x_ND, head_DV, targets_N)
-    nll = jnp.where(mask_N, _nll(logits_NV, hit_NV), 0).sum()
-    z = jnp.where(mask_N, jax.nn.logsumexp(logits_NV, axis=-1) ** 2, 0).sum()
-    count = mask_N.sum().astype(nll.dtype)
-    stop = jax.lax.stop_gradient
-    return CrossEntropy(nll + z_weight * z, stop(nll), stop(z), count)
+    lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    return _summed(_nll(logits_NV, hit_NV), lse_N, mask_N, z_weight)
 
 
-def chunked_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
+def tokens_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
     """Logits of `chunk` tokens at a time; gradients are computed in the forward pass.
 
     The loss is a sum, so its gradients are known up to one scalar before the backward pass
@@ -174,7 +185,8 @@ def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradient
     zero = jnp.zeros((), wide)
     d_x: Any
     start = (zero, zero, jnp.zeros(head_DV.shape, wide) if gradients else zero)
-    (nll, z, d_head), d_x = _scan(one_chunk, start, _split(chunk, x_ND, targets_N, mask_N))
+    chunks = _split(chunk, x_ND, targets_N, mask_N)
+    (nll, z, d_head), d_x = jax.lax.scan(one_chunk, start, chunks)
     out = CrossEntropy(nll + z_weight * z, nll, z, mask_N.sum().astype(wide))
     if not gradients:
         return out, None
@@ -191,15 +203,44 @@ def _chunked_backward(z_weight, chunk, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _scan(body, carry, inputs):
-    """`jax.lax.scan`, without the loop where there is one chunk."""
-    if inputs[0].shape[0] > 1:
-        return jax.lax.scan(body, carry, inputs)
-    carry, out = body(carry, [a[0] for a in inputs])
-    return carry, None if out is None else out[None]
+def vocabulary_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
+    """Logits of all tokens for a part of the vocabulary at a time, recomputed backwards.
+
+    Keeps a running maximum and sum of exponentials (the online softmax of
+    https://arxiv.org/abs/1805.02867); the maximum is a constant to the gradient.
+    """
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    (N, D), V = x_ND.shape, head_DV.shape[1]
+    parts = _chunks(N, chunk)
+    each = -(-V // parts)
+    head_DCV = jnp.pad(head_DV, ((0, 0), (0, parts * each - V))).reshape(D, parts, each)
+    first_C = jnp.arange(parts) * each
+    wide_ND = x_ND.astype(wide)  # cast back inside, so that its gradient adds up in `wide`
+
+    @jax.checkpoint
+    def one_part(carry, inputs):
+        (highest, total, target), (first, head) = carry, inputs
+        logits, hit = _logits(wide_ND.astype(x_ND.dtype), head, targets_N - first)
+        logits = jnp.where(jnp.arange(each) < V - first, logits, -jnp.inf)
+        new = jax.lax.stop_gradient(jnp.maximum(highest, logits.max(-1)))
+        total = total * jnp.exp(highest - new) + jnp.exp(logits - new[:, None]).sum(-1)
+        return (new, total, target + jnp.where(hit, logits, 0).sum(-1)), None
+
+    start = (jnp.full(N, -jnp.inf, wide), jnp.zeros(N, wide), jnp.zeros(N, wide))
+    inputs = (first_C, head_DCV.swapaxes(0, 1))
+    (highest, total, target), _ = jax.lax.scan(one_part, start, inputs)
+    lse = highest + jnp.log(total)
+    return _summed(lse - target, lse, mask_N, z_weight)
+
+
+def _summed(nll_N, lse_N, mask_N, z_weight) -> CrossEntropy:
+    nll, z = (jnp.where(mask_N, value, 0).sum() for value in (nll_N, lse_N**2))
+    stop = jax.lax.stop_gradient
+    return CrossEntropy(nll + z_weight * z, stop(nll), stop(z), mask_N.sum().astype(nll.dtype))
 
 
 CROSS_ENTROPY: dict[str, Callable[..., CrossEntropy]] = {
     "full": full_cross_entropy,
-    "chunked": chunked_cross_entropy,
+    "tokens": tokens_cross_entropy,
+    "vocabulary": vocabulary_cross_entropy,
 }

@@ -76,18 +76,25 @@ def lead() -> bool:
 class Preemption:
     """Notices SIGTERM; ask `reached` once every step, on every process.  Make it after `start`.
 
-    One process: our handler sets a flag.  Several: jax.distributed catches the signal and all
-    processes agree on one step to stop at; a handler of ours would silently disable that.
+    One process: our handler sets a flag; before `defer` there is no step to wait for, and it ends
+    the process with AGAIN at once.  Several: jax.distributed catches the signal and all processes
+    agree on one step to stop at; a handler of ours would silently disable that.
     """
 
     def __init__(self):
         self._several = jax.distributed.is_initialized()
-        self._asked = False
+        self._asked = self._deferred = False
         if not self._several:
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: object) -> None:
+        if not self._deferred:
+            raise SystemExit(AGAIN)
         self._asked = True
+
+    def defer(self) -> None:
+        """From now on there is state to save: SIGTERM waits for the end of a step."""
+        self._deferred = True
 
     def reached(self, step: int) -> bool:
         """Whether to save and exit with AGAIN after `step`; true on exactly one step if several."""

@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     # ---- train
     resumed = start if start else None
     with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
+        preemption.defer()
         code = train(run, state, reporter, preemption)
     run.checkpoints.close()
     _say(

@@ -195,6 +195,14 @@ def test_a_finished_store_is_opened_not_built(config, store, tmp_path):
     assert lines == [] and again.path == store.path and contents(store.path) == before
 
 
+def test_opening_a_finished_store_writes_nothing(config, store, tmp_path):
+    """It may lie on a disk that is mounted read-only, where a lock file cannot be made."""
+    for lock in (tmp_path / "stores").glob("*.lock"):
+        lock.unlink()
+    build(config, tmp_path / "stores", layout=SMALL)
+    assert [entry.name for entry in (tmp_path / "stores").iterdir()] == [Path(store.path).name]
+
+
 def test_whatever_changes_the_tokens_changes_the_fingerprint(config, store, corpus, tmp_path):
     def fingerprint(layout=SMALL, **changes) -> str:
         return build(

@@ -1,5 +1,8 @@
 """Chunked cross-entropy against NumPy and against the reference, values and gradients."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,13 +85,13 @@ def test_token_nll(x64, mesh_of, chunk):
 )
 def test_same_on_every_mesh_and_tokens_stay_where_they_are(x64, mesh_of, sizes):
     x, head, targets, mask = make()
-    alone = gradients(mesh_of(), 5, "chunked", x, head, targets, mask, 0.1)
+    alone = gradients(mesh_of(), 5, "tokens", x, head, targets, mask, 0.1)
     mesh = mesh_of(**sizes)
     rows = sharding(mesh, ("batch", None))
     x = jax.device_put(x, sharding(mesh, ("batch", None, None)))
     head = jax.device_put(head, sharding(mesh, ("embed", "vocab")))
     targets, mask = jax.device_put((targets, mask), rows)
-    together = gradients(mesh, 5, "chunked", x, head, targets, mask, 0.1)
+    together = gradients(mesh, 5, "tokens", x, head, targets, mask, 0.1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), alone, together)
 
     def loss(x, head):
@@ -100,30 +103,32 @@ def test_same_on_every_mesh_and_tokens_stay_where_they_are(x64, mesh_of, sizes):
     assert hlo.count("all-gather(") <= ("fsdp" in sizes)  # the head's shards, once
 
 
-def test_masked_targets_may_be_anything(mesh_of):
+@pytest.mark.parametrize("implementation", CROSS_ENTROPY)
+def test_masked_targets_may_be_anything(mesh_of, implementation):
     x, head, targets, mask = make(jnp.float32)
     wild = jnp.where(mask, targets, -(2**30))
-    plain = gradients(mesh_of(), 5, "chunked", x, head, targets, mask, 0.1)
+    plain = gradients(mesh_of(), 5, implementation, x, head, targets, mask, 0.1)
     jax.tree.map(
         np.testing.assert_array_equal,
         plain,
-        gradients(mesh_of(), 5, "chunked", x, head, wild, mask, 0.1),
+        gradients(mesh_of(), 5, implementation, x, head, wild, mask, 0.1),
     )
 
 
 def test_nothing_to_count_is_zero(mesh_of):
     x, head, targets, mask = make(jnp.float32)
-    (_, out), grads = gradients(
-        mesh_of(), 5, "chunked", x, head, targets, jnp.zeros_like(mask), 0.1
-    )
+    (_, out), grads = gradients(mesh_of(), 5, "tokens", x, head, targets, jnp.zeros_like(mask), 0.1)
     assert [float(v) for v in out] == [0, 0, 0, 0]
     assert all(not np.asarray(g).any() for g in grads)
 
 
-def test_bfloat16_has_float32_logits_and_its_own_gradient_dtypes(mesh_of):
+@pytest.mark.parametrize("implementation", ["tokens", "vocabulary"])
+def test_bfloat16_has_float32_logits_and_its_own_gradient_dtypes(mesh_of, implementation):
     x, head, targets, mask = make(jnp.float32)
     half = x.astype(jnp.bfloat16)
-    (_, out), (d_x, d_head) = gradients(mesh_of(), 5, "chunked", half, head, targets, mask, 0.0)
+    (_, out), (d_x, d_head) = gradients(
+        mesh_of(), 5, implementation, half, head, targets, mask, 0.0
+    )
     assert out.loss_sum.dtype == d_head.dtype == jnp.float32
     assert d_x.dtype == jnp.bfloat16
     head = head.astype(jnp.bfloat16)
@@ -133,18 +138,39 @@ def test_bfloat16_has_float32_logits_and_its_own_gradient_dtypes(mesh_of):
     np.testing.assert_allclose(d_head, want_head, atol=0.05)
 
 
-def test_all_logits_never_exist_at_once(mesh_of):
-    """No array of tokens x V in the compiled step, only of chunk x V."""
-    tokens, vocab = 1024, 777
+def compiled(mesh, tokens, vocab, chunk, implementation) -> str:
     x = jnp.zeros((4, tokens // 4, D))
     targets = jnp.zeros((4, tokens // 4), jnp.int32)
 
     def loss(x, head):
-        out = cross_entropy(x, head, targets, targets == 0, z_weight=0.0, chunk=128, mesh=mesh_of())
-        return out.loss_sum
+        return cross_entropy(
+            x,
+            head,
+            targets,
+            targets == 0,
+            z_weight=0.0,
+            chunk=chunk,
+            mesh=mesh,
+            implementation=implementation,
+        ).loss_sum
 
-    step = jax.jit(jax.grad(loss, (0, 1)))
-    hlo = step.lower(x, jnp.zeros((D, vocab))).compile().as_text()
-    assert f"[128,{vocab}]" in hlo
-    assert f"[{tokens},{vocab}]" not in hlo
-    assert f"[{tokens // 128},128,{vocab}]" not in hlo
+    return jax.jit(jax.grad(loss, (0, 1))).lower(x, jnp.zeros((D, vocab))).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "chunk", "exists"),
+    [
+        ("tokens", 128, "[128,777]"),
+        ("tokens", 4096, "[512,777]"),  # a chunk that would take the whole batch
+        ("vocabulary", 128, "[1024,98]"),
+        ("vocabulary", 4096, "[1024,389]"),
+    ],
+)
+def test_all_logits_never_exist_at_once(mesh_of, implementation, chunk, exists):
+    """No array of tokens x V in the compiled step, as one or as chunks, only of one chunk."""
+    hlo = compiled(mesh_of(), 1024, 777, chunk, implementation)
+    assert exists in hlo
+    sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", hlo)}
+    assert max(sizes) < 1024 * 777
+    control = compiled(mesh_of(), 1024, 777, chunk, "full")
+    assert "[1024,777]" in control

@@ -89,6 +89,10 @@ def test_one_process_whatever_the_environment_says(monkeypatch):
 def test_sigterm_in_one_process():
     before = signal.getsignal(signal.SIGTERM)
     preemption = distributed.Preemption()
+    with pytest.raises(SystemExit) as ended:  # nothing to save yet: at once
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == distributed.AGAIN
+    preemption.defer()
     assert not preemption.reached(1)
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)

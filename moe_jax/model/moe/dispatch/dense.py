@@ -23,16 +23,26 @@ class Dense:
         """See `types.Dispatch`."""
         kept_GSK = choice.valid_GSK & inputs.mask_GS[..., None]
         weights_GSK = jnp.where(kept_GSK, choice.weights_GSK, 0)
-        y_GSD = jax.checkpoint(_every_expert)(x_GSD, choice.ids_GSK, weights_GSK, experts)
+        y_GSD = _every_expert(x_GSD, choice.ids_GSK, weights_GSK, experts)
         return y_GSD, count_stats(choice, inputs.mask_GS, kept_GSK)
 
 
 def _every_expert(x_GSD, ids_GSK, weights_GSK, experts):
-    """Recomputed in the backward pass: E times a layer's activations would not fit."""
+    """A loop over the experts, each recomputed in the backward pass.
+
+    All at once, or all kept, would take E times a layer's activations.
+    """
     G, S, D = x_GSD.shape
-    E = experts.num_experts
-    one_hot_GSKE = jax.nn.one_hot(ids_GSK, E, dtype=weights_GSK.dtype)
-    weights_GSE = jnp.einsum("gsk,gske->gse", weights_GSK, one_hot_GSKE, precision="highest")
-    y_END = experts.batched(jnp.broadcast_to(x_GSD.reshape(1, G * S, D), (E, G * S, D)))
-    weights_NE = weights_GSE.reshape(G * S, E).astype(x_GSD.dtype)
-    return jnp.einsum("end,ne->nd", y_END, weights_NE).reshape(G, S, D)
+    x_ND = x_GSD.reshape(G * S, D)
+
+    @jax.checkpoint
+    def add_one(y_ND, numbered):
+        e, expert = numbered
+        weights_GS = jnp.where(ids_GSK == e, weights_GSK, 0).sum(-1)
+        one = jax.tree.map(lambda w: w[None], expert)
+        out_ND = one.batched(x_ND[None])[0]
+        return y_ND + out_ND * weights_GS.reshape(G * S, 1).astype(x_ND.dtype), None
+
+    numbers_E = jnp.arange(experts.num_experts, dtype=ids_GSK.dtype)
+    y_ND, _ = jax.lax.scan(add_one, jnp.zeros_like(x_ND), (numbers_E, experts))
+    return y_ND.reshape(G, S, D)
