@@ -1,6 +1,7 @@
 """Compile the train step of a small model on eight devices: `compile_step.py DISPATCH data=2 ...`.
 
-A process of its own, so that a test can read all that XLA logs about it.
+A process of its own, so that a test can read all that XLA logs about it.  The dispatch path
+`all_at_once` is the control: XLA finds no way to reshard its backward.
 """
 
 import sys
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 from moe_jax.data.pipeline import Batch
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.dispatch import DISPATCH
+from moe_jax.model.moe.dispatch.dense import Dense
+from moe_jax.model.moe.dispatch.slots import count_stats
 from moe_jax.model.stack import define
 from moe_jax.optim import Optimizer, OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
@@ -19,6 +23,24 @@ from moe_jax.train.state import abstract_state, state_shardings
 from moe_jax.train.step import StepOptions, make_train_step
 
 ROWS, T = 16, 32
+
+
+class AllAtOnce(Dense):
+    """`Dense` without its loop over the experts."""
+
+    def __call__(self, x_GSD, choice, experts, inputs):
+        G, S, D = x_GSD.shape
+        E = experts.num_experts
+        weights_GSE = jnp.einsum(
+            "gsk,gske->gse", choice.weights_GSK, jax.nn.one_hot(choice.ids_GSK, E)
+        )
+        y_END = experts.batched(jnp.broadcast_to(x_GSD.reshape(1, G * S, D), (E, G * S, D)))
+        y_ND = jnp.einsum("end,ne->nd", y_END, weights_GSE.reshape(G * S, E))
+        kept_GSK = choice.valid_GSK & inputs.mask_GS[..., None]
+        return y_ND.reshape(G, S, D), count_stats(choice, inputs.mask_GS, kept_GSK)
+
+
+DISPATCH["all_at_once"] = AllAtOnce
 
 
 def main(dispatch: str, sizes: dict[str, int]) -> None:

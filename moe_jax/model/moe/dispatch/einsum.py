@@ -19,6 +19,7 @@ from moe_jax.model.moe.dispatch.slots import (
     to_priority,
 )
 from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.parallel.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Einsum(Slots):
         weights_GSK = choice.weights_GSK.astype(x_GSD.dtype)
         combine_GSEC = jnp.einsum("gsk,gskec->gsec", weights_GSK, slot_GSKEC)
 
-        x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD)
-        to_experts = NamedSharding(inputs.mesh, P("expert", ("data", "fsdp"), None, None))
-        x_EGCD = jax.lax.with_sharding_constraint(x_EGCD, to_experts)
+        # Split by groups, then by experts, then by groups again: each change is one all-to-all.
+        by_groups = NamedSharding(inputs.mesh, P(None, BATCH_AXES, None, None))
+        by_experts = NamedSharding(inputs.mesh, P("expert", ("data", "fsdp"), None, None))
+        move = jax.lax.with_sharding_constraint
+        x_EGCD = move(jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD), by_groups)
+        x_EGCD = move(x_EGCD, by_experts)
         y_EGCD = experts.batched(x_EGCD.reshape(E, G * C, D)).reshape(E, G, C, D)
+        y_EGCD = move(move(y_EGCD, by_experts), by_groups)
         y_GSD = jnp.einsum("gsec,egcd->gsd", combine_GSEC, y_EGCD)
         return y_GSD, count_stats(choice, inputs.mask_GS, kept_GSK)
