@@ -63,7 +63,8 @@ case "$code" in
     ;;
 esac
 
-python="${prefix}.venv/bin/python"
+q() { printf '%q' "$1"; }  # as a shell would have to read it
+python="$(q "${prefix}.venv/bin/python")"
 train="$python -m moe_jax.train$(printf ' %q' "$@")"  # of a flag given twice the last one counts
 steps=$("$VENV_PYTHON" -c '
 import json, sys
@@ -71,10 +72,10 @@ print(2 * json.load(open(sys.argv[1]))["train"]["steps"])' "$workdir/config.json
 cat <<END
 
 Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
-Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$workdir)
+Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$(q "$workdir"))
 Samples:      $workdir/samples.txt
 
-Go on:        bash ${prefix}launch/local.sh$(printf ' %q' "$@") --config.train.steps=$steps
-Other mesh:   $train --workdir=$workdir-experts --init_from=$workdir --devices=8 --config.mesh.expert=8
-Own text:     $train --workdir=$workdir-text --config.data.source=text --config.data.files='/path/*.txt'
+Go on:        bash $(q "${prefix}launch/local.sh")$(printf ' %q' "$@") --config.train.steps=$steps
+Other mesh:   $train --workdir=$(q "$workdir-experts") --init_from=$(q "$workdir") --devices=8 --config.mesh.expert=8
+Own text:     $train --workdir=$(q "$workdir-text") --config.data.source=text --config.data.files='/path/*.txt'
 END

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import lookup, own_fields, suggest
 
+LARGEST = 2**40  # no key of a config counts further, and int64 holds products of two
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 
@@ -49,7 +52,8 @@ class TrainConfig:
         if not self.profile_steps:
             return range(0)
         first, _, last = self.profile_steps.partition(":")
-        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        digits = re.compile("[0-9]{1,12}").fullmatch
+        if not (digits(first) and digits(last) and int(first) < int(last)):
             raise UserError(
                 f"train.profile_steps is {self.profile_steps!r}: write FIRST:END, such as 20:23."
             )
@@ -179,6 +183,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint) or hint
     if isinstance(origin, types.UnionType):
         raise TypeError(f"config field {path} has a union type; give it one type")
+    _check_size(value, path)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wrong = not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool)
@@ -188,3 +193,14 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             f"give {'a mapping' if origin is Mapping else 'a value of type ' + origin.__name__}."
         )
     return {**value} if isinstance(value, Mapping) else value
+
+
+def _check_size(value: Any, path: str) -> None:
+    """Raises UserError for a float that is not finite and an int larger than anything it counts."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_size(part, f"{path}.{key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{path} is {value}: give a finite number.")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"config.{path} is {value}: give a number of at most {LARGEST}.")

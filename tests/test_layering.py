@@ -25,7 +25,7 @@ RANKS = {
     "moe_jax.model.config": 5,
     "moe_jax.model.moe.types": 5,
     "moe_jax.model.params": 5,
-    "moe_jax.model.remat": 5,
+    "moe_jax.model.remat": 4,
     "moe_jax.model.moe.balance": 6,
     "moe_jax.model.norms": 6,
     "moe_jax.model.rope": 6,

@@ -5,6 +5,7 @@ file holds documents.  Names are relative to the files' common folder (or to the
 library), so nothing here depends on where the text lies.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -75,7 +76,7 @@ class Stream:
         """(relative name, SHA-256 of the content) of every file."""
         for file in self.files:
             sha = hashlib.sha256()
-            with file.path.open("rb") as stream:
+            with _reading(file.path), file.path.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     sha.update(block)
             yield file.name, sha.hexdigest()
@@ -159,6 +160,17 @@ def _stdlib_files(root: epath.Path) -> tuple[SourceFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
 
 
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): change its permissions or leave "
+            f"it out."
+        ) from None
+
+
 def _read_stdlib(path: epath.Path, field: str) -> Iterator[str]:
     del field
     try:
@@ -209,8 +221,9 @@ def _jsonl_field(line: bytes, field: str, where: str) -> str:
         raise UserError(
             f"{where} is not UTF-8 at byte offset {error.start} of the line: convert the file."
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): fix or remove it.") from None
+    except (ValueError, RecursionError) as error:  # a number too long, a line nested too deeply
+        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{where} is not JSON ({why}): fix or remove it.") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise UserError(f"{where} has no text in field {field!r}: set data.field to one that has.")
     try:
@@ -234,7 +247,9 @@ def _read_parquet(path: epath.Path, field: str) -> Iterator[str]:
         try:
             file = pyarrow.parquet.ParquetFile(stream)
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a Parquet file ({error}).") from None
+            raise UserError(
+                f"{path} is not a Parquet file ({_folded(error)}): fix or leave it out."
+            ) from None
         columns = file.schema_arrow.names
         if field not in columns:
             raise UserError(
@@ -253,7 +268,14 @@ def _read_parquet(path: epath.Path, field: str) -> Iterator[str]:
         except UnicodeDecodeError:
             raise UserError(f"{path}: column {field!r} is not UTF-8 after row {row}.") from None
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read after row {row} ({error}).") from None
+            raise UserError(
+                f"{path} cannot be read after row {row} ({_folded(error)}): fix or leave it out."
+            ) from None
+
+
+def _folded(error: Exception) -> str:
+    """A message of several lines on one."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 # name of a kind -> the texts of one file of it

@@ -80,6 +80,8 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{path} has an empty vocabulary: name another tokenizer.json.")
         ids = _special_ids(
             next((vocabulary[name] for name in KNOWN_EOS if name in vocabulary), None),
             next((vocabulary[name] for name in KNOWN_PAD if name in vocabulary), None),
@@ -166,7 +168,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
     Byte-level BPE (GPT-2): the alphabet is the 256 bytes, so every text round-trips.
 
     Raises:
-      UserError: a vocabulary smaller than the bytes and the two special tokens.
+      UserError: a vocabulary smaller than the bytes and the two special tokens, or an output that
+        cannot be written.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -178,6 +181,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
     path = epath.Path(output)
     if path.suffix != ".json":
         raise UserError(f"The output {path} must end in .json, so that data.tokenizer can name it.")
+    try:  # before the hours of training, not after
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The output {path} cannot be written ({error.strerror or error}): name another."
+        ) from None
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -188,15 +199,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1))
     return load_tokenizer(os.fspath(path))
 
 
 def _read(path: epath.Path) -> bytes:
-    if not path.exists():
-        raise UserError(f"data.tokenizer: there is no file {path}.")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"data.tokenizer: there is no file {path}: name another.") from None
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer: {path} cannot be read ({error.strerror or error}): name a file that "
+            f"can."
+        ) from None
 
 
 def _special_ids(eos: int | None, pad: int | None, size: int) -> tuple[int, int, int]:

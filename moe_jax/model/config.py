@@ -4,6 +4,7 @@ import dataclasses
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.remat import REMAT
 from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 
@@ -51,6 +52,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}: RoPE needs an even number.")
+        if not self.rope_theta > 0 or self.norm_eps < 0:
+            raise UserError("model.rope_theta must be above 0 and model.norm_eps 0 or more.")
         if self.vocab_size < 0 or self.loss_chunk < 1:
             raise UserError("model.vocab_size must be 0 or more and model.loss_chunk 1 or more.")
         tables = {
@@ -58,6 +61,7 @@ class ModelConfig:
             "qk_norm": QK_NORMS,
             "attention": ("auto", *ATTENTION),
             "cross_entropy": CROSS_ENTROPY,
+            "remat": REMAT,
         }
         for name, known in tables.items():
             if getattr(self, name) not in known:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.registry import lookup
 
@@ -49,10 +50,38 @@ def attention(
     return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh)
 
 
+def check_attention(implementation: str, platform: str, T: int, dtype: Any) -> None:
+    """Raises UserError where an implementation named in the config cannot run.
+
+    Args:
+      implementation: a key of ATTENTION, or "auto".
+      platform: of the mesh's devices.
+      T: positions a row.
+      dtype: that the model computes in.
+    """
+    home = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, platform)
+    if platform != home:
+        raise UserError(
+            f"model.attention {implementation!r} runs on {home} and these devices are {platform}: "
+            f"set it to 'auto'."
+        )
+    if implementation == "cudnn" and not _half(dtype):
+        raise UserError("model.attention 'cudnn' takes 16-bit numbers: set precision to bfloat16.")
+    if implementation == "splash" and T % _SPLASH_BLOCK:
+        raise UserError(
+            f"model.attention 'splash' takes rows of whole {_SPLASH_BLOCK} tokens and "
+            f"data.sequence_length is {T}: change it, or set model.attention to 'auto'."
+        )
+
+
+def _half(dtype: Any) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
 def best_attention(mesh: Mesh, q_BTHA: jax.Array) -> str:
     """The key of ATTENTION that "auto" stands for."""
     platform = mesh.devices.flat[0].platform
-    half = q_BTHA.dtype in (jnp.bfloat16, jnp.float16)
+    half = _half(q_BTHA.dtype)
     if platform == "gpu" and half:
         return "cudnn"
     if platform == "tpu" and half and q_BTHA.shape[1] % _SPLASH_BLOCK == 0:

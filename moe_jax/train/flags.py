@@ -184,7 +184,7 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         return values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(
-            f"--{error.flagname} is not a flag{suggest(error.flagname, values)}."
+            f"--{error.flagname} is not a flag{suggest(error.flagname, _own(values))}."
         ) from None
     except flags.IllegalFlagValueError as error:
         # absl says: flag --NAME=VALUE: what its parser thought of it
@@ -194,6 +194,12 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise UserError(f"{given} is not valid: give a value of type {kind}.") from None
     except flags.Error as error:
         raise UserError(f"{str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _own(values: flags.FlagValues) -> list[str]:
+    """Names of the command's flags; absl counts each override of the config as one, too."""
+    absls = {"?", "help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok"}
+    return [name for name in values if not name.startswith("config.") and name not in absls]
 
 
 def _use_virtual_devices(count: int) -> None:

@@ -1,6 +1,7 @@
 """From the config as written to the config as run: everything that depends on the machine."""
 
 import dataclasses
+import math
 
 import jax
 from jax.sharding import Mesh
@@ -75,8 +76,8 @@ def _rows_together(config: Config, mesh: MeshConfig) -> int:
 def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> int:
     """The fewest rows that give TOKENS_PER_EXPERT on average and that divide `rows`."""
     per_row = config.data.sequence_length * choices / config.model.moe.num_experts
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    for n in divisors:
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    for n in (*small, *(rows // n for n in reversed(small))):
         if n * per_row >= TOKENS_PER_EXPERT:
             return n
     notes.append(

@@ -100,6 +100,33 @@ CONFIGS = {
         {"model.moe.eval_capacity_factor": -1.0},
         r"eval_capacity_factor is -1\.0: set it",
     ),
+    "no limit to the capacity": (
+        {"model.moe.capacity_factor": "inf"},
+        r"model\.moe\.capacity_factor is inf: give a finite number",
+    ),
+    "a capacity beyond all numbers": (
+        {"model.moe.eval_capacity_factor": 1e308},
+        r"eval_capacity_factor is 1e\+308: .*num_experts \(8\) already drops nothing",
+    ),
+    "a knob that is no number": (
+        {"optimizer.weight_decay": "nan"},
+        r"optimizer\.weight_decay is nan: give a finite number",
+    ),
+    "rope_theta": ({"model.rope_theta": 0.0}, r"model\.rope_theta must be above 0"),
+    "steps to trace": ({"train.profile_steps": "\u00b2:\u00b3"}, r"write FIRST:END"),
+    "remat policy": ({"model.remat": "foo"}, r"model\.remat is 'foo': use one of none, full"),
+    "a sequence beyond all numbers": (
+        {"data.sequence_length": 10**20},
+        r"data\.sequence_length is 10{20}: give a number of at most",
+    ),
+    "a batch with too many divisors to try": (
+        {"train.batch_size": 10**9, "model.moe.group_rows": 0},
+        r"fewer than one batch of 1000000000",
+    ),
+    "attention of another platform": (
+        {"model.attention": "cudnn"},
+        r"model\.attention 'cudnn' runs on gpu and these devices are cpu: set it to 'auto'",
+    ),
     "sequence longer than the store": (
         {"data.sequence_length": 10_000_000},
         r"fewer than data\.sequence_length \(10000000\)",

@@ -44,8 +44,11 @@ class MoEConfig:
                 f"set top_k between 1 and num_experts."
             )
         for name in ("capacity_factor", "eval_capacity_factor"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set it above 0.")
+            if not 0 < getattr(self, name) <= self.num_experts * 1e3:  # E is "no limit"
+                raise UserError(
+                    f"model.moe.{name} is {getattr(self, name)}: set it above 0; num_experts "
+                    f"({self.num_experts}) already drops nothing."
+                )
         for name in ("expert_width", "every"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 1 or more.")
