@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 Options = TypeVar("Options")  # a dataclass of a launcher's options
 
@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 def read_options(options: type[Options], given: argparse.Namespace) -> Options:
     """The dataclass of what its flags were given."""
-    names = [field.name for field in dataclasses.fields(options)]
+    names = [field.name for field in dataclasses.fields(cast(Any, options))]
     values = {name: getattr(given, name) for name in names}
     return options(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
