@@ -18,7 +18,7 @@ TWO = {
     "model.width": 16,
     "mesh.data": 2,
     "model.moe.group_rows": 4,
-    "train.steps": 300,
+    "train.steps": 200,
     "train.log_every": 10,
     "checkpoint.every_steps": 50,
     "checkpoint.keep_last": 100,
@@ -68,11 +68,13 @@ class Follower:
         self._process = process
         self.lines: list[str] = []
 
-    def until(self, pattern: str) -> str:
-        """The next line in which `pattern` is found."""
+    def until(self, pattern: str, unless: str = r"exit code (?!0$|42$)\d+") -> str:
+        """The next line in which `pattern` is found; a run that has failed ends the wait."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line)
             if re.search(pattern, line):
                 return line
+            if re.search(unless, line):
+                break
         raise AssertionError(f"no line with {pattern!r}:\n{''.join(self.lines)}")

@@ -151,13 +151,13 @@ def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, la
     second = Job("disturbed", two_process_flags(tmp_path / "two", files))
     job, logs = launch([second], processes_per_node=2)
     with following(logs / f"disturbed-{job}.out") as output:
-        output.until("step 10/300")
+        output.until("step 10/200")
         # What --signal=TERM does before the time is up: to the processes, not to the script.
         subprocess.run(["scancel", "--signal=TERM", job], check=True)
         output.until("preempted: step")
         output.until("exit code 42")
         output.until("restart 1")
-        output.until(r"step \d+/300  loss")
+        output.until(r"step \d+/200  loss")
         subprocess.run(["scontrol", "requeue", job], check=True)  # as an operator would
         output.until("restart 2")
         output.until("exit code 0")
