@@ -30,7 +30,7 @@ set -uo pipefail
 {_HOME}
 mkdir -p "$home"
 exec 9>"$home/lock"
-flock --nonblock 9 || {{ echo "busy already; output: $home/run.log"; exit 0; }}
+flock --wait 2 9 || {{ echo "busy already; output: $home/run.log"; exit 0; }}
 exec > >(tee -a "$home/run.log" 9>&-) 2>&1
 rm -f "$home/exit_code" "$home/stop"
 fail() {{ echo "this host is not ready to train"; echo 1 >"$home/exit_code"; exit 1; }}
@@ -101,12 +101,29 @@ def stop() -> str:
     )
 
 
+_PROGRESS = f"""\
+{_HOME}
+if [ -e "$home/exit_code" ]; then state="$(cat "$home/exit_code")"
+elif [ -e "$home/lock" ] && flock --nonblock "$home/lock" true; then state=idle
+else state=running
+fi
+echo "run: $state"
+tail -n 1 "$home/run.log" 2>/dev/null || true
+"""
+
+
 def progress() -> str:
-    """Two lines: `running` or the exit code of the run, and the last line of its output."""
-    return (
-        f'{_HOME}; cat "$home/exit_code" 2>/dev/null || echo running; '
-        f'tail -n 1 "$home/run.log" 2>/dev/null || true'
-    )
+    """Asks for `run: ` and running, idle or an exit code, then the last line of output."""
+    return _PROGRESS
+
+
+def read_progress(answer: str) -> tuple[str, str]:
+    """(running, idle or an exit code; the last line of output) in what ssh brought back."""
+    lines = answer.splitlines()
+    marks = [number for number, line in enumerate(lines) if line.startswith("run: ")]
+    if not marks:
+        return "running", "no answer yet"
+    return lines[marks[0]].removeprefix("run: "), "".join(lines[marks[0] + 1 :])
 
 
 def output(follow: bool) -> str:

@@ -124,13 +124,13 @@ def run(job: Job, options: TpuOptions, shell: Shell) -> int:
         if not wait(job.name, options, shell):
             _ask_again(job, options, shell)
         else:
-            _everywhere(shell, options, job.name, host.as_root(_startup(job, options)))
+            _start(job, options, shell)
     else:
         launch(job, options, shell)
     if shell.dry_run:
         return 0
     for again in range(options.recreate + 1):
-        code = _follow(job.name, options, shell)
+        code = _follow(job, options, shell)
         if code is not None:
             shell.say(f"{job.name}: the run ended with exit code {code}")
             return code
@@ -172,23 +172,31 @@ def _ask_again(job: Job, options: TpuOptions, shell: Shell) -> None:
     launch(job, options, shell)
 
 
-def _follow(name: str, options: TpuOptions, shell: Shell) -> int | None:
+def _follow(job: Job, options: TpuOptions, shell: Shell) -> int | None:
     """The run's exit code, once it has one; None if the VM is taken away before."""
     silences = 0
-    while wait(name, options, shell):
+    while wait(job.name, options, shell):
         try:
-            state, *rest = _on_first(shell, options, name, host.progress()).splitlines()
+            answer = _on_first(shell, options, job.name, host.progress())
+            state, line = host.read_progress(answer)
             silences = 0
         except LaunchError as error:  # booting, or about to be taken away
             silences += 1
             if silences == _SILENCES:
                 raise
-            state, rest = "running", [f"no answer: {error}"]
-        if state != "running":
+            state, line = "running", f"no answer: {error}"
+        if state == "idle":  # booted, with a start-up script that is not of this run
+            _start(job, options, shell)
+        elif state != "running":
             return int(state)
-        shell.say(f"{name}: {' '.join(rest) or 'being prepared'}")
+        shell.say(f"{job.name}: {line or 'being prepared'}")
         time.sleep(options.poll_seconds)
     return None
+
+
+def _start(job: Job, options: TpuOptions, shell: Shell) -> None:
+    """Does what the start-up script does, now, on every host where nothing is going on."""
+    _everywhere(shell, options, job.name, host.as_root(_startup(job, options)))
 
 
 def _state(name: str, options: TpuOptions, shell: Shell) -> str:

@@ -176,6 +176,8 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     assert main(["install", *own]) == 0
     printed = capfd.readouterr().out
     assert "prepared it's host 0" in printed and "prepared it's host 1" in printed
+    assert main(["status", *own]) == 0
+    assert "run: idle\n" in capfd.readouterr().out
 
     # On a VM that is there, the run is started on every host through ssh.
     command = host.as_root(host.script(host.train(f"{tmp_path}/trainer", str(tmp_path), (), 0)))
@@ -184,7 +186,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     printed = capfd.readouterr().out
     assert printed.count("\ntraining; output") == 2 and printed.count("\nbusy already") == 2
     assert main(["status", *own]) == 0
-    assert "running\n" in capfd.readouterr().out
+    assert "run: running\n" in capfd.readouterr().out
     for home in homes:
         with following(home / "run.log") as log:
             log.until("up")
@@ -197,6 +199,32 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     assert "exit code 143" in capfd.readouterr().out
     assert main(["delete", *own]) == 0
     assert not (cloud / "one").exists()
+
+
+def test_a_run_on_a_vm_that_is_there(tmp_path, cloud):
+    trainer = tmp_path / "trainer"
+    trainer.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/seen\nexit 3\n')
+    trainer.chmod(0o755)
+    chosen = options(tmp_path, python=str(trainer))
+    tpu_vm.launch(Job("one", ()), chosen, Shell())  # its start-up script runs nothing
+    job = Job("one", ("--workdir=gs://b/c",))
+    assert tpu_vm.run(job, chosen, Shell()) == 3
+    for home in (cloud / "one" / "hosts").iterdir():
+        subprocess.run(["flock", str(home / "lock"), "true"], check=True)
+    assert (tmp_path / "seen").read_text() == "-m moe_jax.train --workdir=gs://b/c\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("run: running\nstep 1/2", ("running", "step 1/2")),
+        ("SSH: connecting\nrun: 42\nrun: stopped", ("42", "run: stopped")),
+        ("run: idle", ("idle", "")),
+        ("", ("running", "no answer yet")),
+    ],
+)
+def test_what_a_host_answers(answer, expected):
+    assert host.read_progress(answer) == expected
 
 
 def test_waiting_has_an_end(tmp_path, cloud):
