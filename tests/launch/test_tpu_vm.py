@@ -180,7 +180,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     assert "run: idle\n" in capfd.readouterr().out
 
     # On a VM that is there, the run is started on every host through ssh.
-    command = host.as_root(host.script(host.train(f"{tmp_path}/trainer", str(tmp_path), (), 0)))
+    command = host.as_root(host.script(host.train(f"{tmp_path}/trainer", str(tmp_path), (), 9)))
     tpu_vm._everywhere(Shell(), given, "one", command)
     tpu_vm._everywhere(Shell(), given, "one", command)
     printed = capfd.readouterr().out
@@ -192,7 +192,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
             log.until("up")
     assert main(["stop", *own]) == 0
     for home in homes:
-        subprocess.run(["flock", str(home / "lock"), "true"], check=True)
+        subprocess.run(["flock", "--wait=8", str(home / "lock"), "true"], check=True)
         assert (home / "exit_code").read_text() == "143\n"
         assert (home / "run.log").read_text().count("restart") == 1
     assert main(["logs", *own]) == 0
