@@ -43,7 +43,7 @@ def locate(workdir: str) -> Folder:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "write-protected" if there.is_dir() else "not a folder"
         raise UserError(
-            f"--workdir={workdir} cannot be written ({there} is {why}): choose another folder."
+            f"--workdir={folder} cannot be written ({there} is {why}): choose another folder."
         )
     return folder
 
