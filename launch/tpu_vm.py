@@ -132,7 +132,7 @@ def run(job: Job, options: TpuOptions, shell: Shell) -> int:
     for again in range(options.recreate + 1):
         code = _follow(job, options, shell)
         if code is not None:
-            shell.say(f"{job.name}: the run ended with exit code {code}")
+            shell.say(f"{job.name}: exit code {code}; the VM is there until you delete it")
             return code
         if again < options.recreate:
             shell.say(
