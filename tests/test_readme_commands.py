@@ -48,3 +48,10 @@ def test_commands_in_order(folder, run_cli):
         assert done.code == 0, f"{line}\n{done.err}"
     for name in ("tiny", "experts", "text", "jsonl", "bpe"):
         assert (folder / "runs" / name / "metrics.jsonl").exists(), name
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if "python -m launch." in line])
+def test_launchers_print_what_they_would_run(run_cli, line):
+    done = run_cli(shlex.split(line)[2:])
+    assert (done.code, done.err) == (0, "")
+    assert shlex.split(line)[-1] in done.out  # the trainer's last argument
