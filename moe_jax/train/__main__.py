@@ -14,9 +14,9 @@ from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
-from moe_jax.train.loop import train
+from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
-from moe_jax.train.report import Reporter
+from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.workdir import locate
 
@@ -66,10 +66,9 @@ def main(argv: Sequence[str]) -> int:
         preemption.defer()
         code = train(run, state, reporter, preemption)
     run.checkpoints.close()
-    _say(
-        f"metrics: {workdir / 'metrics.jsonl'}   checkpoints: {workdir / 'checkpoints'}   "
-        f"samples: {workdir / 'samples.txt'}"
-    )
+    results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
+    there = [(what, workdir / name) for what, name in results.items()]
+    _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
     return code
 
 

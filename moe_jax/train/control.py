@@ -1,5 +1,6 @@
 """When a run saves and when it ends, agreed by all processes."""
 
+import contextlib
 import enum
 import time
 
@@ -56,11 +57,13 @@ class Control:
         if self.save_now or stop is not Stop.NO:
             self._saved_at = time.monotonic()
         if asked and jax.process_index() == 0:
-            self._stop_file.unlink(missing_ok=True)  # heard: the next run is not to stop at once
+            with contextlib.suppress(OSError):  # the step is not saved yet: nothing may fail here
+                self._stop_file.unlink(missing_ok=True)  # heard: the next run goes on
         return stop
 
     def _look(self) -> tuple[bool, bool]:
         """(the STOP file is there, the minutes between checkpoints are over)."""
         minutes = self._config.checkpoint.every_minutes
         due = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        return self._stop_file.exists(), due
+        asked = self._stop_file.exists() and not self._stop_file.is_dir()
+        return asked, due

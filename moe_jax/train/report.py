@@ -127,7 +127,7 @@ class _Screen:
 
     def __init__(self, total: int, done: int):
         self._total, self._stream = total, sys.stdout
-        self._line, self._last_eval = f"step {done}/{total}", "-"
+        self._line = f"step {done}/{total}"
         self._bar: rich.progress.Progress | None = None
         if self._stream.isatty():
             self._bar = rich.progress.Progress(
@@ -141,14 +141,12 @@ class _Screen:
     def show(self, row: Mapping[str, Any]) -> None:
         if "eval_loss" in row:
             self.say(eval_line(row, self._total))
-            self._last_eval = _number(row["eval_loss"])
         if "loss" in row:
             self._line = train_line(row, self._total)
             if self._bar is None:
                 self.say(self._line)
         if self._bar is not None:
-            text = f"{self._line}  eval {self._last_eval}"
-            self._bar.update(self._task, completed=row["step"], description=text)
+            self._bar.update(self._task, completed=row["step"], description=self._line)
 
     def say(self, text: str) -> None:
         if self._bar is None:

@@ -18,6 +18,7 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.layout import to_stacked
 from moe_jax.model.stack import ModelDef, define
+from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import resolve
@@ -46,6 +47,7 @@ _KEPT_ON_RESUME = (
     "data.sequence_length",
     "data.heldout_fraction",
     "data.mixture",
+    "model.confine_attention",
     "model.moe.group_rows",
 )
 
@@ -102,6 +104,12 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     config, notes = resolve.resolve(config, len(devices), vocabulary)
     if saved is not None:
         notes += _check_resume(config, saved)
+    check_attention(
+        config.model.attention,
+        devices[0].platform,
+        config.data.sequence_length,
+        jnp.dtype(config.precision),
+    )
     store = build(config.data, store_root(config.data, workdir), progress=say)
     store.check_vocabulary(config.model.vocab_size)
     if saved is not None:
@@ -136,13 +144,22 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
 
 def _saved_config(workdir: Folder) -> Config | None:
     """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
-    path = workdir / "config.json"
-    if not path.exists() or not (workdir / "checkpoints").exists():
+    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    if not checkpoints.exists():
+        return None
+    if not checkpoints.is_dir():
+        raise UserError(f"{checkpoints} is not a folder: move it away.")
+    steps = any(entry.name.isdecimal() for entry in checkpoints.iterdir())
+    if not path.exists() and not steps:
         return None
     try:
-        return from_json(path.read_text())
-    except UserError as error:
-        raise UserError(f"{path}: {error} Delete it, and the run goes on without it.") from None
+        return from_json(path.read_text(encoding="utf-8"))
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{path}, which says what the checkpoints beside it are, cannot be used ({why}): bring "
+            f"it back, or use another --workdir (with --init_from to keep the weights)."
+        ) from None
 
 
 def _keep_groups(config: Config, saved: Config) -> Config:

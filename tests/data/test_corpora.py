@@ -116,6 +116,8 @@ BAD_FILES = {
     "null_field": ("jsonl", b'{"text": null}\n', "line 1 has no text in field 'text'"),
     "half_surrogate": ("jsonl", rb'{"text": "\ud83d"}', "line 1 holds half a surrogate pair"),
     "jsonl_latin": ("jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8 at byte offset 13"),
+    "long_number": ("jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+    "deep": ("jsonl", b"[" * 200_000, "line 1 is not JSON"),
     "empty_jsonl": ("jsonl", b"", "is empty"),
     "not_parquet": ("parquet", b"PAR?", "is not a Parquet file"),
 }
@@ -129,6 +131,31 @@ def test_bad_files_are_named(case, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         documents(source=kind, files=f"{tmp_path}/bad.*")
     assert "bad." in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("cut", [200, 400])
+def test_a_damaged_parquet_page_is_one_sentence(tmp_path, cut):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{i} words of text" for i in range(500)]})
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    raw = path.read_bytes()
+    path.write_bytes(b"PAR1" + b"\xff" * cut + raw[4 + cut :])
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read after row 0") as error:
+        documents(source="parquet", files=str(path))
+    assert "\n" not in str(error.value) and str(error.value).endswith("leave it out.")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Root may read any file, so its refusal is played."""
+    (tmp_path / "a.txt").write_text("text")
+    (stream,) = find_streams(DataConfig(source="text", files=f"{tmp_path}/a.txt"))
+
+    def refuse(*_: object):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(stream.files[0].path), "open", refuse)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\)"):
+        list(stream.digests())
 
 
 def test_a_missing_parquet_column_lists_those_there(tmp_path):

@@ -89,10 +89,14 @@ def test_identity_follows_the_content(bpe, piece, tmp_path):
 def test_what_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "bad.model").write_text("?")
+    (tmp_path / "folder.json").mkdir()
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "empty.json"))
     for name, message in (
         ("gpt2", "use 'bytes', a path"),
         (str(tmp_path / "none.json"), "there is no file"),
         (str(tmp_path / "bad.json"), "is not a tokenizer.json"),
+        (str(tmp_path / "folder.json"), r"folder\.json cannot be read \(Is a directory\)"),
+        (str(tmp_path / "empty.json"), "has an empty vocabulary"),
         (str(tmp_path / "bad.model"), "is not a SentencePiece model"),
     ):
         with pytest.raises(UserError, match=message):
@@ -101,6 +105,10 @@ def test_what_is_refused(tmp_path):
         train_bpe(iter(SAMPLE), 100, tmp_path / "t.json")
     with pytest.raises(UserError, match=r"end in \.json"):
         train_bpe(iter(SAMPLE), 300, tmp_path / "t.txt")
+    texts = iter(SAMPLE)
+    with pytest.raises(UserError, match=r"folder\.json cannot be written"):
+        train_bpe(texts, 300, tmp_path / "folder.json")
+    assert next(texts) == SAMPLE[0]  # found out before any text was read
 
 
 def test_stored_truncation_and_padding_are_not_applied(bpe, tmp_path):

@@ -211,6 +211,10 @@ def test_workdir_is_not_writable(place, tmp_path, below):
         ),
         ({"model.num_layers": 4}, r": params/blocks/2/.* is absent there and float32"),
         ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
+        (
+            {"model.confine_attention": True},
+            r"config\.model\.confine_attention is True .* has False",
+        ),
         ({"seed": 7}, r"config\.seed is 7 but the run in this workdir has 0"),
         ({"train.batch_size": 64}, r"config\.train\.batch_size is 64 .* has 32"),
         ({"model.moe.group_rows": 2}, r"config\.model\.moe\.group_rows is 2 .* has 4"),
@@ -223,6 +227,28 @@ def test_workdir_of_another_run(place, overrides, pattern):
         main(["train", *arguments(place, place.saved, overrides)])
     check_sentence(error, pattern)
     assert contents(place.saved) == before
+
+
+@pytest.mark.parametrize("damage", [None, b"\xff\xfe", b"{"])
+def test_without_its_config_a_run_is_not_resumed(place, damage):
+    """It could not be told whether the data and the groups are still the same."""
+    path = place.saved / "config.json"
+    good = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {})])
+    check_sentence(error, r"config\.json, which says .* cannot be used .*bring it back")
+    path.write_bytes(good)
+
+
+def test_checkpoints_that_are_no_folder(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("mine")
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {})])
+    check_sentence(error, "checkpoints is not a folder")
 
 
 def test_init_from_a_folder_without_checkpoint(place, tmp_path):
@@ -268,7 +294,7 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
     assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
 
 
-def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path):
+def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
     hot = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.steps": 12}
     often = {"checkpoint.every_steps": 1, "optimizer.warmup_steps": 0}
     code = main(["train", *arguments(place, tmp_path / "run", hot | often)])
@@ -277,6 +303,7 @@ def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path):
     assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}
     saved = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     assert rows[-1]["step"] not in saved
+    assert "samples" not in capsys.readouterr().out.splitlines()[-1]  # there are none
 
 
 def test_adafactor_refuses_a_moment_dtype(place, tmp_path):
