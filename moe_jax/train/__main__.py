@@ -1,5 +1,6 @@
 """python -m moe_jax.train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -15,6 +16,7 @@ from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
+from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import Reporter
@@ -52,25 +54,29 @@ def main(argv: Sequence[str]) -> int:
     for line in _describe(run):
         _say(line)
 
-    # ---- state
-    began = time.perf_counter()
-    state = first_state(run, given.init_from, _say)
-    jax.block_until_ready(state.params)
-    _say(f"state ready in {time.perf_counter() - began:.1f} s")
-    start = int(state.step)
-    if distributed.lead():
-        write_run_record(str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint)
+    # ---- from here on the workdir belongs to this process
+    with alone_in(workdir) if distributed.lead() else contextlib.nullcontext():
+        # ---- state
+        began = time.perf_counter()
+        state = first_state(run, given.init_from, _say)
+        jax.block_until_ready(state.params)
+        _say(f"state ready in {time.perf_counter() - began:.1f} s")
+        start = int(state.step)
+        if distributed.lead():
+            write_run_record(
+                str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
+            )
 
-    # ---- train
-    resumed = start if start else None
-    with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
-        preemption.defer()
-        code = train(run, state, reporter, preemption)
-    run.checkpoints.close()
-    _say(
-        f"metrics: {workdir / 'metrics.jsonl'}   checkpoints: {workdir / 'checkpoints'}   "
-        f"samples: {workdir / 'samples.txt'}"
-    )
+        # ---- train
+        resumed = start if start else None
+        with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
+            preemption.defer()
+            code = train(run, state, reporter, preemption)
+        run.checkpoints.close()
+        _say(
+            f"metrics: {workdir / 'metrics.jsonl'}   checkpoints: {workdir / 'checkpoints'}   "
+            f"samples: {workdir / 'samples.txt'}"
+        )
     return code
 
 

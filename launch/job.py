@@ -1,0 +1,24 @@
+"""What a launcher starts."""
+
+import dataclasses
+import re
+
+from launch.shell import LaunchError
+
+# Exit codes of the trainer after which the same command, run again, goes on: stopped with a
+# checkpoint; a peer was lost (SIGABRT, SIGKILL); terminated before a checkpoint.
+AGAIN = (42, 134, 137, 143)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    name: str  # stable, safe as a file name and as a cluster's job name: [a-z0-9-]+
+    arguments: tuple[str, ...]  # of `python -m moe_jax.train`
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z0-9-]+", self.name):
+            raise LaunchError(
+                f"--name={self.name} cannot name a job: use lower-case letters, digits and '-'."
+            )

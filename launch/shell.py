@@ -1,0 +1,133 @@
+"""Commands that a launcher runs: each is printed first, as a shell would take it."""
+
+import argparse
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Options = TypeVar("Options")  # a dataclass of a launcher's options
+
+
+class LaunchError(Exception):
+    """What a person must fix, in one sentence; `stderr` of the command that failed, if one did."""
+
+    def __init__(self, sentence: str, stderr: str = ""):
+        super().__init__(sentence)
+        self.stderr = stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """Runs commands given as lists of arguments; no shell ever parses them."""
+
+    dry_run: bool = False  # print everything, run nothing, write nothing
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        print(line, flush=True)
+
+    def run(self, *command: str, show: bool = False) -> str:
+        """Runs `command` and returns what it wrote to stdout, without the last line break.
+
+        With `show` its output goes to the screen as it comes, and "" is returned; so it is under
+        dry_run.
+
+        Raises:
+          LaunchError: there is no such program, or it failed; the sentence holds the end of its
+            stderr.
+        """
+        self.say(f"+ {shlex.join(command)}")
+        if self.dry_run:
+            return ""
+        pipe = None if show else subprocess.PIPE
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+            )
+        except FileNotFoundError:
+            raise LaunchError(f"There is no program {command[0]!r} on PATH: install it.") from None
+        if done.returncode:
+            stderr = done.stderr or ""
+            why = " ".join(stderr.split())[-400:] or "its output says why"
+            raise LaunchError(
+                f"{command[0]} ended with exit code {done.returncode} ({why}): mend that, then run "
+                f"this again.",
+                stderr,
+            )
+        return (done.stdout or "").rstrip("\n")
+
+    def write(self, path: Path, text: str) -> None:
+        """Writes a file that a command needs; under dry_run prints it instead."""
+        if self.dry_run:
+            self.say(f"+ write {path}:\n{text}")
+            return
+        self.say(f"+ write {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """(the launcher's own arguments, those after `--`, which are the trainer's)."""
+    if "--" not in argv:
+        return list(argv), ()
+    border = argv.index("--")
+    return list(argv[:border]), tuple(argv[border + 1 :])
+
+
+def flag_of(arguments: Sequence[str], name: str) -> str:
+    """The value of --NAME=VALUE or --NAME VALUE among a trainer's arguments, else ""."""
+    value = ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+        elif argument == f"--{name}":
+            value = following
+    return value
+
+
+def option(default: Any, described: str) -> Any:
+    """A field of a dataclass of options and its line in --help; `...` as default: required."""
+    metadata = {"help": described}
+    if default is ...:
+        return dataclasses.field(metadata=metadata, kw_only=True)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """A flag for each field of a dataclass of options; one that is a tuple may be repeated."""
+    for field in dataclasses.fields(options):
+        described = field.metadata["help"].replace("%", "%%")
+        flag = f"--{field.name}"
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=described)
+        elif field.default == ():
+            parser.add_argument(flag, action="append", default=[], help=described)
+        elif field.default is dataclasses.MISSING:
+            parser.add_argument(flag, type=field.type, required=True, help=described)
+        else:
+            described += f" (default: {field.default!r})"
+            parser.add_argument(flag, type=field.type, default=field.default, help=described)
+
+
+def read_options(options: type[Options], given: argparse.Namespace) -> Options:
+    """The dataclass of what its flags were given."""
+    names = [field.name for field in dataclasses.fields(options)]
+    values = {name: getattr(given, name) for name in names}
+    return options(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a launcher's `main(arguments)` and exits; a LaunchError is printed as its sentence."""
+    try:
+        code = main(sys.argv[1:])
+    except LaunchError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("Interrupted; what was started goes on.", file=sys.stderr)
+        code = 130
+    sys.exit(code)

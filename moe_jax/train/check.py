@@ -1,0 +1,70 @@
+"""Checks many runs at once, without text and without training: what launch/sweep.py asks first.
+
+python -m moe_jax.train.check [--devices=N] < LINES
+
+Each line on stdin is a JSON list: the arguments of one `python -m moe_jax.train`.  For each, one
+JSON object on stdout: {"problem": SENTENCE or null, "finished": BOOL}.  --devices says how many
+devices a run will have; without it those of this machine count.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moe_jax.config import from_config_dict
+from moe_jax.errors import UserError
+from moe_jax.model.stack import define
+from moe_jax.optim import Optimizer
+from moe_jax.train import flags
+from moe_jax.train.report import METRICS, has_eval
+from moe_jax.train.resolve import check_shapes
+from moe_jax.train.setup import settle
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads stdin, answers each line; returns 0 whatever the answers are."""
+    given = flags.parse(argv, config=False, workdir=False).flags
+    runs = [json.loads(line) for line in sys.stdin if line.strip()]
+    for arguments in runs:
+        with contextlib.redirect_stdout(sys.stderr):  # a config file may print
+            answer = check(arguments, given.devices or jax.device_count())
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
+    """What is wrong with one run (None: nothing), and whether it has already come to its end."""
+    try:
+        return {"problem": None, "finished": finished(arguments, num_devices)}
+    except UserError as error:
+        return {"problem": str(error), "finished": False}
+    except Exception as error:  # of the config file's own code, where anything may happen
+        return {"problem": f"{type(error).__name__}: {error}", "finished": False}
+
+
+def finished(arguments: Sequence[str], num_devices: int) -> bool:
+    """Whether the run's last evaluation is in its workdir.
+
+    Raises:
+      UserError: what the trainer would refuse before it reads any text.
+    """
+    parsed = flags.parse(["moe_jax.train", *arguments])
+    workdir = Path(parsed.flags.workdir).absolute()
+    config, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
+    sizes = dataclasses.asdict(config.mesh)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_shapes(define(config.model, jnp.float32), mesh)
+    Optimizer(config.optimizer, config.train.steps)
+    return has_eval(workdir / METRICS, config.train.steps)
+
+
+if __name__ == "__main__":
+    flags.run(main)
