@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 Options = TypeVar("Options")  # a dataclass of a launcher's options
 
@@ -81,7 +82,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 def flag_of(arguments: Sequence[str], name: str) -> str:
     """The value of --NAME=VALUE or --NAME VALUE among a trainer's arguments, else ""."""
     value = ""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise((*arguments, "")):
         if argument.startswith(f"--{name}="):
             value = argument.partition("=")[2]
         elif argument == f"--{name}":
@@ -115,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 def read_options(options: type[Options], given: argparse.Namespace) -> Options:
     """The dataclass of what its flags were given."""
-    names = [field.name for field in dataclasses.fields(options)]
+    names = [field.name for field in dataclasses.fields(cast(Any, options))]
     values = {name: getattr(given, name) for name in names}
     return options(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 

@@ -1,0 +1,1 @@
+"""Launchers: command lines for clusters.  Nothing here needs JAX."""
