@@ -66,7 +66,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
         raise UserError(f"--csv={path} cannot be written ({error.strerror}).") from None
 
 
-def _cell(number: float | None, form: Callable[[float], str]) -> str:
+def _cell(number: int | float | None, form: Callable[[float], str]) -> str:
     return "-" if number is None else form(number)
 
 
@@ -79,7 +79,7 @@ def _spread(spread: Spread | None, name: str) -> str:
     return f"{form(spread.mean)} ± {form(spread.deviation)}"
 
 
-def short(number: float) -> str:
+def short(number: int | float) -> str:
     """7510528 -> 7.51M."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
