@@ -52,8 +52,9 @@ def test_command_names_what_exists(line: str):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
     if words[:2] == ["python", "-m"]:
-        assert importlib.util.find_spec(f"{words[2]}.__main__") is not None
-    flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
+        module = words[2] if words[2].startswith("launch.") else f"{words[2]}.__main__"
+        assert importlib.util.find_spec(module) is not None
+    flags = dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
     if "config" in flags:
         config = load_config(flags["config"])
         for flag in flags:
