@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     # ---- every config, before the first run starts
     shell.say(f"{given.sweep}: checking {len(jobs)} runs")
     done = finished(jobs, given.devices)
-    for job in jobs:
-        if job.name in done:
-            shell.say(f"{job.name} is at its end: skipped")
+    for name, changed in done.items():
+        since = f", though {', '.join(changed)} changed since (delete it to run it again)"
+        shell.say(f"{name} is at its end: skipped{since if changed else ''}")
     todo = [job for job in jobs if job.name not in done]
     if not given.dry_run and "://" not in given.workdir:
         _write_record(Path(given.workdir), named)
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
     return _run_here(todo, Path(given.workdir), given, shell)
 
 
-def finished(jobs: Sequence[Job], devices: int) -> set[str]:
-    """Names of the jobs that are at their end.
+def finished(jobs: Sequence[Job], devices: int) -> dict[str, list[str]]:
+    """Names of the jobs that are at their end -> config keys that were otherwise when they ran.
 
     Args:
       jobs: all of the sweep.
@@ -87,7 +87,11 @@ def finished(jobs: Sequence[Job], devices: int) -> set[str]:
             f"{len(wrong)} of {len(jobs)} runs cannot start, so none was started: mend the sweep "
             f"file."
         )
-    return {job.name for job, answer in zip(jobs, answers, strict=True) if answer["finished"]}
+    return {
+        job.name: answer["changed"]
+        for job, answer in zip(jobs, answers, strict=True)
+        if answer["finished"]
+    }
 
 
 def _without_devices(arguments: Sequence[str]) -> list[str]:
@@ -99,7 +103,7 @@ def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> i
     local = Local(workdir, given.jobs, shell.say)
     codes = local.run(jobs)
     ended = [job for job in jobs if codes[job.name] == 0]
-    done = finished(ended, given.devices) if ended else set()
+    done = finished(ended, given.devices) if ended else {}
     failed = {name: code for name, code in codes.items() if name not in done}
     shell.say(f"{len(done)} of {len(jobs)} runs have come to their end")
     for name, code in failed.items():

@@ -3,8 +3,9 @@
 python -m moe_jax.train.check [--devices=N] < LINES
 
 Each line on stdin is a JSON list: the arguments of one `python -m moe_jax.train`.  For each, one
-JSON object on stdout: {"problem": SENTENCE or null, "finished": BOOL}.  --devices says how many
-devices a run will have; without it those of this machine count.
+JSON object on stdout: {"problem": SENTENCE or null, "finished": BOOL, "changed": [KEY, ...]}.
+`changed` names what a finished run did otherwise.  --devices says how many devices a run will have;
+without it those of this machine count.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from moe_jax.config import from_config_dict
+from moe_jax.config import Config, from_config_dict, from_json, to_dict
 from moe_jax.errors import UserError
 from moe_jax.model.stack import define
 from moe_jax.optim import Optimizer
@@ -42,16 +43,20 @@ def main(argv: Sequence[str]) -> int:
 
 def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
     """What is wrong with one run (None: nothing), and whether it has already come to its end."""
+    problem, finished, changed = None, False, []
     try:
-        return {"problem": None, "finished": finished(arguments, num_devices)}
+        config, workdir = checked(arguments, num_devices)
+        finished = has_eval(workdir / METRICS, config.train.steps)
+        changed = _changed(config, workdir) if finished else []
     except UserError as error:
-        return {"problem": str(error), "finished": False}
+        problem = str(error)
     except Exception as error:  # of the config file's own code, where anything may happen
-        return {"problem": f"{type(error).__name__}: {error}", "finished": False}
+        problem = f"{type(error).__name__}: {error}"
+    return {"problem": problem, "finished": finished, "changed": changed}
 
 
-def finished(arguments: Sequence[str], num_devices: int) -> bool:
-    """Whether the run's last evaluation is in its workdir.
+def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Path]:
+    """A run's config as it will run, and its workdir.
 
     Raises:
       UserError: what the trainer would refuse before it reads any text.
@@ -63,7 +68,27 @@ def finished(arguments: Sequence[str], num_devices: int) -> bool:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     check_shapes(define(config.model, jnp.float32), mesh)
     Optimizer(config.optimizer, config.train.steps)
-    return has_eval(workdir / METRICS, config.train.steps)
+    return config, workdir
+
+
+def _changed(config: Config, workdir: Path) -> list[str]:
+    """Keys in which the workdir's record differs, the mesh aside; none where it cannot be read."""
+    try:
+        record = from_json((workdir / "config.json").read_text())
+    except (OSError, ValueError, UserError):
+        return []
+    old, new = _flat(to_dict(record)), _flat(to_dict(config))
+    keys = sorted(old.keys() | new.keys())
+    return [key for key in keys if old.get(key) != new.get(key) and not key.startswith("mesh.")]
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import contextlib
 import fcntl
 import os
+import pathlib
 import socket
 from collections.abc import Iterator
-from pathlib import Path
+
+from etils import epath
 
 from moe_jax.errors import UserError
 
@@ -13,18 +15,21 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def alone_in(workdir: pathlib.Path | epath.Path) -> Iterator[None]:
     """Holds WORKDIR/lock, which the kernel lets go of when the process dies, however it dies.
 
     The file stays: deleting it would let two runs hold locks on two files of one name.  It says
-    who holds it.
+    who holds it.  An object store has no locks: there nothing is held and nothing promised.
 
     Raises:
       UserError: another live process trains here, or the folder cannot be written.
     """
+    if "://" in os.fspath(workdir):
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+")
+        file = open(workdir / LOCK, "a+")  # noqa: SIM115
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "

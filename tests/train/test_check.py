@@ -13,6 +13,7 @@ from moe_jax.train.flags import load_config
 from moe_jax.train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
+GOOD = {"problem": None, "finished": False, "changed": []}
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_the_check_knows_what_a_resumed_run_keeps(place):
 
 def test_finished_is_the_last_evaluation_of_these_steps(place):
     flags = ["--config=configs/tiny.py", "--workdir=run", "--config.train.steps=8"]
-    assert check(flags, 1) == {"problem": None, "finished": False}
+    assert check(flags, 1) == GOOD
     (place / "run").mkdir()
     rows = [{"step": 4, "eval_loss": 2.0}, {"step": 8, "loss": 2.0}]
     metrics = place / "run" / "metrics.jsonl"
@@ -72,6 +73,19 @@ def test_finished_is_the_last_evaluation_of_these_steps(place):
     assert check(flags, 1)["finished"]
     assert not check([*flags, "--config.train.steps=9"], 1)["finished"]
     assert not (place / "run" / "lock").exists()
+
+
+def test_what_a_finished_run_did_otherwise(place):
+    (place / "run").mkdir()
+    (place / "run" / "metrics.jsonl").write_text('{"step": 200, "eval_loss": 1.5}\n')
+    flags = ["--config=configs/tiny.py", "--workdir=run"]
+    assert check(flags, 1) == GOOD | {"finished": True}  # no record, nothing to compare with
+    config, _ = resolve(from_config_dict(load_config("configs/tiny.py")), 1, 258)
+    (place / "run" / "config.json").write_text(to_json(config))
+    assert check(flags, 8) == GOOD | {"finished": True}  # another mesh is the same run
+    assert check([*flags, "--config.optimizer.learning_rate=1"], 1)["changed"] == [
+        "optimizer.learning_rate"
+    ]
 
 
 def test_many_in_one_process(place, cli_env):
@@ -93,5 +107,5 @@ def test_many_in_one_process(place, cli_env):
     )
     assert done.returncode == 0 and "hello" in done.stderr
     good, bad = map(json.loads, done.stdout.splitlines())
-    assert good == {"problem": None, "finished": False}
+    assert good == GOOD
     assert bad["problem"].startswith("--config=none.py: there is no file")

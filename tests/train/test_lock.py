@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from moe_jax.errors import UserError
 from moe_jax.train.lock import LOCK, alone_in
@@ -47,4 +48,11 @@ def test_a_killed_process_leaves_the_workdir_free(tmp_path, cli_env):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), alone_in(tmp_path / "file" / "run"):
+        pass
+
+
+def test_an_object_store_has_no_locks():
+    """Nothing of it is touched: no client of one is installed here."""
+    workdir = epath.Path("gs://bucket/run")
+    with alone_in(workdir), alone_in(workdir):
         pass
