@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.job import Job
 
-AGAIN = 42  # the trainer's exit code for: run the same command again
+STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
 ATTEMPTS = 20  # of a run that keeps asking to be run again
 LOG = "train.log"  # in a run's workdir: all that the trainer prints
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,7 +51,7 @@ class Local:
             if process is None:
                 break
             code = self._follow(tag, job, process)
-            if code != AGAIN:
+            if code != STOPPED:
                 break
             self._say(f"{tag} {job.name} asks to be run again")
         return code
@@ -89,7 +89,7 @@ class Local:
         code = process.wait()
         with self._mutex:
             self._live.remove(process)
-        if code not in (0, AGAIN):
+        if code not in (0, STOPPED):
             self._say(f"{tag} exit code {code}: {line.strip()} (all of it: {log})")
         return code
 

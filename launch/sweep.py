@@ -19,7 +19,7 @@ from typing import Any
 
 from launch import runs
 from launch.job import Job
-from launch.local import AGAIN, LOG, Local, command
+from launch.local import LOG, STOPPED, Local, command
 from launch.shell import LaunchError, Shell, add_options, read_options, run_main
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
@@ -107,11 +107,11 @@ def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> i
     failed = {name: code for name, code in codes.items() if name not in done}
     shell.say(f"{len(done)} of {len(jobs)} runs have come to their end")
     for name, code in failed.items():
-        how = {None: "not started", 0: "stopped before its end", AGAIN: "stopped, will go on"}
+        how = {None: "not started", 0: "stopped before its end", STOPPED: "stopped, will go on"}
         shell.say(f"  {name}: {how.get(code, f'exit code {code}')} ({workdir / name / LOG})")
     if local.stopping and failed:
         shell.say("stopped: run the same command again to go on")
-        return AGAIN
+        return STOPPED
     return 1 if failed else 0
 
 
@@ -173,8 +173,18 @@ def _backend(name: str) -> tuple[type, Callable[[Sequence[Job], Any, Shell], Non
     from launch import tpu_vm
 
     def create(jobs: Sequence[Job], options: Any, shell: Shell) -> None:
+        refused = 0
         for job in jobs:
-            tpu_vm.launch(job, options, shell)
+            try:
+                tpu_vm.launch(job, options, shell)
+            except LaunchError as error:  # that of a VM which is there already, say
+                shell.say(f"{job.name}: {error}")
+                refused += 1
+        if refused:
+            raise LaunchError(
+                f"{refused} of {len(jobs)} runs got no VM: the reasons are above, mend them and "
+                f"run this again."
+            )
 
     return tpu_vm.TpuOptions, create
 

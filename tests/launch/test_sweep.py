@@ -148,7 +148,7 @@ def test_asking_for_ever_to_be_run_again_ends(place, trainer, monkeypatch):
     (place / "trainer.py").write_text(TRAINER.replace('os.path.exists("again")', "False"))
     runner = local.Local(place, 1, lambda line: None)
     arguments = (f"--workdir={place}", "--config.seed=2")
-    assert runner.run([Job("n", arguments)]) == {"n": local.AGAIN}
+    assert runner.run([Job("n", arguments)]) == {"n": local.STOPPED}
     assert trainer() == local.ATTEMPTS * [2]
 
 
@@ -168,7 +168,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
             signal.raise_signal(signal.SIGTERM)
 
     runner = local.Local(place, 1, say)
-    assert runner.run([Job("a", ()), Job("b", ())]) == {"a": local.AGAIN, "b": None}
+    assert runner.run([Job("a", ()), Job("b", ())]) == {"a": local.STOPPED, "b": None}
     assert runner.stopping and len([line for line in said if " + " in line]) == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -246,6 +246,24 @@ def test_tpu_vms_get_one_job_each(place, cluster):
     expected = [job(name, run, where) for name, run in expand(path).items()]
     assert cluster == [([each], 1, True) for each in expected]
     assert expected[0].arguments[-1].startswith("--workdir=gs://bucket/runs/tiny-")
+
+
+def test_a_refused_vm_stops_no_other(place, cluster, monkeypatch, capsys):
+    path = seeds(place, 0, 2, 3)
+    names = list(expand(path))
+    launch_one = launch.tpu_vm.launch
+
+    def refuse_the_first(job, options, shell):
+        if job.name == names[0]:
+            raise LaunchError("It is there already.")
+        launch_one(job, options, shell)
+
+    monkeypatch.setattr(launch.tpu_vm, "launch", refuse_the_first)
+    arguments = [f"--sweep={path}", "--workdir=gs://b/r", "--devices=1", "--backend=tpu_vm"]
+    with pytest.raises(LaunchError, match="1 of 3 runs got no VM"):
+        sweep.main(arguments)
+    assert [jobs[0].name for jobs, _, _ in cluster] == names[1:]
+    assert f"{names[0]}: It is there already." in capsys.readouterr().out
 
 
 def test_a_cluster_needs_to_know_the_devices(place, cluster):
