@@ -68,6 +68,7 @@ def _draw_curves(axes: Any, groups: Sequence[Group], colours: dict[int, str]) ->
         low = [m - s for m, s in zip(mean, spread, strict=True)]
         high = [m + s for m, s in zip(mean, spread, strict=True)]
         axes.fill_between(whole, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.ticklabel_format(axis="x", useMathText=True)
     axes.set_xlabel("training compute (model FLOPs)")
     axes.set_ylabel(_LOSS)
     axes.set_title("during training")
@@ -78,19 +79,13 @@ def _draw_curves(axes: Any, groups: Sequence[Group], colours: dict[int, str]) ->
 def _draw_best(axes: Any, groups: Sequence[Group], colours: dict[int, str]) -> None:
     for place, each in enumerate(groups):
         mean, deviation = each.spread("best_heldout") or (float("nan"), None)
-        axes.errorbar(
-            mean, place, xerr=deviation or 0.0, fmt="o", capsize=4, color=colours[id(each)]
-        )
-        axes.plot(
-            [run.best_heldout for run in each.runs],
-            [place] * len(each.runs),
-            "|",
-            color=colours[id(each)],
-        )
+        axes.errorbar(mean, place, xerr=deviation, fmt="o", capsize=4, color=colours[id(each)])
+        each_run = [run.best_heldout for run in each.runs]
+        axes.plot(each_run, [place] * len(each_run), ".", color=colours[id(each)], alpha=0.4)
     axes.set_yticks(range(len(groups)), [each.label() for each in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(_LOSS)
-    axes.set_title("best")
+    axes.set_title("best (faint: single runs)")
     axes.grid(axis="x", alpha=0.3)
 
 
