@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from launch.job import Job
@@ -14,6 +14,7 @@ from launch.job import Job
 STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
 ATTEMPTS = 20  # of a run that keeps asking to be run again
 LOG = "train.log"  # in a run's workdir: all that the trainer prints
+_WAKE_SECONDS = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -37,7 +38,11 @@ class Local:
         try:
             with ThreadPoolExecutor(self._parallel) as pool:
                 numbered = [(f"[{i}/{len(jobs)}]", job) for i, job in enumerate(jobs, 1)]
-                codes = pool.map(lambda pair: self._one(*pair), numbered)
+                futures = [pool.submit(self._one, tag, job) for tag, job in numbered]
+                # A signal may reach any thread but is handled in this one, once it wakes up.
+                while wait(futures, timeout=_WAKE_SECONDS).not_done:
+                    pass
+                codes = [future.result() for future in futures]
                 return dict(zip([job.name for job in jobs], codes, strict=True))
         finally:
             for number, handler in before.items():

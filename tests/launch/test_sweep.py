@@ -165,7 +165,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
     def say(line: str) -> None:
         said.append(line)
         if "step 1/8" in line:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread, which is not the main one
 
     runner = local.Local(place, 1, say)
     assert runner.run([Job("a", ()), Job("b", ())]) == {"a": local.STOPPED, "b": None}
