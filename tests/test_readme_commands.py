@@ -57,3 +57,10 @@ def test_sweeps_hold_only_good_runs(folder, run_cli, line):
     done = run_cli([*shlex.split(line)[2:], "--dry_run"], cwd=folder)
     assert done.code == 0, done.err
     assert "+ " in done.out
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if " --dry_run " in line])
+def test_launchers_print_what_they_would_run(run_cli, line):
+    done = run_cli(shlex.split(line)[2:])
+    assert (done.code, done.err) == (0, "")
+    assert shlex.split(line)[-1] in done.out  # the trainer's last argument

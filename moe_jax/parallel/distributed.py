@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,20 +15,26 @@ FIX = 1  # something a person must fix
 DIVERGED = 3  # the loss is gone; running again would lose it again
 AGAIN = 42  # run the same command again: preempted, or the watchdog fired
 
+# Twins of --coordinator, --process_count and --process_id, set by launchers.
+VARIABLES = ("MOE_JAX_COORDINATOR", "MOE_JAX_PROCESS_COUNT", "MOE_JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_ALONE = "pass --process_count=1 for one process."
 
 
 def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
     """Joins the processes of a run; must come before anything that touches a device.
 
-    With all three arguments they decide.  With none, the environment does: several tasks under
-    Slurm's srun, or several TPU hosts (TPU VM pods, GKE).  `process_count=1` alone means one
-    process whatever the environment says.
+    The first of these that says anything decides: the three arguments, the environment variables
+    `VARIABLES` (Kubernetes, a shell loop), several tasks under Slurm's
+    srun, several TPU hosts (TPU VM pods, GKE).  `process_count=1` alone means one process whatever
+    the environment says.
 
     Args:
       coordinator: HOST:PORT of process 0, reachable by all.
       process_count: how many processes.
       process_id: which one this is, from 0.
+
+    Where the others do not come within five minutes JAX ends the process with SIGABRT (134).
 
     Raises:
       UserError: some of the three are missing or impossible, or the environment is half there.
@@ -36,36 +42,56 @@ def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -
     if (coordinator, process_count, process_id) == ("", 1, -1):
         return
     if coordinator or process_count or process_id != -1:
-        _check_explicit(coordinator, process_count, process_id)
-        jax.distributed.initialize(coordinator, process_count, process_id)
+        names = ("--coordinator", "--process_count", "--process_id")
+        _check_explicit(names, coordinator, process_count, process_id)
+    elif any(name in os.environ for name in VARIABLES):
+        coordinator, process_count, process_id = _from_variables(os.environ)
+    if coordinator:
+        jax.distributed.initialize(
+            coordinator, process_count, process_id, cluster_detection_method="deactivate"
+        )
     elif detect(os.environ):
-        jax.distributed.initialize()
+        # Left alone, JAX gives each of Slurm's tasks one GPU, also where a node has one task.
+        one_a_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+        jax.distributed.initialize(local_device_ids=[] if one_a_node else None)
 
 
 def detect(environment: Mapping[str, str]) -> bool:
-    """Whether the environment asks for several processes; raises UserError if it is half there."""
+    """Whether Slurm or TPU hosts ask for several processes; raises UserError if half there."""
     tasks = environment.get("SLURM_NTASKS", "1")
     if tasks.isdigit() and int(tasks) > 1:
         missing = [name for name in _SLURM if name not in environment]
         if missing:
             raise UserError(
                 f"Slurm gives {tasks} tasks but {missing[0]} is not set: start through srun, or "
-                f"pass --process_count=1 for one process."
+                f"{_ALONE}"
             )
         return True
     if jax.config.jax_platforms == "cpu":
+        _refuse_nameless_pod(environment)
         return False  # a TPU host may run on its CPU, alone
     # Cloud TPU and GKE name the hosts of a pod here; jax prefers the first of the two.
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if "," in hosts and "TPU_WORKER_ID" not in environment:
         raise UserError(
-            "TPU_WORKER_HOSTNAMES lists several hosts but TPU_WORKER_ID is not set: set it, or "
-            "pass --process_count=1 for one process."
+            f"TPU_WORKER_HOSTNAMES lists several hosts but TPU_WORKER_ID is not set: set it, or "
+            f"{_ALONE}"
         )
+    if not hosts:
+        _refuse_nameless_pod(environment)
     # jax sets TPU_ML_PLATFORM where it finds TPU chips; there it can ask the metadata server,
     # unless told not to.
     can_ask = "TPU_ML_PLATFORM" in environment and "TPU_SKIP_MDS_QUERY" not in environment
     return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment or can_ask
+
+
+def _refuse_nameless_pod(environment: Mapping[str, str]) -> None:
+    """Pods of one indexed job would each train alone, into one workdir."""
+    if "JOB_COMPLETION_INDEX" in environment:
+        raise UserError(
+            f"This pod has an index (JOB_COMPLETION_INDEX) but {VARIABLES[0]} is not set: set "
+            f"{', '.join(VARIABLES)} in its manifest, or {_ALONE}"
+        )
 
 
 def lead() -> bool:
@@ -108,16 +134,27 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _check_explicit(coordinator: str, process_count: int, process_id: int) -> None:
+def _from_variables(environment: Mapping[str, str]) -> tuple[str, int, int]:
+    coordinator, count, index = (environment.get(name, "") for name in VARIABLES)
+    whole = re.compile(r"\d+")
+    process_count = int(count) if whole.fullmatch(count) else 0
+    process_id = int(index) if whole.fullmatch(index) else -1
+    _check_explicit(VARIABLES, coordinator, process_count, process_id)
+    return coordinator, process_count, process_id
+
+
+def _check_explicit(
+    names: Sequence[str], coordinator: str, process_count: int, process_id: int
+) -> None:
     if not coordinator or process_count < 1 or process_id < 0:
+        given = zip(names, (coordinator, process_count, process_id), strict=True)
         raise UserError(
-            f"--coordinator={coordinator} --process_count={process_count} "
-            f"--process_id={process_id} do not make a process: give all three, HOST:PORT, the "
-            f"number of processes and this one's index from 0."
+            f"{' '.join(f'{name}={value}' for name, value in given)} do not make a process: give "
+            f"all three, HOST:PORT, the number of processes and this one's index from 0."
         )
     if not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"--coordinator={coordinator} has no port: write HOST:PORT.")
+        raise UserError(f"{names[0]}={coordinator} has no port: write HOST:PORT.")
     if process_id >= process_count:
         raise UserError(
-            f"--process_id={process_id} is not below --process_count={process_count}: count from 0."
+            f"{names[2]}={process_id} is not below {names[1]}={process_count}: count from 0."
         )

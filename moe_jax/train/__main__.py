@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -21,6 +20,7 @@ from moe_jax.train.loop import train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import Reporter
 from moe_jax.train.setup import Run, first_state, prepare
+from moe_jax.train.workdir import locate
 
 _FLAGS = (
     flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
@@ -46,10 +46,9 @@ def main(argv: Sequence[str]) -> int:
                 "precision float64 is the oracle and runs on the CPU: set "
                 "JAX_PLATFORMS=cpu or another precision."
             )
-    workdir = Path(given.workdir).absolute()
 
     # ---- everything that can be wrong is found out here, before anything is compiled
-    _check_writable(workdir)
+    workdir = locate(given.workdir)
     run = prepare(config, workdir, _say)
     for line in _describe(run):
         _say(line)
@@ -87,16 +86,6 @@ def _use_deterministic_kernels() -> None:
     """
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), flag]))
-
-
-def _check_writable(workdir: Path) -> None:
-    """Raises UserError where `workdir` cannot be made or written; makes nothing."""
-    there = next(folder for folder in (workdir, *workdir.parents) if os.path.exists(folder))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "write-protected" if there.is_dir() else "not a folder"
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({there} is {why}): choose another folder."
-        )
 
 
 def _say(line: str) -> None:

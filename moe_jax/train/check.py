@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from moe_jax.train import flags
 from moe_jax.train.report import METRICS, has_eval
 from moe_jax.train.resolve import check_shapes
 from moe_jax.train.setup import settle
+from moe_jax.train.workdir import Folder, locate
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,14 +55,14 @@ def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
     return {"problem": problem, "finished": finished, "changed": changed}
 
 
-def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Path]:
+def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]:
     """A run's config as it will run, and its workdir.
 
     Raises:
       UserError: what the trainer would refuse before it reads any text.
     """
     parsed = flags.parse(["moe_jax.train", *arguments])
-    workdir = Path(parsed.flags.workdir).absolute()
+    workdir = locate(parsed.flags.workdir)
     config, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -71,7 +71,7 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Path]:
     return config, workdir
 
 
-def _changed(config: Config, workdir: Path) -> list[str]:
+def _changed(config: Config, workdir: Folder) -> list[str]:
     """Keys in which the workdir's record differs, the mesh aside; none where it cannot be read."""
     try:
         record = from_json((workdir / "config.json").read_text())

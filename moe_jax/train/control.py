@@ -2,7 +2,6 @@
 
 import enum
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax.config import Config
 from moe_jax.parallel.distributed import Preemption
+from moe_jax.train.workdir import Folder
 
 STOP_FILE = "STOP"
 
@@ -30,7 +30,7 @@ class Control:
     and told to the others every `log_every` steps; a single process looks after every step.
     """
 
-    def __init__(self, config: Config, workdir: Path, start: int):
+    def __init__(self, config: Config, workdir: Folder, start: int):
         self._config = config
         self._stop_file = workdir / STOP_FILE
         self._saved_at = time.monotonic()

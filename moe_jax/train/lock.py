@@ -3,19 +3,17 @@
 import contextlib
 import fcntl
 import os
-import pathlib
 import socket
 from collections.abc import Iterator
 
-from etils import epath
-
 from moe_jax.errors import UserError
+from moe_jax.train.workdir import Folder, is_remote
 
 LOCK = "lock"
 
 
 @contextlib.contextmanager
-def alone_in(workdir: pathlib.Path | epath.Path) -> Iterator[None]:
+def alone_in(workdir: Folder) -> Iterator[None]:
     """Holds WORKDIR/lock, which the kernel lets go of when the process dies, however it dies.
 
     The file stays: deleting it would let two runs hold locks on two files of one name.  It says
@@ -24,7 +22,7 @@ def alone_in(workdir: pathlib.Path | epath.Path) -> Iterator[None]:
     Raises:
       UserError: another live process trains here, or the folder cannot be written.
     """
-    if "://" in os.fspath(workdir):
+    if is_remote(workdir):
         yield
         return
     try:

@@ -76,6 +76,7 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
                 clock.restart()
             stop = control.after(done, preemption)
             if control.save_now or stop is not Stop.NO:
+                reporter.flush()
                 save(run, state, done)
                 clock.restart()
         profiler.close()

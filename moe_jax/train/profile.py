@@ -1,15 +1,16 @@
 """Traces of a live run."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
+
+from moe_jax.train.workdir import Folder, Mirror
 
 
 class Profiler:
     """Captures the steps of `train.profile_steps` into WORKDIR/profile (TensorBoard, Perfetto)."""
 
-    def __init__(self, steps: range, workdir: Path, say: Callable[[str], None]):
+    def __init__(self, steps: range, workdir: Folder, say: Callable[[str], None]):
         self._steps = steps
         self._folder = workdir / "profile"
         self._say = say
@@ -18,7 +19,8 @@ class Profiler:
     def before(self, step: int) -> None:
         """Call with each step's number before it is started, all earlier ones being done."""
         if step in self._steps and not self._tracing:
-            jax.profiler.start_trace(str(self._folder))
+            self._mirror = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.folder))
             self._tracing = True
         elif self._tracing and step not in self._steps:
             self.close()
@@ -28,4 +30,5 @@ class Profiler:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            self._mirror.close()
             self._say(f"trace written to {self._folder}")

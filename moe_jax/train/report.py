@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import rich.console
@@ -13,6 +13,7 @@ import rich.progress
 import tensorboardX
 
 from moe_jax.errors import UserError
+from moe_jax.train.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
 
@@ -25,7 +26,8 @@ class Reporter:
     "inf", "-inf"), so that every line stays JSON and float() still reads it.
 
     Args:
-      workdir: folder of the run, local.
+      workdir: folder of the run; into one of an object store, files are copied every half minute,
+        at each `flush` and at the end.
       total_steps: where the run ends.
       is_lead: whether this is process 0.
       resumed_step: the restored step; later rows are set aside.  None: a fresh start.
@@ -36,7 +38,7 @@ class Reporter:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: Folder,
         total_steps: int,
         is_lead: bool,
         resumed_step: int | None,
@@ -45,10 +47,12 @@ class Reporter:
         if not is_lead:
             return
         self._total = total_steps
-        folder = pathlib.Path(workdir)
+        self._mirror = Mirror(workdir)
+        folder = self._mirror.folder
         self._path = folder / METRICS
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._mirror.fetch(f"{METRICS}*")
             truncate(self._path, resumed_step)
             # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
             self._file = self._path.open("ab", buffering=0)
@@ -84,6 +88,19 @@ class Reporter:
             if tag != "step":
                 self._board.add_scalar(tag, value, row["step"])
         self._screen.show(row)
+        self._copy(self._mirror.push_if_due)
+
+    def flush(self) -> None:
+        """What was logged so far lies in the workdir afterwards: call it before a checkpoint."""
+        if self._on:
+            self._board.flush()
+            self._copy(self._mirror.push)
+
+    def _copy(self, push: Callable[[], None]) -> None:
+        try:
+            push()
+        except UserError as error:  # a store out of reach for a while is no reason to stop
+            self.say(f"{error} Trying again later.")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -96,6 +113,7 @@ class Reporter:
             self._screen.close()
             self._board.close()
             self._file.close()
+            self._mirror.close()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -165,7 +183,7 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
         os.replace(unfinished, target)
 
 
-def has_eval(path: pathlib.Path, step: int) -> bool:
+def has_eval(path: Folder, step: int) -> bool:
     """Whether a metrics file holds held-out results of `step`."""
     if not path.exists():
         return False

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from moe_jax.train.state import (
     state_shardings,
 )
 from moe_jax.train.step import StepOptions
+from moe_jax.train.workdir import Folder
 
 Say = Callable[[str], None]
 
@@ -55,7 +55,7 @@ class Run:
     """What does not change during a run."""
 
     config: Config
-    workdir: Path
+    workdir: Folder
     mesh: Mesh
     model: ModelDef
     optimizer: Optimizer
@@ -81,7 +81,7 @@ class Run:
         )
 
 
-def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | None = None) -> Run:
+def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | None = None) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
     Args:
@@ -128,7 +128,7 @@ def prepare(config: Config, workdir: Path, say: Say, devices: Sequence[Any] | No
     return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
 
 
-def settle(config: Config, workdir: Path, num_devices: int) -> tuple[Config, list[str]]:
+def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:
     """The config as it will run, with notes for the log, from all but the text.
 
     Raises:
@@ -142,10 +142,10 @@ def settle(config: Config, workdir: Path, num_devices: int) -> tuple[Config, lis
     return config, notes + (_check_resume(config, saved) if saved is not None else [])
 
 
-def _saved_config(workdir: Path) -> Config | None:
+def _saved_config(workdir: Folder) -> Config | None:
     """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
     path = workdir / "config.json"
-    if not os.path.exists(path) or not os.path.exists(workdir / "checkpoints"):
+    if not path.exists() or not (workdir / "checkpoints").exists():
         return None
     try:
         return from_json(path.read_text())
@@ -174,7 +174,7 @@ def _check_resume(config: Config, saved: Config) -> list[str]:
     return [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
 
 
-def _check_same_text(store: Store, workdir: Path) -> None:
+def _check_same_text(store: Store, workdir: Folder) -> None:
     """Raises UserError when the files behind a resumed run's data have changed."""
     path = workdir / DATA_RECORD
     if path.exists() and store.fingerprint not in path.read_text():

@@ -45,6 +45,7 @@ def any_platform():
         ({"TPU_ML_PLATFORM": "JAX"}, True),
         ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({**POD, "JOB_COMPLETION_INDEX": "1"}, True),
     ],
 )
 def test_detection(any_platform, environment, several):
@@ -63,6 +64,56 @@ def test_half_of_a_pod_is_refused_and_the_cpu_stays_alone(any_platform):
         distributed.detect({"TPU_WORKER_HOSTNAMES": "a,b"})
     jax.config.update("jax_platforms", "cpu")
     assert not distributed.detect(POD)
+
+
+def test_pods_that_do_not_know_of_each_other_are_refused(any_platform):
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    for platforms in (None, "cpu"):
+        jax.config.update("jax_platforms", platforms)
+        with pytest.raises(UserError, match="JOB_COMPLETION_INDEX"):
+            distributed.detect(pod)
+
+
+VARIABLES = dict(zip(distributed.VARIABLES, ("host:1", "2", "0"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"MOE_JAX_COORDINATOR": None}, "MOE_JAX_COORDINATOR= .*give all three"),
+        ({"MOE_JAX_PROCESS_COUNT": None}, "MOE_JAX_PROCESS_COUNT=0 .*give all three"),
+        ({"MOE_JAX_PROCESS_ID": "first"}, "MOE_JAX_PROCESS_ID=-1 do not"),
+        ({"MOE_JAX_COORDINATOR": "host"}, "MOE_JAX_COORDINATOR=host has no port"),
+        ({"MOE_JAX_PROCESS_ID": "2"}, "MOE_JAX_PROCESS_ID=2 is not below MOE_JAX_PROCESS_COUNT=2"),
+    ],
+)
+def test_half_of_the_variables_is_refused(monkeypatch, changed, sentence):
+    for name, value in (VARIABLES | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence):
+        distributed.start()
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        (VARIABLES, (), (("host:1", 2, 0), {"cluster_detection_method": "deactivate"})),
+        ({**SLURM, **VARIABLES}, ("other:2", 3, 1), (("other:2", 3, 1), None)),
+        ({**SLURM, **VARIABLES}, (), (("host:1", 2, 0), None)),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (), ((), {"local_device_ids": []})),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, (), ((), {"local_device_ids": None})),
+    ],
+)
+def test_what_jax_is_told(monkeypatch, environment, arguments, expected):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: told.append((a, k)))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(*arguments)
+    [(given, named)] = told
+    assert given == expected[0]
+    assert expected[1] is None or named == expected[1]
 
 
 @pytest.mark.parametrize(

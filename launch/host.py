@@ -1,0 +1,131 @@
+"""Shell scripts for a TPU host: prepare it, train and train again, stop, show.
+
+Everything of a host lies in one folder, which MOE_JAX_HOME may move: the environment, the source,
+run.log, and exit_code once the run has ended.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from launch.job import AGAIN
+
+FOLDER = "/var/lib/moe_jax"
+_HOME = f'home="${{MOE_JAX_HOME:-{FOLDER}}}"'
+
+# TPU images come with Python 3.10, so uv brings its own.
+_PREPARE = """\
+curl --retry 5 -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$home/bin" sh &&
+rm -rf "$home/source" &&
+git init --quiet "$home/source" &&
+git -C "$home/source" fetch --depth=1 {repository} {revision} &&
+git -C "$home/source" checkout --quiet FETCH_HEAD &&
+"$home/bin/uv" venv --clear --python 3.12 "$home/venv" &&
+"$home/bin/uv" pip install --python "$home/venv/bin/python" "$home/source[tpu]"
+"""
+
+# The lock is held while a host is prepared and, by the run in the background, until that ends.
+_BEGIN = f"""\
+#!/bin/bash
+set -uo pipefail
+{_HOME}
+mkdir -p "$home"
+exec 9>"$home/lock"
+flock --wait 2 9 || {{ echo "busy already; output: $home/run.log"; exit 0; }}
+exec > >(tee -a "$home/run.log" 9>&-) 2>&1
+rm -f "$home/exit_code" "$home/stop"
+fail() {{ echo "this host is not ready to train"; echo 1 >"$home/exit_code"; exit 1; }}
+"""
+
+_TRAIN = """\
+cd {directory} || fail
+train() {{
+  local restart code
+  for ((restart = 0; restart <= {max_restarts}; restart++)); do
+    echo "$(date -Is) restart $restart of this boot"
+    {command} &
+    echo $! >"$home/pid"
+    wait $!
+    code=$?
+    echo "$(date -Is) exit code $code"
+    if [ -e "$home/stop" ]; then break; fi
+    case "$code" in {again}) sleep 10 ;; *) break ;; esac
+  done
+  echo "$code" >"$home/exit_code"
+}}
+echo "training; output: $home/run.log"
+train >>"$home/run.log" 2>&1 </dev/null &
+"""
+
+
+def prepare(repository: str, revision: str) -> str:
+    """Installs `revision` of a git repository with its extra for TPUs, once for each revision."""
+    what = shlex.quote(f"{repository} {revision}")
+    commands = _PREPARE.format(repository=shlex.quote(repository), revision=shlex.quote(revision))
+    return (
+        f'if [ "$(cat "$home/prepared" 2>/dev/null)" != {what} ]; then\n'
+        f"{commands.rstrip()} || fail\n"
+        f'echo {what} >"$home/prepared"\n'
+        f"fi\n"
+    )
+
+
+def prepare_with(script: str) -> str:
+    """Runs a person's own script instead, each time."""
+    return f"bash -c {shlex.quote(script)} || fail\n"
+
+
+def train(python: str, directory: str, arguments: Sequence[str], max_restarts: int) -> str:
+    """Trains in the background, and again after an exit code that asks for it; once at a time."""
+    return _TRAIN.format(
+        directory=shlex.quote(directory),
+        command=shlex.join([python, "-m", "moe_jax.train", *arguments]),
+        again="|".join(map(str, AGAIN)),
+        max_restarts=max_restarts,
+    )
+
+
+def script(*parts: str) -> str:
+    """A script of parts, for root; one at a time on a host."""
+    return "".join([_BEGIN, *parts])
+
+
+def as_root(text: str) -> str:
+    """A script as one command for ssh."""
+    return f"sudo bash -c {shlex.quote(text)}"
+
+
+def stop() -> str:
+    """Ends the run with a checkpoint; it stays ended."""
+    return as_root(
+        f'{_HOME}; touch "$home/stop" && kill -TERM "$(cat "$home/pid")" && echo "stopping"'
+    )
+
+
+_PROGRESS = f"""\
+{_HOME}
+if [ -e "$home/exit_code" ]; then state="$(cat "$home/exit_code")"
+elif [ -e "$home/lock" ] && flock --nonblock "$home/lock" true; then state=idle
+else state=running
+fi
+echo "run: $state"
+tail -n 1 "$home/run.log" 2>/dev/null || true
+"""
+
+
+def progress() -> str:
+    """Asks for `run: ` and running, idle or an exit code, then the last line of output."""
+    return _PROGRESS
+
+
+def read_progress(answer: str) -> tuple[str, str]:
+    """(running, idle or an exit code; the last line of output) in what ssh brought back."""
+    lines = answer.splitlines()
+    marks = [number for number, line in enumerate(lines) if line.startswith("run: ")]
+    if not marks:
+        return "running", "no answer yet"
+    return lines[marks[0]].removeprefix("run: "), "".join(lines[marks[0] + 1 :])
+
+
+def output(follow: bool) -> str:
+    """The end of the run's output, and what comes."""
+    return f'{_HOME}; tail -n 100 {"-F " if follow else ""}"$home/run.log"'

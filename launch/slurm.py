@@ -1,0 +1,166 @@
+"""Slurm: python -m launch.slurm --name=NAME [OPTIONS] -- ARGUMENTS OF python -m moe_jax.train
+
+Writes a batch script, submits it and prints the job's id.  The processes find each other through
+Slurm.  A run that is stopped with a checkpoint, or loses a process, is put back into the queue and
+goes on from its workdir, which every node must see.
+
+  python -m launch.slurm --name=olmoe --nodes=4 --gpus_per_node=8 --time=12:00:00 -- \\
+      --config=configs/olmoe_1b_7b.py --workdir=/shared/runs/olmoe
+"""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.job import AGAIN, Job
+from launch.shell import (
+    LaunchError,
+    Shell,
+    add_options,
+    option,
+    read_options,
+    run_main,
+    split_arguments,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlurmOptions:
+    """What a job asks of Slurm."""
+
+    nodes: int = option(1, "Nodes of a job.")
+    processes_per_node: int = option(1, "1, or the number of GPUs for one process a GPU.")
+    gpus_per_node: int = option(0, "GPUs of each node; 0 asks for none.")
+    cpus_per_process: int = option(0, "Cores of each process; 0 leaves it to Slurm.")
+    memory: str = option("", "Memory of a node, such as 64G; empty leaves it to Slurm.")
+    time: str = option("", "Longest run, as Slurm writes it; the job is requeued after it.")
+    partition: str = option("", "Partition.")
+    account: str = option("", "Account that pays.")
+    sbatch: tuple[str, ...] = option((), "Any other flag of sbatch, as --sbatch=--qos=low.")
+    at_once: int = option(0, "Jobs of an array that may run at once; 0: all.")
+    python: str = option("python", "The Python that has moe_jax, on every node.")
+    directory: str = option(".", "Where the trainer runs, on every node.")
+    logs: str = option("runs/slurm", "Folder for scripts and output, shared by all nodes.")
+    max_restarts: int = option(100, "How often a job goes back into the queue.")
+
+
+# One process.  Slurm sends SIGTERM to this bash as well: with a trap it waits for the trainer.
+# Each exit code is written down, because srun reports only the largest: a process that must not
+# be run again (1, 3) would hide behind the survivors that its end aborts (134).
+_PROCESS = (
+    'trap : TERM; folder=$1; shift; "$@"; code=$?; '
+    'echo "$code" >"$folder/$SLURM_PROCID"; exit "$code"'
+)
+
+_RUN = """\
+restarts="${{SLURM_RESTART_COUNT:-0}}"
+echo "$(date -Is) $name: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts"
+codes="$(mktemp -d {logs}/codes.XXXXXX)" || exit 1
+# The first process to end is the last sign of life of some others: they get five minutes.
+srun --wait=300 bash -c {process} process "$codes" {python} -m moe_jax.train "${{arguments[@]}}"
+code=$?
+fatal="$(cat "$codes"/* 2>/dev/null | grep -vxE '0|{again}' | head -n 1)"
+rm -rf "$codes"
+echo "$(date -Is) $name: exit code ${{fatal:-$code}}"
+[ -z "$fatal" ] || exit "$fatal"
+case "$code" in
+  {again})
+    if [ "$restarts" -ge {max_restarts} ]; then
+      echo "$name: restarted {max_restarts} times, giving up"
+      exit "$code"
+    fi
+    exec scontrol requeue "$SLURM_JOB_ID"
+    ;;
+esac
+exit "$code"
+"""
+
+
+def script(jobs: Sequence[Job], options: SlurmOptions) -> str:
+    """The batch script: one job, or an array of several."""
+    logs = Path(options.directory, options.logs).absolute()
+    lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(flag)}" for flag in _flags(jobs, options))]
+    lines += ["set -u", f"cd {shlex.quote(str(Path(options.directory).absolute()))} || exit 1"]
+    lines += ['case "${SLURM_ARRAY_TASK_ID:-0}" in']
+    for index, job in enumerate(jobs):
+        lines += [f"  {index}) name={job.name}; arguments=({shlex.join(job.arguments)}) ;;"]
+    lines += ["esac"]
+    run = _RUN.format(
+        logs=shlex.quote(str(logs)),
+        process=shlex.quote(_PROCESS),
+        python=shlex.quote(options.python),
+        again="|".join(map(str, AGAIN)),
+        max_restarts=options.max_restarts,
+    )
+    return "\n".join(lines) + "\n" + run
+
+
+def _flags(jobs: Sequence[Job], options: SlurmOptions) -> list[str]:
+    several = len(jobs) > 1
+    folder = Path(options.directory, options.logs).absolute()
+    at_once = f"%{options.at_once}" if options.at_once else ""
+    flags = {
+        "job-name": _name(jobs),
+        "nodes": options.nodes,
+        "ntasks-per-node": options.processes_per_node,
+        "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_process,
+        "mem": options.memory,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "array": f"0-{len(jobs) - 1}{at_once}" if several else "",
+        # To the processes, not to the script: they save, the script then requeues.
+        "signal": "TERM@120",
+        "output": folder / ("%x-%A_%a.out" if several else "%x-%j.out"),
+        "open-mode": "append",  # a requeued job goes on in its file
+    }
+    return [
+        *(f"--{name}={value}" for name, value in flags.items() if value),
+        "--requeue",
+        *options.sbatch,
+    ]
+
+
+def _name(jobs: Sequence[Job]) -> str:
+    return jobs[0].name if len(jobs) == 1 else f"{jobs[0].name}-and-{len(jobs) - 1}-more"
+
+
+def submit(jobs: Sequence[Job], options: SlurmOptions, shell: Shell) -> str:
+    """Submits one job, or several as one array; returns Slurm's job id ("" under dry_run).
+
+    Raises:
+      LaunchError: nothing to submit, or sbatch refused it.
+    """
+    if not jobs:
+        raise LaunchError("There is no job to submit: give at least one.")
+    path = Path(options.directory, options.logs, f"{_name(jobs)}.sh").absolute()
+    shell.write(path, script(jobs, options))
+    answer = shell.run("sbatch", "--parsable", str(path))
+    return answer.partition(";")[0]  # ID, or ID;CLUSTER
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    own, trainers = split_arguments(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--name", required=True, help="Name of the job: [a-z0-9-]+.")
+    parser.add_argument("--dry_run", action="store_true", help="Print everything, run nothing.")
+    add_options(parser, SlurmOptions)
+    given = parser.parse_args(own)
+    shell = Shell(given.dry_run)
+    identity = submit([Job(given.name, trainers)], read_options(SlurmOptions, given), shell)
+    if identity:
+        shell.say(f"job {identity}: squeue -j {identity}; output in {given.logs}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

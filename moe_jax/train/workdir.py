@@ -1,0 +1,114 @@
+"""Where a run lies: a local folder, or one of an object store (gs://)."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+
+from etils import epath
+
+from moe_jax.errors import UserError
+
+Folder = pathlib.Path | epath.Path
+
+
+def is_remote(folder: os.PathLike[str] | str) -> bool:
+    """Whether `folder` lies in an object store."""
+    return "://" in os.fspath(folder)
+
+
+def locate(workdir: str) -> Folder:
+    """The folder that --workdir names; makes nothing.
+
+    Raises:
+      UserError: it cannot be made or written, or its store cannot be reached.
+    """
+    if is_remote(workdir):
+        folder = epath.Path(workdir)
+        try:
+            folder.exists()
+        except ImportError:
+            raise UserError(
+                f"--workdir={workdir} needs a package that is not here: pip install gcsfs."
+            ) from None
+        except Exception as error:  # of whichever client the store has
+            raise UserError(
+                f"--workdir={workdir} cannot be reached ({_reason(error)}): check its name and "
+                f"your access."
+            ) from None
+        return folder
+    folder = pathlib.Path(workdir).absolute()
+    there = next(f for f in (folder, *folder.parents) if os.path.exists(f))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "write-protected" if there.is_dir() else "not a folder"
+        raise UserError(
+            f"--workdir={folder} cannot be written ({there} is {why}): choose another folder."
+        )
+    return folder
+
+
+class Mirror:
+    """A local folder to write to: that of the run, or one that is copied to it.
+
+    Object stores hold whole objects: nothing can be appended to, and each copy replaces the one
+    before, at once.
+
+    Args:
+      there: folder of the run, or one inside it.
+      seconds: how old the copies of a running run may be.
+    """
+
+    def __init__(self, there: Folder, seconds: float = 30.0):
+        self._there, self._seconds = there, seconds
+        self._remote = is_remote(there)
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._due = 0.0
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="moe_jax_") if self._remote else there)
+
+    def fetch(self, pattern: str) -> None:
+        """Brings files that an earlier process of the run left."""
+        for file in self._there.glob(pattern) if self._remote else ():
+            local = self.folder / file.name
+            local.write_bytes(file.read_bytes())
+            self._copied[local] = _mark(local)
+
+    def push_if_due(self) -> None:
+        """`push`, unless the last one was less than `seconds` ago."""
+        if time.monotonic() >= self._due:
+            self.push()
+
+    def push(self) -> None:
+        """Copies what has changed; raises UserError where that fails, and loses nothing."""
+        if not self._remote:
+            return
+        self._due = time.monotonic() + self._seconds
+        for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            mark = _mark(file)
+            if self._copied.get(file) == mark:
+                continue
+            try:
+                target = self._there / file.relative_to(self.folder).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+            except Exception as error:  # of whichever client the store has
+                raise UserError(
+                    f"{file.name} could not be copied to {self._there} ({_reason(error)}): it is "
+                    f"kept in {self.folder}."
+                ) from None
+            self._copied[file] = mark
+
+    def close(self) -> None:
+        """Copies the rest and removes the local folder, if it is only a copy."""
+        self.push()
+        if self._remote:
+            shutil.rmtree(self.folder)
+
+
+def _mark(file: pathlib.Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,180 @@
+"""launch.slurm, its script read here and run on a real Slurm of one node (.ci/slurm.sh)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launch_runs import ROOT, digest, following, two_process_flags
+from small_run import flags, train_rows, write_corpus
+
+from launch.job import Job
+from launch.shell import LaunchError, Shell
+from launch.slurm import SlurmOptions, main, script, submit
+
+AWKWARD = ("--a=two words", "--b='\"$HOME`id`", "--c=line\nbreak", "--d=")
+
+
+def run_script(tmp_path, jobs, codes, **environment):
+    """Runs the batch script with a stand-in for srun that ends its tasks with `codes`."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    tasks = "\n".join(
+        f'SLURM_PROCID={index} "$@" {code}; [ $? -gt $worst ] && worst=$?'
+        for index, code in enumerate(codes)
+    )
+    programs = {
+        "srun": f"shift; worst=0\n{tasks}\nexit {max(codes)}",
+        "scontrol": 'echo "scontrol $*"',
+        "trainer": 'for last; do :; done; printf "%s\\0" "$@" >"$SEEN"; exit "$last"',
+    }
+    for name, body in programs.items():
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    options = SlurmOptions(python="trainer", directory=str(tmp_path), logs="my logs")
+    (tmp_path / "my logs").mkdir(exist_ok=True)
+    text = script(jobs, options)
+    seen = tmp_path / "seen"
+    env = os.environ | {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SEEN": str(seen),
+        **environment,
+    }
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
+    return done, seen.read_text().split("\0")[:-1]
+
+
+def test_arguments_arrive_as_they_were_given(tmp_path):
+    _, seen = run_script(tmp_path, [Job("one", AWKWARD)], [0])
+    assert seen == ["-m", "moe_jax.train", *AWKWARD, "0"]
+    jobs = [Job("one", ("--x=1",)), Job("two", AWKWARD)]
+    _, seen = run_script(tmp_path, jobs, [0], SLURM_ARRAY_TASK_ID="1")
+    assert seen == ["-m", "moe_jax.train", *AWKWARD, "0"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends", "again"),
+    [
+        ([0, 0], 0, False),
+        ([42, 42], 0, True),
+        ([134, 137], 0, True),
+        ([143, 0], 0, True),
+        ([1, 134], 1, False),  # the survivor's abort must not hide the error
+        ([3, 3], 3, False),
+        ([2, 2], 2, False),
+        ([139, 134], 139, False),
+    ],
+)
+def test_what_goes_back_into_the_queue(tmp_path, codes, ends, again):
+    done, _ = run_script(tmp_path, [Job("one", ())], codes)
+    assert (done.returncode, "scontrol requeue 7" in done.stdout) == (ends, again), done
+    assert not list((tmp_path / "my logs").iterdir())
+
+
+def test_restarts_are_bounded(tmp_path):
+    done, _ = run_script(tmp_path, [Job("one", ())], [42], SLURM_RESTART_COUNT="100")
+    assert done.returncode == 42 and "requeue" not in done.stdout
+    assert "restarted 100 times, giving up" in done.stdout
+
+
+def test_what_slurm_is_asked_for():
+    options = SlurmOptions(
+        nodes=2, processes_per_node=8, gpus_per_node=8, time="1:00:00", sbatch=("--qos=low",)
+    )
+    asked = set(script([Job("one", ())], options).splitlines())
+    assert {
+        f"#SBATCH --{flag}"
+        for flag in (
+            "job-name=one",
+            "nodes=2",
+            "ntasks-per-node=8",
+            "gpus-per-node=8",
+            "time=1:00:00",
+            "signal=TERM@120",
+            "requeue",
+            "open-mode=append",
+            "qos=low",
+        )
+    } <= asked
+    array = script([Job(name, ()) for name in ("one", "two", "three")], SlurmOptions(at_once=2))
+    assert "#SBATCH --array=0-2%2\n" in array
+
+
+def test_dry_run_prints_all_and_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    arguments = ["--name=one", "--dry_run", f"--directory={tmp_path}", "--", "--workdir=a b"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "arguments=('--workdir=a b')" in printed
+    assert f"+ sbatch --parsable {tmp_path}/runs/slurm/one.sh" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
+    options = SlurmOptions(directory=str(tmp_path))
+    with pytest.raises(LaunchError, match="no job"):
+        submit([], options, Shell())
+    with pytest.raises(LaunchError, match="lower-case"):
+        Job("One run", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no program 'sbatch' on PATH"):
+        submit([Job("one", ())], options, Shell())
+
+
+@pytest.fixture
+def launch(tmp_path, cli_env, monkeypatch):
+    """`launch(jobs, ...)` submits to the Slurm of this machine: (job id, where the logs lie)."""
+    for name, value in cli_env.items():
+        monkeypatch.setenv(name, value)
+    logs, started = tmp_path / "the logs", []
+
+    def start(jobs, **options):
+        chosen = SlurmOptions(python=sys.executable, directory=str(ROOT), logs=str(logs), **options)
+        started.append(submit(jobs, chosen, Shell()))
+        return started[-1], logs
+
+    yield start
+    subprocess.run(["scancel", *started], check=True)
+
+
+@pytest.mark.slurm
+def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, launch):
+    files = write_corpus(tmp_path / "text")
+    first = Job("undisturbed", two_process_flags(tmp_path / "one", files))
+    job, logs = launch([first], processes_per_node=2)
+    with following(logs / f"undisturbed-{job}.out") as output:
+        assert output.until("exit code").endswith("exit code 0\n"), "".join(output.lines)
+
+    second = Job("disturbed", two_process_flags(tmp_path / "two", files))
+    job, logs = launch([second], processes_per_node=2)
+    with following(logs / f"disturbed-{job}.out") as output:
+        output.until("step 10/200")
+        # What --signal=TERM does before the time is up: to the processes, not to the script.
+        subprocess.run(["scancel", "--signal=TERM", job], check=True)
+        output.until("preempted: step")
+        output.until("exit code 42")
+        output.until("restart 1")
+        output.until(r"step \d+/200  loss")
+        subprocess.run(["scontrol", "requeue", job], check=True)  # as an operator would
+        output.until("restart 2")
+        output.until("exit code 0")
+    assert digest(tmp_path / "two", cli_env) == digest(tmp_path / "one", cli_env)
+
+
+@pytest.mark.slurm
+def test_an_array_of_jobs(tmp_path, launch):
+    files = write_corpus(tmp_path / "text")
+    jobs = [
+        Job(f"seed-{seed}", tuple(flags(tmp_path / f"{seed}", files, seed=seed, train__steps=3)))
+        for seed in range(3)
+    ]
+    job, logs = launch(jobs, cpus_per_process=1)
+    losses = []
+    for seed in range(3):
+        with following(logs / f"seed-0-and-2-more-{job}_{seed}.out") as output:
+            assert f"seed-{seed}: exit code" in output.until("exit code")
+        losses.append(train_rows(tmp_path / f"{seed}")[-1]["loss"])
+    assert len(set(losses)) == 3

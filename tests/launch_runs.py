@@ -1,0 +1,80 @@
+"""Runs that launchers start: their flags, and what they leave behind."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from small_run import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Two processes of one device; enough steps to be disturbed between two of them.
+TWO = {
+    "model.num_layers": 1,
+    "model.moe.every": 1,
+    "model.width": 16,
+    "mesh.data": 2,
+    "model.moe.group_rows": 4,
+    "train.steps": 200,
+    "train.log_every": 10,
+    "checkpoint.every_steps": 50,
+    "checkpoint.keep_last": 100,
+    "eval.samples": 0,
+}
+
+
+def two_process_flags(workdir: Path, files: str) -> tuple[str, ...]:
+    """Arguments of the run that two processes share."""
+    return tuple(flags(workdir, files, **TWO))
+
+
+def digest(workdir: Path, env: dict[str, str]) -> str:
+    """SHA-256 of the parameters of the last checkpoint."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_jax.checkpoint", f"--workdir={workdir}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    step, state, *_, found = done.stdout.splitlines()[-1].split("  ")
+    assert (step, state) == (f"step {TWO['train.steps']}", "ok"), done.stdout
+    return found
+
+
+@contextmanager
+def following(path: Path) -> Iterator["Follower"]:
+    """The lines of a file that another process writes, as they come; it need not exist yet."""
+    process = subprocess.Popen(
+        ["tail", "-n", "+1", "--sleep-interval=0.1", "-F", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield Follower(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Follower:
+    """Reads on until a line says what a test waits for."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+        self.lines: list[str] = []
+
+    def until(self, pattern: str, unless: str = r"exit code [13]$") -> str:
+        """The next line in which `pattern` is found; a run that has failed ends the wait."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line)
+            if re.search(pattern, line):
+                return line
+            if re.search(unless, line):
+                break
+        raise AssertionError(f"no line with {pattern!r}:\n{''.join(self.lines)}")

@@ -1,0 +1,161 @@
+"""Workdirs in an object store, through etils and fsspec; the store itself is a dict."""
+
+import json
+from pathlib import Path
+
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry, known_implementations
+from small_run import small_config, write_corpus
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import Preemption
+from moe_jax.train.control import STOP_FILE, Control, Stop
+from moe_jax.train.record import write_run_record
+from moe_jax.train.report import Reporter, has_eval
+from moe_jax.train.workdir import Mirror, is_remote, locate
+
+
+class Buckets(MemoryFileSystem):
+    """gs://, in this process: whole objects, no appending."""
+
+    protocol = ("gcs", "gs")
+    store: dict = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    broken = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+    def _open(self, path, mode="rb", **kwargs):
+        assert "a" not in mode and "+" not in mode, "objects cannot be appended to"
+        if self.broken:
+            raise OSError("503 from the store")
+        return super()._open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setitem(_registry, "gcs", Buckets)
+    monkeypatch.setattr(Buckets, "store", {})
+    monkeypatch.setattr(Buckets, "pseudo_dirs", [""])
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    yield epath.Path("gs://bucket")
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder):
+    return [row["step"] for row in rows(folder)]
+
+
+def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
+    workdir = locate("gs://bucket/runs/one")
+    with Reporter(workdir, 9, True, None) as reporter:
+        for step in (1, 2, 3):
+            reporter.log({"step": step, "loss": 1.0})
+    assert steps(workdir) == [1, 2, 3]
+    events = [path.name for path in (workdir / "tensorboard").iterdir()]
+
+    # Another process, with nothing on its disk, goes on from step 2.
+    with Reporter(workdir, 9, True, 2) as reporter:
+        for step in (3, 4):
+            reporter.log({"step": step, "loss": 2.0})
+        reporter.log({"step": 4, "eval_loss": 2.0})
+    assert steps(workdir) == [1, 2, 3, 4, 4]
+    assert [row.get("loss") for row in rows(workdir)][2:4] == [2.0, 2.0]
+    assert has_eval(workdir / "metrics.jsonl", 4) and not has_eval(workdir / "metrics.jsonl", 3)
+    aside = json.loads((workdir / "metrics.jsonl.1.tail").read_text())
+    assert (aside["step"], aside["loss"]) == (3, 1.0)
+    now = {path.name for path in (workdir / "tensorboard").iterdir()}
+    assert now >= set(events) and events  # named by the second in which they begin
+
+    with Reporter(workdir, 9, True, 3):
+        pass
+    assert (workdir / "metrics.jsonl.2.tail").exists()  # the first tail is not overwritten
+
+
+def test_a_flush_before_a_checkpoint_leaves_nothing_behind(bucket):
+    workdir = locate("gs://bucket/one")
+    reporter = Reporter(workdir, 9, True, None)
+    reporter.log({"step": 1, "loss": 1.0})
+    reporter.log({"step": 2, "loss": 1.0})
+    assert steps(workdir) == [1]  # half a minute has not passed
+    reporter.flush()
+    assert steps(workdir) == [1, 2]
+    reporter.close()
+
+
+def test_a_store_out_of_reach_stops_nothing_until_the_end(bucket, monkeypatch, capsys):
+    workdir = locate("gs://bucket/one")
+    reporter = Reporter(workdir, 9, True, None)
+    monkeypatch.setattr(Buckets, "broken", True)
+    reporter.log({"step": 1, "loss": 1.0})
+    reporter.flush()
+    assert "503 from the store" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"503 from the store.*kept in") as caught:
+        reporter.close()
+    kept = Path(str(caught.value).split("kept in ")[1].rstrip("."))
+    assert steps(kept) == [1]
+    monkeypatch.setattr(Buckets, "broken", False)
+    reporter.close()
+    assert steps(workdir) == [1] and not kept.exists()
+
+
+def test_the_record_and_the_stop_file(bucket, tmp_path):
+    workdir = locate("gs://bucket/one")
+    write_run_record(str(workdir), "{}\n", {"train.steps": 3}, "abc")
+    assert json.loads((workdir / "overrides.json").read_text()) == {"train.steps": 3}
+
+    control = Control(small_config(write_corpus(tmp_path)), workdir, 0)
+    preemption = Preemption()
+    assert control.after(1, preemption) is Stop.NO
+    (workdir / STOP_FILE).write_text("")
+    assert control.after(2, preemption) is Stop.ASKED
+    preemption.close()
+    assert not (workdir / STOP_FILE).exists()
+
+
+def test_only_what_changed_is_copied(bucket):
+    workdir = locate("gs://bucket/one")
+    mirror = Mirror(workdir / "profile")
+    (mirror.folder / "plugins").mkdir()
+    (mirror.folder / "plugins" / "trace").write_text("a")
+    (mirror.folder / "other").write_text("b")
+    mirror.push()
+    (workdir / "profile" / "other").unlink()
+    (mirror.folder / "plugins" / "trace").write_text("longer")
+    mirror.close()
+    assert (workdir / "profile" / "plugins" / "trace").read_text() == "longer"
+    assert not (workdir / "profile" / "other").exists()
+    assert not mirror.folder.exists()
+
+
+def test_a_local_folder_is_written_in_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("runs/x") == tmp_path / "runs" / "x" and not is_remote("runs/x")
+    assert Mirror(tmp_path / "x").folder == tmp_path / "x"
+    with Reporter(tmp_path / "x", 9, True, None) as reporter:
+        reporter.log({"step": 1, "loss": 1.0})
+        assert steps(tmp_path / "x") == [1]
+
+
+def test_a_store_that_cannot_be_used_is_one_sentence(bucket, monkeypatch):
+    def refuse(self, path, **kwargs):
+        raise OSError("Forbidden: no access\nto bucket")
+
+    monkeypatch.setattr(Buckets, "exists", refuse)
+    with pytest.raises(
+        UserError, match=r"gs://bucket/one cannot be reached \(Forbidden: no access"
+    ):
+        locate("gs://bucket/one")
+    monkeypatch.delitem(_registry, "gcs")
+    monkeypatch.setitem(known_implementations, "gcs", {"class": "nowhere.X"})
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    with pytest.raises(UserError, match="pip install gcsfs"):
+        locate("gs://bucket/one")
