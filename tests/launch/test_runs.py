@@ -103,6 +103,10 @@ def test_values_reach_the_trainer_as_it_reads_them():
     )
 
 
+def test_a_workdir_may_lie_in_an_object_store():
+    assert job("n", {"config": "a.py"}, "gs://b/r").arguments[-1] == "--workdir=gs://b/r/n"
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
