@@ -52,6 +52,7 @@ RANKS = {
     "moe_jax.data.__main__": 18,
     "moe_jax.checkpoint.__main__": 18,
     "moe_jax.bench": 18,
+    "moe_jax.results": 18,
 }
 # Pairs that their ranks would allow.
 FORBIDDEN = {("moe_jax.data", "moe_jax.model")}

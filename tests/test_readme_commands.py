@@ -27,6 +27,8 @@ def typed(line: str, folder, more_steps: int) -> list[str]:
     words = [word.replace("/path/", f"{folder}/path/") for word in shlex.split(line)[2:]]
     if words[0] == "moe_jax.checkpoint":
         return words
+    if words[0] == "moe_jax.results":  # of a sweep that this test does not run
+        return [word.replace("runs/dense", "runs") for word in words]
     text = {"data.source": "text", "data.files": f"{folder}/path/*.txt"}
     small = SMALL | SMALLER | text | {"train.steps": more_steps, "model.moe.num_experts": 8}
     given = {word.split("=")[0].removeprefix("--config.") for word in words}
@@ -50,7 +52,14 @@ def test_commands_in_order(folder, run_cli):
         assert (folder / "runs" / name / "metrics.jsonl").exists(), name
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if "python -m launch." in line])
+@pytest.mark.parametrize("line", [line for line in commands() if "launch.sweep " in line])
+def test_sweeps_hold_only_good_runs(folder, run_cli, line):
+    done = run_cli([*shlex.split(line)[2:], "--dry_run"], cwd=folder)
+    assert done.code == 0, done.err
+    assert "+ " in done.out
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if " --dry_run " in line])
 def test_launchers_print_what_they_would_run(run_cli, line):
     done = run_cli(shlex.split(line)[2:])
     assert (done.code, done.err) == (0, "")

@@ -1,5 +1,6 @@
 """python -m moe_jax.train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -14,6 +15,7 @@ from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
+from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
@@ -51,21 +53,25 @@ def main(argv: Sequence[str]) -> int:
     for line in _describe(run):
         _say(line)
 
-    # ---- state
-    began = time.perf_counter()
-    state = first_state(run, given.init_from, _say)
-    jax.block_until_ready(state.params)
-    _say(f"state ready in {time.perf_counter() - began:.1f} s")
-    start = int(state.step)
-    if distributed.lead():
-        write_run_record(str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint)
+    # ---- from here on the workdir belongs to this process
+    with alone_in(workdir) if distributed.lead() else contextlib.nullcontext():
+        # ---- state
+        began = time.perf_counter()
+        state = first_state(run, given.init_from, _say)
+        jax.block_until_ready(state.params)
+        _say(f"state ready in {time.perf_counter() - began:.1f} s")
+        start = int(state.step)
+        if distributed.lead():
+            write_run_record(
+                str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
+            )
 
-    # ---- train
-    resumed = start if start else None
-    with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
-        preemption.defer()
-        code = train(run, state, reporter, preemption)
-    run.checkpoints.close()
+        # ---- train
+        resumed = start if start else None
+        with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
+            preemption.defer()
+            code = train(run, state, reporter, preemption)
+        run.checkpoints.close()
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))

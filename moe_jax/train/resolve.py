@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
@@ -87,7 +87,7 @@ def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> in
     return rows
 
 
-def check_shapes(model: ModelDef, mesh: Mesh) -> None:
+def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError naming a parameter whose dimension a mesh axis does not divide."""
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract)
     axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)

@@ -96,14 +96,8 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
       UserError: anything the user has to change, before anything is compiled.
     """
     devices = jax.devices() if devices is None else devices
-    saved = _saved_config(workdir)
-    if saved is not None:
-        config = _keep_groups(config, saved)
     # What needs no text comes first: tokenising may take hours.
-    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
-    config, notes = resolve.resolve(config, len(devices), vocabulary)
-    if saved is not None:
-        notes += _check_resume(config, saved)
+    config, notes = settle(config, workdir, len(devices))
     check_attention(
         config.model.attention,
         devices[0].platform,
@@ -112,7 +106,7 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     )
     store = build(config.data, store_root(config.data, workdir), progress=say)
     store.check_vocabulary(config.model.vocab_size)
-    if saved is not None:
+    if _saved_config(workdir) is not None:
         _check_same_text(store, workdir)
     mesh = make_mesh(config.mesh, devices)
     model = define(config.model, jnp.dtype(config.precision))
@@ -140,6 +134,20 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     for line in [*notes, *resolve.describe(config)]:
         say(line)
     return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
+
+
+def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:
+    """The config as it will run, with notes for the log, from all but the text.
+
+    Raises:
+      UserError: sizes that do not fit, or another run than the one that is in `workdir`.
+    """
+    saved = _saved_config(workdir)
+    if saved is not None:
+        config = _keep_groups(config, saved)
+    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    config, notes = resolve.resolve(config, num_devices, vocabulary)
+    return config, notes + (_check_resume(config, saved) if saved is not None else [])
 
 
 def _saved_config(workdir: Folder) -> Config | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from moe_jax.data.tokenizers import load_tokenizer, train_bpe
 from moe_jax.errors import UserError
@@ -112,8 +113,6 @@ def test_what_is_refused(tmp_path):
 
 
 def test_stored_truncation_and_padding_are_not_applied(bpe, tmp_path):
-    import tokenizers
-
     limited = tokenizers.Tokenizer.from_file(bpe)
     limited.enable_truncation(max_length=2)
     limited.enable_padding(length=64)

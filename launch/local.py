@@ -1,0 +1,106 @@
+"""Training runs as processes of this machine, some at a time."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from launch.job import Job
+
+STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
+ATTEMPTS = 20  # of a run that keeps asking to be run again
+LOG = "train.log"  # in a run's workdir: all that the trainer prints
+_WAKE_SECONDS = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def command(job: Job) -> list[str]:
+    """What starts a job on this machine."""
+    return [sys.executable, "-m", "moe_jax.train", *job.arguments]
+
+
+class Local:
+    """Runs jobs; SIGTERM and Ctrl-C let the live ones write a checkpoint and start no more."""
+
+    def __init__(self, workdir: Path, parallel: int, say: Callable[[str], None]):
+        self._workdir, self._parallel, self._say = workdir, parallel, say
+        self._live: list[subprocess.Popen[str]] = []
+        self.stopping = False
+        self._mutex = threading.Lock()
+
+    def run(self, jobs: Sequence[Job]) -> dict[str, int | None]:
+        """Exit codes by name, after all of them have ended; None: was not started."""
+        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        try:
+            with ThreadPoolExecutor(self._parallel) as pool:
+                numbered = [(f"[{i}/{len(jobs)}]", job) for i, job in enumerate(jobs, 1)]
+                futures = [pool.submit(self._one, tag, job) for tag, job in numbered]
+                # A signal may reach any thread but is handled in this one, once it wakes up.
+                while wait(futures, timeout=_WAKE_SECONDS).not_done:
+                    pass
+                codes = [future.result() for future in futures]
+                return dict(zip([job.name for job in jobs], codes, strict=True))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _one(self, tag: str, job: Job) -> int | None:
+        """One job to its end, run again as often as it asks for that."""
+        code = None
+        for _ in range(ATTEMPTS):
+            process = self._start(tag, job)
+            if process is None:
+                break
+            code = self._follow(tag, job, process)
+            if code != STOPPED:
+                break
+            self._say(f"{tag} {job.name} asks to be run again")
+        return code
+
+    def _start(self, tag: str, job: Job) -> subprocess.Popen[str] | None:
+        """The process, in a session of its own: Ctrl-C reaches it as the SIGTERM we send."""
+        with self._mutex:
+            if self.stopping:
+                return None
+            self._say(f"{tag} + {shlex.join(command(job))}")
+            process = subprocess.Popen(
+                command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self._live.append(process)
+        return process
+
+    def _follow(self, tag: str, job: Job, process: subprocess.Popen[str]) -> int:
+        """Its exit code; all it prints goes to its log, its steps also to the screen."""
+        log = self._workdir / job.name / LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        line = ""
+        assert process.stdout is not None
+        with log.open("a") as file, process.stdout:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if line.startswith("step "):
+                    self._say(f"{tag} {line.rstrip()}")
+        code = process.wait()
+        with self._mutex:
+            self._live.remove(process)
+        if code not in (0, STOPPED):
+            self._say(f"{tag} exit code {code}: {line.strip()} (all of it: {log})")
+        return code
+
+    def _stop(self, *_: object) -> None:
+        # In the main thread, which never holds the mutex; a starting process is waited for.
+        with self._mutex:
+            self.stopping = True
+            for process in self._live:
+                process.terminate()

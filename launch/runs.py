@@ -1,0 +1,102 @@
+"""From a sweep file to named runs and their command lines."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from launch import hyper
+from launch.job import Job
+from launch.shell import LaunchError
+
+Run = Mapping[str, Any]
+
+SLUG_LENGTH = 48  # with the hash 57 characters; clusters allow 63
+_PLAIN = (str, int, float, bool)
+
+
+def expand(path: str) -> dict[str, Run]:
+    """The runs of a sweep file in its order: name -> {"config": FILE[:ARG], "config.a.b": value}.
+
+    Raises:
+      LaunchError: the file has no get_hyper, or a run is not what the trainer can be given.
+    """
+    runs = _load(path)(hyper)
+    named: dict[str, Run] = {}
+    for number, run in enumerate(runs):
+        _check(run, f"{path}: run {number}")
+        name = run_name(run)
+        if name in named:
+            raise LaunchError(
+                f"{path}: run {number} is the same as run {list(named).index(name)}: vary a key, "
+                f"such as config.seed."
+            )
+        named[name] = run
+    if not named:
+        raise LaunchError(f"{path}: get_hyper() returns no runs.")
+    return named
+
+
+def run_name(run: Run) -> str:
+    """Such as tiny-cf-1-25-router-switch-0f3a9c21: a readable part, a hash of all overrides.
+
+    It depends on the overrides alone, is made of [a-z0-9-] and starts with a letter: the name of
+    the run's folder and of its job.  Keys of several words are shortened to their initials.
+    """
+    config = os.path.splitext(os.path.basename(run["config"].partition(":")[0]))[0]
+    words = [config, run["config"].partition(":")[2]]
+    words += [f"{_short(key)}-{run[key]}" for key in sorted(run) if key != "config"]
+    slug = re.sub("[^a-z0-9]+", "-", " ".join(words).lower())[:SLUG_LENGTH].strip("-")
+    if not slug[:1].isalpha():
+        slug = f"run-{slug}"
+    canonical = json.dumps(run, sort_keys=True, separators=(",", ":"))
+    return f"{slug}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def job(name: str, run: Run, workdir: str, more: tuple[str, ...] = ()) -> Job:
+    """The run in its own folder WORKDIR/name; `more` are flags that all runs share."""
+    overrides = (f"--{key}={_text(run[key])}" for key in sorted(run))
+    return Job(name, (*overrides, f"--workdir={workdir.rstrip('/')}/{name}", *more))
+
+
+def _load(path: str) -> Any:
+    if not os.path.isfile(path):
+        raise LaunchError(f"--sweep={path}: there is no such file.")
+    spec = importlib.util.spec_from_file_location("sweep_file", path)
+    if spec is None or spec.loader is None:
+        raise LaunchError(f"--sweep={path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_hyper = getattr(module, "get_hyper", None)
+    if not callable(get_hyper):
+        raise LaunchError(f"--sweep={path} defines no get_hyper(hyper).")
+    return get_hyper
+
+
+def _check(run: Any, where: str) -> None:
+    if not isinstance(run, Mapping):
+        raise LaunchError(f"{where} is {run!r}: get_hyper() returns a list of dicts.")
+    if not isinstance(run.get("config"), str):
+        raise LaunchError(f"{where} names no config: add hyper.fixed('config', 'configs/tiny.py').")
+    for key, value in run.items():
+        if key != "config" and not key.startswith("config."):
+            raise LaunchError(f"{where} sets {key!r}: use 'config', or 'config.' and a config key.")
+        if type(value) not in _PLAIN or (isinstance(value, float) and not math.isfinite(value)):
+            raise LaunchError(
+                f"{where} sets {key} to {value!r} ({type(value).__name__}): use a string, a bool "
+                f"or a finite int or float."
+            )
+
+
+def _short(key: str) -> str:
+    """config.model.moe.capacity_factor -> cf, config.train.steps -> steps."""
+    name = key.rpartition(".")[2]
+    return "".join(word[:1] for word in name.split("_")) if "_" in name else name
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,193 @@
+"""Runs of a sweep file: checked together, then started, each in a folder of its own.
+
+  python -m launch.sweep --sweep=configs/sweeps/capacity.py --workdir=DIR
+      [--backend=local|slurm|tpu_vm] [--dry_run] [OPTIONS OF THE BACKEND]
+
+Run it again to go on: runs at their end are skipped, the others resume.  Exit codes: 0 all runs
+are at their end or handed to the cluster, 1 something to fix, 42 stopped by a signal: run it again.
+A sweep file defines get_hyper(hyper), see launch/hyper.py and configs/sweeps/.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import runs
+from launch.job import Job
+from launch.local import LOG, STOPPED, Local, command
+from launch.shell import LaunchError, Shell, add_options, read_options, run_main
+
+SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
+_CHECK = [sys.executable, "-m", "moe_jax.train.check"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    given, options = _flags(argv)
+    shell = Shell(given.dry_run)
+    named = runs.expand(given.sweep)
+    local = given.backend == "local"
+    shared = (f"--devices={given.devices}",) if local and given.devices else ()
+    jobs = [runs.job(name, run, given.workdir, shared) for name, run in named.items()]
+
+    # ---- every config, before the first run starts
+    shell.say(f"{given.sweep}: checking {len(jobs)} runs")
+    done = finished(jobs, given.devices)
+    for name, changed in done.items():
+        since = f", though {', '.join(changed)} changed since (delete it to run it again)"
+        shell.say(f"{name} is at its end: skipped{since if changed else ''}")
+    todo = [job for job in jobs if job.name not in done]
+    if not given.dry_run and "://" not in given.workdir:
+        _write_record(Path(given.workdir), named)
+
+    # ---- start
+    if not todo:
+        return 0
+    if not local:
+        _backend(given.backend)[1](todo, options, shell)
+        return 0
+    if given.dry_run:
+        for job in todo:
+            shell.say(f"+ {shlex.join(command(job))}")
+        return 0
+    return _run_here(todo, Path(given.workdir), given, shell)
+
+
+def finished(jobs: Sequence[Job], devices: int) -> dict[str, list[str]]:
+    """Names of the jobs that are at their end -> config keys that were otherwise when they ran.
+
+    Args:
+      jobs: all of the sweep.
+      devices: that each will have; 0: those of this machine.
+
+    Raises:
+      LaunchError: the trainer would refuse one of them; each is printed with its reason.
+    """
+    lines = "".join(json.dumps(_without_devices(job.arguments)) + "\n" for job in jobs)
+    process = subprocess.run(
+        [*_CHECK, f"--devices={devices}"], input=lines, text=True, stdout=subprocess.PIPE
+    )
+    answers = [json.loads(line) for line in process.stdout.splitlines()]
+    if process.returncode or len(answers) != len(jobs):
+        raise LaunchError(
+            f"The configs could not be checked ({shlex.join(_CHECK)} ended with exit code "
+            f"{process.returncode}): its message is above."
+        )
+    wrong = [(job, answer["problem"]) for job, answer in zip(jobs, answers, strict=True)]
+    wrong = [(job, problem) for job, problem in wrong if problem]
+    for job, problem in wrong:
+        print(f"{job.name}: {problem}", file=sys.stderr)
+    if wrong:
+        raise LaunchError(
+            f"{len(wrong)} of {len(jobs)} runs cannot start, so none was started: mend the sweep "
+            f"file."
+        )
+    return {
+        job.name: answer["changed"]
+        for job, answer in zip(jobs, answers, strict=True)
+        if answer["finished"]
+    }
+
+
+def _without_devices(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if not argument.startswith("--devices=")]
+
+
+def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> int:
+    """Runs the jobs on this machine and says how each has ended."""
+    local = Local(workdir, given.jobs, shell.say)
+    codes = local.run(jobs)
+    ended = [job for job in jobs if codes[job.name] == 0]
+    done = finished(ended, given.devices) if ended else {}
+    failed = {name: code for name, code in codes.items() if name not in done}
+    shell.say(f"{len(done)} of {len(jobs)} runs have come to their end")
+    for name, code in failed.items():
+        how = {None: "not started", 0: "stopped before its end", STOPPED: "stopped, will go on"}
+        shell.say(f"  {name}: {how.get(code, f'exit code {code}')} ({workdir / name / LOG})")
+    if local.stopping and failed:
+        shell.say("stopped: run the same command again to go on")
+        return STOPPED
+    return 1 if failed else 0
+
+
+def _write_record(workdir: Path, named: dict[str, runs.Run]) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / SWEEP_RECORD).write_text(json.dumps(named, indent=1) + "\n")
+    except OSError as error:
+        raise LaunchError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another."
+        ) from None
+
+
+def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+    """The sweep's flags and the options of its backend (None for this machine)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sweep", required=True, help="A file with get_hyper(hyper).")
+    parser.add_argument("--workdir", required=True, help="Each run gets a folder in it.")
+    parser.add_argument("--backend", choices=("local", "slurm", "tpu_vm"), default="local")
+    parser.add_argument("--dry_run", action="store_true", help="Check and print, start nothing.")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=0,
+        help="Devices of one run: virtual CPU devices here, those it will have on a cluster.",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time on this machine.")
+    backend = parser.parse_known_args(argv)[0].backend
+    if backend == "local":
+        given, options = parser.parse_args(argv), None
+    else:
+        kind = _backend(backend)[0]
+        add_options(parser, kind)
+        given = parser.parse_args(argv)
+        options = read_options(kind, given)
+        if given.devices < 1:
+            raise LaunchError(f"--devices is missing: say how many a run will have on {backend}.")
+    if given.jobs < 1 or given.devices < 0:
+        raise LaunchError("--jobs is 1 or more, and --devices is not negative: change them.")
+    return given, options
+
+
+def _backend(name: str) -> tuple[type, Callable[[Sequence[Job], Any, Shell], None]]:
+    """A cluster's options, and what hands it the jobs.  Imported here: a laptop needs neither."""
+    if name == "slurm":
+        from launch import slurm
+
+        def submit(jobs: Sequence[Job], options: Any, shell: Shell) -> None:
+            identity = slurm.submit(jobs, options, shell)
+            if identity:
+                shell.say(f"job {identity}: squeue -j {identity}")
+
+        return slurm.SlurmOptions, submit
+    from launch import tpu_vm
+
+    def create(jobs: Sequence[Job], options: Any, shell: Shell) -> None:
+        refused = 0
+        for job in jobs:
+            try:
+                tpu_vm.launch(job, options, shell)
+            except LaunchError as error:  # that of a VM which is there already, say
+                shell.say(f"{job.name}: {error}")
+                refused += 1
+        if refused:
+            raise LaunchError(
+                f"{refused} of {len(jobs)} runs got no VM: the reasons are above, mend them and "
+                f"run this again."
+            )
+
+    return tpu_vm.TpuOptions, create
+
+
+if __name__ == "__main__":
+    run_main(main)
