@@ -1,13 +1,16 @@
 """launch.slurm, its script read here and run on a real Slurm of one node (.ci/slurm.sh)."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from launch_runs import ROOT, digest, following, two_process_flags
-from small_run import flags, train_rows, write_corpus
+from small_run import SMALL, train_rows, write_corpus
 
+from launch import sweep
 from launch.job import Job
 from launch.shell import LaunchError, Shell
 from launch.slurm import SlurmOptions, main, script, submit
@@ -164,17 +167,45 @@ def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, la
     assert digest(tmp_path / "two", cli_env) == digest(tmp_path / "one", cli_env)
 
 
+SWEEP = """
+SHARED = {shared!r}
+
+def get_hyper(hyper):
+    fixed = [hyper.fixed(key, value) for key, value in SHARED.items()]
+    return hyper.product([*fixed, hyper.sweep("config.seed", range(3))])
+"""
+
+
 @pytest.mark.slurm
-def test_an_array_of_jobs(tmp_path, launch):
-    files = write_corpus(tmp_path / "text")
-    jobs = [
-        Job(f"seed-{seed}", tuple(flags(tmp_path / f"{seed}", files, seed=seed, train__steps=3)))
-        for seed in range(3)
+def test_a_sweep_runs_as_an_array(tmp_path, cli_env, monkeypatch, capsys):
+    for name, value in cli_env.items():
+        monkeypatch.setenv(name, value)
+    small = SMALL | {"data.files": write_corpus(tmp_path / "text"), "train.steps": 3}
+    shared = {f"config.{key}": value for key, value in small.items()}
+    shared["config"] = str(ROOT / "configs" / "tiny.py")
+    (tmp_path / "sweep.py").write_text(SWEEP.format(shared=shared))
+    command = [
+        f"--sweep={tmp_path / 'sweep.py'}",
+        f"--workdir={tmp_path / 'runs'}",
+        "--backend=slurm",
+        "--devices=1",
+        "--cpus_per_process=1",
+        f"--python={sys.executable}",
+        f"--directory={ROOT}",
+        f"--logs={tmp_path / 'logs'}",
     ]
-    job, logs = launch(jobs, cpus_per_process=1)
-    losses = []
-    for seed in range(3):
-        with following(logs / f"seed-0-and-2-more-{job}_{seed}.out") as output:
-            assert f"seed-{seed}: exit code" in output.until("exit code")
-        losses.append(train_rows(tmp_path / f"{seed}")[-1]["loss"])
-    assert len(set(losses)) == 3
+    assert sweep.main(command) == 0
+    printed = capsys.readouterr().out
+    [job] = re.findall(r"^job (\d+): squeue", printed, re.M)
+    try:
+        names = sorted(json.loads((tmp_path / "runs" / "sweep.json").read_text()))
+        for index in range(3):
+            log = next((tmp_path / "logs").glob("*.sh")).stem
+            with following(tmp_path / "logs" / f"{log}-{job}_{index}.out") as output:
+                output.until("exit code 0")
+    finally:
+        subprocess.run(["scancel", job], check=True)
+    assert len({train_rows(tmp_path / "runs" / name)[-1]["loss"] for name in names}) == 3
+    assert sweep.main(command) == 0  # and all of them are at their end
+    again = capsys.readouterr().out
+    assert again.count("is at its end: skipped") == 3 and "sbatch" not in again
