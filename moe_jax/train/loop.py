@@ -16,8 +16,8 @@ from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.profile import Profiler
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
-from moe_jax.train.state import TrainState, everywhere, state_shardings, to_disk
-from moe_jax.train.step import StepMetrics, make_train_step
+from moe_jax.train.state import TrainState, to_disk
+from moe_jax.train.step import StepMetrics, jit_train_step
 
 SAMPLES = "samples.txt"
 
@@ -99,10 +99,7 @@ def _diverged(metrics: StepMetrics) -> bool:
 
 def compile_step(run: Run, state: TrainState, batch: Any) -> Any:
     """The compiled train step, its state donated."""
-    step = make_train_step(run.model, run.optimizer, run.step_options, run.mesh)
-    where = state_shardings(run.model, run.optimizer, run.mesh)
-    # Metrics whole on every device: each process can read them.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(run.mesh)))
+    jitted = jit_train_step(run.model, run.optimizer, run.step_options, run.mesh)
     return jitted.lower(state, batch).compile()
 
 

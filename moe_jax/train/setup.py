@@ -76,11 +76,7 @@ class Run:
     @property
     def step_options(self) -> StepOptions:
         """What the train step takes from the config."""
-        return StepOptions(
-            seed=self.config.seed,
-            group_rows=self.config.model.moe.group_rows,
-            clip_norm=self.config.optimizer.clip_norm,
-        )
+        return StepOptions.of(self.config)
 
 
 def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | None = None) -> Run:

@@ -10,12 +10,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
 from moe_jax.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
 from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
-from moe_jax.train.state import TrainState
+from moe_jax.train.state import TrainState, everywhere, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ class StepOptions:
     seed: int
     group_rows: int
     clip_norm: float  # 0: no clipping
+
+    @classmethod
+    def of(cls, config: Config) -> "StepOptions":
+        """What the train step takes from a resolved config."""
+        return cls(config.seed, config.model.moe.group_rows, config.optimizer.clip_norm)
 
 
 def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
@@ -93,7 +99,7 @@ def make_gradients(
 def make_train_step(
     model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step with everything bound that does not change; jit it with the state donated."""
+    """The step with everything bound that does not change; `jit_train_step` donates the state."""
     gradients = make_gradients(model, options, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -114,3 +120,13 @@ def make_train_step(
         return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
+
+
+def jit_train_step(
+    model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
+) -> jax.stages.Wrapped:
+    """The train step as a run compiles it."""
+    step = make_train_step(model, optimizer, options, mesh)
+    where = state_shardings(model, optimizer, mesh)
+    # Metrics whole on every device: each process can read them.
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))

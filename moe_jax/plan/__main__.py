@@ -1,0 +1,110 @@
+"""python -m moe_jax.plan --config=... --topology=v5p:8x8x16: what fits, and how fast it can go."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from moe_jax.config import from_config_dict
+from moe_jax.errors import UserError
+from moe_jax.plan import report
+from moe_jax.plan.analytic import estimate
+from moe_jax.plan.compiled import Compiled, compile_plan
+from moe_jax.plan.lowering import Plan, make_plan
+from moe_jax.plan.roofline import roofline
+from moe_jax.plan.topology import Topology, compile_devices, parse_topology
+from moe_jax.plan.work import executed_flops, moved_bytes, traffic
+from moe_jax.train import flags
+
+_FLAGS = (
+    flags.Flag("topology", "", "What it would run on: v5p:8x8x16, v5e:4x4, h200:8."),
+    flags.Flag("mesh", "", "data=1,fsdp=128,expert=8,tensor=1, instead of the config's."),
+    flags.Flag("tokens", 1e12, "Tokens of the whole training, for chip-hours."),
+    flags.Flag("save", "", "Write the compiled executable there; takes minutes longer."),
+    flags.Flag("compile", True, "Compile; --nocompile gives the analytic estimate alone."),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; its last line says whether it fits."""
+    parsed = flags.parse(argv, extra=_FLAGS, workdir=False)
+    given = parsed.flags
+    if not given.topology:
+        raise UserError("--topology is missing: name one, such as v5p:8x8x16 or h200:8.")
+    topology = parse_topology(given.topology)
+    if topology.chip.torus:
+        jax.config.update("jax_platforms", "cpu")  # TPUs come from the topology alone
+    if given.mesh:
+        parsed.config.mesh.update(_mesh(given.mesh))
+    plan = make_plan(from_config_dict(parsed.config), topology.num_devices)
+    for line in report.describe_plan(plan, topology):
+        print(line, flush=True)
+    compiled = _compile(plan, topology, given)
+    print(*_lines(plan, topology, compiled, given.tokens), sep="\n", flush=True)
+    return 0
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Sizes written as data=2,expert=8; an axis that is not named has size 1."""
+    sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdigit():
+            raise UserError(f"--mesh={text}: write AXIS=SIZE,... with {', '.join(sizes)}.")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
+    """The compiled program, where there is to be one and XLA can make it."""
+    if not given.compile:
+        print("not compiled: every figure below is an analytic estimate")
+        return None
+    devices, how = compile_devices(topology)
+    if not devices:
+        print(f"not compiled ({how}): every figure below is an analytic estimate")
+        return None
+    compiled = compile_plan(plan, topology, _progress, given.save)
+    print(f"compiled in {compiled.seconds:.0f} s: {how}")
+    if compiled.digest:
+        print(f"saved {given.save} (SHA-256 {compiled.digest})")
+    return compiled
+
+
+def _lines(plan: Plan, topology: Topology, compiled: Compiled | None, tokens: float) -> list[str]:
+    memory = estimate(plan)
+    usable = usable_bytes(topology)
+    read = compiled is not None and compiled.collectives is not None
+    found = report.compiled_traffic(compiled, plan) if read else traffic(plan)
+    executed = executed_flops(plan)
+    roof = roofline(plan, topology, executed, moved_bytes(plan), found)
+    lines = [
+        *report.describe_memory(memory, compiled, usable),
+        *report.describe_traffic(found, "read from the compiled program" if read else "analytic"),
+        *report.describe_speed(plan, topology, roof, executed, tokens),
+    ]
+    if compiled is not None and compiled.error:
+        lines.append(f"XLA: {compiled.error}")
+    needed = memory.total if compiled is None else compiled.peak
+    return [*lines, f"fits: {'yes' if needed <= usable else 'no'}"]
+
+
+def usable_bytes(topology: Topology) -> float:
+    """Bytes of a device that XLA takes: of a GPU's, the share that JAX reserves."""
+    if topology.chip.torus:
+        return topology.chip.hbm
+    return topology.chip.hbm * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def cli() -> None:
+    """The console command."""
+    flags.run(main)
+
+
+if __name__ == "__main__":
+    cli()

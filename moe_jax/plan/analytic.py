@@ -1,0 +1,215 @@
+"""Bytes a device holds at its fullest, from first principles.
+
+Axes as everywhere: N tokens of one device in a microbatch, M rows in a dispatch buffer, D width, F
+expert width, U matrices into an expert, E experts, K choices, L layers, H and J heads, A head
+width, V vocabulary.  All sizes here are those of one device.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.experts import ACTIVATE
+from moe_jax.model.moe.layer import make_dispatch
+from moe_jax.model.stack import is_axes
+from moe_jax.parallel.rules import spec
+from moe_jax.plan.lowering import Plan
+from moe_jax.train.state import abstract_state, state_shardings
+
+
+class Memory(NamedTuple):
+    """Bytes a device holds at the fullest moment of a step, by what they are for."""
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float
+    dispatch: float
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Sizes of one device's share of the model and of a microbatch."""
+
+    model: ModelConfig
+    sizes: dict[str, int]  # of the mesh axes
+    c: int  # bytes of a computed number
+    N: int
+    M: int  # 0 without experts
+    U: int
+
+    @property
+    def ffn(self) -> int:
+        """Columns of the experts' hidden layer."""
+        return self.model.moe.expert_width // self.sizes["tensor"]
+
+    @property
+    def dense_ffn(self) -> int:
+        """Columns of a dense hidden layer."""
+        return self.model.ffn_width // self.sizes["tensor"]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query and key/value heads."""
+        tensor = self.sizes["tensor"]
+        return self.model.num_heads // tensor, self.model.num_kv_heads // tensor
+
+
+def local_sizes(plan: Plan) -> Local:
+    """Sizes of one device's share."""
+    config, model = plan.config, plan.config.model
+    sizes = dataclasses.asdict(config.mesh)
+    rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
+    N = rows * config.data.sequence_length
+    M = 0 if model.dense else buffer_rows(plan, rows)
+    U = ACTIVATE[model.activation][0]
+    return Local(model, sizes, jnp.dtype(config.precision).itemsize, N, M, U)
+
+
+def buffer_rows(plan: Plan, rows: int) -> int:
+    """Rows of the buffer in which a device's experts find their tokens."""
+    config, moe = plan.config, plan.config.model.moe
+    dispatch = make_dispatch(moe)
+    T, K, E = config.data.sequence_length, moe.top_k, moe.num_experts
+    if moe.dispatch == "dense":
+        return rows * T * E
+    capacity = dispatch.capacity(moe.group_rows * T, K, E, True)
+    if capacity is not None:
+        return rows // moe.group_rows * E * capacity
+    shards = config.mesh.expert
+    assignments = rows * T * K
+    factor = min(getattr(dispatch, "recv_factor", 0) or shards, shards)
+    return shards * min(assignments, math.ceil(assignments * factor / shards))
+
+
+def estimate(plan: Plan) -> Memory:
+    """The fullest moment of the step."""
+    parameters, optimizer = state_bytes(plan)
+    local = local_sizes(plan)
+    gradients = parameters * (2 if plan.config.train.accumulation > 1 else 1)
+    saved = saved_bytes(local)
+    backward = layer_bytes(local)
+    loss = loss_bytes(plan, local)
+    gathered = gathered_bytes(plan)
+    # Fullest either while a layer goes back, or at the loss, when all activations are there.
+    at_layer = backward.activations + backward.dispatch + gathered
+    if at_layer >= loss:
+        return Memory(
+            parameters,
+            optimizer,
+            gradients,
+            saved + backward.activations,
+            backward.dispatch,
+            gathered,
+        )
+    return Memory(parameters, optimizer, gradients, saved + loss, 0.0, 0.0)
+
+
+def state_bytes(plan: Plan) -> tuple[float, float]:
+    """Parameters and optimizer state, exact."""
+    state = abstract_state(plan.model, plan.optimizer)
+    where = state_shardings(plan.model, plan.optimizer, plan.mesh)
+
+    def total(tree: Any, places: Any) -> float:
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        return float(
+            sum(math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, at in pairs)
+        )
+
+    return total(state.params, where.params), total(state.optimizer, where.optimizer)
+
+
+def leaves(plan: Plan) -> list[tuple[str, tuple[str | None, ...], int]]:
+    """(name, logical axes, numbers) of every parameter; of stacked ones, all layers together."""
+    axes_of = dict(jax.tree.leaves_with_path(plan.model.logical_axes, is_leaf=is_axes))
+    return [
+        (path[-1].key, axes_of[path], math.prod(leaf.shape))
+        for path, leaf in jax.tree.leaves_with_path(plan.model.abstract)
+    ]
+
+
+def moe_layers(model: ModelConfig) -> int:
+    """Layers that hold experts."""
+    return sum(model.is_moe(layer) for layer in range(model.num_layers))
+
+
+def saved_bytes(local: Local) -> float:
+    """What all layers keep of the forward pass for the backward pass."""
+    model, c, N, M = local.model, local.c, local.N, local.M
+    D, A, E = model.width, model.head_dim, model.moe.num_experts
+    H, J = local.heads
+    sparse = moe_layers(model)
+    stream = N * D * c
+    total = model.num_layers * stream  # where each block begins
+    routing = sparse * N * E * 4
+    attention = model.num_layers * N * H * A * c
+    hidden = (model.num_layers - sparse) * N * local.U * local.dense_ffn * c
+    hidden += sparse * M * local.U * local.ffn * c
+    dispatched = sparse * 2 * M * D * c
+    if model.remat == "save_dispatch":
+        total += routing + dispatched
+    if model.remat == "save_hidden":
+        total += routing + dispatched + attention + hidden
+    if model.remat == "dots":
+        projections = model.num_layers * N * ((H + 2 * J) * A + D) * c
+        total += projections + hidden - sparse * M * local.U * local.ffn * c
+    if model.remat == "none":
+        per_layer = N * (2 * D * c + 2 * D * c + (H + 2 * J) * A * c + H * 4)
+        active = (model.num_layers - sparse) * N * local.dense_ffn + sparse * M * local.ffn
+        total += model.num_layers * per_layer + attention + hidden + active * c + dispatched
+        total += routing
+    return total
+
+
+class Working(NamedTuple):
+    """What one layer holds while it goes back."""
+
+    activations: float
+    dispatch: float
+
+
+def layer_bytes(local: Local) -> Working:
+    """The fullest moment of one layer's backward pass."""
+    model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
+    D = model.width
+    stream = 4 * N * D * c
+    if not moe_layers(model):
+        return Working(stream + N * local.dense_ffn * c * 2 * (U + 1), 0.0)
+    hidden = M * local.ffn * c
+    return Working(stream, (3 * U + 1) * hidden + 4 * M * D * c)
+
+
+def loss_bytes(plan: Plan, local: Local) -> float:
+    """Head, its gradient and a chunk of logits (cross_entropy.py)."""
+    model = local.model
+    V, D = model.vocab_size // local.sizes["tensor"], model.width
+    chunk = min(model.loss_chunk, local.N)
+    return V * D * (2 * local.c + 4) + chunk * V * (2 * 4 + local.c) + 2 * local.N * D * local.c
+
+
+def gathered_bytes(plan: Plan) -> float:
+    """One layer's weights without their fsdp split, and their gradients before theirs."""
+    sizes = plan.mesh.shape
+    if sizes["fsdp"] == 1:
+        return 0.0
+    c, layers = local_sizes(plan).c, plan.config.model.num_layers
+    total = 0.0
+    for name, axes, size in leaves(plan):
+        if "fsdp" not in str(spec(axes)) or name in ("embed_VD", "head_DV"):
+            continue
+        ways = 1
+        for entry in spec(axes):
+            for axis in entry if isinstance(entry, tuple) else (entry,):
+                ways *= sizes[axis] if axis in ("expert", "tensor") else 1
+        total += size / ways * c
+    return 2 * total / layers

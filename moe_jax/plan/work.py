@@ -1,0 +1,116 @@
+"""What one device computes, moves to and from memory, and sends in a step, from first principles.
+
+Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
+"""
+
+
+from moe_jax.model.flops import flops_per_token
+from moe_jax.model.moe.layer import make_dispatch
+from moe_jax.parallel.rules import spec
+from moe_jax.plan.analytic import Local, leaves, local_sizes, state_bytes
+from moe_jax.plan.lowering import Plan
+from moe_jax.plan.roofline import Traffic
+
+# Policies under which the backward pass computes the blocks' matrix products again, and those
+# under which it sends the tokens to their experts again.
+_COMPUTES_AGAIN = ("full", "save_dispatch")
+_SENDS_AGAIN = ("full", "dots")
+
+
+def executed_flops(plan: Plan) -> float:
+    """FLOPs of one device's matrix products: recomputation and empty slots included."""
+    config, model = plan.config, plan.config.model
+    T = config.data.sequence_length
+    tokens = config.train.batch_size * T / plan.mesh.size
+    flops = flops_per_token(model, T) * tokens
+    if model.remat in _COMPUTES_AGAIN:
+        head = 6.0 * model.vocab_size * model.width * tokens
+        flops += (flops - head) / 3
+    if model.dense:
+        return flops
+    dispatch, moe = make_dispatch(model.moe), model.moe
+    capacity = dispatch.capacity(moe.group_rows * T, moe.top_k, moe.num_experts, True)
+    if capacity is None:
+        return flops
+    slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
+    passes = 8.0 if model.remat in _COMPUTES_AGAIN else 6.0
+    experts = sum(size for _, axes, size in leaves(plan) if "experts" in axes)
+    used = experts / moe.num_experts * moe.top_k
+    return flops + (slots - 1) * passes * used * tokens
+
+
+def moved_bytes(plan: Plan) -> float:
+    """Bytes between one device and its memory that no fusion avoids: the state once in and out,
+    and every weight in the compute dtype for each pass of each microbatch."""
+    parameters, optimizer = state_bytes(plan)
+    passes = 3 + (plan.config.model.remat in _COMPUTES_AGAIN)
+    c = local_sizes(plan).c
+    weights = sum(
+        size * c / _ways(plan, axes, ("expert", "tensor")) for _, axes, size in leaves(plan)
+    )
+    again = plan.config.train.accumulation
+    return 2 * (parameters + optimizer) + 2 * parameters + passes * weights * again
+
+
+def traffic(plan: Plan) -> list[Traffic]:
+    """What one device sends in a step."""
+    local = local_sizes(plan)
+    return [*_weights(plan, local), *_tokens(plan, local), *_tensor(plan, local)]
+
+
+def _weights(plan: Plan, local: Local) -> list[Traffic]:
+    """Gathering what fsdp splits, and reducing gradients."""
+    sizes, again = local.sizes, plan.config.train.accumulation
+    gathers = 2  # forward, and again when the layer goes back
+    found = []
+    for _, axes, size in leaves(plan):
+        used = {axis for entry in spec(axes) for axis in _axes(entry)}
+        whole = size * local.c / _ways(plan, axes, ("expert", "tensor"))
+        if "fsdp" in used and (n := sizes["fsdp"]) > 1:
+            found.append(Traffic("all-gather", "fsdp", again * gathers * whole * (n - 1) / n))
+            found.append(Traffic("reduce-scatter", "fsdp", again * whole * (n - 1) / n))
+        over = [axis for axis in ("data", "fsdp", "expert") if axis not in used and sizes[axis] > 1]
+        n = 1
+        for axis in over:
+            n *= sizes[axis]
+        if n > 1:
+            part = whole / (sizes["fsdp"] if "fsdp" in used else 1)
+            found.append(Traffic("all-reduce", " x ".join(over), again * 2 * part * (n - 1) / n))
+    return found
+
+
+def _tokens(plan: Plan, local: Local) -> list[Traffic]:
+    """The all-to-alls of the experts: there and back, forward and backward."""
+    model, n = local.model, local.sizes["expert"]
+    if n == 1 or not local.M or model.moe.dispatch not in ("capacity", "dropless"):
+        return []
+    layers = sum(model.is_moe(layer) for layer in range(model.num_layers))
+    times = 4 + 2 * (model.remat in _SENDS_AGAIN)
+    buffer = local.M * model.width * local.c
+    again = plan.config.train.accumulation
+    return [Traffic("all-to-all", "expert", again * layers * times * buffer * (n - 1) / n)]
+
+
+def _tensor(plan: Plan, local: Local) -> list[Traffic]:
+    """Sums over tensor: after attention and after the FFN, forward and backward."""
+    n, model = local.sizes["tensor"], local.model
+    if n == 1:
+        return []
+    times = 4 + 2 * (model.remat in _COMPUTES_AGAIN)
+    stream = local.N * model.width * local.c
+    again = plan.config.train.accumulation
+    bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n
+    return [Traffic("all-reduce", "tensor", bytes_)]
+
+
+def _ways(plan: Plan, axes: tuple[str | None, ...], over: tuple[str, ...]) -> int:
+    """Into how many parts these mesh axes split a parameter."""
+    ways = 1
+    for entry in spec(axes):
+        for axis in _axes(entry):
+            ways *= plan.mesh.shape[axis] if axis in over else 1
+    return ways
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()

@@ -1,0 +1,36 @@
+"""python -m moe_jax.plan.worker FOLDER TOPOLOGY SAVE: compiles the plan in FOLDER/config.json.
+
+A process of its own, because XLA can be stopped in no other way.  See compiled.py, which starts it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from moe_jax.config import from_json
+from moe_jax.plan.lowering import lower, make_plan
+from moe_jax.plan.saved import save_step
+from moe_jax.plan.topology import compile_devices, parse_topology
+
+
+def main(folder: str, name: str, save: str) -> None:
+    """Writes FOLDER/result.json, if it is let live so long."""
+    topology = parse_topology(name)
+    if topology.chip.torus:
+        jax.config.update("jax_platforms", "cpu")  # the devices come from the topology
+    plan = make_plan(from_json(Path(folder, "config.json").read_text()), topology.num_devices)
+    devices, _ = compile_devices(topology)
+    executable = lower(plan, devices).compile()
+    memory = executable.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = {
+        "peak": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        "digest": save_step(executable, save) if save else "",
+    }
+    Path(folder, "result.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
