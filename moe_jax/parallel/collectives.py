@@ -30,11 +30,24 @@ def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
     """All-to-all [E, M, ...] -> [E/size, size*M, ...]: each device gets its experts' rows."""
     if size == 1:
         return x_EM
-    return jax.lax.all_to_all(x_EM, axis, split_axis=0, concat_axis=1, tiled=True)
+    E, M, *rest = x_EM.shape
+    x_PEM = _exchange(x_EM.reshape(size, E // size, M, *rest), axis)
+    return x_PEM.swapaxes(0, 1).reshape(E // size, size * M, *rest)
 
 
 def from_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
     """Inverse of `to_experts`."""
     if size == 1:
         return x_EM
-    return jax.lax.all_to_all(x_EM, axis, split_axis=1, concat_axis=0, tiled=True)
+    E, M, *rest = x_EM.shape
+    x_EPM = x_EM.reshape(E, size, M // size, *rest)
+    return _exchange(x_EPM.swapaxes(0, 1), axis).reshape(size * E, M // size, *rest)
+
+
+def _exchange(x_P: jax.Array, axis: str) -> jax.Array:
+    """Part p of the leading axis goes to device p, and comes from there.
+
+    Splitting and joining the leading axis alone leaves the layout as it is.  With one expert a
+    device, TPUs lay the result of `split_axis=1, concat_axis=0` out with half of it padding.
+    """
+    return jax.lax.all_to_all(x_P, axis, split_axis=0, concat_axis=0, tiled=True)

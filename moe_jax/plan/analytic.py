@@ -7,18 +7,15 @@ width, V vocabulary.  All sizes here are those of one device.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.experts import ACTIVATE
 from moe_jax.model.moe.layer import make_dispatch
-from moe_jax.model.stack import is_axes
 from moe_jax.parallel.rules import spec
-from moe_jax.plan.lowering import Plan
-from moe_jax.train.state import abstract_state, state_shardings
+from moe_jax.plan.lowering import Plan, split_ways
 
 
 class Memory(NamedTuple):
@@ -117,25 +114,12 @@ def estimate(plan: Plan) -> Memory:
 
 def state_bytes(plan: Plan) -> tuple[float, float]:
     """Parameters and optimizer state, exact."""
-    state = abstract_state(plan.model, plan.optimizer)
-    where = state_shardings(plan.model, plan.optimizer, plan.mesh)
-
-    def total(tree: Any, places: Any) -> float:
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-        return float(
-            sum(math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, at in pairs)
-        )
-
-    return total(state.params, where.params), total(state.optimizer, where.optimizer)
-
-
-def leaves(plan: Plan) -> list[tuple[str, tuple[str | None, ...], int]]:
-    """(name, logical axes, numbers) of every parameter; of stacked ones, all layers together."""
-    axes_of = dict(jax.tree.leaves_with_path(plan.model.logical_axes, is_leaf=is_axes))
-    return [
-        (path[-1].key, axes_of[path], math.prod(leaf.shape))
-        for path, leaf in jax.tree.leaves_with_path(plan.model.abstract)
-    ]
+    parameters = optimizer = 0.0
+    for leaf in plan.leaves:
+        ways = split_ways(leaf.axes, plan.mesh.shape)
+        parameters += leaf.bytes / ways
+        optimizer += leaf.beside / ways + leaf.whole
+    return parameters, optimizer
 
 
 def moe_layers(model: ModelConfig) -> int:
@@ -204,12 +188,7 @@ def gathered_bytes(plan: Plan) -> float:
         return 0.0
     c, layers = local_sizes(plan).c, plan.config.model.num_layers
     total = 0.0
-    for name, axes, size in leaves(plan):
-        if "fsdp" not in str(spec(axes)) or name in ("embed_VD", "head_DV"):
-            continue
-        ways = 1
-        for entry in spec(axes):
-            for axis in entry if isinstance(entry, tuple) else (entry,):
-                ways *= sizes[axis] if axis in ("expert", "tensor") else 1
-        total += size / ways * c
+    for leaf in plan.leaves:
+        if "fsdp" in str(spec(leaf.axes)) and leaf.name not in ("embed_VD", "head_DV"):
+            total += leaf.size * c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
     return 2 * total / layers

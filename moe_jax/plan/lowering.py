@@ -1,8 +1,9 @@
 """The train step of a config, resolved and lowered for devices that need not be here."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,25 @@ from jax.sharding import AbstractMesh
 from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
 from moe_jax.data.tokenizers import load_tokenizer
-from moe_jax.model.stack import ModelDef, define
+from moe_jax.model.flops import flops_per_token
+from moe_jax.model.stack import ModelDef, define, is_axes
 from moe_jax.optim import Optimizer
-from moe_jax.parallel.mesh import AXES, make_mesh
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from moe_jax.parallel.rules import sharding, spec
 from moe_jax.train import resolve
 from moe_jax.train.state import abstract_state, state_shardings
 from moe_jax.train.step import StepOptions, jit_train_step
+
+
+class Leaf(NamedTuple):
+    """One parameter (of scanned layers: all of them stacked) and its optimizer state."""
+
+    name: str
+    axes: tuple[str | None, ...]  # logical
+    size: int  # numbers
+    bytes: int
+    beside: int  # bytes of optimizer state of its shape, split as it is
+    whole: int  # bytes of other optimizer state, whole on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +40,15 @@ class Plan:
     config: Config
     model: ModelDef
     optimizer: Optimizer
-    mesh: Any  # an AbstractMesh: its axes, without devices
+    mesh: AbstractMesh  # its axes, without devices
+    leaves: tuple[Leaf, ...]
+    flops: float  # of the model, forward and backward, for one token
     notes: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.config.train.batch_size * self.config.data.sequence_length
 
 
 def make_plan(config: Config, num_devices: int) -> Plan:
@@ -40,9 +60,68 @@ def make_plan(config: Config, num_devices: int) -> Plan:
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     config, notes = resolve.resolve(config, num_devices, vocabulary)
     model = define(config.model, jnp.dtype(config.precision))
-    mesh = AbstractMesh(tuple(dataclasses.asdict(config.mesh).values()), AXES)
+    mesh = abstract_mesh(config.mesh)
     resolve.check_shapes(model, mesh)
-    return Plan(config, model, Optimizer(config.optimizer, config.train.steps), mesh, notes)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    optimizer = Optimizer(config.optimizer, config.train.steps)
+    return Plan(config, model, optimizer, mesh, _leaves(model, optimizer), flops, notes)
+
+
+def _leaves(model: ModelDef, optimizer: Optimizer) -> tuple[Leaf, ...]:
+    state = abstract_state(model, optimizer)
+    params = jax.tree.leaves_with_path(state.params)
+    axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
+    moments = jax.tree.structure(state.params).flatten_up_to(state.optimizer)
+    found = []
+    for (path, param), names, tree in zip(params, axes, moments, strict=True):
+        beside = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == param.shape)
+        whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree)) - beside
+        size = math.prod(param.shape)
+        found.append(Leaf(path[-1].key, names, size, _bytes(param), beside, whole))
+    return tuple(found)
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def split_ways(
+    axes: Sequence[str | None], sizes: Mapping[str, int], over: Sequence[str] = AXES
+) -> int:
+    """Into how many parts the mesh axes `over` split a parameter with these logical axes."""
+    ways = 1
+    for entry in spec(axes):
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            ways *= sizes[axis] if axis in over else 1
+    return ways
+
+
+def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulation: int) -> Plan:
+    """The same model on another mesh, under another policy, with another batch.
+
+    Raises:
+      UserError: as `make_plan`.
+    """
+    config = plan.config
+    moe = dataclasses.replace(config.model.moe, group_rows=0)
+    config = dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, remat=remat, moe=moe),
+        train=dataclasses.replace(config.train, batch_size=batch_size, accumulation=accumulation),
+    )
+    devices = math.prod(dataclasses.astuple(mesh))
+    config, notes = resolve.resolve(config, devices, config.model.vocab_size)
+    model = dataclasses.replace(plan.model, config=config.model)
+    resolve.check_shapes(model, abstract_mesh(mesh))
+    return dataclasses.replace(
+        plan, config=config, model=model, mesh=abstract_mesh(mesh), notes=notes
+    )
+
+
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """A mesh of these sizes without devices."""
+    return AbstractMesh(dataclasses.astuple(mesh), AXES)
 
 
 def lower(plan: Plan, devices: Sequence[Any]) -> jax.stages.Lowered:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from moe_jax import checkpoint
-from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.model.flops import param_counts
 from moe_jax.plan.analytic import Memory
 from moe_jax.plan.compiled import Compiled
 from moe_jax.plan.hlo import mesh_axes
@@ -33,7 +33,7 @@ def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
     )
     yield (
         f"batch: {rows:,} rows of {config.data.sequence_length:,} tokens "
-        f"({rows * config.data.sequence_length:,} tokens), {parts} microbatches"
+        f"({plan.tokens:,} tokens) in {parts} microbatch{'es' if parts > 1 else ''}"
     )
     yield from (f"note: {note}" for note in plan.notes)
 
@@ -79,19 +79,19 @@ def describe_speed(
     plan: Plan, topology: Topology, roof: Roofline, executed: float, budget: float
 ) -> Iterator[str]:
     """Step time, rates and costs, all of them bounds."""
-    config = plan.config
-    tokens = config.train.batch_size * config.data.sequence_length
-    model_flops = flops_per_token(config.model, config.data.sequence_length) * tokens
     yield (
-        f"FLOPs a step: {model_flops:.4g} of the model, "
+        f"FLOPs a step: {plan.flops * plan.tokens:.4g} of the model, "
         f"{executed * topology.num_devices:.4g} executed (recomputation and empty slots)"
     )
     busy = ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in roof.limits.items())
     yield f"roofline: {1e3 * roof.seconds:,.1f} ms a step, limited by {roof.limit} ({busy})"
-    yield f"MFU bound: {roof.mfu:.1%}"
+    yield (
+        f"MFU bound: {roof.mfu(roof.seconds):.1%}, and {roof.mfu(roof.exposed):.1%} "
+        f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
+    )
     disk = checkpoint.disk_needed(abstract_state(plan.model, plan.optimizer))
     yield f"checkpoint: {gib(disk)}"
-    rate = tokens / roof.seconds
+    rate = plan.tokens / roof.seconds
     yield f"tokens a day, at most: {rate * _DAY:.4g}"
     hours = budget / rate / 3600 * topology.num_chips
     yield f"chip-hours for {budget:.3g} tokens, at least: {hours:,.0f}"

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.mesh import AXES
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.lowering import Plan
@@ -50,9 +49,13 @@ class Roofline:
         return self.limits[self.limit]
 
     @property
-    def mfu(self) -> float:
-        """Model FLOPs over what the chips could do in that time: the bound from above."""
-        return self.model_flops / self.peak_flops / self.seconds
+    def exposed(self) -> float:
+        """Seconds of a step in which nothing is sent while something is computed."""
+        return max(self.compute, self.memory) + sum(self.links.values())
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs over what the chips could do in a step of so many seconds."""
+        return self.model_flops / self.peak_flops / seconds
 
 
 def roofline(
@@ -71,13 +74,11 @@ def roofline(
     sizes = dataclasses.asdict(plan.config.mesh)
     for one in traffic:
         links[one.axes] += _seconds(one, sizes, topology)
-    tokens = plan.config.train.batch_size * plan.config.data.sequence_length
-    flops = flops_per_token(plan.config.model, plan.config.data.sequence_length) * tokens
     return Roofline(
         executed_flops / chip.peak_flops,
         moved / chip.hbm_bandwidth,
         dict(links),
-        flops / topology.num_devices,
+        plan.flops * plan.tokens / topology.num_devices,
         chip.peak_flops,
     )
 
@@ -110,7 +111,8 @@ def _reach(axes: list[str], sizes: Mapping[str, int], chip: Chip) -> tuple[int, 
     inner, inside, outside = 1, 1, 1
     for axis in reversed(AXES):
         size = sizes[axis]
-        fit = max(1, min(size, chip.island // inner))
+        room = max(1, chip.island // inner)
+        fit = max(n for n in range(1, size + 1) if size % n == 0 and n <= room)
         if axis in axes:
             inside *= fit
             outside *= -(-size // fit)

@@ -3,12 +3,10 @@
 Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
 """
 
-
-from moe_jax.model.flops import flops_per_token
 from moe_jax.model.moe.layer import make_dispatch
-from moe_jax.parallel.rules import spec
-from moe_jax.plan.analytic import Local, leaves, local_sizes, state_bytes
-from moe_jax.plan.lowering import Plan
+from moe_jax.parallel.mesh import AXES
+from moe_jax.plan.analytic import Local, local_sizes, state_bytes
+from moe_jax.plan.lowering import Plan, split_ways
 from moe_jax.plan.roofline import Traffic
 
 # Policies under which the backward pass computes the blocks' matrix products again, and those
@@ -21,8 +19,8 @@ def executed_flops(plan: Plan) -> float:
     """FLOPs of one device's matrix products: recomputation and empty slots included."""
     config, model = plan.config, plan.config.model
     T = config.data.sequence_length
-    tokens = config.train.batch_size * T / plan.mesh.size
-    flops = flops_per_token(model, T) * tokens
+    tokens = plan.tokens / plan.mesh.size
+    flops = plan.flops * tokens
     if model.remat in _COMPUTES_AGAIN:
         head = 6.0 * model.vocab_size * model.width * tokens
         flops += (flops - head) / 3
@@ -34,7 +32,7 @@ def executed_flops(plan: Plan) -> float:
         return flops
     slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
     passes = 8.0 if model.remat in _COMPUTES_AGAIN else 6.0
-    experts = sum(size for _, axes, size in leaves(plan) if "experts" in axes)
+    experts = sum(leaf.size for leaf in plan.leaves if "experts" in leaf.axes)
     used = experts / moe.num_experts * moe.top_k
     return flops + (slots - 1) * passes * used * tokens
 
@@ -45,8 +43,9 @@ def moved_bytes(plan: Plan) -> float:
     parameters, optimizer = state_bytes(plan)
     passes = 3 + (plan.config.model.remat in _COMPUTES_AGAIN)
     c = local_sizes(plan).c
+    sizes = plan.mesh.shape
     weights = sum(
-        size * c / _ways(plan, axes, ("expert", "tensor")) for _, axes, size in leaves(plan)
+        leaf.size * c / split_ways(leaf.axes, sizes, ("expert", "tensor")) for leaf in plan.leaves
     )
     again = plan.config.train.accumulation
     return 2 * (parameters + optimizer) + 2 * parameters + passes * weights * again
@@ -63,9 +62,9 @@ def _weights(plan: Plan, local: Local) -> list[Traffic]:
     sizes, again = local.sizes, plan.config.train.accumulation
     gathers = 2  # forward, and again when the layer goes back
     found = []
-    for _, axes, size in leaves(plan):
-        used = {axis for entry in spec(axes) for axis in _axes(entry)}
-        whole = size * local.c / _ways(plan, axes, ("expert", "tensor"))
+    for leaf in plan.leaves:
+        used = {axis for axis in AXES if split_ways(leaf.axes, dict.fromkeys(AXES, 2), (axis,)) > 1}
+        whole = leaf.size * local.c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
         if "fsdp" in used and (n := sizes["fsdp"]) > 1:
             found.append(Traffic("all-gather", "fsdp", again * gathers * whole * (n - 1) / n))
             found.append(Traffic("reduce-scatter", "fsdp", again * whole * (n - 1) / n))
@@ -101,16 +100,3 @@ def _tensor(plan: Plan, local: Local) -> list[Traffic]:
     again = plan.config.train.accumulation
     bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n
     return [Traffic("all-reduce", "tensor", bytes_)]
-
-
-def _ways(plan: Plan, axes: tuple[str | None, ...], over: tuple[str, ...]) -> int:
-    """Into how many parts these mesh axes split a parameter."""
-    ways = 1
-    for entry in spec(axes):
-        for axis in _axes(entry):
-            ways *= plan.mesh.shape[axis] if axis in over else 1
-    return ways
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()

@@ -1,0 +1,68 @@
+"""The planner's analytic memory beside XLA's, for many configs and topologies: a Markdown table.
+
+    python benchmarks/plan_memory.py [--cache=FILE]
+
+Needs libtpu (the extra `plan`) and no TPU; each row takes about ten seconds.  With --cache the
+compiled figures are kept in FILE (JSON) and only missing ones are compiled.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags as absl_flags  # noqa: F401  (the flags module below stands on it)
+
+from moe_jax.config import from_config_dict
+from moe_jax.plan.analytic import estimate
+from moe_jax.plan.compiled import compile_plan
+from moe_jax.plan.lowering import make_plan
+from moe_jax.plan.topology import parse_topology
+from moe_jax.train import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PAIRS = (
+    "mixtral_8x7b.py v5p:8x8x16",
+    "mixtral_8x7b.py v5p:4x8x8",
+    "mixtral_8x7b.py v5p:4x4x8 --config.train.accumulation=4",
+    "mixtral_8x7b.py v5p:8x8x16 --config.model.moe.dispatch=capacity --config.model.remat=save_dispatch",
+    "mixtral_8x7b.py v5p:4x8x8 --config.mesh.tensor=4",
+    "qwen3_30b_a3b.py v5p:8x8x16",
+    "qwen3_30b_a3b.py v6e:16x16 --config.model.moe.dispatch=capacity --config.train.batch_size=256",
+    "olmoe_1b_7b.py v5p:8x8x8 --config.mesh.fsdp=64 --config.mesh.data=1",
+    "olmoe_1b_7b.py v5p:4x8x8 --config.model.moe.dispatch=capacity --config.mesh.fsdp=-1 --config.mesh.data=1",
+    "switch_base.py v5e:4x4 --config.mesh.expert=16 --config.train.accumulation=4",
+    "gshard.py v5p:4x4x4 --config.mesh.expert=64",
+    "switch_c.py v5p:8x8x16 --config.mesh.expert=512",
+    "bench_mixtral_2b.py v5p:2x2x1 --config.train.batch_size=16",
+    "bench_olmoe_half.py v5p:2x2x1 --config.train.batch_size=16",
+)
+
+
+def main(argv: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    cache = Path(argv[0].removeprefix("--cache=")) if argv else None
+    known = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    print("| config and overrides | topology | analytic, GiB | XLA, GiB | difference |")
+    print("|---|---|---|---|---|")
+    for pair in PAIRS:
+        name, where, *overrides = pair.split()
+        topology = parse_topology(where)
+        arguments = ["plan", f"--config={ROOT / 'configs' / name}", *overrides]
+        config = from_config_dict(flags.parse(arguments, workdir=False).config)
+        plan = make_plan(config, topology.num_devices)
+        if pair not in known:
+            known[pair] = compile_plan(plan, topology, lambda line: None).peak
+            if cache:
+                cache.write_text(json.dumps(known, indent=1))
+        ours, xla = estimate(plan).total, known[pair]
+        short = " ".join([name.removesuffix(".py"), *(o.removeprefix("--config.") for o in overrides)])
+        print(
+            f"| {short} | {where} | {ours / 2**30:.2f} | {xla / 2**30:.2f} | {ours / xla - 1:+.1%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
