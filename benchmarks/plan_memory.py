@@ -57,7 +57,9 @@ def main(argv: list[str]) -> None:
             if cache:
                 cache.write_text(json.dumps(known, indent=1))
         ours, xla = estimate(plan).total, known[pair]
-        short = " ".join([name.removesuffix(".py"), *(o.removeprefix("--config.") for o in overrides)])
+        short = " ".join(
+            [name.removesuffix(".py"), *(o.removeprefix("--config.") for o in overrides)]
+        )
         print(
             f"| {short} | {where} | {ours / 2**30:.2f} | {xla / 2**30:.2f} | {ours / xla - 1:+.1%} |",
             flush=True,

@@ -46,6 +46,11 @@ class Local:
     U: int
 
     @property
+    def vocab(self) -> int:
+        """Columns of the head."""
+        return self.model.vocab_size // self.sizes["tensor"]
+
+    @property
     def ffn(self) -> int:
         """Columns of the experts' hidden layer."""
         return self.model.moe.expert_width // self.sizes["tensor"]
@@ -90,26 +95,30 @@ def buffer_rows(plan: Plan, rows: int) -> int:
 
 
 def estimate(plan: Plan) -> Memory:
-    """The fullest moment of the step."""
+    """The fullest moment of the step: at the loss, or while a layer goes back."""
     parameters, optimizer = state_bytes(plan)
     local = local_sizes(plan)
-    gradients = parameters * (2 if plan.config.train.accumulation > 1 else 1)
-    saved = saved_bytes(local)
-    backward = layer_bytes(local)
-    loss = loss_bytes(plan, local)
-    gathered = gathered_bytes(plan)
-    # Fullest either while a layer goes back, or at the loss, when all activations are there.
-    at_layer = backward.activations + backward.dispatch + gathered
-    if at_layer >= loss:
-        return Memory(
-            parameters,
-            optimizer,
-            gradients,
-            saved + backward.activations,
-            backward.dispatch,
-            gathered,
-        )
-    return Memory(parameters, optimizer, gradients, saved + loss, 0.0, 0.0)
+    again = plan.config.train.accumulation > 1
+    # With several microbatches there are the sum of the gradients and those of one.
+    summed = parameters if again else 0.0
+    saved, V = saved_bytes(local), local.vocab
+    D, c = local.model.width, local.c
+    # The head's gradient is there whole from the loss on (ops/cross_entropy.py), the head with it.
+    head = V * D * 4
+    chunk = min(local.model.loss_chunk, local.N)
+    at_loss = Memory(
+        parameters, optimizer, summed + head, saved + chunk * V * (4 + c), 0.0, V * D * c
+    )
+    layer = layer_bytes(local)
+    at_layer = Memory(
+        parameters,
+        optimizer,
+        summed + parameters + head,
+        saved + layer.activations,
+        layer.dispatch,
+        gathered_bytes(plan),
+    )
+    return max(at_loss, at_layer, key=lambda memory: memory.total)
 
 
 def state_bytes(plan: Plan) -> tuple[float, float]:
@@ -165,20 +174,19 @@ class Working(NamedTuple):
 def layer_bytes(local: Local) -> Working:
     """The fullest moment of one layer's backward pass."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
-    D = model.width
-    stream = 4 * N * D * c
+    stream = 4 * N * model.width * c
     if not moe_layers(model):
         return Working(stream + N * local.dense_ffn * c * 2 * (U + 1), 0.0)
-    hidden = M * local.ffn * c
-    return Working(stream, (3 * U + 1) * hidden + 4 * M * D * c)
-
-
-def loss_bytes(plan: Plan, local: Local) -> float:
-    """Head, its gradient and a chunk of logits (cross_entropy.py)."""
-    model = local.model
-    V, D = model.vocab_size // local.sizes["tensor"], model.width
-    chunk = min(model.loss_chunk, local.N)
-    return V * D * (2 * local.c + 4) + chunk * V * (2 * 4 + local.c) + 2 * local.N * D * local.c
+    wide, narrow = M * local.ffn * c, M * model.width * c
+    if model.moe.dispatch == "dropless":
+        # Before the activation and its gradient, and what lies between them; or the hidden layer
+        # forward again, with tokens sent, received and sorted, there and back.
+        here = model.moe.num_experts // local.sizes["expert"]
+        mask = M * here * 128 if here > 1 else 0  # ragged_dot's, a byte a lane
+        return Working(
+            stream, max((2 * U + 3) * wide + 2 * narrow, (U + 2) * wide + 5 * narrow + mask)
+        )
+    return Working(stream, (2 * U + 2) * wide + 3 * narrow)
 
 
 def gathered_bytes(plan: Plan) -> float:

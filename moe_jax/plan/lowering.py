@@ -37,7 +37,8 @@ class Leaf(NamedTuple):
 class Plan:
     """A config resolved for a number of devices."""
 
-    config: Config
+    asked: Config  # as written
+    config: Config  # as run
     model: ModelDef
     optimizer: Optimizer
     mesh: AbstractMesh  # its axes, without devices
@@ -58,13 +59,15 @@ def make_plan(config: Config, num_devices: int) -> Plan:
       UserError: what the trainer refuses before it compiles.
     """
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    asked = config
     config, notes = resolve.resolve(config, num_devices, vocabulary)
     model = define(config.model, jnp.dtype(config.precision))
     mesh = abstract_mesh(config.mesh)
     resolve.check_shapes(model, mesh)
     flops = flops_per_token(config.model, config.data.sequence_length)
     optimizer = Optimizer(config.optimizer, config.train.steps)
-    return Plan(config, model, optimizer, mesh, _leaves(model, optimizer), flops, notes)
+    leaves = _leaves(model, optimizer)
+    return Plan(asked, config, model, optimizer, mesh, leaves, flops, notes)
 
 
 def _leaves(model: ModelDef, optimizer: Optimizer) -> tuple[Leaf, ...]:
@@ -102,16 +105,16 @@ def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulati
     Raises:
       UserError: as `make_plan`.
     """
-    config = plan.config
-    moe = dataclasses.replace(config.model.moe, group_rows=0)
     config = dataclasses.replace(
-        config,
+        plan.asked,
         mesh=mesh,
-        model=dataclasses.replace(config.model, remat=remat, moe=moe),
-        train=dataclasses.replace(config.train, batch_size=batch_size, accumulation=accumulation),
+        model=dataclasses.replace(plan.asked.model, remat=remat),
+        train=dataclasses.replace(
+            plan.asked.train, batch_size=batch_size, accumulation=accumulation
+        ),
     )
     devices = math.prod(dataclasses.astuple(mesh))
-    config, notes = resolve.resolve(config, devices, config.model.vocab_size)
+    config, notes = resolve.resolve(config, devices, plan.config.model.vocab_size)
     model = dataclasses.replace(plan.model, config=config.model)
     resolve.check_shapes(model, abstract_mesh(mesh))
     return dataclasses.replace(

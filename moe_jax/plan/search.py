@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.model.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.plan.analytic import Memory, estimate
-from moe_jax.plan.lowering import Plan, replan
+from moe_jax.plan.lowering import Plan, make_plan, replan
 from moe_jax.plan.roofline import Roofline, roofline
 from moe_jax.plan.topology import Topology
 from moe_jax.plan.work import executed_flops, moved_bytes, traffic
 
-_TENSOR = (1, 2, 4, 8)  # more ways leave matrices too narrow for any chip's matrix unit
+TENSOR = (1, 2, 4, 8)  # more ways leave matrices too narrow for any chip's matrix unit
 
 
 class Found(NamedTuple):
@@ -43,9 +44,15 @@ class Ranking(NamedTuple):
     rejected: list[Rejected]
 
 
-def meshes(devices: int, experts: int) -> Iterator[MeshConfig]:
+def anywhere(config: Config) -> Plan:
+    """The model of a config without its mesh: on one device, where any batch is legal."""
+    train = dataclasses.replace(config.train, accumulation=1)
+    return make_plan(dataclasses.replace(config, mesh=MeshConfig(), train=train), 1)
+
+
+def meshes(devices: int, experts: int, tensors: Iterable[int] = TENSOR) -> Iterator[MeshConfig]:
     """Every way to split `devices` over the mesh axes with up to `experts` ways over expert."""
-    for tensor in _TENSOR:
+    for tensor in tensors:
         if devices % tensor:
             continue
         for expert in divisors(devices // tensor):
@@ -66,22 +73,24 @@ def search(
     topology: Topology,
     usable: float,
     batches: Iterable[int] = (),
-    policies: Iterable[str] = REMAT,
+    policies: Iterable[str] = tuple(REMAT),
+    tensor: Iterable[int] = TENSOR,
 ) -> Ranking:
     """Rank meshes x remat policies x batch sizes; accumulation is the least that fits.
 
     Args:
-      plan: the model; its mesh, remat and accumulation do not matter.
+      plan: the model (`anywhere`); its mesh, remat and accumulation do not matter.
       topology: what it runs on.
       usable: bytes of a device.
       batches: rows a step to try; none: the plan's own, half and twice that.
       policies: names of remat policies to try.
+      tensor: ways to split over tensor to try.
     """
     rows = plan.config.train.batch_size
     found: list[Found] = []
     rejected: list[Rejected] = []
     experts = 1 if plan.config.model.dense else plan.config.model.moe.num_experts
-    for mesh in meshes(topology.num_devices, experts):
+    for mesh in meshes(topology.num_devices, experts, tensor):
         for batch in batches or (rows, rows // 2, 2 * rows):
             for remat in policies:
                 one = _least_accumulation(plan, topology, usable, mesh, remat, batch)
