@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import flags as absl_flags  # noqa: F401  (the flags module below stands on it)
 
 from moe_jax.config import from_config_dict
 from moe_jax.plan.analytic import estimate
@@ -22,16 +21,19 @@ from moe_jax.train import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
+_CAPACITY = "--config.model.moe.dispatch=capacity"
 PAIRS = (
     "mixtral_8x7b.py v5p:8x8x16",
     "mixtral_8x7b.py v5p:4x8x8",
     "mixtral_8x7b.py v5p:4x4x8 --config.train.accumulation=4",
-    "mixtral_8x7b.py v5p:8x8x16 --config.model.moe.dispatch=capacity --config.model.remat=save_dispatch",
+    f"mixtral_8x7b.py v5p:8x8x16 {_CAPACITY} --config.model.remat=save_dispatch",
     "mixtral_8x7b.py v5p:4x8x8 --config.mesh.tensor=4",
+    "mixtral_8x7b.py v5p:4x4x8 --config.mesh.expert=1 --config.model.remat=dots",
+    "mixtral_8x7b.py v5p:8x8x16 --config.mesh.expert=4 --config.model.remat=save_hidden",
     "qwen3_30b_a3b.py v5p:8x8x16",
-    "qwen3_30b_a3b.py v6e:16x16 --config.model.moe.dispatch=capacity --config.train.batch_size=256",
-    "olmoe_1b_7b.py v5p:8x8x8 --config.mesh.fsdp=64 --config.mesh.data=1",
-    "olmoe_1b_7b.py v5p:4x8x8 --config.model.moe.dispatch=capacity --config.mesh.fsdp=-1 --config.mesh.data=1",
+    f"qwen3_30b_a3b.py v6e:16x16 {_CAPACITY} --config.train.batch_size=256",
+    "olmoe_1b_7b.py v5p:8x8x8 --config.mesh.data=8 --config.mesh.fsdp=8",
+    f"olmoe_1b_7b.py v5p:4x8x8 {_CAPACITY} --config.mesh.data=1 --config.mesh.fsdp=-1",
     "switch_base.py v5e:4x4 --config.mesh.expert=16 --config.train.accumulation=4",
     "gshard.py v5p:4x4x4 --config.mesh.expert=64",
     "switch_c.py v5p:8x8x16 --config.mesh.expert=512",
@@ -60,10 +62,8 @@ def main(argv: list[str]) -> None:
         short = " ".join(
             [name.removesuffix(".py"), *(o.removeprefix("--config.") for o in overrides)]
         )
-        print(
-            f"| {short} | {where} | {ours / 2**30:.2f} | {xla / 2**30:.2f} | {ours / xla - 1:+.1%} |",
-            flush=True,
-        )
+        sizes = f"{ours / 2**30:.2f} | {xla / 2**30:.2f} | {ours / xla - 1:+.1%}"
+        print(f"| {short} | {where} | {sizes} |", flush=True)
 
 
 if __name__ == "__main__":

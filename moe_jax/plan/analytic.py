@@ -95,30 +95,40 @@ def buffer_rows(plan: Plan, rows: int) -> int:
 
 
 def estimate(plan: Plan) -> Memory:
-    """The fullest moment of the step: at the loss, or while a layer goes back."""
+    """The fullest moment of the step: at the loss, or while a layer goes back.
+
+    Scanned layers write their gradients into stacks that exist from the first layer that goes back
+    to the last; unrolled ones make them one by one, in the compute dtype, while what was saved
+    for them is given up.
+    """
     parameters, optimizer = state_bytes(plan)
     local = local_sizes(plan)
-    again = plan.config.train.accumulation > 1
+    model, c = local.model, local.c
     # With several microbatches there are the sum of the gradients and those of one.
-    summed = parameters if again else 0.0
-    saved, V = saved_bytes(local), local.vocab
-    D, c = local.model.width, local.c
+    summed = parameters if plan.config.train.accumulation > 1 else 0.0
+    saved, layer = saved_bytes(plan, local), layer_bytes(local)
     # The head's gradient is there whole from the loss on (ops/cross_entropy.py), the head with it.
-    head = V * D * 4
-    chunk = min(local.model.loss_chunk, local.N)
-    at_loss = Memory(
-        parameters, optimizer, summed + head, saved + chunk * V * (4 + c), 0.0, V * D * c
-    )
-    layer = layer_bytes(local)
-    at_layer = Memory(
-        parameters,
-        optimizer,
-        summed + parameters + head,
-        saved + layer.activations,
-        layer.dispatch,
-        gathered_bytes(plan),
-    )
-    return max(at_loss, at_layer, key=lambda memory: memory.total)
+    head = local.vocab * model.width
+    logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
+    gathered = gathered_bytes(plan, local)
+    landing = all_to_alls(plan) * local.M * model.width * c
+
+    def moment(gradients, activations, dispatch=0.0, collectives=0.0):
+        gradients += summed + head * 4
+        collectives += landing
+        return Memory(parameters, optimizer, gradients, activations, dispatch, collectives)
+
+    moments = [moment(0.0, saved + logits, collectives=head * c)]
+    if plan.model.layout.repeats:
+        back = saved + layer.activations
+        moments.append(moment(parameters, back, layer.dispatch, 2 * gathered))
+    else:
+        one = saved / model.num_layers
+        made = parameters * c / 4
+        for activations, gradients in ((saved, 0.0), (one, made)):
+            back = activations + layer.activations
+            moments.append(moment(gradients, back, layer.dispatch, 2 * gathered))
+    return max(moments, key=lambda memory: memory.total)
 
 
 def state_bytes(plan: Plan) -> tuple[float, float]:
@@ -136,32 +146,34 @@ def moe_layers(model: ModelConfig) -> int:
     return sum(model.is_moe(layer) for layer in range(model.num_layers))
 
 
-def saved_bytes(local: Local) -> float:
+def saved_bytes(plan: Plan, local: Local) -> float:
     """What all layers keep of the forward pass for the backward pass."""
-    model, c, N, M = local.model, local.c, local.N, local.M
-    D, A, E = model.width, model.head_dim, model.moe.num_experts
+    model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
+    D, A = model.width, model.head_dim
     H, J = local.heads
-    sparse = moe_layers(model)
-    stream = N * D * c
-    total = model.num_layers * stream  # where each block begins
-    routing = sparse * N * E * 4
-    attention = model.num_layers * N * H * A * c
-    hidden = (model.num_layers - sparse) * N * local.U * local.dense_ffn * c
-    hidden += sparse * M * local.U * local.ffn * c
-    dispatched = sparse * 2 * M * D * c
+    layers, sparse = model.num_layers, moe_layers(model)
+    stream = layers * N * D * c  # where each block begins
+    projections = layers * N * (H + 2 * J) * A * c
+    attention = layers * N * H * A * c
+    dense = (layers - sparse) * N * local.dense_ffn * c
+    wide = sparse * M * local.ffn * c
+    # The routers' logits, and tokens where their experts are and back.
+    dispatched = sparse * (N * model.moe.num_experts * 4 + 2 * M * D * c)
     if model.remat == "save_dispatch":
-        total += routing + dispatched
+        return stream + dispatched
     if model.remat == "save_hidden":
-        total += routing + dispatched + attention + hidden
+        return stream + dispatched + attention + U * (dense + wide)
     if model.remat == "dots":
-        projections = model.num_layers * N * ((H + 2 * J) * A + D) * c
-        total += projections + hidden - sparse * M * local.U * local.ffn * c
-    if model.remat == "none":
-        per_layer = N * (2 * D * c + 2 * D * c + (H + 2 * J) * A * c + H * 4)
-        active = (model.num_layers - sparse) * N * local.dense_ffn + sparse * M * local.ffn
-        total += model.num_layers * per_layer + attention + hidden + active * c + dispatched
-        total += routing
-    return total
+        return 2 * stream + projections + U * dense
+    if model.remat != "none":
+        return stream
+    kept = 4 * stream + projections + attention + layers * N * H * 4 + dispatched
+    if not plan.model.layout.repeats:
+        return stream + kept + (U + 1) * (dense + wide)
+    # A scan keeps every operand of every derivative: float32 inside the norms, each factor of the
+    # activation, and the weights in the compute dtype as the layer saw them.
+    weights = layers * gathered_bytes(plan, local)
+    return stream + kept + 3 * layers * N * D * 4 + (2 * U + 2) * (dense + wide) + weights
 
 
 class Working(NamedTuple):
@@ -172,12 +184,14 @@ class Working(NamedTuple):
 
 
 def layer_bytes(local: Local) -> Working:
-    """The fullest moment of one layer's backward pass."""
+    """The fullest moment of one layer's backward pass, beside what was saved."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
     stream = 4 * N * model.width * c
     if not moe_layers(model):
         return Working(stream + N * local.dense_ffn * c * 2 * (U + 1), 0.0)
     wide, narrow = M * local.ffn * c, M * model.width * c
+    if model.remat == "none":  # nothing is computed again: gradients alone
+        return Working(stream, (U + 1) * wide + 2 * narrow)
     if model.moe.dispatch == "dropless":
         # Before the activation and its gradient, and what lies between them; or the hidden layer
         # forward again, with tokens sent, received and sorted, there and back.
@@ -189,14 +203,31 @@ def layer_bytes(local: Local) -> Working:
     return Working(stream, (2 * U + 2) * wide + 3 * narrow)
 
 
-def gathered_bytes(plan: Plan) -> float:
-    """One layer's weights without their fsdp split, and their gradients before theirs."""
+def passes_to_experts(model: ModelConfig) -> int:
+    """All-to-alls of one MoE layer: there and back, forward, backward, and perhaps again."""
+    return 6 if model.remat in ("full", "dots") else 4
+
+
+def all_to_alls(plan: Plan) -> int:
+    """All-to-alls in the program; a scan's body stands there once.  Each has a buffer of its own
+    in which it lands (see compiled.py)."""
+    model, layout = plan.config.model, plan.model.layout
+    if model.dense or plan.config.mesh.expert == 1:
+        return 0
+    if model.moe.dispatch not in ("capacity", "dropless"):
+        return 0
+    layers = [*layout.unrolled(), *range(layout.prefix, layout.prefix + layout.period)]
+    present = layers if layout.repeats else range(model.num_layers)
+    return passes_to_experts(model) * sum(model.is_moe(layer) for layer in present)
+
+
+def gathered_bytes(plan: Plan, local: Local) -> float:
+    """One layer's weights in the compute dtype, without their fsdp split."""
     sizes = plan.mesh.shape
-    if sizes["fsdp"] == 1:
+    if sizes["fsdp"] == 1 and plan.config.model.remat != "none":
         return 0.0
-    c, layers = local_sizes(plan).c, plan.config.model.num_layers
     total = 0.0
     for leaf in plan.leaves:
         if "fsdp" in str(spec(leaf.axes)) and leaf.name not in ("embed_VD", "head_DV"):
-            total += leaf.size * c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
-    return 2 * total / layers
+            total += leaf.size * local.c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
+    return total / local.model.num_layers

@@ -50,6 +50,8 @@ def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float
             f"  {'compiled':<12} {gib(compiled.peak):>10} (state and batch "
             f"{gib(compiled.arguments)}); the analytic total is {gap:+.1%}"
         )
+        if compiled.finished:
+            yield f"  {'executable':<12} {gib(compiled.finished):>10} (memory_analysis)"
 
 
 def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:

@@ -35,8 +35,9 @@ def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
                 best[tensor] = ranking.found[0]
             elif ranking.rejected:
                 reasons[tensor] = min(ranking.rejected, key=lambda one: len(one.why)).why
-        fastest = min(best.values(), key=lambda one: one.seconds_per_token, default=None)
-        for tensor, found in best.items():
+        practical = (found for found in best.values() if smallest_batch(found) <= LARGEST_BATCH)
+        fastest = min(practical, key=lambda one: one.seconds_per_token, default=None)
+        for found in best.values():
             yield _row(chips, topology, found, found is fastest)
         for tensor, why in reasons.items():
             yield f"| {chips:,} | tensor={tensor} | - | - | - | - | - | - | - | HBM | {why} |"
@@ -49,11 +50,15 @@ def cube(chips: int) -> tuple[int, int, int]:
     return sides[0], sides[1], sides[2]
 
 
+def smallest_batch(found: Found) -> int:
+    """Tokens a step when every part of the batch is one row."""
+    return found.plan.config.mesh.batch_shards * found.plan.config.data.sequence_length
+
+
 def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     plan, roof = found.plan, found.roof
     config = plan.config
-    smallest = config.mesh.batch_shards * config.data.sequence_length
-    tokens = plan.tokens
+    smallest = smallest_batch(found)
     slowest = max(roof.links, key=lambda axes: roof.links[axes], default="")
     limit = roof.limit if roof.limit != "compute" else f"compute, then {slowest or 'HBM'}"
     notes = ["impractical: over 32M tokens a batch"] if smallest > LARGEST_BATCH else []
@@ -63,7 +68,7 @@ def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     )
     return (
         f"| {chips:,} | {mesh_text(config.mesh)} | {config.model.remat}, "
-        f"{config.train.accumulation} | {smallest:,} | {tokens:,} | "
+        f"{config.train.accumulation} | {smallest:,} | {plan.tokens:,} | "
         f"{found.memory.total / 2**30:.1f} | {1e3 * roof.seconds:,.0f} | "
         f"{1e3 * roof.exposed:,.0f} | {roof.mfu(roof.exposed):.0%} to {roof.mfu(roof.seconds):.0%} "
         f"| {limit} | {'; '.join(notes)} |"

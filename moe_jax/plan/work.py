@@ -5,43 +5,49 @@ Used where a program is not compiled; a compiled one's collectives are read from
 
 from moe_jax.model.moe.layer import make_dispatch
 from moe_jax.parallel.mesh import AXES
-from moe_jax.plan.analytic import Local, local_sizes, state_bytes
+from moe_jax.plan.analytic import Local, local_sizes, moe_layers, passes_to_experts, state_bytes
 from moe_jax.plan.lowering import Plan, split_ways
 from moe_jax.plan.roofline import Traffic
 
-# Policies under which the backward pass computes the blocks' matrix products again, and those
-# under which it sends the tokens to their experts again.
-_COMPUTES_AGAIN = ("full", "save_dispatch")
-_SENDS_AGAIN = ("full", "dots")
+# Matrix products of a block that the backward pass computes again, by remat policy: those whose
+# results it needs and the policy does not keep.  An attention kernel always runs again.
+_AGAIN = {
+    "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF", "w_out_EFD"),
+    "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
+    "save_hidden": ("q_DHA", "k_DJA", "v_DJA", "o_HAD"),
+    "dots": ("w_in_EDUF", "w_out_EFD"),
+    "none": (),
+}
 
 
 def executed_flops(plan: Plan) -> float:
     """FLOPs of one device's matrix products: recomputation and empty slots included."""
     config, model = plan.config, plan.config.model
-    T = config.data.sequence_length
-    tokens = plan.tokens / plan.mesh.size
-    flops = plan.flops * tokens
-    if model.remat in _COMPUTES_AGAIN:
-        head = 6.0 * model.vocab_size * model.width * tokens
-        flops += (flops - head) / 3
-    if model.dense:
-        return flops
-    dispatch, moe = make_dispatch(model.moe), model.moe
-    capacity = dispatch.capacity(moe.group_rows * T, moe.top_k, moe.num_experts, True)
-    if capacity is None:
-        return flops
-    slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
-    passes = 8.0 if model.remat in _COMPUTES_AGAIN else 6.0
-    experts = sum(leaf.size for leaf in plan.leaves if "experts" in leaf.axes)
-    used = experts / moe.num_experts * moe.top_k
-    return flops + (slots - 1) * passes * used * tokens
+    moe, T = model.moe, config.data.sequence_length
+    again = _AGAIN[model.remat]
+    flops = plan.flops
+    slots = 1.0  # places in the experts' buffers for each assignment
+    if not model.dense:
+        capacity = make_dispatch(moe).capacity(moe.group_rows * T, moe.top_k, moe.num_experts, True)
+        if capacity is not None:
+            slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
+    for leaf in plan.leaves:
+        used = leaf.size
+        if "experts" in leaf.axes:
+            used *= moe.top_k / moe.num_experts * slots
+            flops += 6.0 * used * (1 - 1 / slots)
+        if leaf.name in again:
+            flops += 2.0 * used
+    if model.remat != "none":
+        flops += 2.0 * model.num_layers * T * model.num_heads * model.head_dim
+    return flops * plan.tokens / plan.mesh.size
 
 
 def moved_bytes(plan: Plan) -> float:
     """Bytes between one device and its memory that no fusion avoids: the state once in and out,
     and every weight in the compute dtype for each pass of each microbatch."""
     parameters, optimizer = state_bytes(plan)
-    passes = 3 + (plan.config.model.remat in _COMPUTES_AGAIN)
+    passes = 3 + (plan.config.model.remat != "none")
     c = local_sizes(plan).c
     sizes = plan.mesh.shape
     weights = sum(
@@ -83,8 +89,7 @@ def _tokens(plan: Plan, local: Local) -> list[Traffic]:
     model, n = local.model, local.sizes["expert"]
     if n == 1 or not local.M or model.moe.dispatch not in ("capacity", "dropless"):
         return []
-    layers = sum(model.is_moe(layer) for layer in range(model.num_layers))
-    times = 4 + 2 * (model.remat in _SENDS_AGAIN)
+    layers, times = moe_layers(model), passes_to_experts(model)
     buffer = local.M * model.width * local.c
     again = plan.config.train.accumulation
     return [Traffic("all-to-all", "expert", again * layers * times * buffer * (n - 1) / n)]
@@ -95,7 +100,7 @@ def _tensor(plan: Plan, local: Local) -> list[Traffic]:
     n, model = local.sizes["tensor"], local.model
     if n == 1:
         return []
-    times = 4 + 2 * (model.remat in _COMPUTES_AGAIN)
+    times = 4 + 2 * (model.remat != "none")
     stream = local.N * model.width * local.c
     again = plan.config.train.accumulation
     bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n
