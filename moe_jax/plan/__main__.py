@@ -2,17 +2,20 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
 
-from moe_jax.config import from_config_dict
+from moe_jax.config import Config, from_config_dict
 from moe_jax.errors import UserError
 from moe_jax.plan import report
 from moe_jax.plan.analytic import estimate
 from moe_jax.plan.compiled import Compiled, compile_plan
 from moe_jax.plan.lowering import Plan, make_plan
 from moe_jax.plan.roofline import roofline
+from moe_jax.plan.scaling import scaling
+from moe_jax.plan.search import anywhere, search
 from moe_jax.plan.topology import Topology, compile_devices, parse_topology
 from moe_jax.plan.work import executed_flops, moved_bytes, traffic
 from moe_jax.train import flags
@@ -22,8 +25,12 @@ _FLAGS = (
     flags.Flag("mesh", "", "data=1,fsdp=128,expert=8,tensor=1, instead of the config's."),
     flags.Flag("tokens", 1e12, "Tokens of the whole training, for chip-hours."),
     flags.Flag("save", "", "Write the compiled executable there; takes minutes longer."),
+    flags.Flag("search", False, "Rank every legal mesh, remat policy and batch size."),
+    flags.Flag("scaling", False, "A table from 8 to 65,536 chips; takes no compilation."),
     flags.Flag("compile", True, "Compile; --nocompile gives the analytic estimate alone."),
 )
+
+_SHOWN, _COMPILED = 10, 3  # layouts of a search that are printed, and compiled
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,11 +44,41 @@ def main(argv: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # TPUs come from the topology alone
     if given.mesh:
         parsed.config.mesh.update(_mesh(given.mesh))
+    if given.scaling:
+        config = from_config_dict(parsed.config)
+        for line in scaling(config, topology.name.partition(":")[0], usable_bytes(topology)):
+            print(line, flush=True)
+        return 0
+    if given.search:
+        return _search(from_config_dict(parsed.config), topology, given)
     plan = make_plan(from_config_dict(parsed.config), topology.num_devices)
     for line in report.describe_plan(plan, topology):
         print(line, flush=True)
     compiled = _compile(plan, topology, given)
     print(*_lines(plan, topology, compiled, given.tokens), sep="\n", flush=True)
+    return 0
+
+
+def _search(config: Config, topology: Topology, given) -> int:
+    """The best layouts, the first few compiled too, and why the others are out."""
+    usable = usable_bytes(topology)
+    began = time.perf_counter()
+    _progress("ranking every mesh, remat policy and batch size")
+    ranking = search(anywhere(config), topology, usable)
+    print(f"{topology.name}: {len(ranking.found):,} layouts fit, {len(ranking.rejected):,} do not")
+    print(f"ranked in {time.perf_counter() - began:.0f} s by time a token, nothing overlapping:")
+    devices, how = compile_devices(topology) if given.compile else ([], "--nocompile")
+    for place, found in enumerate(ranking.found[:_SHOWN]):
+        print(f"{place + 1:3}. {report.describe_found(found)}", flush=True)
+        if place < _COMPILED and devices:
+            compiled = compile_plan(found.plan, topology, _progress)
+            fits = "fits" if compiled.peak <= usable else "does not fit"
+            print(f"     compiled: {report.gib(compiled.peak)}, {fits}", flush=True)
+    if not devices:
+        print(f"not compiled ({how}): every figure is an analytic estimate")
+    for line in report.describe_rejected(ranking.rejected):
+        print(line)
+    print(f"fits: {'yes' if ranking.found else 'no'}")
     return 0
 
 

@@ -40,7 +40,7 @@ class Local:
 
     model: ModelConfig
     sizes: dict[str, int]  # of the mesh axes
-    c: int  # bytes of a computed number
+    c: float  # bytes of a computed number
     N: int
     M: int  # 0 without experts
     U: int
@@ -75,7 +75,7 @@ def local_sizes(plan: Plan) -> Local:
     N = rows * config.data.sequence_length
     M = 0 if model.dense else buffer_rows(plan, rows)
     U = ACTIVATE[model.activation][0]
-    return Local(model, sizes, jnp.dtype(config.precision).itemsize, N, M, U)
+    return Local(model, sizes, float(jnp.dtype(config.precision).itemsize), N, M, U)
 
 
 def buffer_rows(plan: Plan, rows: int) -> int:

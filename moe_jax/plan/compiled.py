@@ -85,7 +85,7 @@ def _wait(
     told = began
     while worker.poll() is None:
         # Written after the two that are read below, which are whole by then.
-        if not whole and _dump(folder, "after_optimizations_after_buffer_assignment"):
+        if not whole and _dump(folder, "_after_buffer_assignment"):
             return
         if time.perf_counter() - told >= _TELL:
             told = time.perf_counter()
@@ -94,15 +94,15 @@ def _wait(
 
 
 def _dump(folder: Path, stage: str) -> Path | None:
-    return next(folder.glob(f"*{_MODULE}*.{stage}.txt"), None)
+    return next(folder.glob(f"*{_MODULE}*after_optimizations{stage}.txt"), None)
 
 
 def _read(folder: Path, seconds: float) -> Compiled:
     """The dumps, or why there are none."""
     log = (folder / "log").read_text(errors="replace")
-    program = _dump(folder, "after_optimizations")
-    memory = _dump(folder, "after_optimizations-memory-usage-report")
-    buffers = _dump(folder, "after_optimizations-buffer-assignment")
+    program = _dump(folder, "")
+    memory = _dump(folder, "-memory-usage-report")
+    buffers = _dump(folder, "-buffer-assignment")
     done = folder / "result.json"
     result = json.loads(done.read_text()) if done.exists() else {}
     if needed := _needed(log):

@@ -11,6 +11,7 @@ from moe_jax.plan.compiled import Compiled
 from moe_jax.plan.hlo import mesh_axes
 from moe_jax.plan.lowering import Plan
 from moe_jax.plan.roofline import Roofline, Traffic
+from moe_jax.plan.search import Found, Rejected, mesh_text
 from moe_jax.plan.topology import Topology
 from moe_jax.train.state import abstract_state
 
@@ -105,3 +106,28 @@ def gib(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
     return f"{size / 2**20:.2f} MiB"
+
+
+def describe_found(found: Found) -> str:
+    """One layout of a search."""
+    config, roof = found.plan.config, found.roof
+    return (
+        f"{mesh_text(config.mesh)}, remat {config.model.remat}, batch {config.train.batch_size:,} "
+        f"in {config.train.accumulation}: {gib(found.memory.total)}, {1e3 * roof.exposed:,.1f} ms, "
+        f"{roof.mfu(roof.exposed):.1%} to {roof.mfu(roof.seconds):.1%} MFU, "
+        f"limited by {roof.limit}"
+    )
+
+
+def describe_rejected(rejected: list[Rejected]) -> Iterator[str]:
+    """Why layouts are out: each reason once with an example, those of memory together."""
+    memory = [one for one in rejected if one.why.startswith("needs ")]
+    if memory:
+        least = min(memory, key=lambda one: float(one.why.split()[1].replace(",", "")))
+        yield f"rejected: {len(memory):,} need too much memory: {least.layout} {least.why}"
+    reasons: dict[str, list[Rejected]] = defaultdict(list)
+    for one in rejected:
+        if one not in memory:
+            reasons[one.why].append(one)
+    for why, those in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        yield f"rejected: {len(those):,} such as {those[0].layout}: {why}"

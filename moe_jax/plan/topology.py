@@ -1,6 +1,7 @@
 """What --topology names, and devices of it that XLA can compile for without having them."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -63,8 +64,7 @@ def compile_devices(topology: Topology) -> tuple[list[Any], str]:
       UserError: a slice of that shape does not exist.
     """
     if not topology.chip.torus:
-        present = jax.devices() if jax.default_backend() == "gpu" else []
-        same = [d for d in present if topology.chip.kind in d.device_kind]
+        same = [d for d in _gpus() if topology.chip.kind in d.device_kind]
         if len(same) < topology.num_devices:
             return [], (
                 f"XLA compiles for GPUs only where they are: {len(same)} of "
@@ -83,3 +83,14 @@ def compile_devices(topology: Topology) -> tuple[list[Any], str]:
         first = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--topology={topology.name} is not a slice of TPUs ({first}).") from None
     return list(found.devices), "compiled for this topology by libtpu, which needs no TPU"
+
+
+def _gpus() -> list[Any]:
+    """GPUs of this machine, none of their memory reserved."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        return []
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []

@@ -18,7 +18,7 @@ LOOPS = """HloModule jit_train_step, is_scheduled=true
 
 %all-reduce-scatter.1 (p: bf16[64,8]) -> bf16[16,8] {
   %p = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.7 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %all-reduce.7 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups={{0,2,4,6},{1,3,5,7}}
   ROOT %slice = bf16[16,8]{1,0} dynamic-slice(%all-reduce.7), dynamic_slice_sizes={16,8}
 }
 
@@ -38,7 +38,7 @@ LOOPS = """HloModule jit_train_step, is_scheduled=true
 
 %body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %s = (s32[], f32[4,8]) parameter(0)
-  %gather = (f32[4,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%s), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %gather = (f32[4,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%s), replica_groups={{0,1},{2,3}}
   %gathered = f32[8,8]{1,0} all-gather-done(%gather)
   %fused = bf16[16,8]{1,0} fusion(%s), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %inner = (s32[], f32[4,8]) while(%s), condition=%condition, body=%inner_body
@@ -47,9 +47,9 @@ LOOPS = """HloModule jit_train_step, is_scheduled=true
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %p = f32[4,8]{1,0} parameter(0)
   %start = (s32[], f32[4,8]) tuple(%p)
-  %loop = (s32[], f32[4,8]) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %loop = (s32[], f32[4,8]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %permuted = f32[4,8]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
-  %total = (f32[10]{0}, /*index=1*/f32[6]{0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+  %total = (f32[10]{0}, /*index=1*/f32[6]{0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
   ROOT %out = f32[4,8]{1,0} get-tuple-element(%loop), index=1
 }
 """
