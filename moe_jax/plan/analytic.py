@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     gradients: float
     activations: float
     dispatch: float
-    collectives: float
+    collectives: float  # weights as the layer sees them, and what all-to-alls write into
 
     @property
     def total(self) -> float:
@@ -111,11 +111,14 @@ def estimate(plan: Plan) -> Memory:
     head = local.vocab * model.width
     logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
     gathered = gathered_bytes(plan, local)
-    landing = all_to_alls(plan) * local.M * model.width * c
+    fixed = all_to_alls(plan) * local.M * model.width * c
+    if plan.model.layout.repeats:
+        # XLA takes the weights' cast to the compute dtype out of the loops.
+        fixed += parameters * c / 4
 
     def moment(gradients, activations, dispatch=0.0, collectives=0.0):
         gradients += summed + head * 4
-        collectives += landing
+        collectives += fixed
         return Memory(parameters, optimizer, gradients, activations, dispatch, collectives)
 
     moments = [moment(0.0, saved + logits, collectives=head * c)]
@@ -200,7 +203,8 @@ def layer_bytes(local: Local) -> Working:
         return Working(
             stream, max((2 * U + 3) * wide + 2 * narrow, (U + 2) * wide + 5 * narrow + mask)
         )
-    return Working(stream, (2 * U + 2) * wide + 3 * narrow)
+    # A batched product computes the activation as it reads, and its gradient as it writes.
+    return Working(stream, 2 * U * wide + 3 * narrow)
 
 
 def passes_to_experts(model: ModelConfig) -> int:
