@@ -13,7 +13,7 @@ for argument in "$@"; do  # rotates the arguments once, leaving --full out
   if [ "$argument" = --full ]; then full=1; else set -- "$@" "$argument"; fi
 done
 
-ensure_env test data dev
+ensure_env test data dev plan
 cd "$ROOT" || exit 1
 export PATH="$VENV/bin:$PATH" JAX_PLATFORMS=cpu PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 

@@ -53,6 +53,7 @@ RANKS = {
     "moe_jax.checkpoint.__main__": 18,
     "moe_jax.bench": 18,
     "moe_jax.results": 18,
+    "moe_jax.plan": 18,
 }
 # Pairs that their ranks would allow.
 FORBIDDEN = {("moe_jax.data", "moe_jax.model")}

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.plan.hlo import replica_groups
+
 
 class Collective(NamedTuple):
     """One collective of a compiled program."""
@@ -23,34 +25,12 @@ def collectives(compiled_text: str) -> list[Collective]:
         if match:
             dtype, shape, op = match.groups()
             size = tuple(int(n) for n in shape.split(",") if n)
-            found.append(Collective(op, size, dtype[0] in "fb", _groups(line)))
+            found.append(Collective(op, size, dtype[0] in "fb", replica_groups(line)))
     return found
 
 
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    ids = np.arange(np.prod(_numbers(dims))).reshape(_numbers(dims))
-    return ids.transpose(_numbers(order)) if order else ids
-
-
-def _groups(line: str) -> np.ndarray:
-    """Replica groups in each of the three notations of XLA."""
-    if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return np.array([_numbers(group) for group in match[1].split("},{")])
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return _iota(match[2], match[3]).reshape(_numbers(match[1]))
-    if match := re.search(r"replica_groups=mesh\[(.*?)\](.*?) \{(.*?)\}", line):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        sizes = [int(n) for n in axes.values()]
-        ids = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", match[2])
-        grid = (_iota(*ids.groups()) if ids else np.arange(np.prod(sizes))).reshape(sizes)
-        inside = [list(axes).index(name) for name in re.findall(r"'(\w+)'", match[3])]
-        last = np.moveaxis(grid, inside, range(-len(inside), 0))
-        return last.reshape(-1, int(np.prod([sizes[i] for i in inside])))
-    raise AssertionError(f"replica groups of a form this test does not know: {line[:300]}")
 
 
 def floating_scatters(lowered_text: str) -> list[tuple[int, ...]]:
