@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if topology.chip.torus:
         jax.config.update("jax_platforms", "cpu")  # TPUs come from the topology alone
     if given.mesh:
-        parsed.config.mesh.update(_mesh(given.mesh))
+        parsed.config.update({"mesh": _mesh(given.mesh)})
     if given.scaling:
         config = from_config_dict(parsed.config)
         for line in scaling(config, topology.name.partition(":")[0], usable_bytes(topology)):
@@ -112,13 +112,14 @@ def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
 def _lines(plan: Plan, topology: Topology, compiled: Compiled | None, tokens: float) -> list[str]:
     memory = estimate(plan)
     usable = usable_bytes(topology)
-    read = compiled is not None and compiled.collectives is not None
-    found = report.compiled_traffic(compiled, plan) if read else traffic(plan)
+    collectives = None if compiled is None else compiled.collectives
+    found = traffic(plan) if collectives is None else report.read_traffic(collectives, plan)
+    how = "analytic" if collectives is None else "read from the compiled program"
     executed = executed_flops(plan)
     roof = roofline(plan, topology, executed, moved_bytes(plan), found)
     lines = [
         *report.describe_memory(memory, compiled, usable),
-        *report.describe_traffic(found, "read from the compiled program" if read else "analytic"),
+        *report.describe_traffic(found, how),
         *report.describe_speed(plan, topology, roof, executed, tokens),
     ]
     if compiled is not None and compiled.error:

@@ -36,7 +36,6 @@ class Compiled:
     arguments: int  # bytes of state and batch
     collectives: Collectives | None  # None where the program is too large to exist
     error: str = ""  # XLA's reason where it does not fit
-    finished: int = 0  # what the executable says of itself, where there is one
     digest: str = ""  # SHA-256 of the saved executable
 
 
@@ -110,18 +109,26 @@ def _read(folder: Path, seconds: float) -> Compiled:
     if program is None or memory is None or buffers is None:
         raise UserError(f"XLA cannot compile this plan: {_reason(log)}.")
     collectives = read_collectives(program.read_text())
-    # The first total is that of the device's main memory.
-    laid_out = int(re.findall(r"^Total bytes: (\d+)", memory.read_text(), re.M)[0])
+    # The first total is that of the device's main memory; newer libtpus add to it what computations
+    # called by others keep for themselves, which lies in their callers' temporaries.
+    total = int(re.findall(r"^Total bytes: (\d+)", memory.read_text(), re.M)[0])
+    found = re.findall(
+        r"^allocation \d+: size (\d+), (?:page \d+, )?(thread-local|parameter)",
+        buffers.read_text(),
+        re.M,
+    )
+    inner, arguments = (
+        sum(int(size) for size, kind in found if kind == one)
+        for one in ("thread-local", "parameter")
+    )
     # Every all-to-all has a landing buffer of its own, which no layout of memory shows:
     # finished executables ask for that much more (docs/planning.md).
     landing = sum(one.bytes for one in collectives.found if one.op == "all-to-all")
-    arguments = re.findall(r"^allocation \d+: size (\d+), parameter", buffers.read_text(), re.M)
     return Compiled(
         seconds,
-        int(laid_out + landing),
-        sum(int(size) for size in arguments),
+        result.get("peak") or int(total - inner + landing),
+        arguments,
         collectives,
-        finished=result.get("peak", 0),
         digest=result.get("digest", ""),
     )
 

@@ -149,4 +149,13 @@ def abstract_batch(config: Config, mesh: Any) -> Batch:
     whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=tokens)
     row = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=sharding(mesh, (None, "batch")))
-    return Batch(*[whole] * 7, row)._replace(loss_mask_BT=mask)
+    return Batch(
+        tokens_BT=whole,
+        targets_BT=whole,
+        segments_BT=whole,
+        positions_BT=whole,
+        loss_mask_BT=mask,
+        sources_BT=whole,
+        bytes_BT=whole,
+        row_B=row,
+    )

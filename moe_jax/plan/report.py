@@ -8,7 +8,7 @@ from moe_jax import checkpoint
 from moe_jax.model.flops import param_counts
 from moe_jax.plan.analytic import Memory
 from moe_jax.plan.compiled import Compiled
-from moe_jax.plan.hlo import mesh_axes
+from moe_jax.plan.hlo import Collectives, mesh_axes
 from moe_jax.plan.lowering import Plan
 from moe_jax.plan.roofline import Roofline, Traffic
 from moe_jax.plan.search import Found, Rejected, mesh_text
@@ -51,30 +51,28 @@ def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float
             f"  {'compiled':<12} {gib(compiled.peak):>10} (state and batch "
             f"{gib(compiled.arguments)}); the analytic total is {gap:+.1%}"
         )
-        if compiled.finished:
-            yield f"  {'executable':<12} {gib(compiled.finished):>10} (memory_analysis)"
 
 
 def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:
     """Bytes one device sends in a step."""
-    yield f"collectives, bytes one device sends a step ({how}):"
+    yield f"collectives, bytes one device sends a step ({how}){':' if found else ': none'}"
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for one in found:
         sums[one.op, one.axes] += one.bytes
     for op in ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute"):
         total = sum(size for (name, _), size in sums.items() if name == op)
+        if not total:
+            continue
         parts = sorted(((size, axes) for (name, axes), size in sums.items() if name == op))
         over = ", ".join(f"{gib(size)} over {axes}" for size, axes in reversed(parts))
-        yield f"  {op:<18} {gib(total):>10}{f'  ({over})' if over else ''}"
+        yield f"  {op:<18} {gib(total):>10}  ({over})"
 
 
-def compiled_traffic(compiled: Compiled, plan: Plan) -> list[Traffic]:
+def read_traffic(collectives: Collectives, plan: Plan) -> list[Traffic]:
     """The traffic that a compiled program's collectives make."""
-    assert compiled.collectives is not None
     shape, devices = dict(plan.mesh.shape), plan.mesh.size
     return [
-        Traffic(one.op, mesh_axes(one.group, shape), one.sent(devices))
-        for one in compiled.collectives.found
+        Traffic(one.op, mesh_axes(one.group, shape), one.sent(devices)) for one in collectives.found
     ]
 
 
@@ -121,13 +119,13 @@ def describe_found(found: Found) -> str:
 
 def describe_rejected(rejected: list[Rejected]) -> Iterator[str]:
     """Why layouts are out: each reason once with an example, those of memory together."""
-    memory = [one for one in rejected if one.why.startswith("needs ")]
+    memory = [one for one in rejected if one.needs]
     if memory:
-        least = min(memory, key=lambda one: float(one.why.split()[1].replace(",", "")))
+        least = min(memory, key=lambda one: one.needs)
         yield f"rejected: {len(memory):,} need too much memory: {least.layout} {least.why}"
     reasons: dict[str, list[Rejected]] = defaultdict(list)
     for one in rejected:
-        if one not in memory:
+        if not one.needs:
             reasons[one.why].append(one)
     for why, those in sorted(reasons.items(), key=lambda item: -len(item[1])):
         yield f"rejected: {len(those):,} such as {those[0].layout}: {why}"

@@ -34,7 +34,7 @@ def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
             if ranking.found:
                 best[tensor] = ranking.found[0]
             elif ranking.rejected:
-                reasons[tensor] = min(ranking.rejected, key=lambda one: len(one.why)).why
+                reasons[tensor] = min(ranking.rejected, key=lambda one: one.needs).why
         practical = (found for found in best.values() if smallest_batch(found) <= LARGEST_BATCH)
         fastest = min(practical, key=lambda one: one.seconds_per_token, default=None)
         for found in best.values():

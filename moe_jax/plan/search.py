@@ -35,6 +35,7 @@ class Rejected(NamedTuple):
 
     layout: str
     why: str
+    needs: float = 0.0  # bytes, where memory is the reason
 
 
 class Ranking(NamedTuple):
@@ -103,18 +104,19 @@ def _least_accumulation(
 ) -> Found | Rejected:
     """The layout with the fewest microbatches that fits."""
     layout = f"{mesh_text(mesh)}, remat {remat}, batch {batch:,}"
-    accumulation, why = 1, ""
+    accumulation, why, needs = 1, "", 0.0
     while accumulation * mesh.batch_shards <= batch or not why:
         try:
             variant = replan(plan, mesh, remat, batch, accumulation)
         except UserError as error:
-            return Rejected(layout, why or str(error))
+            return Rejected(layout, why or str(error), needs)
         memory = estimate(variant)
         if memory.total <= usable:
             return Found(variant, memory, analytic_roofline(variant, topology))
+        needs = memory.total
         why = f"needs {memory.total / 2**30:,.1f} of {usable / 2**30:.1f} GiB a device"
         accumulation *= 2
-    return Rejected(layout, why)
+    return Rejected(layout, why, needs)
 
 
 def analytic_roofline(plan: Plan, topology: Topology) -> Roofline:

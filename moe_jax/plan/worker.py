@@ -24,6 +24,7 @@ def main(folder: str, name: str, save: str) -> None:
     devices, _ = compile_devices(topology)
     executable = lower(plan, devices).compile()
     memory = executable.memory_analysis()
+    assert memory is not None
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = {
         "peak": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
