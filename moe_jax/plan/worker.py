@@ -17,6 +17,8 @@ from moe_jax.plan.topology import compile_devices, parse_topology
 
 def main(folder: str, name: str, save: str) -> None:
     """Writes FOLDER/result.json, if it is let live so long."""
+    # What comes from the cache has no dumps, and may not be saved again.
+    jax.config.update("jax_enable_compilation_cache", False)
     topology = parse_topology(name)
     if topology.chip.torus:
         jax.config.update("jax_platforms", "cpu")  # the devices come from the topology

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
@@ -19,7 +20,18 @@ MODEL = ModelConfig(
 )
 
 
-def test_a_saved_step_runs_as_the_compiled_one(tmp_path):
+@pytest.fixture
+def no_cache():
+    """XLA's CPU backend cannot save a program again that it read from the compilation cache."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def test_a_saved_step_runs_as_the_compiled_one(tmp_path, no_cache):
     config = Config(mesh=MeshConfig(expert=2), model=MODEL)
     devices = jax.devices()[:2]
     plan = make_plan(config, 2)
