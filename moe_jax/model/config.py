@@ -7,6 +7,7 @@ from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.remat import REMAT
 from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
+from moe_jax.registry import lookup
 
 ACTIVATIONS = ("swiglu", "gelu")
 QK_NORMS = ("none", "head", "full")
@@ -64,10 +65,7 @@ class ModelConfig:
             "remat": REMAT,
         }
         for name, known in tables.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
-                )
+            lookup(dict.fromkeys(known), getattr(self, name), f"model.{name}")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) holds experts."""

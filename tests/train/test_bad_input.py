@@ -118,7 +118,7 @@ CONFIGS = {
     ),
     "rope_theta": ({"model.rope_theta": 0.0}, r"model\.rope_theta must be above 0"),
     "steps to trace": ({"train.profile_steps": "\u00b2:\u00b3"}, r"write FIRST:END"),
-    "remat policy": ({"model.remat": "foo"}, r"model\.remat is 'foo': use one of none, full"),
+    "remat policy": ({"model.remat": "foo"}, r"model\.remat 'foo' is unknown \(known: dots, full"),
     "a sequence beyond all numbers": (
         {"data.sequence_length": 10**20},
         r"data\.sequence_length is 10{20}: give a number of at most",

@@ -16,9 +16,11 @@ from small_run import eval_rows, flags, rows, small_config, train_rows, write_co
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import array_digest, named_leaves
+from moe_jax.config import to_json
 from moe_jax.parallel.distributed import AGAIN, DONE
 from moe_jax.train.__main__ import main
 from moe_jax.train.loop import save
+from moe_jax.train.record import write_run_record
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import TrainState, to_disk
 
@@ -241,6 +243,7 @@ def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
     state = TrainState(state.step + 3, state.params, distinct)
     save(first, state, 3)
     first.checkpoints.close()
+    write_run_record(str(first.workdir), to_json(first.config), {}, first.store.fingerprint)
     second = ready(tmp_path / "run", corpus, 2, **layers, model__scan_layers=not scanned_first)
     back = restored(second)
     assert jax.tree.structure(back) != jax.tree.structure(state)
