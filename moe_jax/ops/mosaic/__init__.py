@@ -1,0 +1,1 @@
+"""Grouped matmul for Hopper GPUs: Pallas kernels lowered by Mosaic GPU."""
