@@ -1,1 +1,4 @@
-"""Grouped matmul for Hopper GPUs: Pallas kernels lowered by Mosaic GPU."""
+"""The grouped matmul on Hopper GPUs: Pallas kernels lowered by Mosaic GPU.
+
+Only `choose` may be imported anywhere; the kernels need a jax that has Mosaic GPU's interfaces.
+"""

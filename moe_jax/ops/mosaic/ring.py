@@ -1,10 +1,10 @@
 """A ring of operand tiles in shared memory: one warpgroup loads, two multiply.
 
-The loader runs ahead of the multipliers across output tiles, so that a tile's epilogue hides the
-loads of the next.  Every barrier is waited for once for each time it completes.
+The grid fills the chip once and every block goes through its units of work (output tiles) in one
+loop.  The loader runs ahead across units, so that a unit's epilogue hides the next one's first
+loads.  Each completion of a barrier is waited for exactly once.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,105 +14,90 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SWIZZLE = 128  # bytes; the widest shared-memory pattern, 64 bfloat16 numbers
-DEPTH = 64  # of one step of the contraction
-MULTIPLIERS = 2  # warpgroups; the next one loads
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three warpgroups in all
-SMS = 132
-ALIGN = 8  # rows; where a copy of a swizzled tile may start
-STRIP = 64  # columns of the output stored at once
+from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, multiprocessors
+
+DEPTH = 64  # of one step of the contraction: 128 bytes, the widest swizzle
+SQUARE = 64  # side of the pieces in which results leave
+STAGED = 2  # squares of one multiplier on their way out
+LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three warpgroups
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts its output and in which order it goes through the pieces.
-
-    rows, cols: the output tile of one block.  by_rows: its two multipliers share it by rows, else
-    by columns.  stages: steps of the ring.  band: row tiles that are walked together across all
-    column tiles, so that their operands stay in the L2 cache.  pair: two blocks side by side along
-    the columns load their common rows once.  delay: products in flight while the next is issued.
-    """
-
-    rows: int
-    cols: int
-    by_rows: bool
-    stages: int
-    band: int
-    pair: bool = False
-    delay: int = 1
-    slots: int = 2
-    stagger: int = 0
-
-    @property
-    def piece(self) -> tuple[int, int]:
-        """Rows and columns of one multiplier's part of the tile."""
-        if self.by_rows:
-            return self.rows // MULTIPLIERS, self.cols
-        return self.rows, self.cols // MULTIPLIERS
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that work side by side on one unit of the schedule."""
-        return 2 if self.pair else 1
-
-
-def swizzled(shape: tuple[int, ...], dtype: Any):
-    """Shared memory that the copy engine and the tensor cores both read."""
-    transforms = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory that both the copy engine and the tensor cores read without bank conflicts."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def scratch(tiles: Tiles, a_shape, b_shape, dtype) -> dict[str, Any]:
-    """Operand ring, output staging, and two barriers a slot.
+def staging(dtype: Any) -> Any:
+    """Room for the squares that leave."""
+    return swizzled((MULTIPLIERS, STAGED, SQUARE, SQUARE), dtype)
 
-    `full`: both operands have come.  `empty`: every multiplier is done with them.
+
+def launch(body: Callable, out_type: Any, tiles: Tiles, a_shape, b_shape, out: Any) -> Callable:
+    """A kernel of body(*inputs, result, a, b, full, empty, out); a and b are the ring's operands.
+
+    full: both operands of a slot have come.  empty: both multipliers are done with them.
     """
-    arrivals: dict[str, Any] = {"num_arrivals": MULTIPLIERS, "num_barriers": tiles.stages}
-    if tiles.pair:
-        empty = plgpu.ClusterBarrier(collective_axes=("pair",), **arrivals)
-    else:
-        empty = plgpu.Barrier(**arrivals)
-    return {
-        "a": swizzled((tiles.stages, *a_shape), dtype),
-        "b": swizzled((tiles.stages, *b_shape), dtype),
-        "out": swizzled((MULTIPLIERS, tiles.slots, STRIP, STRIP), dtype),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-        "empty": empty,
-        "turn": plgpu.Barrier(num_arrivals=1, num_barriers=1),
-    }
-
-
-def launch(body, out_type, tiles: Tiles, scratch_types, interpret=None):
-    """A grid that fills the chip once, three warpgroups a block."""
+    dtype = out_type.dtype
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=scratch_types,
-        grid=(SMS // tiles.blocks,),
-        grid_names=("unit",),
-        **({"cluster": (2,), "cluster_names": ("pair",)} if tiles.pair else {}),
+        scratch_types=[
+            swizzled((tiles.stages, *a_shape), dtype),
+            swizzled((tiles.stages, *b_shape), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages),
+            out,
+        ],
+        grid=(multiprocessors(),),
+        grid_names=("block",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
-        interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
 
 
-def my_units(total) -> tuple[Any, Any]:
-    """(first, how many) of this block's units: first, first + grid, ..."""
-    first, grid = lax.axis_index("unit"), lax.axis_size("unit")
-    return first, lax.div(total - first + (grid - 1), jnp.int32(grid))
+def locate(unit, row_tiles, col_tiles: int, tiles: Tiles):
+    """Row and column tile of a unit: bands of row tiles, in each the columns one after another."""
+    per_band = jnp.int32(tiles.band * col_tiles)
+    first = lax.div(unit, per_band) * tiles.band
+    width = jnp.minimum(row_tiles - first, tiles.band)
+    inside = lax.rem(unit, per_band)
+    return first + lax.rem(inside, width), lax.div(inside, width)
 
 
-def load_all(tiles: Tiles, full, empty, total, plan: Callable[[Any], tuple[Any, Callable]]) -> None:
-    """The loader: plan(unit) gives the unit's steps and load(step, slot, barrier)."""
+def run(full, empty, tiles: Tiles, total, loads: Callable, products: Callable) -> None:
+    """Let each warpgroup play its part in units 0 .. total - 1.
+
+    loads(unit): (steps, load), where load(step, slot, barrier) starts the copies of one step.
+    products(unit): (steps, multiply, store), where multiply(accumulator, step, slot) starts the
+    products of one step and store(sums) takes the unit's result.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == MULTIPLIERS)
+    def _():
+        _load_all(full, empty, tiles, total, loads)
+
+    @pl.when(warpgroup < MULTIPLIERS)
+    def _():
+        _multiply_all(full, empty, tiles, total, products)
+
+
+def _my_units(total):
+    """(first, stride, how many) of this block's units."""
+    first, stride = lax.axis_index("block"), lax.axis_size("block")
+    return first, stride, lax.div(total - first + (stride - 1), jnp.int32(stride))
+
+
+def _load_all(full, empty, tiles: Tiles, total, loads: Callable) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    first, count = my_units(total)
+    first, stride, count = _my_units(total)
 
     def one_unit(i, done):
-        steps, load = plan(first + i * lax.axis_size("unit"))
+        steps, load = loads(first + i * stride)
 
         def one_step(k, done):
             slot = lax.rem(done, jnp.int32(tiles.stages))
@@ -123,76 +108,65 @@ def load_all(tiles: Tiles, full, empty, total, plan: Callable[[Any], tuple[Any, 
         return lax.fori_loop(0, steps, one_step, done)
 
     lax.fori_loop(0, count, one_unit, jnp.int32(0))
-    for slot in range(tiles.stages):  # a block outlives its partner's use of its shared memory
-        plgpu.barrier_wait(empty.at[slot])
 
 
-def multiply_all(tiles: Tiles, full, empty, turn, total, plan: Callable[[Any], tuple]) -> None:
-    """A multiplier: plan(unit) gives steps, product(acc, step, slot) and store(result)."""
+def _multiply_all(full, empty, tiles: Tiles, total, products: Callable) -> None:
     plgpu.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(empty.at[slot])
-    first, count = my_units(total)
-    stages = jnp.int32(tiles.stages)
+    first, stride, count = _my_units(total)
 
     def one_unit(i, done):
-        steps, product, store = plan(first + i * lax.axis_size("unit"))
-        wg = lax.axis_index("warpgroup")
-        if tiles.stagger:
+        steps, multiply, store = products(first + i * stride)
 
-            @pl.when((i == 0) & (wg == 1))
-            def _():
-                plgpu.barrier_wait(turn.at[0])
-
-        def one_step(k, acc):
-            slot = lax.rem(done + k, stages)
-            if tiles.stagger:
-
-                @pl.when((done + k == tiles.stagger) & (wg == 0))
-                def _():
-                    plgpu.barrier_arrive(turn.at[0])
-            plgpu.barrier_wait(full.at[slot])
-            product(acc, k, slot)
-            plgpu.wgmma_wait(tiles.delay)
-            if tiles.delay:  # the products before these are complete
+        def sum_products(sums):
+            @pl.loop(0, steps)
+            def _(k):
+                slot = _slot(done + k, tiles)
+                plgpu.barrier_wait(full.at[slot])
+                multiply(sums, k, slot)
+                plgpu.wgmma_wait(1)  # all but the products just started
 
                 @pl.when(k > 0)
                 def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(done + k - 1, stages)])
+                    plgpu.barrier_arrive(empty.at[_slot(done + k - 1, tiles)])
 
-            else:
-                plgpu.barrier_arrive(empty.at[slot])
+            result = sums[...]
 
-        def sum_of_products(acc):
-            @pl.loop(0, steps)
-            def _(k):
-                one_step(k, acc)
-
-            result = acc[...]
-            if tiles.delay:
-
-                @pl.when(steps > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(done + steps - 1, stages)])
+            @pl.when(steps > 0)
+            def _():
+                plgpu.barrier_arrive(empty.at[_slot(done + steps - 1, tiles)])
 
             return result
 
-        result = pl.run_scoped(sum_of_products, plgpu.ACC(tiles.piece, jnp.float32))
-        store(result)
+        store(pl.run_scoped(sum_products, plgpu.ACC(tiles.piece, jnp.float32)))
         return done + steps
 
     lax.fori_loop(0, count, one_unit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def store(tiles: Tiles, result, out, target: Callable[[int, int], Any]) -> None:
-    """Round the sums, stage them in squares and copy each to target(first row, first column)."""
-    result = result.astype(out.dtype)
+def _slot(step, tiles: Tiles) -> jax.Array:
+    return lax.rem(step, jnp.int32(tiles.stages))
+
+
+def my_piece(tiles: Tiles) -> tuple[Any, Any]:
+    """First row and column of this warpgroup's piece within the tile."""
     rows, cols = tiles.piece
-    corners = [(r, c) for r in range(0, rows, STRIP) for c in range(0, cols, STRIP)]
+    warpgroup = lax.axis_index("warpgroup")
+    if tiles.by_rows:
+        return pl.multiple_of(warpgroup * rows, rows), 0
+    return 0, pl.multiple_of(warpgroup * cols, cols)
+
+
+def store_squares(sums, out, tiles: Tiles, target: Callable[[int, int], Any]) -> None:
+    """Round the sums, stage them square by square and copy each to target(row, column)."""
+    sums = sums.astype(out.dtype)
+    rows, cols = tiles.piece
+    corners = [(r, c) for r in range(0, rows, SQUARE) for c in range(0, cols, SQUARE)]
     for number, (r, c) in enumerate(corners):
-        staged = out.at[lax.axis_index("warpgroup"), number % tiles.slots]
-        plgpu.wait_smem_to_gmem(tiles.slots - 1, wait_read_only=True)
-        staged[...] = result[r : r + STRIP, c : c + STRIP]
+        square = out.at[lax.axis_index("warpgroup"), number % STAGED]
+        plgpu.wait_smem_to_gmem(STAGED - 1, wait_read_only=True)
+        square[...] = sums[r : r + SQUARE, c : c + SQUARE]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, target(r, c))
+        plgpu.copy_smem_to_gmem(square, target(r, c))
