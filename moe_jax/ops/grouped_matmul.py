@@ -3,15 +3,22 @@
 Axes: N rows, E groups, D in, F out.  Group e owns the next sizes_E[e] rows.  Rows past the last
 group are unspecified in the output and never reach a gradient.  An empty group has zero gradient.
 
-`jax.lax.ragged_dot` is a dense masked product on the CPU backend (6 to 60 times the work), so
-there the groups are cut into row tiles and a loop multiplies each tile by its group's matrix.
+Three implementations of each leg (forward, input gradient, weight gradient) stand in
+IMPLEMENTATIONS.  `jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked product on
+the CPU backend (6 to 60 times the work) and far from the hardware on GPUs.  So on the CPU the
+groups are cut into row tiles and a loop multiplies each tile by its group's matrix ("tiled"), and
+bfloat16 on a Hopper GPU has kernels of its own ("mosaic", moe_jax/ops/mosaic).
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops.mosaic import choose
 from moe_jax.parallel.collectives import varying_like
 
 
@@ -20,29 +27,33 @@ def grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
     """y[n] = x[n] @ w[group of n]."""
-    return _forward(x_ND, w_EDF, sizes_E)
-
-
-def _forward(x_ND, w_EDF, sizes_E):
-    return jax.lax.platform_dependent(
-        x_ND, w_EDF, sizes_E, cpu=tiled_forward, default=jax.lax.ragged_dot
-    )
+    return _run("forward", x_ND, w_EDF, sizes_E, fast=choose.supports(x_ND, w_EDF))
 
 
 def _save(x_ND, w_EDF, sizes_E):
-    return _forward(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
+    return grouped_matmul(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
 
 
 def _backward(saved, dy_NF):
     x_ND, w_EDF, sizes_E = saved
-    dx_ND = _forward(dy_NF, w_EDF.swapaxes(1, 2), sizes_E)
-    dw_EDF = jax.lax.platform_dependent(
-        x_ND, dy_NF, sizes_E, cpu=tiled_weight_gradient, default=ragged_weight_gradient
-    )
+    fast = choose.supports(x_ND, w_EDF)
+    dx_ND = _run("input_gradient", dy_NF, w_EDF, sizes_E, fast=fast)
+    dw_EDF = _run("weight_gradient", x_ND, dy_NF, sizes_E, fast=fast)
     return dx_ND, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_save, _backward)
+
+
+def _run(leg: str, *operands: jax.Array, fast: bool) -> jax.Array:
+    """One leg by the best implementation for the platform it is compiled for."""
+    gpu = IMPLEMENTATIONS["mosaic" if fast else "ragged"]
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=getattr(IMPLEMENTATIONS["tiled"], leg),
+        cuda=getattr(gpu, leg),
+        default=getattr(IMPLEMENTATIONS["ragged"], leg),
+    )
 
 
 def reference(
@@ -124,3 +135,46 @@ def tiled_weight_gradient(x_ND, dy_NF, sizes_E):
 
     start = varying_like(jnp.zeros((E, D, F), x_ND.dtype), x_ND)
     return jax.lax.fori_loop(0, before[-1], body, start)
+
+
+# The kernels are imported where they run: jax's interfaces to them are young.  They declare no
+# varying axes.
+def _mosaic_forward(x_ND, w_EDF, sizes_E):
+    from moe_jax.ops.mosaic.product import grouped_product
+
+    return varying_like(grouped_product(x_ND, w_EDF, sizes_E), x_ND)
+
+
+def _mosaic_input_gradient(dy_NF, w_EDF, sizes_E):
+    from moe_jax.ops.mosaic.product import grouped_product
+
+    return varying_like(grouped_product(dy_NF, w_EDF, sizes_E, transpose=True), dy_NF)
+
+
+def _mosaic_weight_gradient(x_ND, dy_NF, sizes_E):
+    from moe_jax.ops.mosaic.weight_gradient import grouped_weight_gradient
+
+    return varying_like(grouped_weight_gradient(x_ND, dy_NF, sizes_E), x_ND)
+
+
+def _of_transposed(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The input gradient as a forward product with every matrix transposed."""
+    return lambda dy_NF, w_EDF, sizes_E: forward(dy_NF, w_EDF.swapaxes(1, 2), sizes_E)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """The three legs: (x, w, sizes) -> y, (dy, w, sizes) -> dx and (x, dy, sizes) -> dw."""
+
+    forward: Callable[..., jax.Array]
+    input_gradient: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]
+
+
+IMPLEMENTATIONS = {
+    "ragged": Implementation(
+        jax.lax.ragged_dot, _of_transposed(jax.lax.ragged_dot), ragged_weight_gradient
+    ),
+    "tiled": Implementation(tiled_forward, _of_transposed(tiled_forward), tiled_weight_gradient),
+    "mosaic": Implementation(_mosaic_forward, _mosaic_input_gradient, _mosaic_weight_gradient),
+}
