@@ -61,7 +61,7 @@ def grouped_product(
                 cols = pl.ds(dc, piece_cols)
                 right = b.at[slot, cols] if transpose else b.at[slot, :, cols]
                 if transpose:
-                    right = plgpu.transpose_ref(right, (1, 0))
+                    right = right.transpose((1, 0))
                 plgpu.wgmma(sums, a.at[slot, pl.ds(dr, piece_rows)], right)
 
             def store(sums):

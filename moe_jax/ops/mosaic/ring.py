@@ -84,18 +84,28 @@ def run(full, empty, tiles: Tiles, total, loads: Callable, products: Callable) -
         _multiply_all(full, empty, tiles, total, products)
 
 
-def _my_units(total):
-    """(first, stride, how many) of this block's units."""
-    first, stride = lax.axis_index("block"), lax.axis_size("block")
-    return first, stride, lax.div(total - first + (stride - 1), jnp.int32(stride))
+def _my_units(total) -> tuple[Callable, Any]:
+    """(i -> unit, how many) of this block.
+
+    Round i of one unit a block is dealt forwards or backwards in turn: where units get smaller in
+    their order, nobody always gets the larger one.
+    """
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+
+    def place(i):
+        return jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, blocks - 1 - block)
+
+    rounds = lax.div(total, jnp.int32(blocks))
+    more = place(rounds) < total - rounds * blocks
+    return lambda i: i * blocks + place(i), rounds + more.astype(jnp.int32)
 
 
 def _load_all(full, empty, tiles: Tiles, total, loads: Callable) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    first, stride, count = _my_units(total)
+    unit, count = _my_units(total)
 
     def one_unit(i, done):
-        steps, load = loads(first + i * stride)
+        steps, load = loads(unit(i))
 
         def one_step(k, done):
             slot = lax.rem(done, jnp.int32(tiles.stages))
@@ -112,10 +122,10 @@ def _multiply_all(full, empty, tiles: Tiles, total, products: Callable) -> None:
     plgpu.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(empty.at[slot])
-    first, stride, count = _my_units(total)
+    unit, count = _my_units(total)
 
     def one_unit(i, done):
-        steps, multiply, store = products(first + i * stride)
+        steps, multiply, store = products(unit(i))
 
         def sum_products(sums):
             @pl.loop(0, steps)

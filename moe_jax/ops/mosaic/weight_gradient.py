@@ -30,10 +30,11 @@ def grouped_weight_gradient(
     first_E, last_E = bounds(sizes_E)
     start_E = first_E // ALIGN * ALIGN
     steps_E = jnp.where(last_E > first_E, -((start_E - last_E) // DEPTH), 0)
-    table = jnp.stack([start_E, steps_E, first_E - start_E, last_E - start_E])
+    table = jnp.stack([jnp.arange(E), start_E, steps_E, first_E - start_E, last_E - start_E])
+    table = longest_first(table.astype(jnp.int32), steps_E)
 
     def place(unit):
-        """(group, first row, first column) of a unit."""
+        """(column of the table, first row, first column) of a unit."""
         per_group = jnp.int32(row_tiles * col_tiles)
         m, n = ring.locate(lax.rem(unit, per_group), row_tiles, col_tiles, tiles)
         row, col = pl.multiple_of(m * tiles.rows, tiles.rows), n * tiles.cols
@@ -44,20 +45,20 @@ def grouped_weight_gradient(
         dr, dc = ring.my_piece(tiles)
 
         def loads(unit):
-            e, row, col = place(unit)
-            start = table[0, e]
+            g, row, col = place(unit)
+            start = table[1, g]
 
             def load(k, slot, barrier):
                 depth = pl.ds(pl.multiple_of(start + k * DEPTH, ALIGN), DEPTH)
                 plgpu.copy_gmem_to_smem(x.at[depth, pl.ds(row, tiles.rows)], a.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(dy.at[depth, pl.ds(col, tiles.cols)], b.at[slot], barrier)
 
-            return table[1, e], load
+            return table[2, g], load
 
         def products(unit):
-            e, row, col = place(unit)
+            g, row, col = place(unit)
+            e, begin, end = table[0, g], table[3, g], table[4, g]
             top, left = pl.multiple_of(row + dr, piece_rows), pl.multiple_of(col + dc, piece_cols)
-            begin, end = table[2, e], table[3, e]
 
             def multiply(sums, k, slot):
                 x_part = a.at[slot, :, pl.ds(dr, piece_rows)]
@@ -70,7 +71,7 @@ def grouped_weight_gradient(
                     _keep_rows(dy_part, first, last)
                     plgpu.commit_smem()
 
-                plgpu.wgmma(sums, plgpu.transpose_ref(x_part, (1, 0)), dy_part)
+                plgpu.wgmma(sums, x_part.transpose((1, 0)), dy_part)
 
             def store(sums):
                 def target(r, c):
@@ -78,7 +79,7 @@ def grouped_weight_gradient(
 
                 ring.store_squares(sums, out, tiles, target)
 
-            return table[1, e], multiply, store
+            return table[2, g], multiply, store
 
         ring.run(full, empty, tiles, jnp.int32(E * row_tiles * col_tiles), loads, products)
 
@@ -86,6 +87,14 @@ def grouped_weight_gradient(
     a_shape, b_shape = (DEPTH, tiles.rows), (DEPTH, tiles.cols)
     out = ring.staging(x_ND.dtype)
     return ring.launch(body, out_type, tiles, a_shape, b_shape, out)(table, x_ND, dy_NF)
+
+
+def longest_first(table: jax.Array, steps_E: jax.Array) -> jax.Array:
+    """The columns ordered by steps, so that blocks work on units of one length at a time."""
+    e = jnp.arange(steps_E.shape[0])
+    before = (steps_E > steps_E[:, None]) | ((steps_E == steps_E[:, None]) & (e < e[:, None]))
+    place_E = before.sum(1, dtype=jnp.int32)
+    return jnp.where(place_E == e[:, None], table[:, None], 0).sum(2, dtype=jnp.int32)
 
 
 def _keep_rows(part, first, last) -> None:

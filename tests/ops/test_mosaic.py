@@ -1,0 +1,146 @@
+"""The Hopper kernels in the interpreter, on a CPU, against a loop over groups in NumPy.
+
+The interpreter runs a block's warpgroups, barriers and copies; a wrong order of waits hangs or
+is reported.  It needs a jax that `choose` lets run the kernels; with an older one, the tests below
+hold the other half of that promise: nothing is chosen.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from moe_jax.ops.mosaic import choose
+from moe_jax.ops.mosaic.product import row_tiles
+from moe_jax.ops.mosaic.weight_gradient import longest_first
+
+N, D, F = 256, 128, 256
+INTERPRETED = jax.__version_info__ >= choose.FIRST_JAX
+
+SIZES = {
+    "whole_tiles": [128, 0, 128],
+    "off_every_border": [37, 150, 69],
+    "rows_past_the_end": [3, 0, 141],
+    "nothing": [0, 0, 0],
+}
+
+
+def arrays(sizes):
+    """bfloat16 x, w and dy; rows that no group owns are NaN, to see whether they leak."""
+    rng = np.random.default_rng(0)
+    x_ND, dy_NF = rng.normal(size=(N, D)), rng.normal(size=(N, F))
+    x_ND[sum(sizes) :] = dy_NF[sum(sizes) :] = np.nan
+    w_EDF = rng.normal(size=(len(sizes), D, F))
+    return tuple(a.astype(ml_dtypes.bfloat16) for a in (x_ND, w_EDF, dy_NF))
+
+
+def loop(x_ND, w_EDF, dy_NF, sizes):
+    """(y, dx, dw) of the owned rows, group by group in float64."""
+    x_ND, w_EDF, dy_NF = (np.asarray(a, np.float64) for a in (x_ND, w_EDF, dy_NF))
+    ends = np.cumsum(sizes)
+    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    y = np.concatenate([x_ND[rows] @ w for rows, w in zip(groups, w_EDF, strict=True)])
+    dx = np.concatenate([dy_NF[rows] @ w.T for rows, w in zip(groups, w_EDF, strict=True)])
+    return y, dx, np.stack([x_ND[rows].T @ dy_NF[rows] for rows in groups])
+
+
+def close(found, expected):
+    """Within bfloat16's rounding of one result."""
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.fixture
+def three_blocks(monkeypatch):
+    """Fewer blocks than units of work, so that every block goes round its loop."""
+    monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
+
+
+def interpreted(leg, *operands):
+    """The leg's kernel in the interpreter; with an older jax, what runs instead of it."""
+    if not INTERPRETED:
+        return getattr(IMPLEMENTATIONS["ragged"], leg)(*operands)
+    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
+
+    with force_gpu_interpret_mode():
+        return getattr(IMPLEMENTATIONS["mosaic"], leg)(*operands)
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_the_legs_against_a_loop(case, three_blocks):
+    sizes = SIZES[case]
+    sizes_E, owned = jnp.array(sizes, jnp.int32), sum(sizes)
+    x, w, dy = (jnp.asarray(a) for a in arrays(sizes))
+    y, dx, dw = loop(x, w, dy, sizes)
+    close(interpreted("forward", x, w, sizes_E)[:owned], y)
+    close(interpreted("input_gradient", dy, w, sizes_E)[:owned], dx)
+    close(interpreted("weight_gradient", x, dy, sizes_E), dw)
+
+
+@pytest.mark.parametrize("width", [128, 384])
+def test_narrow_outputs(width, three_blocks):
+    """Columns that the wide tile does not divide."""
+    x, w, dy = (jnp.asarray(a) for a in arrays([130, 126]))
+    w, dy = jnp.concatenate([w, w], 2)[:, :, :width], jnp.concatenate([dy, dy], 1)[:, :width]
+    y, _, dw = loop(x, w, dy, [130, 126])
+    sizes_E = jnp.array([130, 126], jnp.int32)
+    close(interpreted("forward", x, w, sizes_E), y)
+    close(interpreted("weight_gradient", x, dy, sizes_E), dw)
+
+
+def test_every_row_is_stored_once():
+    """Over random sizes: the tiles' rows to store are the groups' rows, each in its own group."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = rng.multinomial(900, rng.dirichlet(np.full(6, 0.3)))
+        table, count = row_tiles(jnp.array(sizes), 1000, 128)
+        group = np.full(1000, -1)
+        for e, row, begin, end in np.asarray(table).T[: int(count[0])]:
+            assert row % choose.ALIGN == 0 and row <= begin < end <= row + 128
+            assert (group[begin:end] == -1).all()
+            group[begin:end] = e
+        np.testing.assert_array_equal(group, np.repeat([*range(6), -1], [*sizes, 100]))
+
+
+def test_long_groups_come_first():
+    steps = jnp.array([2, 5, 0, 5, 1])
+    table = jnp.stack([jnp.arange(5), steps])
+    np.testing.assert_array_equal(longest_first(table, steps), [[1, 3, 0, 4, 2], [5, 5, 2, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "f", "dtype", "chosen"),
+    [
+        (1024, 256, 512, jnp.bfloat16, True),
+        (1024, 256, 512, jnp.float32, False),
+        (1020, 256, 512, jnp.bfloat16, False),
+        (64, 256, 512, jnp.bfloat16, False),
+        (1024, 192, 512, jnp.bfloat16, False),
+        (1024, 256, 192, jnp.bfloat16, False),
+    ],
+)
+def test_what_the_kernels_take(monkeypatch, rows, d, f, dtype, chosen):
+    x, w = jnp.zeros((rows, d), dtype), jnp.zeros((2, d, f), dtype)
+    assert not choose.supports(x, w), "chosen without a GPU"
+    monkeypatch.setattr(choose, "runs_here", lambda: True)
+    assert choose.supports(x, w) is chosen
+
+
+def test_a_program_for_a_gpu_holds_the_kernels_inside_shard_map(monkeypatch):
+    """Lowered for CUDA on this machine: three kernels, no ragged_dot; the axes' types agree."""
+    monkeypatch.setattr(choose, "runs_here", lambda: True)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def local(x, w, sizes):
+        y = grouped_matmul(x, jax.lax.pcast(w, ("data",), to="varying"), sizes)
+        return jax.lax.psum((y.astype(jnp.float32) ** 2).sum(), "data")
+
+    loss = jax.shard_map(local, mesh=mesh, in_specs=(data, whole, data), out_specs=whole)
+    x, w = jnp.zeros((N, D), jnp.bfloat16), jnp.zeros((2, D, F), jnp.bfloat16)
+    step = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, jnp.array([100, 100], jnp.int32))
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+    assert "ragged_dot" not in text
