@@ -147,7 +147,7 @@ def _multiply_all(full, empty, tiles: Tiles, total, products: Callable) -> None:
 
             return result
 
-        store(pl.run_scoped(sum_products, plgpu.ACC(tiles.piece, jnp.float32)))
+        store(pl.run_scoped(sum_products, plgpu.WGMMAAccumulatorRef(tiles.piece, jnp.float32)))
         return done + steps
 
     lax.fori_loop(0, count, one_unit, jnp.int32(0))
