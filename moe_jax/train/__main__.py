@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
+from moe_jax.parallel.xla_flags import add_xla_flag
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, train
@@ -79,12 +79,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _use_deterministic_kernels() -> None:
-    """NVIDIA only: no atomics, no autotuning between kernels that round differently.
-
-    XLA reads its flags when a backend starts, so this comes before anything touches a device.
-    """
-    flag = "--xla_gpu_deterministic_ops=true"
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), flag]))
+    """NVIDIA only: no atomics, no autotuning between kernels that round differently."""
+    add_xla_flag("xla_gpu_deterministic_ops", "true")
 
 
 def _say(line: str) -> None:

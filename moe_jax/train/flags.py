@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import FIX
+from moe_jax.parallel.xla_flags import avoid_command_buffers
 from moe_jax.registry import suggest
 
 
@@ -89,6 +90,7 @@ def parse(
     if workdir and not found.workdir:
         raise UserError("--workdir is missing: name the folder of the run.")
     _use_virtual_devices(found.devices)
+    avoid_command_buffers()
     if not config:
         return Parsed(ConfigDict(), {}, found)
     found.config = path

@@ -1,0 +1,19 @@
+"""Flags reach XLA's environment variable once, and the user's own come first."""
+
+import os
+
+from moe_jax.parallel.xla_flags import add_xla_flag, avoid_command_buffers
+
+
+def test_a_flag_joins_those_of_the_user(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    avoid_command_buffers()
+    avoid_command_buffers()
+    expected = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_command_buffer="
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_what_the_user_set_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    add_xla_flag("xla_gpu_deterministic_ops", "true")
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=false"
