@@ -9,7 +9,6 @@ ARGUMENTS are those of python -m moe_jax.train; the image holds moe_jax, its dir
   python -m launch.k8s --name=olmoe --image=IMAGE --gpus=8 --hosts=4 -- ...
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -23,6 +22,7 @@ from launch.shell import (
     LaunchError,
     Shell,
     add_options,
+    make_parser,
     option,
     read_options,
     run_main,
@@ -38,12 +38,12 @@ class K8sOptions:
     """What a JobSet asks of a cluster."""
 
     image: str = option(..., "Container image with moe_jax.")
-    hosts: int = option(1, "Pods of a slice, one for each host.")
+    hosts: int = option(1, "Pods of a slice, one for each host.", least=1)
     gpus: int = option(0, "NVIDIA GPUs of a host.")
     tpu: str = option("", "GKE's name of the TPU, such as tpu-v5p-slice.")
     topology: str = option("", "Chips of a slice, such as 4x4x8.")
-    chips: int = option(4, "TPU chips of a host.")
-    slices: int = option(1, "TPU slices; more than one is multislice.")
+    chips: int = option(4, "TPU chips of a host.", least=1)
+    slices: int = option(1, "TPU slices; more than one is multislice.", least=1)
     queue: str = option("", "Kueue's local queue; empty: no Kueue.")
     namespace: str = option("", "Namespace; empty: kubectl's own.")
     service_account: str = option("", "Service account, for gs:// say.")
@@ -184,6 +184,13 @@ def _check(job: Job, options: K8sOptions) -> None:
         raise LaunchError("--slices is for TPUs: give --hosts.")
     if options.hosts < 1 or options.slices < 1:
         raise LaunchError("--hosts and --slices count from 1.")
+    for name in ("queue", "namespace", "service_account", "claim"):
+        value = getattr(options, name)
+        if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
+            raise LaunchError(
+                f"--{name}={value} names nothing in Kubernetes: use lower-case letters, digits, "
+                f"'-' and '.'."
+            )
     if options.tpu:
         if not re.fullmatch(r"\d+(x\d+)+", options.topology):
             raise LaunchError(f"--topology={options.topology} is not one: write it as 4x4x8.")
@@ -198,17 +205,14 @@ def _check(job: Job, options: K8sOptions) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command."""
     own, trainers = split_arguments(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.k8s",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.k8s", __doc__)
     parser.add_argument("--name", required=True, help="Name of the JobSet: [a-z0-9-]+.")
     parser.add_argument("--apply", action="store_true", help="Hand it to kubectl.")
     parser.add_argument("--dry_run", action="store_true", help="Print everything, run nothing.")
     add_options(parser, K8sOptions)
     given = parser.parse_args(own)
+    if not trainers:
+        raise LaunchError("There is nothing to run: give the trainer's arguments after `--`.")
     options = read_options(K8sOptions, given)
     text = json.dumps(manifest(Job(given.name, trainers), options), indent=2)
     if not given.apply:

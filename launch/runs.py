@@ -25,7 +25,14 @@ def expand(path: str) -> dict[str, Run]:
     Raises:
       LaunchError: the file has no get_hyper, or a run is not what the trainer can be given.
     """
-    runs = _load(path)(hyper)
+    try:
+        runs = _load(path)(hyper)
+    except LaunchError:
+        raise
+    except Exception as error:  # of the person's own file, where anything may happen
+        raise LaunchError(f"--sweep={path}: {type(error).__name__}: {error}: mend it.") from error
+    if not isinstance(runs, list):
+        raise LaunchError(f"{path}: get_hyper() returns {type(runs).__name__}, not a list of runs.")
     named: dict[str, Run] = {}
     for number, run in enumerate(runs):
         _check(run, f"{path}: run {number}")

@@ -67,8 +67,13 @@ class Shell:
             self.say(f"+ write {path}:\n{text}")
             return
         self.say(f"+ write {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            raise LaunchError(
+                f"{path} cannot be written ({error.strerror or error}): choose another folder."
+            ) from None
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -90,9 +95,27 @@ def flag_of(arguments: Sequence[str], name: str) -> str:
     return value
 
 
-def option(default: Any, described: str) -> Any:
-    """A field of a dataclass of options and its line in --help; `...` as default: required."""
-    metadata = {"help": described}
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message[0].upper()}{message[1:]}: see {self.prog} --help.")
+
+
+def make_parser(prog: str, described: str | None) -> argparse.ArgumentParser:
+    """A parser whose complaints are a LaunchError; `described` is a module's docstring."""
+    return _Parser(
+        prog=prog,
+        description=described,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def option(default: Any, described: str, least: int = 0) -> Any:
+    """A field of a dataclass of options and its line in --help; `...` as default: required.
+
+    A number may not be smaller than `least`.
+    """
+    metadata = {"help": described, "least": least}
     if default is ...:
         return dataclasses.field(metadata=metadata, kw_only=True)
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
@@ -116,8 +139,13 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 def read_options(options: type[Options], given: argparse.Namespace) -> Options:
     """The dataclass of what its flags were given."""
-    names = [field.name for field in dataclasses.fields(cast(Any, options))]
-    values = {name: getattr(given, name) for name in names}
+    values = {}
+    for field in dataclasses.fields(cast(Any, options)):
+        value = values[field.name] = getattr(given, field.name)
+        if isinstance(value, int | float) and value < field.metadata["least"]:
+            raise LaunchError(
+                f"--{field.name}={value} is too small: give {field.metadata['least']} or more."
+            )
     return options(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 

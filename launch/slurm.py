@@ -8,7 +8,6 @@ goes on from its workdir, which every node must see.
       --config=configs/olmoe_1b_7b.py --workdir=/shared/runs/olmoe
 """
 
-import argparse
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from launch.shell import (
     LaunchError,
     Shell,
     add_options,
+    make_parser,
     option,
     read_options,
     run_main,
@@ -30,8 +30,8 @@ from launch.shell import (
 class SlurmOptions:
     """What a job asks of Slurm."""
 
-    nodes: int = option(1, "Nodes of a job.")
-    processes_per_node: int = option(1, "1, or the number of GPUs for one process a GPU.")
+    nodes: int = option(1, "Nodes of a job.", least=1)
+    processes_per_node: int = option(1, "1, or the number of GPUs for one process a GPU.", least=1)
     gpus_per_node: int = option(0, "GPUs of each node; 0 asks for none.")
     cpus_per_process: int = option(0, "Cores of each process; 0 leaves it to Slurm.")
     memory: str = option("", "Memory of a node, such as 64G; empty leaves it to Slurm.")
@@ -145,16 +145,13 @@ def submit(jobs: Sequence[Job], options: SlurmOptions, shell: Shell) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command."""
     own, trainers = split_arguments(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.slurm", __doc__)
     parser.add_argument("--name", required=True, help="Name of the job: [a-z0-9-]+.")
     parser.add_argument("--dry_run", action="store_true", help="Print everything, run nothing.")
     add_options(parser, SlurmOptions)
     given = parser.parse_args(own)
+    if not trainers:
+        raise LaunchError("There is nothing to run: give the trainer's arguments after `--`.")
     shell = Shell(given.dry_run)
     identity = submit([Job(given.name, trainers)], read_options(SlurmOptions, given), shell)
     if identity:

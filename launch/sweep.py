@@ -20,7 +20,7 @@ from typing import Any
 from launch import runs
 from launch.job import Job
 from launch.local import LOG, STOPPED, Local, command
-from launch.shell import LaunchError, Shell, add_options, read_options, run_main
+from launch.shell import LaunchError, Shell, add_options, make_parser, read_options, run_main
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
 _CHECK = [sys.executable, "-m", "moe_jax.train.check"]
@@ -127,12 +127,7 @@ def _write_record(workdir: Path, named: dict[str, runs.Run]) -> None:
 
 def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
     """The sweep's flags and the options of its backend (None for this machine)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("python -m launch.sweep", __doc__)
     parser.add_argument("--sweep", required=True, help="A file with get_hyper(hyper).")
     parser.add_argument("--workdir", required=True, help="Each run gets a folder in it.")
     parser.add_argument("--backend", choices=("local", "slurm", "tpu_vm"), default="local")

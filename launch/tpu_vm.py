@@ -18,7 +18,6 @@ must outlive it (gs://).
       --config=configs/mixtral_8x7b.py --workdir=gs://BUCKET/mixtral
 """
 
-import argparse
 import dataclasses
 import re
 import time
@@ -32,6 +31,7 @@ from launch.shell import (
     Shell,
     add_options,
     flag_of,
+    make_parser,
     option,
     read_options,
     run_main,
@@ -52,7 +52,7 @@ class TpuOptions:
     project: str = option("", "Project; empty: that of gcloud's configuration.")
     accelerator_type: str = option("", "Such as v5p-256; needed to create.")
     runtime_version: str = option("", "Such as v2-alpha-tpuv5; needed to create.")
-    node_count: int = option(1, "Slices; more than one is multislice.")
+    node_count: int = option(1, "Slices; more than one is multislice.", least=1)
     spot: bool = option(False, "Spot capacity.")
     reserved: bool = option(False, "Reserved capacity.")
     gcloud: tuple[str, ...] = option((), "Any other flag of create, as --gcloud=--network=net.")
@@ -222,9 +222,9 @@ def _prepare(options: TpuOptions) -> str:
     if options.prepare:
         try:
             return host.prepare_with(Path(options.prepare).read_text())
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise LaunchError(
-                f"--prepare={options.prepare} cannot be read ({error.strerror}): name a script."
+                f"--prepare={options.prepare} cannot be read ({error}): name a script."
             ) from None
     if not options.repository:
         raise LaunchError("The hosts need moe_jax: give --repository, or a script as --prepare.")
@@ -255,12 +255,7 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     own, trainers = split_arguments(argv)
     commands = ("create", "install", "run", "status", "logs", "stop", "delete")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.tpu_vm",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.tpu_vm", __doc__)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--name", required=True, help="Name of the VM: [a-z0-9-]+.")
     parser.add_argument("--dry_run", action="store_true", help="Print everything, run nothing.")

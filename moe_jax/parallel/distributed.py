@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -115,7 +116,9 @@ class Preemption:
 
     def _note(self, *_: object) -> None:
         if not self._deferred:
-            raise SystemExit(AGAIN)
+            # Not an exception: unwinding from the middle of a compilation crashes the interpreter.
+            sys.stdout.flush()
+            os._exit(AGAIN)
         self._asked = True
 
     def defer(self) -> None:

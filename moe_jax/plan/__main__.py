@@ -14,8 +14,9 @@ from moe_jax.plan.analytic import estimate
 from moe_jax.plan.compiled import Compiled, compile_plan
 from moe_jax.plan.lowering import Plan, make_plan
 from moe_jax.plan.roofline import roofline
+from moe_jax.plan.saved import check_writable
 from moe_jax.plan.scaling import scaling
-from moe_jax.plan.search import anywhere, search
+from moe_jax.plan.search import anywhere, mesh_text, search
 from moe_jax.plan.topology import Topology, compile_devices, parse_topology
 from moe_jax.plan.work import executed_flops, moved_bytes, traffic
 from moe_jax.train import flags
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     topology = parse_topology(given.topology)
     if topology.chip.torus:
         jax.config.update("jax_platforms", "cpu")  # TPUs come from the topology alone
+    _check(given)
     if given.mesh:
         parsed.config.update({"mesh": _mesh(given.mesh)})
     if given.scaling:
@@ -59,6 +61,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check(given) -> None:
+    """Raises UserError for flags that exclude each other, or a file that cannot be written."""
+    if not given.tokens > 0:
+        raise UserError(f"--tokens={given.tokens:g}: give a number above 0.")
+    if given.mesh and (given.search or given.scaling):
+        raise UserError("--mesh says which layout, --search and --scaling try all: give one.")
+    if given.save and (given.search or given.scaling or not given.compile):
+        raise UserError("--save writes the one plan that is compiled: leave the other flag out.")
+    if given.save:
+        check_writable(given.save)
+
+
 def _search(config: Config, topology: Topology, given) -> int:
     """The best layouts, the first few compiled too, and why the others are out."""
     usable = usable_bytes(topology)
@@ -67,18 +81,25 @@ def _search(config: Config, topology: Topology, given) -> int:
     ranking = search(anywhere(config), topology, usable)
     print(f"{topology.name}: {len(ranking.found):,} layouts fit, {len(ranking.rejected):,} do not")
     print(f"ranked in {time.perf_counter() - began:.0f} s by time a token, nothing overlapping:")
-    devices, how = compile_devices(topology) if given.compile else ([], "--nocompile")
+    devices, how = compile_devices(topology)  # refuses a slice that does not exist
+    if not given.compile:
+        devices, how = [], "--nocompile"
+    verdicts: list[bool] = []  # of layouts that differ in more than the batch
+    seen: set[str] = set()
     for place, found in enumerate(ranking.found[:_SHOWN]):
         print(f"{place + 1:3}. {report.describe_found(found)}", flush=True)
-        if place < _COMPILED and devices:
+        layout = f"{mesh_text(found.plan.config.mesh)} {found.plan.config.model.remat}"
+        if devices and len(verdicts) < _COMPILED and layout not in seen:
             compiled = compile_plan(found.plan, topology, _progress)
-            fits = "fits" if compiled.peak <= usable else "does not fit"
+            verdicts.append(compiled.peak <= usable)
+            fits = "fits" if verdicts[-1] else "does not fit"
             print(f"     compiled: {report.gib(compiled.peak)}, {fits}", flush=True)
+        seen.add(layout)
     if not devices:
         print(f"not compiled ({how}): every figure is an analytic estimate")
     for line in report.describe_rejected(ranking.rejected):
         print(line)
-    print(f"fits: {'yes' if ranking.found else 'no'}")
+    print(f"fits: {'yes' if any(verdicts or [bool(ranking.found)]) else 'no'}")
     return 0
 
 
@@ -89,6 +110,8 @@ def _mesh(text: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.removeprefix("-").isdigit():
             raise UserError(f"--mesh={text}: write AXIS=SIZE,... with {', '.join(sizes)}.")
+        if text.count(f"{axis}=") > 1:
+            raise UserError(f"--mesh={text}: give {axis} once.")
         sizes[axis] = int(size)
     return sizes
 
@@ -104,7 +127,12 @@ def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
         return None
     compiled = compile_plan(plan, topology, _progress, given.save)
     print(f"compiled in {compiled.seconds:.0f} s: {how}")
-    if compiled.digest:
+    if given.save:
+        if not compiled.digest:
+            raise UserError(
+                f"--save={given.save} was not written: XLA could not finish the program "
+                f"({compiled.error or 'its process ended early'})."
+            )
         print(f"saved {given.save} (SHA-256 {compiled.digest})")
     return compiled
 

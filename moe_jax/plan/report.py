@@ -118,14 +118,6 @@ def describe_found(found: Found) -> str:
 
 
 def describe_rejected(rejected: list[Rejected]) -> Iterator[str]:
-    """Why layouts are out: each reason once with an example, those of memory together."""
-    memory = [one for one in rejected if one.needs]
-    if memory:
-        least = min(memory, key=lambda one: one.needs)
-        yield f"rejected: {len(memory):,} need too much memory: {least.layout} {least.why}"
-    reasons: dict[str, list[Rejected]] = defaultdict(list)
-    for one in rejected:
-        if not one.needs:
-            reasons[one.why].append(one)
-    for why, those in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        yield f"rejected: {len(those):,} such as {those[0].layout}: {why}"
+    """Why each layout is out; at the end those for memory, the least above it last."""
+    for one in sorted(rejected, key=lambda one: (one.needs > 0, -one.needs)):
+        yield f"rejected: {one.layout}: {one.why}"

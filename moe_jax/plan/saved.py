@@ -16,6 +16,13 @@ from moe_jax.errors import UserError
 from moe_jax.plan.lowering import Plan, lower
 
 
+def check_writable(path: str) -> None:
+    """Raises UserError where no file can be made: before minutes of compiling, not after."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"--save={path} cannot be written: name a file in a folder that is there.")
+
+
 def save_step(executable: Any, path: str) -> str:
     """Writes a compiled step; returns the SHA-256 of the file."""
     payload, _, _ = serialize_executable.serialize(executable)
@@ -39,10 +46,13 @@ def load_step(path: str, digest: str, plan: Plan, devices: Sequence[Any]) -> Any
       devices: to run on, of the kind it was compiled for.
 
     Raises:
-      UserError: the file is another one than was written.
+      UserError: the file cannot be read, or is another one than was written.
     """
-    with open(path, "rb") as file:
-        payload = file.read()
+    try:
+        with open(path, "rb") as file:
+            payload = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     found = hashlib.sha256(payload).hexdigest()
     if found != digest:
         raise UserError(

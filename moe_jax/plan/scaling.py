@@ -55,6 +55,13 @@ def smallest_batch(found: Found) -> int:
     return found.plan.config.mesh.batch_shards * found.plan.config.data.sequence_length
 
 
+def num_slices(topology: Topology) -> int:
+    """The fewest equal slices, none larger than the largest that exists."""
+    devices = topology.num_devices
+    least = -(-devices // topology.chip.island)
+    return next(n for n in range(least, devices + 1) if devices % n == 0)
+
+
 def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     plan, roof = found.plan, found.roof
     config = plan.config
@@ -63,9 +70,8 @@ def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     limit = roof.limit if roof.limit != "compute" else f"compute, then {slowest or 'HBM'}"
     notes = ["impractical: over 32M tokens a batch"] if smallest > LARGEST_BATCH else []
     notes += ["best"] if fastest else []
-    notes += [f"{-(-topology.num_devices // topology.chip.island)} slices"] * (
-        topology.num_devices > topology.chip.island
-    )
+    slices = num_slices(topology)
+    notes += [f"{slices} slices"] * (slices > 1)
     return (
         f"| {chips:,} | {mesh_text(config.mesh)} | {config.model.remat}, "
         f"{config.train.accumulation} | {smallest:,} | {plan.tokens:,} | "

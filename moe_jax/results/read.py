@@ -132,7 +132,8 @@ def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], br
     steps = config.train.steps
     if broken:
         return f"{METRICS}: {broken} broken line{'s' * (broken > 1)}"
-    if train and not math.isfinite(_number(train[-1], "loss", keep=True) or 0.0):
+    last = [_number(train[-1], name, keep=True) for name in ("loss", "grad_norm")] if train else []
+    if not all(math.isfinite(number or 0.0) for number in last):
         return f"diverged at step {train[-1]['step']}"
     if any("eval_loss" in row and row["step"] >= steps for row in rows):
         return DONE

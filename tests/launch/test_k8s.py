@@ -151,6 +151,7 @@ def test_arguments_arrive_as_they_were_given():
         ("one", {"tpu": "t", "topology": "8"}, "write it as"),
         ("one", {"tpu": "t", "topology": "2x4"}, "has 8 chips but --hosts=1 of --chips=4 have 4"),
         ("one", {"hosts": 0}, "count from 1"),
+        ("one", {"queue": "Bad Queue!"}, "--queue=Bad Queue! names nothing"),
     ],
 )
 def test_mistakes_are_one_sentence(name, changed, sentence):

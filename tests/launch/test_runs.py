@@ -130,3 +130,18 @@ def test_no_sweep_file(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(LaunchError, match="defines no get_hyper"):
         expand(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def get_hyper(hyper)\n    return []", "SyntaxError"),
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        ("def get_hyper(hyper):\n    return None", "returns NoneType, not a list"),
+        ("def get_hyper(hyper):\n    return 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_broken_sweep_file_is_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "sweep.py").write_text(text)
+    with pytest.raises(LaunchError, match=sentence):
+        expand(str(tmp_path / "sweep.py"))

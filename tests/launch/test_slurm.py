@@ -122,6 +122,17 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
         submit([], options, Shell())
     with pytest.raises(LaunchError, match="lower-case"):
         Job("One run", ())
+    for arguments, sentence in (
+        (["--nodes=-3"], "--nodes=-3 is too small: give 1 or more"),
+        (["--nodes=two"], "Argument --nodes: invalid int value: 'two': see .* --help"),
+        (["--nodse=2"], "Unrecognized arguments: --nodse=2: see .* --help"),
+    ):
+        with pytest.raises(LaunchError, match=sentence):
+            main(["--name=one", *arguments, "--", "--workdir=x"])
+    with pytest.raises(LaunchError, match="nothing to run"):
+        main(["--name=one", "--dry_run"])
+    with pytest.raises(LaunchError, match="cannot be written"):
+        main(["--name=one", "--logs=/dev/null/x", "--", "--workdir=x"])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no program 'sbatch' on PATH"):
         submit([Job("one", ())], options, Shell())
