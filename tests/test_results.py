@@ -78,6 +78,8 @@ def test_what_is_missing_or_broken_is_the_runs_state(tmp_path):
     write_run(tmp_path / "half", config(), FINISHED[:3], tail='{"step": 5, "lo')  # killed
     write_run(tmp_path / "holes", config(), FINISHED, tail='no json\n{"step": "x"}\n')
     write_run(tmp_path / "nan", config(), [*FINISHED[:3], {"step": 5, "loss": "nan"}])
+    steep = {"step": 3, "loss": 2.0, "grad_norm": "inf"}
+    write_run(tmp_path / "steep", config(), [*FINISHED[:1], steep])
     write_run(tmp_path / "no config", None, FINISHED)
     write_run(tmp_path / "no metrics", config(), None)
     write_run(tmp_path / "torn config", None, FINISHED)
@@ -93,6 +95,7 @@ def test_what_is_missing_or_broken_is_the_runs_state(tmp_path):
         "half": "step 4 of 8",
         "holes": "metrics.jsonl: 2 broken lines",
         "nan": "diverged at step 5",
+        "steep": "diverged at step 3",
         "no config": "no config.json",
         "no metrics": "no metrics.jsonl (No such file or directory)",
     }
