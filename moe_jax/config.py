@@ -21,7 +21,7 @@ from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import lookup, own_fields, suggest
 
-LARGEST = 2**40  # no key of a config counts further, and int64 holds products of two
+LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 

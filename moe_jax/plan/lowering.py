@@ -18,7 +18,7 @@ from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding, spec
 from moe_jax.train import resolve
-from moe_jax.train.state import abstract_state, state_shardings
+from moe_jax.train.state import abstract_state, placed_state
 from moe_jax.train.step import StepOptions, jit_train_step
 
 
@@ -131,11 +131,7 @@ def lower(plan: Plan, devices: Sequence[Any]) -> jax.stages.Lowered:
     """The train step, lowered for these devices."""
     config, model, optimizer = plan.config, plan.model, plan.optimizer
     mesh = make_mesh(config.mesh, devices)
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract_state(model, optimizer),
-        state_shardings(model, optimizer, mesh),
-    )
+    state = placed_state(model, optimizer, mesh)
     step = jit_train_step(model, optimizer, StepOptions.of(config), mesh)
     return step.lower(state, abstract_batch(config, mesh))
 

@@ -200,8 +200,7 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 
 def _own(values: flags.FlagValues) -> list[str]:
     """Names of the command's flags; absl counts each override of the config as one, too."""
-    absls = {"?", "help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok"}
-    return [name for name in values if not name.startswith("config.") and name not in absls]
+    return [name for name in values if not name.startswith("config.")]
 
 
 def _use_virtual_devices(count: int) -> None:

@@ -29,6 +29,7 @@ from moe_jax.train.state import (
     from_disk,
     new_state,
     param_shardings,
+    placed_state,
     state_shardings,
 )
 from moe_jax.train.step import StepOptions
@@ -222,12 +223,7 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
 def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
     flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
-    state = abstract_state(flat, run.optimizer)
-    target = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        state_shardings(flat, run.optimizer, run.mesh),
-    )
+    target = placed_state(flat, run.optimizer, run.mesh)
     return {"step": target.step, "params": target.params, "optimizer": target.optimizer}
 
 

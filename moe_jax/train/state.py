@@ -38,6 +38,15 @@ def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state)
 
 
+def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """`abstract_state` with the sharding of every leaf on `mesh`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract_state(model, optimizer),
+        state_shardings(model, optimizer, mesh),
+    )
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, P())

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_cases import arrays, loop
 
 from moe_jax.ops.grouped_matmul import (
     grouped_matmul,
@@ -31,25 +32,6 @@ WEIGHT_GRADIENT = {"tiled": tiled_weight_gradient, "ragged": ragged_weight_gradi
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
 
 
-def arrays(sizes, dtype):
-    """x, w and dy; rows of x and dy that no group owns are NaN, to see whether they leak."""
-    rng = np.random.default_rng(0)
-    x_ND, dy_NF = rng.normal(size=(N, D)), rng.normal(size=(N, F))
-    w_EDF = rng.normal(size=(len(sizes), D, F))
-    x_ND[sum(sizes) :] = dy_NF[sum(sizes) :] = np.nan
-    return tuple(a.astype(dtype) for a in (x_ND, w_EDF, dy_NF))
-
-
-def loop(x_ND, w_EDF, dy_NF, sizes):
-    """(y, dx, dw) of the owned rows, group by group in float64."""
-    x_ND, w_EDF, dy_NF = (np.asarray(a, np.float64) for a in (x_ND, w_EDF, dy_NF))
-    ends = np.cumsum(sizes)
-    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    y = np.concatenate([x_ND[rows] @ w for rows, w in zip(groups, w_EDF, strict=True)])
-    dx = np.concatenate([dy_NF[rows] @ w.T for rows, w in zip(groups, w_EDF, strict=True)])
-    return y, dx, np.stack([x_ND[rows].T @ dy_NF[rows] for rows in groups])
-
-
 def close(found, expected, dtype):
     assert found.dtype == dtype
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * 20)
@@ -65,7 +47,7 @@ def dtype(request):
 def test_forward(path, dtype):
     multiply = jax.jit(FORWARD[path])
     for sizes in SIZES.values():
-        x, w, dy = arrays(sizes, dtype)
+        x, w, dy = arrays(sizes, N, D, F, dtype)
         if path == "reference":  # its mask is a product, which does not stop NaN
             x = np.nan_to_num(x)
         y = multiply(x, w, np.array(sizes, np.int32))
@@ -76,7 +58,7 @@ def test_forward(path, dtype):
 def test_weight_gradient(path, dtype):
     gradient = jax.jit(WEIGHT_GRADIENT[path])
     for name, sizes in SIZES.items():
-        x, w, dy = arrays(sizes, dtype)
+        x, w, dy = arrays(sizes, N, D, F, dtype)
         dw = np.asarray(gradient(x, dy, np.array(sizes, np.int32)))
         close(dw, loop(x, w, dy, sizes)[2], dtype)
         assert not dw[np.array(sizes) == 0].any(), name
@@ -91,7 +73,7 @@ def test_gradients_of_the_whole_operation(dtype):
         return y, *pullback(dy)
 
     for sizes in SIZES.values():
-        x, w, dy = arrays(sizes, dtype)
+        x, w, dy = arrays(sizes, N, D, F, dtype)
         y, dx, dw = run(x, w, dy, np.array(sizes, np.int32))
         expected = loop(x, w, dy, sizes)
         close(y[: sum(sizes)], expected[0], dtype)
@@ -102,7 +84,7 @@ def test_gradients_of_the_whole_operation(dtype):
 def test_gradients_are_those_of_the_reference(x64):
     """The loop above and autodiff of the masked reference agree: two oracles, not one."""
     sizes = jnp.array(SIZES["rows_past_the_end"], jnp.int32)
-    x, w, dy = (jnp.nan_to_num(a) for a in arrays(SIZES["rows_past_the_end"], "float64"))
+    x, w, dy = (jnp.nan_to_num(a) for a in arrays(SIZES["rows_past_the_end"], N, D, F, "float64"))
     _, ours = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
     _, theirs = jax.vjp(lambda x, w: reference(x, w, sizes), x, w)
     for found, expected in zip(ours(dy), theirs(dy), strict=True):

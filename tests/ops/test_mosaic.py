@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from grouped_cases import arrays, loop
 
 from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 from moe_jax.ops.mosaic import choose
@@ -25,25 +26,6 @@ SIZES = {
     "rows_past_the_end": [3, 0, 141],
     "nothing": [0, 0, 0],
 }
-
-
-def arrays(sizes):
-    """bfloat16 x, w and dy; rows that no group owns are NaN, to see whether they leak."""
-    rng = np.random.default_rng(0)
-    x_ND, dy_NF = rng.normal(size=(N, D)), rng.normal(size=(N, F))
-    x_ND[sum(sizes) :] = dy_NF[sum(sizes) :] = np.nan
-    w_EDF = rng.normal(size=(len(sizes), D, F))
-    return tuple(a.astype(ml_dtypes.bfloat16) for a in (x_ND, w_EDF, dy_NF))
-
-
-def loop(x_ND, w_EDF, dy_NF, sizes):
-    """(y, dx, dw) of the owned rows, group by group in float64."""
-    x_ND, w_EDF, dy_NF = (np.asarray(a, np.float64) for a in (x_ND, w_EDF, dy_NF))
-    ends = np.cumsum(sizes)
-    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    y = np.concatenate([x_ND[rows] @ w for rows, w in zip(groups, w_EDF, strict=True)])
-    dx = np.concatenate([dy_NF[rows] @ w.T for rows, w in zip(groups, w_EDF, strict=True)])
-    return y, dx, np.stack([x_ND[rows].T @ dy_NF[rows] for rows in groups])
 
 
 def close(found, expected):
@@ -62,6 +44,7 @@ def interpreted(leg, *operands):
     """The leg's kernel in the interpreter; with an older jax, what runs instead of it."""
     if not INTERPRETED:
         return getattr(IMPLEMENTATIONS["ragged"], leg)(*operands)
+    # Private: jax has no public switch for kernels that do not take `interpret` themselves.
     from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
 
     with force_gpu_interpret_mode():
@@ -72,7 +55,7 @@ def interpreted(leg, *operands):
 def test_the_legs_against_a_loop(case, three_blocks):
     sizes = SIZES[case]
     sizes_E, owned = jnp.array(sizes, jnp.int32), sum(sizes)
-    x, w, dy = (jnp.asarray(a) for a in arrays(sizes))
+    x, w, dy = (jnp.asarray(a) for a in arrays(sizes, N, D, F, ml_dtypes.bfloat16))
     y, dx, dw = loop(x, w, dy, sizes)
     close(interpreted("forward", x, w, sizes_E)[:owned], y)
     close(interpreted("input_gradient", dy, w, sizes_E)[:owned], dx)
@@ -82,7 +65,7 @@ def test_the_legs_against_a_loop(case, three_blocks):
 @pytest.mark.parametrize("width", [128, 384])
 def test_narrow_outputs(width, three_blocks):
     """Columns that the wide tile does not divide."""
-    x, w, dy = (jnp.asarray(a) for a in arrays([130, 126]))
+    x, w, dy = (jnp.asarray(a) for a in arrays([130, 126], N, D, F, ml_dtypes.bfloat16))
     w, dy = jnp.concatenate([w, w], 2)[:, :, :width], jnp.concatenate([dy, dy], 1)[:, :width]
     y, _, dw = loop(x, w, dy, [130, 126])
     sizes_E = jnp.array([130, 126], jnp.int32)

@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.errors import UserError
 
 PRIORITIES = ("token", "choice")
+MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 BALANCE_SCOPES = ("group", "row", "global")
 
 
@@ -44,10 +45,10 @@ class MoEConfig:
                 f"set top_k between 1 and num_experts."
             )
         for name in ("capacity_factor", "eval_capacity_factor"):
-            if not 0 < getattr(self, name) <= self.num_experts * 1e3:  # E is "no limit"
+            if not 0 < getattr(self, name) <= MOST_CAPACITY:
                 raise UserError(
-                    f"model.moe.{name} is {getattr(self, name)}: set it above 0; num_experts "
-                    f"({self.num_experts}) already drops nothing."
+                    f"model.moe.{name} is {getattr(self, name)}: set it above 0 and at most "
+                    f"{MOST_CAPACITY:g}; num_experts ({self.num_experts}) already drops nothing."
                 )
         for name in ("expert_width", "every"):
             if getattr(self, name) < 1:
