@@ -183,7 +183,7 @@ def oracle(router: str):
         keys_GR = context.row_keys_B.reshape(GROUPS, ROWS)
         ids_GS = context.token_ids_BT.reshape(GROUPS, TOKENS)
         inputs = RouterIn(x_GSD, ids_GS, mask_GS, keys_GR, True)
-        choice, aux = chosen.route(inputs, {"kernel": params["router_kernel"]})
+        choice, aux = chosen.route(inputs, {"kernel": params["router_kernel"]}, {})
         kept = choice._replace(valid_GSK=choice.valid_GSK & kept_GSK)
         experts = Experts(params["w_in_EDUF"], params["w_out_EFD"], config.activation)
         y_GSD, _ = Dense()(x_GSD, kept, experts, DispatchIn(mask_GS, ROWS, True, one))

@@ -91,7 +91,7 @@ class MoE(nnx.Module):
             train=context.train,
         )
         params = {name: getattr(self, f"router_{name}")[...] for name in self.router_names}
-        choice, aux = self.router.route(inputs, params)
+        choice, aux = self.router.route(inputs, params, {})
         experts = Experts(
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),

@@ -33,6 +33,30 @@ class TokenChoice(NamedTuple):
     valid_GSK: Bool[Array, "G S K"]
 
 
+class ExpertChoice(NamedTuple):
+    """Each expert's tokens (arXiv 2202.09368): slot c of expert e holds token ids_GEC of its group.
+
+    A slot that points at a padding token stays empty.
+    """
+
+    ids_GEC: Int[Array, "G E C"]
+    weights_GEC: Float[Array, "G E C"]
+
+    def by_token(self, tokens: int) -> TokenChoice:
+        """The same pairs with K = E: token s made choice e where expert e took it."""
+        E = self.ids_GEC.shape[1]
+        expert_E1 = jnp.arange(E)[:, None]
+
+        def one_group(ids_EC, values_EC):
+            empty_SE = jnp.zeros((tokens, E), values_EC.dtype)
+            return empty_SE.at[ids_EC, expert_E1].set(values_EC)
+
+        weights_GSE = jax.vmap(one_group)(self.ids_GEC, self.weights_GEC)
+        valid_GSE = jax.vmap(one_group)(self.ids_GEC, jnp.ones_like(self.ids_GEC, bool))
+        ids_GSE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), weights_GSE.shape)
+        return TokenChoice(ids_GSE, weights_GSE, valid_GSE)
+
+
 class RouterAux(NamedTuple):
     """A router's losses and statistics over real tokens, unweighted."""
 
@@ -89,23 +113,55 @@ class ParamSpec:
     std: float
 
 
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """Float32 router state of one layer: its shape and the value it starts from."""
+
+    shape: tuple[int, ...]
+    initial: float = 0.0
+
+
+Choice = TokenChoice | ExpertChoice
+
+
 @runtime_checkable  # so that signatures can be checked in tests
 class Router(Protocol):
-    """Frozen dataclass of its own knobs; owns no parameters and no transport."""
+    """Frozen dataclass of its own knobs; owns no parameters, no state and no transport."""
 
     @property
     def choices(self) -> int:
-        """K, the choices a token makes."""
+        """K, the choices a token makes (on average, where experts choose)."""
+        ...
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's experts depend on no later token."""
         ...
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
         """Parameters it needs, by name."""
         ...
 
+    def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
+        """What one layer carries from step to step beside parameters, by name."""
+        ...
+
     def route(
-        self, inputs: RouterIn, params: Mapping[str, jax.Array]
-    ) -> tuple[TokenChoice, RouterAux]:
+        self,
+        inputs: RouterIn,
+        params: Mapping[str, jax.Array],
+        state: Mapping[str, jax.Array],
+    ) -> tuple[Choice, RouterAux]:
         """Choose experts for every token, padding included (dispatch ignores those)."""
+        ...
+
+    def next_state(
+        self, state: Mapping[str, jax.Array], load_LE: Int[Array, "L E"]
+    ) -> dict[str, jax.Array]:
+        """State after a step, of L layers at once (leading axis).
+
+        `load_LE` counts the whole batch: all microbatches, all devices.
+        """
         ...
 
 

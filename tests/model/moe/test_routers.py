@@ -23,8 +23,8 @@ S = R * T
 ROUTERS = {
     "switch": (Switch(jitter=0.0), 1, False, 1),
     "gshard": (GShard(random_second=False), 2, True, 1),
-    "top_2": (TopK(2), 2, True, 2),
-    "top_4_share": (TopK(4, renormalize=False), 4, False, 4),
+    "top_2": (TopK(top_k=2), 2, True, 2),
+    "top_4_share": (TopK(top_k=4, renormalize=False), 4, False, 4),
 }
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -59,7 +59,7 @@ def route(router, given: RouterIn, kernel_DE):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _route(router, train, arrays, kernel_DE):
-    return router.route(RouterIn(*arrays, train), {"kernel": kernel_DE})
+    return router.route(RouterIn(*arrays, train), {"kernel": kernel_DE}, {})
 
 
 def softmax(logits):
@@ -202,19 +202,19 @@ def test_the_output_moves_the_router(name):
 
 def test_the_trap_softmax_after_top_1_has_no_gradient():
     """The control: what a renormalised top-1 would do, and why TopK refuses it."""
-    trap = TopK(1, renormalize=False)
+    trap = TopK(top_k=1, renormalize=False)
     object.__setattr__(trap, "renormalize", True)
     gradient = output_gradient(trap, inputs(), jnp.arange(1.0, E + 1))
     np.testing.assert_allclose(gradient, 0, atol=1e-12)
     with pytest.raises(UserError, match="no gradient"):
-        TopK(1)
+        TopK(top_k=1)
 
 
 def test_balance_gradient_pulls_towards_balance():
     """One step down the gradient lowers the probability of the busiest expert."""
     given = inputs(padded=False)
     skewed = kernel().at[:, 0].add(given.x_GSD.reshape(-1, D).mean(0) * 8)
-    router = TopK(2)
+    router = TopK(top_k=2)
 
     def loss(kernel_DE):
         return route(router, given, kernel_DE)[1].balance.value()
@@ -226,7 +226,7 @@ def test_balance_gradient_pulls_towards_balance():
 @pytest.mark.parametrize("scope", ["group", "row"])
 def test_balance_does_not_depend_on_the_split_into_microbatches(scope):
     """Sums and counts add over any split of the groups, and so do gradients."""
-    given, router = inputs(), TopK(2, balance_scope=scope)
+    given, router = inputs(), TopK(top_k=2, balance_scope=scope)
 
     def part(kernel_DE, groups):
         some = RouterIn(
@@ -279,7 +279,7 @@ def same_rows_in_other_groups(given: RouterIn) -> RouterIn:
     )
 
 
-@pytest.mark.parametrize("router", [GShard(), Switch(jitter=0.3), TopK(2, jitter=0.3)])
+@pytest.mark.parametrize("router", [GShard(), Switch(jitter=0.3), TopK(top_k=2, jitter=0.3)])
 def test_noise_belongs_to_the_row(router):
     given = inputs()
     choice, _ = route(router, given, kernel())
@@ -289,7 +289,7 @@ def test_noise_belongs_to_the_row(router):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("router", [GShard(), Switch(jitter=0.3), TopK(2, jitter=0.3)])
+@pytest.mark.parametrize("router", [GShard(), Switch(jitter=0.3), TopK(top_k=2, jitter=0.3)])
 def test_noise_only_in_training_and_from_the_key(router):
     def noise(seed, train):
         given = dataclasses.replace(inputs(), keys_GR=inputs(seed).keys_GR, train=train)
@@ -334,7 +334,7 @@ def test_the_second_expert_is_sampled_with_probability_min_1_2g():
 
 def test_bfloat16_tokens_are_routed_in_float32():
     given = dataclasses.replace(inputs(), x_GSD=inputs().x_GSD.astype(jnp.bfloat16))
-    choice, aux = route(TopK(2), given, kernel().astype(jnp.float32))
+    choice, aux = route(TopK(top_k=2), given, kernel().astype(jnp.float32))
     assert choice.weights_GSK.dtype == aux.z.sum.dtype == jnp.float32
     logits = np.asarray(given.x_GSD, np.float64) @ np.asarray(kernel(), np.float32)
     expected = np.argsort(-logits, axis=-1, kind="stable")[..., :2]

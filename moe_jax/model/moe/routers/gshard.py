@@ -5,26 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.moe.routers.linear import (
-    SECOND_EXPERT,
-    linear_aux,
-    linear_logits,
-    linear_params,
-    row_uniform,
-    top_choices,
-)
+from moe_jax.model.moe.routers.linear import SECOND_EXPERT, LinearRouter, row_uniform, top_choices
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
-class GShard:
+class GShard(LinearRouter):
     """Two experts a token, weights renormalised over the two.
 
     In training the second is dispatched with probability min(1, 2 * g2), g2 its renormalised
     weight; otherwise always.  The balance loss counts first choices, as in the paper.
     """
 
-    balance_scope: str = "group"
     random_second: bool = True
 
     @property
@@ -32,13 +24,9 @@ class GShard:
         """Always 2."""
         return 2
 
-    def param_specs(self, width: int, num_experts: int):
-        """One [D, E] matrix."""
-        return linear_params(width, num_experts)
-
-    def route(self, inputs: RouterIn, params):
+    def route(self, inputs: RouterIn, params, state):
         """Choose two experts; see `types.Router`."""
-        logits_GSE = linear_logits(inputs, params["kernel"], jitter=0.0)
+        logits_GSE = self.logits(inputs, params["kernel"])
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
         top_GSK, ids_GSK = top_choices(probs_GSE, 2)
         weights_GSK = top_GSK / jnp.maximum(top_GSK.sum(-1, keepdims=True), 1e-9)
@@ -48,6 +36,4 @@ class GShard:
             noise_GS = row_uniform(inputs.keys_GR, SECOND_EXPERT, (positions,), weights_GSK.dtype)
             valid_GSK = valid_GSK.at[..., 1].set(noise_GS < 2 * weights_GSK[..., 1])
         choice = TokenChoice(ids_GSK, weights_GSK, valid_GSK)
-        return choice, linear_aux(
-            inputs, logits_GSE, probs_GSE, ids_GSK[..., :1], self.balance_scope
-        )
+        return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK[..., :1])

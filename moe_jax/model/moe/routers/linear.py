@@ -1,21 +1,70 @@
-"""What the linear routers share: one matrix, full-precision logits, optional input jitter."""
+"""What the linear routers share: one matrix, full-precision logits, jitter and a cap on them."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
-from moe_jax.model.moe.types import ParamSpec, RouterAux, RouterIn
+from moe_jax.model.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
 from moe_jax.model.remat import ROUTER_LOGITS
 
 # Purposes of a router's randomness, folded into the row key.
 JITTER, SECOND_EXPERT = 0, 1
 
 
-def linear_params(width: int, num_experts: int) -> dict[str, ParamSpec]:
-    """One [D, E] matrix; std 0.02 as in OLMoE and Mixtral's released configurations."""
-    return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
+@dataclasses.dataclass(frozen=True)
+class LinearRouter:
+    """Knobs and defaults of a router with one [D, E] matrix, whose tokens choose.
+
+    `jitter` multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch).
+    `logit_cap` c bounds logits smoothly, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0: off.
+    """
+
+    balance_scope: str = "group"
+    jitter: float = 0.0
+    logit_cap: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.jitter < 1:
+            raise UserError(f"The router's jitter is {self.jitter}: set it in [0, 1).")
+        if self.logit_cap < 0:
+            raise UserError(f"The router's logit_cap is {self.logit_cap}: set 0 (off) or more.")
+
+    @property
+    def causal(self) -> bool:
+        """Each token chooses for itself."""
+        return True
+
+    def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
+        """One [D, E] matrix; std 0.02 as in OLMoE's and Mixtral's released configurations."""
+        return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
+
+    def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
+        """None."""
+        return {}
+
+    def next_state(self, state, load_LE):
+        """Nothing to change."""
+        return dict(state)
+
+    def logits(self, inputs: RouterIn, kernel_DE: Float[Array, "D E"]) -> Float[Array, "G S E"]:
+        """Router logits in at least float32."""
+        logits_GSE = linear_logits(inputs, kernel_DE, self.jitter)
+        if self.logit_cap:
+            logits_GSE = self.logit_cap * jnp.tanh(logits_GSE / self.logit_cap)
+        return checkpoint_name(logits_GSE, ROUTER_LOGITS)
+
+    def aux(self, inputs: RouterIn, logits_GSE, probs_GSE, ids_GSK) -> RouterAux:
+        """Balance over the choices in `ids_GSK`, z-loss and entropy."""
+        rows = inputs.keys_GR.shape[1]
+        balance = balance_loss(
+            probs_GSE, ids_GSK, inputs.mask_GS, scope=self.balance_scope, rows=rows
+        )
+        return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
 
 
 def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -27,9 +76,10 @@ def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype)
     G, R = keys_GR.shape
 
     def draw(key):
-        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, dtype)
+        # float32 whatever `dtype`: another width would draw other noise.
+        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, jnp.float32)
 
-    noise = jax.vmap(jax.vmap(draw))(keys_GR)
+    noise = jax.vmap(jax.vmap(draw))(keys_GR).astype(dtype)
     return noise.reshape(G, R * shape[0], *shape[1:])
 
 
@@ -48,10 +98,9 @@ def linear_logits(
         shape = (x_GSD.shape[1] // rows, x_GSD.shape[2])
         noise = row_uniform(inputs.keys_GR, JITTER, shape, dtype)
         x_GSD = x_GSD * (1 + jitter * (2 * noise - 1))
-    logits_GSE = jnp.einsum(
+    return jnp.einsum(
         "gsd,de->gse", x_GSD, kernel_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
     )
-    return checkpoint_name(logits_GSE, ROUTER_LOGITS)
 
 
 def top_choices(
@@ -75,16 +124,3 @@ def top_choices(
         ids.append(id_GS)
         left_GSE = jnp.where(chosen_GSE, -jnp.inf, left_GSE)
     return jnp.stack(weights, -1), jnp.stack(ids, -1)
-
-
-def linear_aux(
-    inputs: RouterIn,
-    logits_GSE: Float[Array, "G S E"],
-    probs_GSE: Float[Array, "G S E"],
-    ids_GSK: Int[Array, "G S K"],
-    scope: str,
-) -> RouterAux:
-    """Balance over the choices in `ids_GSK`, z-loss and entropy."""
-    rows = inputs.keys_GR.shape[1]
-    balance = balance_loss(probs_GSE, ids_GSK, inputs.mask_GS, scope=scope, rows=rows)
-    return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.routers.linear import linear_aux, linear_logits, linear_params, top_choices
+from moe_jax.model.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(LinearRouter):
     """The K most probable experts under the softmax over all of them.
 
     `renormalize` makes the K weights sum to one (Mixtral, Qwen3-MoE); without it they keep their
@@ -19,13 +19,10 @@ class TopK:
     """
 
     top_k: int = 2
-    balance_scope: str = "group"
     renormalize: bool = True
-    jitter: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.jitter < 1:
-            raise UserError(f"top_k.jitter is {self.jitter}: set it in [0, 1).")
+        super().__post_init__()
         if self.renormalize and self.top_k == 1:
             raise UserError(
                 "router top_k with top_k=1 and renormalize gives every weight 1 and the router no "
@@ -37,16 +34,12 @@ class TopK:
         """K."""
         return self.top_k
 
-    def param_specs(self, width: int, num_experts: int):
-        """One [D, E] matrix."""
-        return linear_params(width, num_experts)
-
-    def route(self, inputs: RouterIn, params):
+    def route(self, inputs: RouterIn, params, state):
         """Choose K experts; see `types.Router`."""
-        logits_GSE = linear_logits(inputs, params["kernel"], self.jitter)
+        logits_GSE = self.logits(inputs, params["kernel"])
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
         weights_GSK, ids_GSK = top_choices(probs_GSE, self.top_k)
         if self.renormalize:
             weights_GSK = weights_GSK / weights_GSK.sum(-1, keepdims=True)
         choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
-        return choice, linear_aux(inputs, logits_GSE, probs_GSE, ids_GSK, self.balance_scope)
+        return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK)
