@@ -35,6 +35,9 @@ class TrainConfig:
     log_every: int = 10
     profile_steps: str = ""  # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile
     deterministic: bool = False  # bitwise-repeatable kernels on NVIDIA, at a cost
+    max_skipped: int = 3  # steps in a row that may be left out because they are not finite
+    ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
+    debug: bool = False  # assert inside the step that no assignment is lost or counted twice
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every"):
@@ -45,6 +48,9 @@ class TrainConfig:
                 f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
                 f"({self.accumulation}): change one of them."
             )
+        for name in ("max_skipped", "ledger_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}: set 0 or more.")
         self.profile_range()
 
     def profile_range(self) -> range:

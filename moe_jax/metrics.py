@@ -1,5 +1,6 @@
 """One step's device metrics as the row that is logged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,23 @@ def load_summary(load_LE: np.ndarray) -> dict[str, list[float]]:
     }
 
 
+def ledger_row(moe: MoEAux | None, sources: Sequence[str]) -> dict[str, Any]:
+    """Counts [L, n] of every fate by expert, position and source; fates nobody met are left out."""
+    if moe is None:
+        return {}
+    return {
+        "sources": list(sources),
+        **{
+            axis: {
+                fate: np.asarray(count_LN).tolist()
+                for fate, count_LN in fates._asdict().items()
+                if np.any(count_LN)
+            }
+            for axis, fates in moe.ledger._asdict().items()
+        },
+    }
+
+
 def moe_row(moe: MoEAux | None) -> dict[str, Any]:
     """The experts' part of a row: totals over layers, and per-layer lists under `layers`.
 
@@ -30,11 +48,12 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         zeros = dict.fromkeys(("assignments", "kept", "dropped", "unsampled", "padding"), 0)
         rest = {"drop_fraction": 0.0, "load_max_over_mean": 1.0, "dead_experts": 0}
         return {**zeros, **rest, "router_entropy": 0.0, "layers": {}}
-    stats = moe.stats
-    total = {name: int(np.sum(value, dtype=np.int64)) for name, value in stats._asdict().items()}
+    stats, fates = moe.stats, moe.stats.fates
+    total = {name: int(np.sum(value, dtype=np.int64)) for name, value in fates._asdict().items()}
+    assignments = int(np.sum(stats.assignments, dtype=np.int64))
     dropped = total["dropped_capacity"] + total["dropped_buffer"]
-    wanted_L = np.maximum(stats.assignments - stats.unsampled - stats.padding, 1)
-    dropped_L = stats.dropped_capacity + stats.dropped_buffer
+    wanted_L = np.maximum(fates.wanted(), 1)
+    dropped_L = fates.wanted() - fates.kept
     layers = load_summary(np.asarray(moe.load_E, np.float64))
     router_L = {
         "balance_loss": moe.router.balance,
@@ -46,19 +65,16 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
     }
     layers |= {
         "drop_fraction": (dropped_L / wanted_L).tolist(),
-        "dropped_capacity": stats.dropped_capacity.tolist(),
-        "dropped_buffer": stats.dropped_buffer.tolist(),
+        "dropped_capacity": fates.dropped_capacity.tolist(),
+        "dropped_buffer": fates.dropped_buffer.tolist(),
         "lost_tokens": stats.lost_tokens.tolist(),
     }
     return {
-        "assignments": total["assignments"],
-        "kept": total["kept"],
+        "assignments": assignments,
+        **total,
         "dropped": dropped,
-        "dropped_capacity": total["dropped_capacity"],
-        "dropped_buffer": total["dropped_buffer"],
-        "unsampled": total["unsampled"],
-        "padding": total["padding"],
-        "lost_tokens": total["lost_tokens"],
+        "unaccounted": assignments - sum(total.values()),  # conserved: 0
+        "lost_tokens": int(np.sum(stats.lost_tokens, dtype=np.int64)),
         "drop_fraction": dropped / max(1, int(wanted_L.sum())),
         "load_max_over_mean": max(layers["load_max_over_mean"]),
         "dead_experts": int(sum(layers["dead_experts"])),

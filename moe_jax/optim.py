@@ -158,7 +158,8 @@ class Optimizer:
     Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
     """
 
-    def __init__(self, config: OptimizerConfig, steps: int):
+    def __init__(self, config: OptimizerConfig, steps: int, frozen: tuple[str, ...] = ()):
+        self._frozen = frozen  # beginnings of the names of parameters that never change
         self.schedule = make_schedule(config, steps)
         self._rule = lookup(OPTIMIZERS, config.name, "optimizer.name")(config)
         plain = dataclasses.replace(config, weight_decay=0.0)
@@ -173,6 +174,8 @@ class Optimizer:
         rate = self.schedule(step)
 
         def one(path, param, gradient, state):
+            if path[-1].key.startswith(self._frozen):
+                return param, state
             direction: Any
             direction, state = self._for(path)[1](gradient, state, param)
             return param - (rate * direction).astype(param.dtype), state

@@ -27,6 +27,8 @@ RANKS = {
     "moe_jax.model.params": 5,
     "moe_jax.model.remat": 4,
     "moe_jax.model.moe.balance": 6,
+    "moe_jax.model.moe.ledger": 6,
+    "moe_jax.model.moe.noise": 6,
     "moe_jax.model.norms": 6,
     "moe_jax.model.rope": 6,
     "moe_jax.model.ffn": 6,

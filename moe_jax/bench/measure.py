@@ -57,7 +57,7 @@ def measure(run: Run, state: TrainState, steps: int, gradients: bool) -> dict[st
             losses.append(float(metrics.loss.lm))
             if metrics.moe is not None:
                 stats = metrics.moe.stats
-                dropped.append(1 - float(stats.kept.sum()) / int(stats.assignments.sum()))
+                dropped.append(1 - float(stats.fates.kept.sum()) / int(stats.assignments.sum()))
 
         one_step()
         first_step_seconds = process_age()
@@ -79,7 +79,9 @@ def measure(run: Run, state: TrainState, steps: int, gradients: bool) -> dict[st
         if gradients:
             grad_fn = jax.jit(make_gradients(run.model, run.step_options, run.mesh))
             times = _times(
-                lambda: jax.block_until_ready(grad_fn(state.params, next(feed)[1], state.step)),
+                lambda: jax.block_until_ready(
+                    grad_fn(state.params, state.router, next(feed)[1], state.step)
+                ),
                 steps,
             )
             row["forward_backward_ms"] = round(1e3 * statistics.median(times), 1)

@@ -216,7 +216,7 @@ class Checkpoints:
         wanted = {f"{prefix}{k}": abstract(v) for k, v in named_leaves(tree).items()}
         saved = {k: v for k, v in self.describe(step).items() if k.startswith(prefix)}
         check_same(os.fspath(self._path(step)), saved, wanted)
-        loaded = self._load(step, wanted)
+        loaded = self._load(step, wanted) if wanted else {}  # Orbax refuses an empty tree
         return jax.tree.unflatten(jax.tree.structure(tree), [loaded[name] for name in wanted])
 
     def _load(self, step: int, leaves: dict[str, Leaf]) -> dict[str, Any]:

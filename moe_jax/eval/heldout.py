@@ -43,8 +43,8 @@ def never_dropping(model: ModelDef) -> ModelDef:
 
 def make_eval_step(
     model: ModelDef, num_sources: int, group_rows: int, mesh: Mesh
-) -> Callable[[Any, Batch], EvalSums]:
-    """(params, batch [1, B, T]) -> EvalSums; jit it."""
+) -> Callable[[Any, Any, Batch], EvalSums]:
+    """(params, router state, batch [1, B, T]) -> EvalSums; jit it."""
     nodrop = never_dropping(model)
 
     def nll(model: ModelDef, params, batch: Batch, context: MoEContext):
@@ -55,12 +55,22 @@ def make_eval_step(
         head_DV = head_weight(model, params)
         return token_nll(x_BTD, head_DV, batch.targets_BT, chunk=chunk, mesh=mesh), moe
 
-    def eval_step(params: Any, batch: Batch) -> EvalSums:
+    def eval_step(params: Any, router: Any, batch: Batch) -> EvalSums:
         """Sums of one held-out batch."""
         batch = jax.tree.map(lambda x: x[0], batch)
         keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch.row_B)
         mask_BT = batch.segments_BT > 0
-        context = MoEContext(batch.tokens_BT, mask_BT, keys_B, mesh, group_rows, train=False)
+        context = MoEContext(
+            token_ids_BT=batch.tokens_BT,
+            mask_BT=mask_BT,
+            row_keys_B=keys_B,
+            mesh=mesh,
+            group_rows=group_rows,
+            train=False,
+            router_state=router,
+            sources_BT=batch.sources_BT,
+            num_sources=num_sources,
+        )
         nll_BT, moe = nll(model, params, batch, context)
         nodrop_BT = nll_BT if nodrop is model else nll(nodrop, params, batch, context)[0]
 
@@ -93,10 +103,9 @@ def eval_row(sums: EvalSums, sources: tuple[str, ...]) -> dict[str, Any]:
         "eval_tokens": int(targets),
     }
     if sums.moe is not None:
-        stats = sums.moe.stats
-        wanted = (stats.assignments - stats.unsampled - stats.padding).sum()
-        dropped = (stats.dropped_capacity + stats.dropped_buffer).sum()
-        row["eval_drop_fraction"] = float(dropped / max(1, wanted))
+        fates = sums.moe.stats.fates
+        wanted = fates.wanted().sum()
+        row["eval_drop_fraction"] = float((wanted - fates.kept.sum()) / max(1, wanted))
     row["eval_loss_by_source"] = {
         sources[s]: float(sums.nll_S[s] / sums.targets_S[s]) for s in present
     }

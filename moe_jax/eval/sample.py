@@ -15,8 +15,8 @@ from moe_jax.parallel.rules import sharding
 
 def make_sampler(
     model: ModelDef, mesh: Mesh, *, seed: int, temperature: float, vocab_size: int
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """(params, tokens_BT, prompt length) -> tokens_BT with everything after the prompt generated.
+) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+    """(params, router state, tokens_BT, prompt length) -> tokens_BT, generated after the prompt.
 
     Every token costs a forward pass over all T positions: simple, and enough for a look.
 
@@ -28,7 +28,7 @@ def make_sampler(
     """
     model = never_dropping(model)
 
-    def sample(params: Any, tokens_BT: jax.Array, prompt: jax.Array) -> jax.Array:
+    def sample(params: Any, router: Any, tokens_BT: jax.Array, prompt: jax.Array) -> jax.Array:
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         ones_BT = jnp.ones((B, T), jnp.int32)
@@ -36,7 +36,7 @@ def make_sampler(
         head_DV = head_weight(model, params)
 
         def one(t, tokens_BT):
-            context = MoEContext(tokens_BT, ones_BT > 0, row_keys, mesh, 1, train=False)
+            context = MoEContext(tokens_BT, ones_BT > 0, row_keys, mesh, 1, False, router)
             x_BTD, _ = forward(model, params, tokens_BT, positions_BT, ones_BT, context)
             x_BD = jax.lax.dynamic_index_in_dim(x_BTD, t - 1, axis=1, keepdims=False)
             logits_BV = x_BD.astype(jnp.float32) @ head_DV.astype(jnp.float32)

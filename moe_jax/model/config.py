@@ -67,6 +67,11 @@ class ModelConfig:
         for name, known in tables.items():
             lookup(dict.fromkeys(known), getattr(self, name), f"model.{name}")
 
+    @property
+    def moe_layers(self) -> int:
+        """How many layers hold experts."""
+        return sum(self.is_moe(layer) for layer in range(self.num_layers))
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) holds experts."""
         moe = self.moe

@@ -5,6 +5,7 @@ A parameter tree is nested dicts of arrays: {"embed_VD", "blocks": {"0": ..., ..
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -103,8 +104,8 @@ def forward(
       tokens_BT: token ids below the vocabulary size.
       positions_BT: positions for RoPE.
       segments_BT: document of each token, 0 for padding; read where config.confine_attention.
-      context: mesh, mask and keys; `row_keys_B` are folded with the layer here, so that scanned
-        and unrolled layers draw the same noise.
+      context: mesh, mask, keys and router state; `row_keys_B` are folded with the layer here, so
+        that scanned and unrolled layers draw the same noise.
 
     Returns:
       The residual stream after the last norm, and MoEAux with a leading axis over MoE layers in
@@ -122,18 +123,21 @@ def forward(
 
     x = _constrain(trunk.embed(tokens_BT), context)
     auxes: list[MoEAux] = []
+    moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
     def unrolled(x, layers):
         for layer in layers:
+            state = _state_of(context, moe_before[layer]) if config.is_moe(layer) else {}
             x, aux = _block(model, layer, scanned=False)(
-                params["blocks"][str(layer)], x, jnp.int32(layer), *shared
+                params["blocks"][str(layer)], state, x, jnp.int32(layer), *shared
             )
             auxes.extend([] if aux is None else [jax.tree.map(lambda leaf: leaf[None], aux)])
         return x
 
     x = unrolled(x, range(layout.prefix))
     if layout.repeats:
-        x, aux = _scan(model, params["stack"], x, shared)
+        scanned = slice(moe_before[layout.prefix], moe_before[layout.end])
+        x, aux = _scan(model, params["stack"], _state_of(context, scanned), x, shared)
         auxes.extend([] if aux is None else [aux])
     x = unrolled(x, range(layout.end, layout.num_layers))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes) if auxes else None
@@ -150,6 +154,11 @@ def _merge_trunk(model: ModelDef, params: Params) -> Transformer:
     return nnx.merge(model.trunk, own)
 
 
+def _state_of(context: MoEContext, layers: int | slice) -> dict[str, jax.Array]:
+    """Router state of one MoE layer, or of some, counted among MoE layers."""
+    return {name: leaf[layers] for name, leaf in context.router_state.items()}
+
+
 def _constrain(x_BTD, context: MoEContext):
     """Split over rows at block borders: without it XLA may choose to split the width."""
     return jax.lax.with_sharding_constraint(x_BTD, sharding(context.mesh, ("batch", None, None)))
@@ -162,16 +171,18 @@ def _block(model: ModelDef, layer: int, *, scanned: bool):
     first repeat.
     """
 
-    def run(params, x_BTD, index, rope: Rope, segments, context: MoEContext):
+    def run(params, state, x_BTD, index, rope: Rope, segments, context: MoEContext):
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(context.row_keys_B, index)
-        context = dataclasses.replace(context, row_keys_B=keys)
+        context = dataclasses.replace(context, row_keys_B=keys, router_state=state)
         x_BTD, aux = nnx.merge(model.blocks[layer], params)(x_BTD, rope, segments, context)
         return _constrain(x_BTD, context), aux
 
     return remat(run, model.config.remat, scanned=scanned)
 
 
-def _scan(model: ModelDef, stacked: Params, x_BTD, shared) -> tuple[jax.Array, MoEAux | None]:
+def _scan(
+    model: ModelDef, stacked: Params, router_state: dict[str, jax.Array], x_BTD, shared
+) -> tuple[jax.Array, MoEAux | None]:
     """Scan over the repeats of the period; MoEAux comes back in layer order."""
     layout = model.layout
     blocks = [
@@ -179,15 +190,22 @@ def _scan(model: ModelDef, stacked: Params, x_BTD, shared) -> tuple[jax.Array, M
     ]
 
     def one_repeat(x, inputs):
-        repeat, params = inputs
+        repeat, params, states = inputs
         auxes = []
         for position, block in enumerate(blocks):
             index = layout.prefix + repeat * layout.period + position
-            x, aux = block(params[str(position)], x, index, *shared)
+            is_moe = model.config.is_moe(layout.prefix + position)
+            state = {name: leaf[len(auxes)] for name, leaf in states.items()} if is_moe else {}
+            x, aux = block(params[str(position)], state, x, index, *shared)
             auxes.extend([] if aux is None else [aux])
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
 
     repeats = jnp.arange(layout.repeats, dtype=jnp.int32)
-    x_BTD, aux = jax.lax.scan(one_repeat, x_BTD, (repeats, stacked))
+    # [MoE layers, ...] -> [repeats, MoE layers of a period, ...]
+    states = {
+        name: leaf.reshape(layout.repeats, -1, *leaf.shape[1:])
+        for name, leaf in router_state.items()
+    }
+    x_BTD, aux = jax.lax.scan(one_repeat, x_BTD, (repeats, stacked, states))
     # [repeats, MoE layers of a period, ...] -> [MoE layers, ...]
     return x_BTD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)

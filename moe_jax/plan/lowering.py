@@ -18,7 +18,7 @@ from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding, spec
 from moe_jax.train import resolve
-from moe_jax.train.state import abstract_state, placed_state
+from moe_jax.train.state import abstract_state, make_optimizer, placed_state
 from moe_jax.train.step import StepOptions, jit_train_step
 
 
@@ -65,7 +65,7 @@ def make_plan(config: Config, num_devices: int) -> Plan:
     mesh = abstract_mesh(config.mesh)
     resolve.check_shapes(model, mesh)
     flops = flops_per_token(config.model, config.data.sequence_length)
-    optimizer = Optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config)
     leaves = _leaves(model, optimizer)
     return Plan(asked, config, model, optimizer, mesh, leaves, flops, notes)
 

@@ -22,11 +22,11 @@ from jax.sharding import AbstractMesh
 from moe_jax.config import Config, from_config_dict, from_json, to_dict
 from moe_jax.errors import UserError
 from moe_jax.model.stack import define
-from moe_jax.optim import Optimizer
 from moe_jax.train import flags
 from moe_jax.train.report import METRICS, has_eval
 from moe_jax.train.resolve import check_shapes
 from moe_jax.train.setup import settle
+from moe_jax.train.state import make_optimizer
 from moe_jax.train.workdir import Folder, locate
 
 
@@ -67,7 +67,7 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     check_shapes(define(config.model, jnp.float32), mesh)
-    Optimizer(config.optimizer, config.train.steps)
+    make_optimizer(config)
     return config, workdir
 
 

@@ -14,7 +14,7 @@ from moe_jax.eval.heldout import eval_row, make_eval_step
 from moe_jax.eval.sample import make_sampler
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.setup import Run
-from moe_jax.train.state import everywhere
+from moe_jax.train.state import TrainState, everywhere
 
 
 class Evaluator:
@@ -32,13 +32,15 @@ class Evaluator:
         )
         self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
 
-    def __call__(self, params: Any) -> dict[str, Any]:
+    def __call__(self, state: TrainState) -> dict[str, Any]:
         """The same held-out windows every time, so curves are comparable."""
         total: Any = None
         where = batch_shardings(self._run)
         with DeviceFeed(self._run.heldout.rows, self._shape, where, 0, self._batches) as feed:
             for _, batch in feed:
-                sums = jax.tree.map(_wide, jax.device_get(self._step(params, batch)))
+                sums = jax.tree.map(
+                    _wide, jax.device_get(self._step(state.params, state.router, batch))
+                )
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
         return eval_row(total, self._run.store.sources)
 
@@ -56,7 +58,7 @@ def batch_shardings(run: Run):
     )
 
 
-def write_samples(run: Run, params: Any, step: int, write: Callable[[str], None]) -> None:
+def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str], None]) -> None:
     """Generate texts from the configured prompt and pass each on, decoded."""
     config = run.config.eval
     if not config.samples:
@@ -77,7 +79,7 @@ def write_samples(run: Run, params: Any, step: int, write: Callable[[str], None]
         vocab_size=run.store.vocab_size,
     )
     out = jax.jit(sampler, out_shardings=sharding(run.mesh, (None, None)))(
-        params, tokens_BT, jnp.int32(len(prompt))
+        state.params, state.router, tokens_BT, jnp.int32(len(prompt))
     )
     for number, ids in enumerate(np.asarray(out.addressable_data(0))[: config.samples], 1):
         text_ids = itertools.takewhile(lambda i: i != run.store.eos_id, ids[len(prompt) :].tolist())

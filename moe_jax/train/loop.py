@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.metrics import moe_row
+from moe_jax.metrics import ledger_row, moe_row
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.chips import peak_tflops
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
@@ -50,7 +50,7 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
         control = Control(config, run.workdir, start)
         clock = Clock(run)
         profiler = Profiler(config.train.profile_range(), run.workdir, reporter.say)
-        stop = Stop.NO
+        stop, skipped = Stop.NO, 0
         while stop is Stop.NO:
             profiler.before(step_number)
             state, metrics = step_fn(state, batch)
@@ -61,18 +61,19 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
             # One step in flight: the next is prepared while this one runs.
             jax.block_until_ready(metrics)
             clock.stepped()
-            if _diverged(metrics):
+            skipped = skipped + 1 if metrics.skipped else 0
+            if done % config.train.log_every == 0 or done in (start + 1, total) or skipped:
                 reporter.log({"step": done, **step_row(metrics), **clock.read(done)})
+            if skipped > config.train.max_skipped:
                 run.checkpoints.wait()
-                reporter.say(
-                    f"step {done} diverged (its loss or gradient is not finite) and is not saved: "
-                    f"lower optimizer.learning_rate and run again"
-                )
+                reporter.say(_diverged(done, skipped))
                 return DIVERGED
-            if done % config.train.log_every == 0 or done in (start + 1, total):
-                reporter.log({"step": done, **step_row(metrics), **clock.read(done)})
+            if skipped:
+                reporter.say(f"step {done} is left out: its loss or gradient is not finite")
+            if ledger_due(config.train.ledger_every, done, total):
+                reporter.ledger({"step": done, **ledger_row(metrics.moe, run.store.sources)})
             if done < total and config.eval.every and done % config.eval.every == 0:
-                reporter.log({"step": done, **evaluate(state.params)})
+                reporter.log({"step": done, **evaluate(state)})
                 clock.restart()
             stop = control.after(done, preemption)
             if control.save_now or stop is not Stop.NO:
@@ -93,8 +94,19 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
     return DONE
 
 
-def _diverged(metrics: StepMetrics) -> bool:
-    return not np.isfinite([float(metrics.loss.total), float(metrics.grad_norm)]).all()
+def _diverged(step: int, skipped: int) -> str:
+    what = "its loss or gradient is not finite"
+    if skipped > 1:
+        what = f"the loss or gradient of {skipped} steps in a row is not finite"
+    return (
+        f"step {step} diverged ({what}) and is not saved: lower optimizer.learning_rate and run "
+        f"again"
+    )
+
+
+def ledger_due(every: int, step: int, total: int) -> bool:
+    """Every so many steps, and after the last one."""
+    return every > 0 and (step % every == 0 or step == total)
 
 
 def compile_step(run: Run, state: TrainState, batch: Any) -> Any:
@@ -112,8 +124,8 @@ def _finish(run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter
     """The last evaluation and the samples; the last checkpoint is written meanwhile."""
     step = int(state.step)
     texts: list[str] = []
-    row = evaluate(state.params)
-    write_samples(run, state.params, step, texts.append)
+    row = evaluate(state)
+    write_samples(run, state, step, texts.append)
     if texts and jax.process_index() == 0:
         (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
     for text in texts:
@@ -133,6 +145,7 @@ def step_row(metrics: StepMetrics) -> dict[str, Any]:
         "grad_norm": float(host.grad_norm),
         "learning_rate": float(host.learning_rate),
         "step_tokens": int(host.tokens),
+        "skipped": int(host.skipped),
         **moe_row(host.moe),
     }
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+"""What a person sees of a run: JSON lines, TensorBoard, a progress bar or plain lines."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from moe_jax.errors import UserError
 from moe_jax.train.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
 
 
 class Reporter:
@@ -49,13 +50,12 @@ class Reporter:
         self._total = total_steps
         self._mirror = Mirror(workdir)
         folder = self._mirror.folder
-        self._path = folder / METRICS
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._mirror.fetch(f"{METRICS}*")
-            truncate(self._path, resumed_step)
-            # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
-            self._file = self._path.open("ab", buffering=0)
+            for name in (METRICS, LEDGER):
+                self._mirror.fetch(f"{name}*")
+            self._metrics = _Lines(folder / METRICS, resumed_step)
+            self._ledger = _Lines(folder / LEDGER, resumed_step)
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"),
                 purge_step=None if resumed_step is None else resumed_step + 1,
@@ -77,18 +77,21 @@ class Reporter:
         if not self._on:
             return
         row = {name: _plain(value) for name, value in row.items()}
-        try:
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
-                f"the same command again."
-            ) from None
+        self._metrics.append(row)
         for tag, value in _scalars(row):
             if tag != "step":
                 self._board.add_scalar(tag, value, row["step"])
         self._screen.show(row)
         self._copy(self._mirror.push_if_due)
+
+    def ledger(self, row: Mapping[str, Any]) -> None:
+        """Appends `row` to ledger.jsonl.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        if self._on:
+            self._ledger.append(row)
 
     def flush(self) -> None:
         """What was logged so far lies in the workdir afterwards: call it before a checkpoint."""
@@ -112,7 +115,8 @@ class Reporter:
         if self._on:
             self._screen.close()
             self._board.close()
-            self._file.close()
+            self._metrics.close()
+            self._ledger.close()
             self._mirror.close()
 
     def __enter__(self) -> "Reporter":
@@ -120,6 +124,28 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Lines:
+    """A file of JSON lines that a resumed run continues after its restored step."""
+
+    def __init__(self, path: pathlib.Path, resumed_step: int | None):
+        truncate(path, resumed_step)
+        self._path = path
+        # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
+                f"the same command again."
+            ) from None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Screen:

@@ -115,9 +115,8 @@ def describe(config: Config) -> list[str]:
     train, evaluate = (
         dispatch.capacity(tokens, moe.top_k, moe.num_experts, train) for train in (True, False)
     )
-    layers = sum(model.is_moe(layer) for layer in range(model.num_layers))
     lines = [
-        f"{layers} of {model.num_layers} layers hold {moe.num_experts} experts, "
+        f"{model.moe_layers} of {model.num_layers} layers hold {moe.num_experts} experts, "
         f"top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
         f"routing group: {moe.group_rows} rows = {tokens} tokens",
     ]

@@ -27,10 +27,12 @@ from moe_jax.train.state import (
     TrainState,
     abstract_state,
     from_disk,
+    make_optimizer,
     new_state,
     param_shardings,
     placed_state,
     state_shardings,
+    to_disk,
 )
 from moe_jax.train.step import StepOptions
 from moe_jax.train.workdir import Folder
@@ -77,7 +79,7 @@ class Run:
     @property
     def step_options(self) -> StepOptions:
         """What the train step takes from the config."""
-        return StepOptions.of(self.config)
+        return StepOptions.of(self.config, len(self.store.sources))
 
 
 def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | None = None) -> Run:
@@ -108,7 +110,7 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     mesh = make_mesh(config.mesh, devices)
     model = define(config.model, jnp.dtype(config.precision))
     resolve.check_shapes(model, mesh)
-    optimizer = Optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )
@@ -217,14 +219,15 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
     if not init_from:
         return state
     say(f"starting from the weights in {init_from}")
-    return dataclasses.replace(state, params=_weights_of(run, init_from))
+    params, router = _weights_of(run, init_from)
+    return dataclasses.replace(state, params=params, router=router)
 
 
 def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
     flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
     target = placed_state(flat, run.optimizer, run.mesh)
-    return {"step": target.step, "params": target.params, "optimizer": target.optimizer}
+    return to_disk(target, flat.layout)
 
 
 def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
@@ -234,8 +237,8 @@ def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
     return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)
 
 
-def _weights_of(run: Run, workdir: str) -> Any:
-    """Parameters of another run's newest good checkpoint."""
+def _weights_of(run: Run, workdir: str) -> tuple[Any, Any]:
+    """Parameters and router state of another run's newest good checkpoint."""
     other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
     good = (step for step in reversed(other.steps()) if other.verify(step) is None)
     step = next(good, None)  # a bad one is passed over but not moved: the run is not ours
@@ -243,6 +246,8 @@ def _weights_of(run: Run, workdir: str) -> Any:
         raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
     target = _disk_target(run)
     params = other.restore_subtree(step, "params", target["params"])
+    router = other.restore_subtree(step, "router", target["router"])
     other.close()
     where = param_shardings(run.model, run.mesh)
-    return jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)(params)
+    stack = jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)
+    return stack(params), router

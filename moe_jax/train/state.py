@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import Config
 from moe_jax.model.layout import Layout, to_layers, to_stacked
+from moe_jax.model.moe.layer import first_router_state
+from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, init, is_axes
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
@@ -16,26 +19,44 @@ from moe_jax.parallel.rules import sharding
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Step counter, parameters, and the optimizer's state leaf by leaf beside them."""
+    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router state."""
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
     params: Any
     optimizer: Any
+    router: Any  # name -> [MoE layers, ...]; empty for most routers
 
 
 jax.tree_util.register_dataclass(TrainState)
 
 
+def make_optimizer(config: Config) -> Optimizer:
+    """The optimizer of a config, which leaves a frozen router's parameters alone."""
+    moe = config.model.moe
+    frozen = ("router_",) if moe.freeze_router and not config.model.dense else ()
+    return Optimizer(config.optimizer, config.train.steps, frozen)
+
+
 def new_state(model: ModelDef, optimizer: Optimizer, key: jax.Array) -> TrainState:
     """A fresh state; call it under jit with `state_shardings` as out_shardings."""
     params = init(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), _first_router_state(model)
+    )
+
+
+def _first_router_state(model: ModelDef) -> dict[str, jax.Array]:
+    config = model.config
+    if config.dense:
+        return {}
+    return first_router_state(config.moe, config.moe_layers, param_dtype(model.dtype))
 
 
 def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     """Shapes and dtypes of the state; allocates nothing."""
     optimizer_state = jax.eval_shape(optimizer.init, model.abstract)
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state)
+    router = jax.eval_shape(lambda: _first_router_state(model))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state, router)
 
 
 def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -67,7 +88,7 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
         return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else whole, leaves)
 
     moments = jax.tree.map(beside, state.params, params, state.optimizer)
-    return TrainState(whole, params, moments)
+    return TrainState(whole, params, moments, jax.tree.map(lambda _: whole, state.router))
 
 
 def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
@@ -80,6 +101,7 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
         "step": state.step,
         "params": to_layers(state.params, layout),
         "optimizer": to_layers(state.optimizer, layout),
+        "router": state.router,
     }
 
 
@@ -89,4 +111,5 @@ def from_disk(tree: dict[str, Any], layout: Layout) -> TrainState:
         tree["step"],
         to_stacked(tree["params"], layout),
         to_stacked(tree["optimizer"], layout),
+        tree["router"],
     )

@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
 from moe_jax.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
-from moe_jax.model.moe.types import MoEAux, MoEContext
+from moe_jax.model.moe.layer import make_router
+from moe_jax.model.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
 from moe_jax.train.state import TrainState, everywhere, state_shardings
@@ -27,6 +29,7 @@ class StepMetrics:
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
     tokens: Float[Array, ""]  # real tokens
+    skipped: Bool[Array, ""]  # not finite: the state is as it was, but for the step counter
     moe: MoEAux | None  # summed over microbatches, one entry a MoE layer
 
 
@@ -40,11 +43,14 @@ class StepOptions:
     seed: int
     group_rows: int
     clip_norm: float  # 0: no clipping
+    num_sources: int  # of the data, for the ledger
+    debug: bool  # assert conservation inside the step
 
     @classmethod
-    def of(cls, config: Config) -> "StepOptions":
+    def of(cls, config: Config, num_sources: int = 1) -> "StepOptions":
         """What the train step takes from a resolved config."""
-        return cls(config.seed, config.model.moe.group_rows, config.optimizer.clip_norm)
+        moe, clip = config.model.moe, config.optimizer.clip_norm
+        return cls(config.seed, moe.group_rows, clip, num_sources, config.train.debug)
 
 
 def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
@@ -58,13 +64,13 @@ def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Arr
 
 def make_gradients(
     model: ModelDef, options: StepOptions, mesh: Mesh
-) -> Callable[[Any, Batch, jax.Array], tuple[Any, LossSums, Counts]]:
-    """(params, batch [A, B, T], step) -> gradients of the loss, its sums, what divides them.
+) -> Callable[[Any, Any, Batch, jax.Array], tuple[Any, LossSums, Counts]]:
+    """(params, router state, batch [A, B, T], step) -> gradients, sums of the loss, their counts.
 
     The A microbatches are taken one after the other and their gradients added.
     """
 
-    def microbatch(params: Any, batch: Batch, step: jax.Array, counts: Counts):
+    def microbatch(params: Any, router: Any, batch: Batch, step: jax.Array, counts: Counts):
         context = MoEContext(
             token_ids_BT=batch.tokens_BT,
             mask_BT=batch.segments_BT > 0,
@@ -72,15 +78,18 @@ def make_gradients(
             mesh=mesh,
             group_rows=options.group_rows,
             train=True,
+            router_state=router,
+            sources_BT=batch.sources_BT,
+            num_sources=options.num_sources,
         )
         sums = loss_sums(model, params, batch, context, mesh)
         return loss_values(sums, counts, model).total, sums
 
-    def gradients(params: Any, batch: Batch, step: jax.Array):
+    def gradients(params: Any, router: Any, batch: Batch, step: jax.Array):
         counts = count(batch, model.abstract["embed_VD"].dtype)
 
         def one(batch):
-            return jax.grad(microbatch, has_aux=True)(params, batch, step, counts)
+            return jax.grad(microbatch, has_aux=True)(params, router, batch, step, counts)
 
         first = jax.tree.map(lambda x: x[0], batch)
         if batch.row_B.shape[0] == 1:
@@ -104,22 +113,46 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on the global batch."""
-        grads, sums, counts = gradients(state.params, batch, state.step)
-        norm = optax.tree.norm(grads)
+        grads, sums, counts = gradients(state.params, state.router, batch, state.step)
+        loss, norm = loss_values(sums, counts, model), optax.tree.norm(grads)
         if options.clip_norm:
             scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         params, moments = optimizer.update(grads, state.optimizer, state.params, state.step)
+        router = _next_router_state(model, state.router, sums.moe)
+        new = TrainState(state.step, params, moments, router)
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        if options.debug and sums.moe is not None:
+            jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
         metrics = StepMetrics(
-            loss=loss_values(sums, counts, model),
+            loss=loss,
             grad_norm=norm,
             learning_rate=jnp.asarray(optimizer.schedule(state.step)),
             tokens=counts.tokens,
+            skipped=~finite,
             moe=sums.moe,
         )
-        return TrainState(state.step + 1, params, moments), metrics
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     return train_step
+
+
+def _next_router_state(model: ModelDef, state: Any, moe: MoEAux | None) -> Any:
+    """From the load of the whole batch: all microbatches, all devices."""
+    config = model.config.moe
+    if moe is None or config.freeze_router:
+        return state
+    return make_router(config).next_state(state, moe.load_E)
+
+
+def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:
+    """Raises AssertionError, which ends the run, where an assignment is lost or counted twice."""
+    for name, fates in {"total": stats.fates, **ledger._asdict()}.items():
+        found = np.asarray(fates.total()).reshape(len(stats.assignments), -1).sum(1)
+        assert (found == stats.assignments).all(), (
+            f"assignments by {name} are not conserved: {found} of {stats.assignments} a layer"
+        )
 
 
 def jit_train_step(

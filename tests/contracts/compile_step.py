@@ -15,7 +15,6 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.dispatch.dense import Dense
-from moe_jax.model.moe.dispatch.slots import count_stats
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.plan.lowering import lower, make_plan
 
@@ -32,7 +31,7 @@ class AllAtOnce(Dense):
         y_END = experts.batched(jnp.broadcast_to(x_GSD.reshape(1, G * S, D), (E, G * S, D)))
         y_ND = jnp.einsum("end,ne->nd", y_END, weights_GSE.reshape(G * S, E))
         kept_GSK = choice.valid_GSK & inputs.mask_GS[..., None]
-        return y_ND.reshape(G, S, D), count_stats(choice, inputs.mask_GS, kept_GSK)
+        return y_ND.reshape(G, S, D), kept_GSK
 
 
 DISPATCH["all_at_once"] = AllAtOnce

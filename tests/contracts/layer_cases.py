@@ -273,16 +273,19 @@ def assert_counts(found: Result, case: Case, choice, kept_GSK, cause: str) -> No
     """Every assignment in exactly one place: kept, dropped for `cause`, unsampled or padding."""
     real_GS1 = case.mask_BT.reshape(GROUPS, TOKENS, 1)
     wanted_GSK = choice.valid_GSK & real_GS1
-    expected = dict.fromkeys(found.aux.stats._fields, 0) | {
-        "assignments": wanted_GSK.size,
+    fates = found.aux.stats.fates
+    expected = dict.fromkeys(fates._fields, 0) | {
         "kept": kept_GSK.sum(),
         cause: (wanted_GSK & ~kept_GSK).sum(),
         "unsampled": (~choice.valid_GSK & real_GS1).sum(),
         "padding": (~case.mask_BT).sum() * wanted_GSK.shape[2],
-        "lost_tokens": (real_GS1[..., 0] & ~kept_GSK.any(-1)).sum(),
     }
-    assert {name: int(n) for name, n in found.aux.stats._asdict().items()} == expected
-    assert jax.tree.map(jnp.asarray, found.aux.stats).conserved()
+    assert {name: int(n) for name, n in fates._asdict().items()} == expected
+    assert found.aux.stats.assignments == wanted_GSK.size
+    assert found.aux.stats.lost_tokens == (real_GS1[..., 0] & ~kept_GSK.any(-1)).sum()
+    assert found.aux.stats.conserved()
+    for axis in found.aux.ledger:
+        assert {name: int(n.sum()) for name, n in axis._asdict().items()} == expected
     load_E = np.bincount(choice.ids_GSK[wanted_GSK], minlength=E)
     np.testing.assert_array_equal(found.aux.load_E, load_E)
 

@@ -87,7 +87,7 @@ def leaks(make, config: ModelConfig, mesh) -> int:
     before, after = inputs(2), inputs(3)
     y, aux = run(before)
     if config.moe.dispatch in ("capacity", "einsum"):
-        assert (aux.stats.dropped_capacity > 0.2 * aux.stats.assignments).all()
+        assert (aux.stats.fates.dropped_capacity > 0.2 * aux.stats.assignments).all()
     changed = 0
     for t in (1, T // 2, T - 1):
         later, _ = run(before.at[:, t:].set(after[:, t:]))

@@ -85,7 +85,7 @@ def test_capacity_overflow(router, dispatch, priority, where):
         assert_close(found.y_BTD, numpy_output(case, choice, kept), "output")
         assert_agrees(found, oracle(router)(case, kept))
         assert_counts(found, case, choice, kept, "dropped_capacity")
-        dropped += int(found.aux.stats.dropped_capacity)
+        dropped += int(found.aux.stats.fates.dropped_capacity)
     assert dropped > 100  # the scenarios do overflow
 
 
@@ -114,7 +114,7 @@ def test_a_small_receive_buffer_drops_and_counts_its_own_cause(where):
         found = layer(case)
         assert_agrees(found, oracle("gshard")(case, kept))
         assert_counts(found, case, choice, kept, "dropped_buffer")
-        dropped += int(found.aux.stats.dropped_buffer)
+        dropped += int(found.aux.stats.fates.dropped_buffer)
     assert dropped > 50
 
 

@@ -167,7 +167,7 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     run = prepare(
         small_config(corpus, **overrides), tmp_path / "run", lambda line: None, jax.devices()[:1]
     )
-    row = Evaluator(run)(first_state(run, "", lambda line: None).params)
+    row = Evaluator(run)(first_state(run, "", lambda line: None))
 
     bytes_run = prepare(
         small_config(corpus), tmp_path / "run", lambda line: None, jax.devices()[:1]

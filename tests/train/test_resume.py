@@ -240,7 +240,7 @@ def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
     distinct = jax.tree.map(
         lambda x: x + np.arange(x.size, dtype=x.dtype).reshape(x.shape), state.optimizer
     )
-    state = TrainState(state.step + 3, state.params, distinct)
+    state = TrainState(state.step + 3, state.params, distinct, state.router)
     save(first, state, 3)
     first.checkpoints.close()
     write_run_record(str(first.workdir), to_json(first.config), {}, first.store.fingerprint)

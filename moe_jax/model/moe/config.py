@@ -34,6 +34,10 @@ class MoEConfig:
     balance_weight: float = 0.01
     balance_scope: str = "group"  # group | row | global
     z_weight: float = 0.001  # router z-loss (ST-MoE, arXiv 2202.08906)
+    # Of the routed experts' output, in training.  Switch (arXiv 2101.03961) drops inside the
+    # experts; at their output the mask need not travel with the tokens.
+    expert_dropout: float = 0.0
+    freeze_router: bool = False  # the router's parameters and state stay as they are
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -56,6 +60,8 @@ class MoEConfig:
         for name in ("group_rows", "first_dense", "shared_experts", "balance_weight", "z_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 0 or more.")
+        if not 0 <= self.expert_dropout < 1:
+            raise UserError(f"model.moe.expert_dropout is {self.expert_dropout}: set it in [0, 1).")
         for name, known in (("priority", PRIORITIES), ("balance_scope", BALANCE_SCOPES)):
             if getattr(self, name) not in known:
                 raise UserError(

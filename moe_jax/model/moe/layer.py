@@ -13,10 +13,14 @@ from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.experts import ACTIVATE, Experts
+from moe_jax.model.moe.ledger import account
+from moe_jax.model.moe.noise import EXPERT_DROPOUT, row_uniform
 from moe_jax.model.moe.routers import ROUTERS
 from moe_jax.model.moe.types import (
+    Choice,
     Dispatch,
     DispatchIn,
+    ExpertChoice,
     MoEAux,
     MoEContext,
     Router,
@@ -44,6 +48,14 @@ def make_dispatch(config: MoEConfig) -> Dispatch:
     return build(DISPATCH, config.dispatch, config, "model.moe.dispatch")
 
 
+def first_router_state(config: MoEConfig, layers: int, dtype: Any) -> dict[str, jax.Array]:
+    """What the routers of `layers` MoE layers carry before the first step: [layers, ...]."""
+    return {
+        name: jnp.full((layers, *spec.shape), spec.initial, dtype)
+        for name, spec in make_router(config).state_specs(config.num_experts).items()
+    }
+
+
 class MoE(nnx.Module):
     """E routed experts, and optionally always-on shared ones, in place of a dense FFN."""
 
@@ -54,6 +66,8 @@ class MoE(nnx.Module):
         self.router = make_router(moe)
         self.dispatch = make_dispatch(moe)
         self.activation = config.activation
+        self.expert_dropout = moe.expert_dropout
+        self.freeze_router = moe.freeze_router
         self.router_names = []
         for name, spec in self.router.param_specs(D, E).items():
             init = truncated_normal(spec.std)
@@ -91,23 +105,40 @@ class MoE(nnx.Module):
             train=context.train,
         )
         params = {name: getattr(self, f"router_{name}")[...] for name in self.router_names}
-        choice, aux = self.router.route(inputs, params, {})
+        if self.freeze_router:
+            params = jax.lax.stop_gradient(params)
+        choice, aux = self.router.route(inputs, params, context.router_state)
+        by_token, slots = _by_token(choice, R * T)
         experts = Experts(
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),
             self.activation,
         )
-        y_GSD, stats = self.dispatch(
-            x_GSD, choice, experts, DispatchIn(mask_GS, R, context.train, context.mesh)
+        y_GSD, kept_GSK = self.dispatch(
+            x_GSD, by_token, experts, DispatchIn(mask_GS, R, context.train, context.mesh, slots)
         )
+        if context.train and self.expert_dropout:
+            y_GSD = _dropout(y_GSD, inputs.keys_GR, self.expert_dropout)
         y_BTD = y_GSD.reshape(B, T, D)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, MoEAux(aux, _load(choice, mask_GS, experts.num_experts), stats)
+        return y_BTD, MoEAux(
+            aux,
+            *account(
+                choice, by_token, kept_GSK, self.dispatch.drop_cause, experts.num_experts, context
+            ),
+        )
 
 
-def _load(choice: TokenChoice, mask_GS: jax.Array, num_experts: int) -> jax.Array:
-    """Sampled assignments of real tokens an expert: [E]."""
-    wanted_GSK = (choice.valid_GSK & mask_GS[..., None]).astype(jnp.int32)
-    zeros_E = jnp.zeros(num_experts, jnp.int32)
-    return zeros_E.at[choice.ids_GSK.reshape(-1)].add(wanted_GSK.reshape(-1))
+def _by_token(choice: Choice, tokens: int) -> tuple[TokenChoice, int | None]:
+    """The choice as dispatch paths take it, and the slots an expert fills where it chose itself."""
+    if isinstance(choice, ExpertChoice):
+        return choice.by_token(tokens), choice.ids_GEC.shape[2]
+    return choice, None
+
+
+def _dropout(y_GSD: jax.Array, keys_GR: jax.Array, rate: float) -> jax.Array:
+    """Each number is zero with probability `rate`, and larger by 1 / (1 - rate) otherwise."""
+    positions = y_GSD.shape[1] // keys_GR.shape[1]
+    noise_GSD = row_uniform(keys_GR, EXPERT_DROPOUT, (positions, y_GSD.shape[2]), jnp.float32)
+    return jnp.where(noise_GSD < rate, 0, y_GSD / (1 - rate)).astype(y_GSD.dtype)

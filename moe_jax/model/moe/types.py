@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Mean(NamedTuple):
@@ -65,32 +65,55 @@ class RouterAux(NamedTuple):
     entropy: Mean  # nats, of each token's distribution over experts
 
 
+class Fates(NamedTuple):
+    """What became of assignments; each one is in exactly one field."""
+
+    kept: Shaped[Array, "*axes"]
+    dropped_capacity: Shaped[Array, "*axes"]  # the expert's slots in the group were taken
+    dropped_buffer: Shaped[Array, "*axes"]  # a smaller receive buffer overflowed (dropless)
+    unsampled: Shaped[Array, "*axes"]  # the router did not sample this choice
+    padding: Shaped[Array, "*axes"]  # the token is padding
+
+    def total(self) -> Any:
+        """All of them: arrays of JAX, or of NumPy once they were read."""
+        return self.wanted() + self.unsampled + self.padding
+
+    def wanted(self) -> Any:
+        """Sampled choices of real tokens."""
+        return self.kept + self.dropped_capacity + self.dropped_buffer
+
+
+class Ledger(NamedTuple):
+    """int32 counts of fates along three axes; each adds up to the same assignments."""
+
+    expert: Fates  # [*layers, E], the expert chosen (for a padding token too)
+    position: Fates  # [*layers, POSITION_BUCKETS], the token's place in its row
+    source: Fates  # [*layers, sources] of the data
+
+
 class DispatchStats(NamedTuple):
-    """What became of every assignment (int32 counts); `conserved` holds in every step.
+    """What became of every assignment (int32 counts); `conserved` holds in every step."""
 
-    kept + dropped_capacity + dropped_buffer + unsampled + padding = assignments.
-    """
-
-    assignments: Int[Array, "*layers"]
-    kept: Int[Array, "*layers"]
-    dropped_capacity: Int[Array, "*layers"]  # the expert's slots in the group were taken
-    dropped_buffer: Int[Array, "*layers"]  # a smaller receive buffer overflowed (dropless)
-    unsampled: Int[Array, "*layers"]  # the router did not sample this choice
-    padding: Int[Array, "*layers"]  # the token is padding
+    assignments: Int[Array, "*layers"]  # from the choice's shape, not from what was counted
+    fates: Fates
     lost_tokens: Int[Array, "*layers"]  # real tokens left with no expert at all
 
-    def conserved(self) -> Bool[Array, "*layers"]:
+    def conserved(self) -> Any:
         """Whether every assignment is accounted for exactly once."""
-        found = self.kept + self.dropped_capacity + self.dropped_buffer
-        return found + self.unsampled + self.padding == self.assignments
+        return self.fates.total() == self.assignments
 
 
 class MoEAux(NamedTuple):
     """Everything one MoE layer reports; stacked over layers by the transformer."""
 
     router: RouterAux
-    load_E: Int[Array, "*layers E"]  # sampled assignments of real tokens, before any drop
     stats: DispatchStats
+    ledger: Ledger
+
+    @property
+    def load_E(self) -> Any:
+        """Sampled assignments of real tokens an expert, before any drop: [*layers, E]."""
+        return self.ledger.expert.wanted()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +196,7 @@ class DispatchIn:
     rows: int  # R
     train: bool
     mesh: Mesh
+    slots: int | None = None  # an expert's slots in a group where the router bounds them itself
 
 
 @runtime_checkable
@@ -201,20 +225,28 @@ class Experts(Protocol):
 class Dispatch(Protocol):
     """Frozen dataclass of its own knobs; owns no parameters."""
 
+    @property
+    def drop_cause(self) -> str:
+        """The field of Fates that counts what it drops."""
+        ...
+
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int | None:
         """Slots an expert has for a group of `tokens` tokens; None when nothing is bounded."""
         ...
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-    ) -> tuple[jax.Array, DispatchStats]:
-        """y_GSD = sum over a token's kept choices of weight * expert(x), and what happened."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """y_GSD = sum over a token's kept choices of weight * expert(x), and kept_GSK (bool)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEContext:
-    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static)."""
+    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static).
+
+    `router_state` has a leading axis over MoE layers, and none inside a layer.
+    """
 
     token_ids_BT: Int[Array, "B T"]
     mask_BT: Bool[Array, "B T"]
@@ -222,10 +254,13 @@ class MoEContext:
     mesh: Mesh
     group_rows: int
     train: bool
+    router_state: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    sources_BT: Int[Array, "B T"] | None = None  # of the data, below num_sources; None: all 0
+    num_sources: int = 1
 
 
 jax.tree_util.register_dataclass(
     MoEContext,
-    data_fields=["token_ids_BT", "mask_BT", "row_keys_B"],
-    meta_fields=["mesh", "group_rows", "train"],
+    data_fields=["token_ids_BT", "mask_BT", "row_keys_B", "router_state", "sources_BT"],
+    meta_fields=["mesh", "group_rows", "train", "num_sources"],
 )

@@ -15,12 +15,11 @@ from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import (
     Slots,
-    count_stats,
     from_priority,
     routed_ids,
     to_priority,
 )
-from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
 from moe_jax.parallel.collectives import from_experts, to_experts
 
@@ -31,14 +30,14 @@ class Capacity(Slots):
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-    ) -> tuple[jax.Array, DispatchStats]:
+    ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         E, shards = experts.num_experts, inputs.mesh.shape["expert"]
 
         def body(x_GSD, choice, experts, mask_GS):
             G, S, D = x_GSD.shape
             K = choice.ids_GSK.shape[2]
-            C = self.capacity(S, K, E, inputs.train)
+            C = self.slots(S, K, E, inputs)
             ids_GN = routed_ids(choice, mask_GS, E)
             moves = slot_moves(ids_GN, E, C, inputs.rows, K, self.priority)
             moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
@@ -49,7 +48,7 @@ class Capacity(Slots):
             y_MD = checkpoint_name(y_END.reshape(E * G * C, D), MOE_OUT)
             y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
             kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
-            return y_ND.reshape(G, S, D), count_stats(choice, mask_GS, kept_GSK)
+            return y_ND.reshape(G, S, D), kept_GSK
 
         return expert_region(body, x_GSD, choice, experts, inputs)
 

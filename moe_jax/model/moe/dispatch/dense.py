@@ -5,13 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.moe.dispatch.slots import count_stats
-from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """No transport and no drop: y = sum_e weight_e * expert_e(x)."""
+
+    @property
+    def drop_cause(self) -> str:
+        """Nothing is dropped."""
+        return "dropped_capacity"
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
         """Nothing is bounded."""
@@ -19,12 +23,11 @@ class Dense:
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-    ) -> tuple[jax.Array, DispatchStats]:
+    ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         kept_GSK = choice.valid_GSK & inputs.mask_GS[..., None]
         weights_GSK = jnp.where(kept_GSK, choice.weights_GSK, 0)
-        y_GSD = _every_expert(x_GSD, choice.ids_GSK, weights_GSK, experts)
-        return y_GSD, count_stats(choice, inputs.mask_GS, kept_GSK)
+        return _every_expert(x_GSD, choice.ids_GSK, weights_GSK, experts), kept_GSK
 
 
 def _every_expert(x_GSD, ids_GSK, weights_GSK, experts):

@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.errors import UserError
 from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
 from moe_jax.model.moe.dispatch.region import expert_region
-from moe_jax.model.moe.dispatch.slots import count_stats, routed_ids
-from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.moe.dispatch.slots import routed_ids
+from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
 from moe_jax.parallel.collectives import from_experts, to_experts
 
@@ -38,13 +38,18 @@ class Dropless:
                 f"dropless.recv_factor is {self.recv_factor}: set 0 (never drops) or 1 or more."
             )
 
+    @property
+    def drop_cause(self) -> str:
+        """A smaller receive buffer overflowed."""
+        return "dropped_buffer"
+
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
         """Nothing is bounded per expert."""
         return None
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-    ) -> tuple[jax.Array, DispatchStats]:
+    ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         E, shards = experts.num_experts, inputs.mesh.shape["expert"]
 
@@ -65,8 +70,7 @@ class Dropless:
             y_MD = checkpoint_name(y_MD, MOE_OUT)
             y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
             kept_GSK = (moves.place_NK < y_MD.shape[0]).reshape(G, S, K)
-            lost = (choice.valid_GSK & mask_GS[..., None] & ~kept_GSK).sum(dtype=jnp.int32)
-            return y_ND.reshape(G, S, D), count_stats(choice, mask_GS, kept_GSK, lost)
+            return y_ND.reshape(G, S, D), kept_GSK
 
         return expert_region(body, x_GSD, choice, experts, inputs)
 

@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.model.moe.dispatch.slots import (
     Slots,
-    count_stats,
     from_priority,
     routed_ids,
     to_priority,
 )
-from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -28,11 +27,11 @@ class Einsum(Slots):
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-    ) -> tuple[jax.Array, DispatchStats]:
+    ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         G, S, D = x_GSD.shape
         K, E = choice.ids_GSK.shape[2], experts.num_experts
-        C = self.capacity(S, K, E, inputs.train)
+        C = self.slots(S, K, E, inputs)
         ids_GN = routed_ids(choice, inputs.mask_GS, E)
         in_order_GNE = jax.nn.one_hot(
             to_priority(ids_GN, inputs.rows, K, self.priority), E, dtype=jnp.int32
@@ -59,4 +58,4 @@ class Einsum(Slots):
         y_EGCD = experts.batched(x_EGCD.reshape(E, G * C, D)).reshape(E, G, C, D)
         y_EGCD = move(move(y_EGCD, by_experts), by_groups)
         y_GSD = jnp.einsum("gsec,egcd->gsd", combine_GSEC, y_EGCD)
-        return y_GSD, count_stats(choice, inputs.mask_GS, kept_GSK)
+        return y_GSD, kept_GSK

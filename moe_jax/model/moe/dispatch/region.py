@@ -11,18 +11,18 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.model.moe.types import DispatchIn, DispatchStats, Experts, TokenChoice
+from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.parallel.collectives import varying
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
 
-# body(x_GSD, choice, experts, mask_GS) -> (y_GSD, stats), all local
-Body = Callable[[jax.Array, TokenChoice, Experts, jax.Array], tuple[jax.Array, DispatchStats]]
+# body(x_GSD, choice, experts, mask_GS) -> (y_GSD, kept_GSK), all local
+Body = Callable[[jax.Array, TokenChoice, Experts, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def expert_region(
     body: Body, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
-) -> tuple[jax.Array, DispatchStats]:
-    """Run `body` on each device's groups and experts; sum its partial outputs and its counts."""
+) -> tuple[jax.Array, jax.Array]:
+    """Run `body` on each device's groups and experts; sum its partial outputs."""
     groups = P(BATCH_AXES)
 
     def local(x_GSD, choice, experts, mask_GS):
@@ -30,15 +30,12 @@ def expert_region(
         # reduced once, at this border.
         x_GSD, experts = varying((x_GSD, experts), AXES)
         choice = choice._replace(weights_GSK=varying(choice.weights_GSK, AXES))
-        y_GSD, stats = body(x_GSD, choice, experts, mask_GS)
-        y_GSD = jax.lax.psum(y_GSD, "tensor")
-        return y_GSD, jax.tree.map(
-            lambda n: jax.lax.psum(varying(n, BATCH_AXES), BATCH_AXES), stats
-        )
+        y_GSD, kept_GSK = body(x_GSD, choice, experts, mask_GS)
+        return jax.lax.psum(y_GSD, "tensor"), kept_GSK
 
     return jax.shard_map(
         local,
         mesh=inputs.mesh,
         in_specs=(groups, groups, experts.border_specs(), groups),
-        out_specs=(groups, P()),
+        out_specs=(groups, groups),
     )(x_GSD, choice, experts, inputs.mask_GS)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from moe_jax.model.moe.types import DispatchStats, TokenChoice
+from moe_jax.model.moe.types import DispatchIn, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,15 @@ class Slots:
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     priority: str = "token"
+
+    @property
+    def drop_cause(self) -> str:
+        """The expert's slots in the group were taken."""
+        return "dropped_capacity"
+
+    def slots(self, tokens: int, choices: int, num_experts: int, inputs: DispatchIn) -> int:
+        """Slots of an expert in this call: the router's own bound, else `capacity`."""
+        return inputs.slots or self.capacity(tokens, choices, num_experts, inputs.train)
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
         """Slots an expert has for a group of `tokens` tokens."""
@@ -63,28 +72,3 @@ def routed_ids(
     real = choice.valid_GSK & mask_GS[..., None]
     G = choice.ids_GSK.shape[0]
     return jnp.where(real, choice.ids_GSK, num_experts).reshape(G, -1)
-
-
-def count_stats(
-    choice: TokenChoice,
-    mask_GS: Bool[Array, "G S"],
-    kept_GSK: Bool[Array, "G S K"],
-    lost_to_buffer: jax.Array | None = None,
-) -> DispatchStats:
-    """Counts by cause; what is real, sampled, not kept and not lost to a buffer hit capacity."""
-    real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
-    wanted_GSK = real_GSK & choice.valid_GSK
-    buffer = jnp.zeros((), jnp.int32) if lost_to_buffer is None else lost_to_buffer
-    return DispatchStats(
-        assignments=jnp.asarray(kept_GSK.size, jnp.int32),
-        kept=_count(kept_GSK),
-        dropped_capacity=_count(wanted_GSK & ~kept_GSK) - buffer,
-        dropped_buffer=buffer,
-        unsampled=_count(real_GSK & ~choice.valid_GSK),
-        padding=_count(~real_GSK),
-        lost_tokens=_count(mask_GS & ~kept_GSK.any(-1)),
-    )
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    return mask.sum(dtype=jnp.int32)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.moe.routers.linear import SECOND_EXPERT, LinearRouter, row_uniform, top_choices
+from moe_jax.model.moe.noise import SECOND_EXPERT, row_uniform
+from moe_jax.model.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.model.moe.types import RouterIn, TokenChoice
 
 

@@ -9,11 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
+from moe_jax.model.moe.noise import JITTER, row_uniform
 from moe_jax.model.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
 from moe_jax.model.remat import ROUTER_LOGITS
-
-# Purposes of a router's randomness, folded into the row key.
-JITTER, SECOND_EXPERT = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +63,6 @@ class LinearRouter:
             probs_GSE, ids_GSK, inputs.mask_GS, scope=self.balance_scope, rows=rows
         )
         return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
-
-
-def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Uniform [0, 1) noise of `shape` for each row, joined inside a group: [G, R*shape[0], ...].
-
-    Each row draws from its own key, so the noise of a row does not depend on which device or
-    microbatch holds it.
-    """
-    G, R = keys_GR.shape
-
-    def draw(key):
-        # float32 whatever `dtype`: another width would draw other noise.
-        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, jnp.float32)
-
-    noise = jax.vmap(jax.vmap(draw))(keys_GR).astype(dtype)
-    return noise.reshape(G, R * shape[0], *shape[1:])
 
 
 def linear_logits(

@@ -1,0 +1,23 @@
+"""Noise that belongs to a row: the same wherever and with whichever rows it is computed."""
+
+import jax
+import jax.numpy as jnp
+
+# Purposes of an MoE layer's randomness, folded into the row key.
+JITTER, SECOND_EXPERT, NOISY_LOGITS, EXPERT_DROPOUT = range(4)
+
+
+def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Uniform [0, 1) noise of `shape` for each row, joined inside a group: [G, R*shape[0], ...].
+
+    Each row draws from its own key, so the noise of a row does not depend on which device or
+    microbatch holds it.
+    """
+    G, R = keys_GR.shape
+
+    def draw(key):
+        # float32 whatever `dtype`: another width would draw other noise.
+        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, jnp.float32)
+
+    noise = jax.vmap(jax.vmap(draw))(keys_GR).astype(dtype)
+    return noise.reshape(G, R * shape[0], *shape[1:])
