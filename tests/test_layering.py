@@ -17,6 +17,7 @@ RANKS = {
     "moe_jax": 0,  # only __init__.py: the version
     "moe_jax.errors": 0,
     "moe_jax.registry": 1,
+    "moe_jax.markdown": 1,
     "moe_jax.parallel": 2,
     "moe_jax.ops": 3,
     "moe_jax.model": 4,  # only __init__.py
@@ -54,6 +55,7 @@ RANKS = {
     "moe_jax.data.__main__": 18,
     "moe_jax.checkpoint.__main__": 18,
     "moe_jax.bench": 18,
+    "moe_jax.ledger": 18,
     "moe_jax.results": 18,
     "moe_jax.plan": 18,
 }

@@ -3,9 +3,9 @@
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.markdown import table
 from moe_jax.results.group import Group, Spread, labels
 from moe_jax.results.read import Result
 
@@ -35,7 +35,7 @@ def runs_table(results: Sequence[Result]) -> str:
         seed = "-" if run.config is None else str(run.config.seed)
         numbers = [_cell(getattr(run, name), form) for name, (_, form) in _COLUMNS.items()]
         rows.append([run.name, label.get(run.name, "-"), seed, _one_line(run.state), *numbers])
-    return _aligned(rows, left=2)
+    return table(rows, left=2)
 
 
 def groups_table(groups: Sequence[Group]) -> str:
@@ -44,7 +44,7 @@ def groups_table(groups: Sequence[Group]) -> str:
     for each in groups:
         numbers = [_spread(each.spread(name), name) for name in _COLUMNS]
         rows.append([each.label(), str(len(each.runs)), *numbers])
-    return _aligned(rows, left=1)
+    return table(rows, left=1)
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
@@ -89,19 +89,3 @@ def short(number: int | float) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "/")
-
-
-def _aligned(rows: Sequence[Sequence[Any]], left: int) -> str:
-    """A Markdown table; the first `left` columns flush left, the others right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [rows[0], rule, *rows[1:]]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Mean(NamedTuple):
@@ -66,16 +66,19 @@ class RouterAux(NamedTuple):
 
 
 class Fates(NamedTuple):
-    """What became of assignments; each one is in exactly one field."""
+    """What became of assignments; each one is in exactly one field.
 
-    kept: Shaped[Array, "*axes"]
-    dropped_capacity: Shaped[Array, "*axes"]  # the expert's slots in the group were taken
-    dropped_buffer: Shaped[Array, "*axes"]  # a smaller receive buffer overflowed (dropless)
-    unsampled: Shaped[Array, "*axes"]  # the router did not sample this choice
-    padding: Shaped[Array, "*axes"]  # the token is padding
+    Arrays of one shape: of JAX, or of NumPy once they were read.
+    """
+
+    kept: Any
+    dropped_capacity: Any  # the expert's slots in the group were taken
+    dropped_buffer: Any  # a smaller receive buffer overflowed (dropless)
+    unsampled: Any  # the router did not sample this choice
+    padding: Any  # the token is padding
 
     def total(self) -> Any:
-        """All of them: arrays of JAX, or of NumPy once they were read."""
+        """All of them."""
         return self.wanted() + self.unsampled + self.padding
 
     def wanted(self) -> Any:
