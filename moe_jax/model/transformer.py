@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.block import Block
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.layer import refuse_lookahead
 from moe_jax.model.norms import RMSNorm
 from moe_jax.model.params import fan_in, param, param_dtype, scoped, truncated_normal
 
@@ -26,6 +27,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size is not resolved: take it from the tokenizer")
+        if not config.dense:
+            refuse_lookahead(config.moe)
         V, D, own = config.vocab_size, config.width, param_dtype(dtype)
         # A tied table is also the head, which sums D products into a logit.
         embed_init = truncated_normal(1 / math.sqrt(D))

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.model.moe.layer import make_dispatch, make_router
+from moe_jax.model.moe.layer import make_dispatch, make_router, refuse_lookahead
 from moe_jax.model.stack import ModelDef, is_axes
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.parallel.rules import spec
@@ -38,6 +38,7 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> tuple[Con
     rows = _rows_together(config, mesh)
     moe = model.moe
     if not model.dense:
+        refuse_lookahead(moe)
         choices = make_router(moe).choices
         if choices != moe.top_k:
             notes.append(f"router {moe.router} makes {choices} choices a token: top_k is {choices}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.moe.config import MoEConfig
@@ -54,6 +55,24 @@ def first_router_state(config: MoEConfig, layers: int, dtype: Any) -> dict[str, 
         name: jnp.full((layers, *spec.shape), spec.initial, dtype)
         for name, spec in make_router(config).state_specs(config.num_experts).items()
     }
+
+
+def refuse_lookahead(config: MoEConfig) -> None:
+    """Raises UserError for routing in which later tokens decide about earlier ones.
+
+    A layer alone accepts it; a next-token model would learn to read the future from it.
+    """
+    if not make_router(config).causal:
+        raise UserError(
+            f"model.moe.router {config.router} lets later tokens decide about the experts of "
+            f"earlier ones, so a next-token model would see the future: use a router whose tokens "
+            f"choose for themselves, such as top_k."
+        )
+    if config.priority == "batch":
+        raise UserError(
+            "model.moe.priority batch lets later tokens take the slots of earlier ones, so a "
+            "next-token model would see the future: use priority token."
+        )
 
 
 class MoE(nnx.Module):

@@ -8,16 +8,22 @@ JITTER, SECOND_EXPERT, NOISY_LOGITS, EXPERT_DROPOUT = range(4)
 
 
 def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Uniform [0, 1) noise of `shape` for each row, joined inside a group: [G, R*shape[0], ...].
+    """Uniform [0, 1) noise of `shape` for each row, joined inside a group: [G, R*shape[0], ...]."""
+    return _row_noise(jax.random.uniform, keys_GR, purpose, shape, dtype)
 
-    Each row draws from its own key, so the noise of a row does not depend on which device or
-    microbatch holds it.
-    """
+
+def row_normal(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Standard normal noise of `shape` for each row, joined inside a group."""
+    return _row_noise(jax.random.normal, keys_GR, purpose, shape, dtype)
+
+
+def _row_noise(distribution, keys_GR, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Each row draws from its own key: its noise depends on no device and no microbatch."""
     G, R = keys_GR.shape
 
     def draw(key):
         # float32 whatever `dtype`: another width would draw other noise.
-        return jax.random.uniform(jax.random.fold_in(key, purpose), shape, jnp.float32)
+        return distribution(jax.random.fold_in(key, purpose), shape, jnp.float32)
 
     noise = jax.vmap(jax.vmap(draw))(keys_GR).astype(dtype)
     return noise.reshape(G, R * shape[0], *shape[1:])

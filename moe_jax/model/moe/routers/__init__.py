@@ -1,6 +1,11 @@
 """The table of routers: adding one is a file and a line."""
 
+from moe_jax.model.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.model.moe.routers.gshard import GShard
+from moe_jax.model.moe.routers.hash import Hash
+from moe_jax.model.moe.routers.noisy_top_k import NoisyTopK
+from moe_jax.model.moe.routers.sigmoid_bias import SigmoidBias
+from moe_jax.model.moe.routers.soft import Soft
 from moe_jax.model.moe.routers.switch import Switch
 from moe_jax.model.moe.routers.top_k import TopK
 
@@ -8,4 +13,9 @@ ROUTERS = {
     "switch": Switch,
     "gshard": GShard,
     "top_k": TopK,
+    "noisy_top_k": NoisyTopK,
+    "sigmoid_bias": SigmoidBias,
+    "expert_choice": ExpertChoiceRouter,
+    "hash": Hash,
+    "soft": Soft,
 }

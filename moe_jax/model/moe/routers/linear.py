@@ -86,16 +86,21 @@ def linear_logits(
 
 
 def top_choices(
-    probs_GSE: Float[Array, "G S E"], choices: int
+    probs_GSE: Float[Array, "G S E"],
+    choices: int,
+    ranked_by_GSE: Float[Array, "G S E"] | None = None,
 ) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
     """The K largest probabilities of each token and their experts, largest first.
+
+    Where selection has scores of its own, `ranked_by_GSE`, the K largest of those decide which
+    probabilities are returned and in which order; they get no gradient.
 
     Equal ones go to the lower expert, as in `jax.lax.top_k`.  That one is not used because XLA
     does not partition it: on a mesh each device would gather the probabilities of all tokens and
     choose for all of them.
     """
     expert_E = jnp.arange(probs_GSE.shape[-1], dtype=jnp.int32)
-    left_GSE = jax.lax.stop_gradient(probs_GSE)
+    left_GSE = jax.lax.stop_gradient(probs_GSE if ranked_by_GSE is None else ranked_by_GSE)
     weights, ids = [], []
     for _ in range(choices):
         is_largest_GSE = left_GSE == left_GSE.max(-1, keepdims=True)
