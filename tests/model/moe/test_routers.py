@@ -1,12 +1,25 @@
 """Each router against a NumPy implementation in float64, and the traps routers fall into."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from router_cases import (
+    D,
+    E,
+    G,
+    R,
+    S,
+    T,
+    inputs,
+    kernel,
+    numpy_balance,
+    route_all,
+    same_rows_in_other_groups,
+    softmax,
+)
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
@@ -15,9 +28,6 @@ from moe_jax.model.moe.routers.linear import top_choices
 from moe_jax.model.moe.routers.switch import Switch
 from moe_jax.model.moe.routers.top_k import TopK
 from moe_jax.model.moe.types import Mean, RouterIn
-
-G, R, T, D, E = 4, 2, 6, 8, 6
-S = R * T
 
 # (router, K, renormalised, choices that its balance loss counts)
 ROUTERS = {
@@ -30,41 +40,9 @@ ROUTERS = {
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def inputs(seed=0, train=True, padded=True, groups=G, positions=T) -> RouterIn:
-    """Random tokens; with `padded` the rows have tails, and one row is all padding."""
-    rng = np.random.default_rng(seed)
-    shape = (groups, R, positions)
-    lengths = rng.integers(0, positions + 1, (groups, R, 1)) if padded else positions
-    if padded:
-        lengths[0, 1] = 0
-    mask = np.broadcast_to(np.arange(positions) < lengths, shape).reshape(groups, -1)
-    return RouterIn(
-        x_GSD=jnp.asarray(rng.normal(size=(groups, R * positions, D))),
-        token_ids_GS=jnp.zeros(mask.shape, jnp.int32),
-        mask_GS=jnp.asarray(mask),
-        keys_GR=jax.random.split(jax.random.key(seed), (groups, R)),
-        train=train,
-    )
-
-
-def kernel(seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(D, E)))
-
-
 def route(router, given: RouterIn, kernel_DE):
-    """`router.route` in one compiled function a router and shape."""
-    arrays = (given.x_GSD, given.token_ids_GS, given.mask_GS, given.keys_GR)
-    return _route(router, given.train, arrays, kernel_DE)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _route(router, train, arrays, kernel_DE):
-    return router.route(RouterIn(*arrays, train), {"kernel": kernel_DE}, {})
-
-
-def softmax(logits):
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
+    """(choice, aux) of a router whose one parameter is its kernel."""
+    return route_all(router, given, {"kernel": kernel_DE}, {})
 
 
 def numpy_route(given: RouterIn, kernel_DE, choices, renormalize):
@@ -74,20 +52,6 @@ def numpy_route(given: RouterIn, kernel_DE, choices, renormalize):
     ids = np.argsort(-probs, axis=-1, kind="stable")[..., :choices]
     weights = np.take_along_axis(probs, ids, -1)
     return logits, probs, ids, weights / weights.sum(-1, keepdims=True) if renormalize else weights
-
-
-def numpy_balance(probs, ids, mask, scope):
-    """(sum, count) by a loop over the parts of `scope`."""
-    parts = {"group": (G, S), "row": (G * R, T), "global": (1, G * S)}[scope]
-    probs, ids = probs.reshape(*parts, E), ids.reshape(*parts, -1)
-    total = count = 0.0
-    for p, i, m in zip(probs, ids, mask.reshape(parts), strict=True):
-        tokens = m.sum()
-        if tokens:
-            f = np.bincount(i[m].reshape(-1), minlength=E) / (tokens * i.shape[-1])
-            total += E * (f * p[m].mean(0)).sum() * tokens
-            count += tokens
-    return total, count
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -261,22 +225,6 @@ def test_global_balance_sees_what_groups_do_not():
 
 
 # Randomness
-
-
-def same_rows_in_other_groups(given: RouterIn) -> RouterIn:
-    """The same rows, in groups of one and in reverse order: as another microbatch would."""
-    rows = G * R
-
-    def turn(a):
-        return a.reshape(rows, T, *a.shape[2:])[::-1]
-
-    return RouterIn(
-        turn(given.x_GSD),
-        turn(given.token_ids_GS),
-        turn(given.mask_GS),
-        given.keys_GR.reshape(rows, 1)[::-1],
-        given.train,
-    )
 
 
 @pytest.mark.parametrize("router", [GShard(), Switch(jitter=0.3), TopK(top_k=2, jitter=0.3)])
