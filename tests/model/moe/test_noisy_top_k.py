@@ -29,6 +29,7 @@ from router_cases import (
 from moe_jax.errors import UserError
 from moe_jax.model.moe.routers.linear import NOISE, row_normal
 from moe_jax.model.moe.routers.noisy_top_k import NoisyTopK, kept_probability
+from moe_jax.model.moe.types import RouterIn
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -256,16 +257,7 @@ def test_the_balance_adds_over_microbatches(scope):
 
     def balance(groups):
         arrays = (given.x_GSD, given.token_ids_GS, given.mask_GS, given.keys_GR)
-        part = dataclasses.replace(
-            given,
-            **dict(
-                zip(
-                    ("x_GSD", "token_ids_GS", "mask_GS", "keys_GR"),
-                    (a[groups] for a in arrays),
-                    strict=True,
-                )
-            ),
-        )
+        part = RouterIn(*(a[groups] for a in arrays), given.train)
         return route_all(router, part, params(), {})[1].balance
 
     whole, first, rest = balance(slice(0, G)), balance(slice(0, 1)), balance(slice(1, G))
