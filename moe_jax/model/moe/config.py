@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_jax.errors import UserError
 
-PRIORITIES = ("token", "choice")
+PRIORITIES = ("token", "choice", "batch")
 MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 BALANCE_SCOPES = ("group", "row", "global")
 
@@ -26,7 +26,8 @@ class MoEConfig:
     dispatch: str = "capacity"
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
-    priority: str = "token"  # who gets a slot first: token (causal) | choice (GShard, Switch)
+    # Who gets a slot first: token (causal) | choice (GShard, Switch) | batch (V-MoE, never causal).
+    priority: str = "token"
     group_rows: int = 0  # rows in a routing group; 0: resolved from batch and mesh limits
     every: int = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
     first_dense: int = 0  # the first layers that stay dense whatever `every` says

@@ -27,7 +27,7 @@ from router_cases import (
 )
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.routers.linear import NOISE, row_normal
+from moe_jax.model.moe.noise import NOISY_LOGITS, row_normal
 from moe_jax.model.moe.routers.noisy_top_k import NoisyTopK, kept_probability
 from moe_jax.model.moe.types import RouterIn
 
@@ -237,8 +237,8 @@ def test_noise_only_in_training_and_from_the_key():
 
 def test_noise_is_the_same_at_every_precision():
     keys_GR = inputs().keys_GR
-    wide = row_normal(keys_GR, NOISE, (T, E), jnp.float64)
-    narrow = row_normal(keys_GR, NOISE, (T, E), jnp.float32)
+    wide = row_normal(keys_GR, NOISY_LOGITS, (T, E), jnp.float64)
+    narrow = row_normal(keys_GR, NOISY_LOGITS, (T, E), jnp.float32)
     np.testing.assert_array_equal(wide, narrow.astype(jnp.float64))
 
 

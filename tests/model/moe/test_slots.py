@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from moe_jax.model.moe.config import PRIORITIES
 from moe_jax.model.moe.dispatch.capacity import slot_moves
-from moe_jax.model.moe.dispatch.slots import expert_capacity, from_priority, to_priority
+from moe_jax.model.moe.dispatch.slots import Order, Slots, expert_capacity
+from moe_jax.model.moe.types import TokenChoice
 
 
 @pytest.mark.parametrize(
@@ -50,34 +51,63 @@ def test_capacity_is_the_exact_ceiling(tokens, choices, hundredths, experts):
 def test_token_priority_takes_positions_then_rows_each_with_all_choices():
     """Assignments are numbered row, position, choice."""
     numbers = jnp.arange(2 * 3 * 2)[None]  # 2 rows, 3 positions, 2 choices
-    found = to_priority(numbers, 2, 2, "token")[0]
+    found = Order("token", rows=2, choices=2).take(numbers)[0]
     assert found.tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
 def test_choice_priority_takes_all_first_choices_first():
     numbers = jnp.arange(2 * 3 * 2)[None]
-    found = to_priority(numbers, 2, 2, "choice")[0]
+    found = Order("choice", rows=2, choices=2).take(numbers)[0]
     assert found.tolist() == [0, 6, 2, 8, 4, 10, 1, 7, 3, 9, 5, 11]
 
 
+def test_batch_priority_takes_all_first_choices_first_by_weight():
+    """Largest weights 0.5, 0.9, 0.5 (0.8 was not sampled), padding: tokens 1, 0, 2, 3."""
+    numbers = jnp.arange(4 * 2)[None]
+    choice = TokenChoice(
+        jnp.zeros((1, 4, 2), jnp.int32),
+        jnp.array([[[0.5, 0.1], [0.2, 0.9], [0.5, 0.8], [1.0, 1.0]]]),
+        jnp.array([[[True, True], [True, True], [True, False], [True, True]]]),
+    )
+    mask_GS = jnp.array([[True, True, True, False]])
+    first = Slots(priority="batch").first_tokens(choice, mask_GS)
+    assert first is not None
+    assert first.tolist() == [[1, 0, 2, 3]]
+    for rows in (1, 2):
+        found = Order("batch", rows, 2, first).take(numbers)[0]
+        assert found.tolist() == [2, 0, 4, 6, 3, 1, 5, 7]
+    assert Slots(priority="choice").first_tokens(choice, mask_GS) is None
+
+
+def shuffled_tokens(priority, groups, tokens):
+    """What `Order.tokens_GS` is: a permutation for `batch`, else None."""
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(tokens) for _ in range(groups)])
+    return jnp.asarray(order) if priority == "batch" else None
+
+
 @pytest.mark.parametrize("priority", PRIORITIES)
-def test_from_priority_is_the_inverse(priority):
+def test_undo_is_the_inverse_of_take(priority):
     numbers = jnp.arange(2 * 24).reshape(2, 24)
-    there = to_priority(numbers, 3, 2, priority)
-    np.testing.assert_array_equal(from_priority(there, 3, 2, priority), numbers)
+    order = Order(priority, 3, 2, shuffled_tokens(priority, 2, 12))
+    assert (order.take(numbers) != numbers).any()
+    np.testing.assert_array_equal(order.undo(order.take(numbers)), numbers)
 
 
-def hand_out(ids_GN, experts, capacity, rows, choices, priority):
+def hand_out(ids_GN, experts, capacity, order: Order):
     """slot[g][n] = (expert, number in that expert) or None."""
-    slots = []
-    for ids in ids_GN:
+    slots, rows, choices = [], order.rows, order.choices
+    for g, ids in enumerate(ids_GN):
         positions = len(ids) // (rows * choices)
         axes = {"t": range(positions), "r": range(rows), "k": range(choices)}
-        order = {"token": "trk", "choice": "ktr"}[priority]
+        if order.priority == "batch":
+            axes = {"s": np.asarray(order.tokens_GS)[g], "k": range(choices)}
+        by = {"token": "trk", "choice": "ktr", "batch": "ks"}[order.priority]
         given, slot = [0] * experts, [None] * len(ids)
-        for index in itertools.product(*(axes[name] for name in order)):
-            at = dict(zip(order, index, strict=True))
-            n = (at["r"] * positions + at["t"]) * choices + at["k"]
+        for index in itertools.product(*(axes[name] for name in by)):
+            at = dict(zip(by, index, strict=True))
+            s = at["s"] if "s" in at else at["r"] * positions + at["t"]
+            n = s * choices + at["k"]
             e = ids[n]
             if e < experts and given[e] < capacity:
                 slot[n] = (e, given[e])
@@ -99,10 +129,11 @@ def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority)
     N = rows * positions * K
     ids = data.draw(st.lists(st.integers(0, E), min_size=G * N, max_size=G * N))
     ids_GN = np.array(ids, np.int32).reshape(G, N)
-    moves = slot_moves(jnp.asarray(ids_GN), E, capacity, rows, K, priority)
+    order = Order(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
+    moves = slot_moves(jnp.asarray(ids_GN), E, capacity, order)
     place_GN, choice_M = np.asarray(moves.place_NK).reshape(G, N), np.asarray(moves.choice_M)
     expected_choice_M = np.full(E * G * capacity, G * N)
-    for g, slots in enumerate(hand_out(ids_GN, E, capacity, rows, K, priority)):
+    for g, slots in enumerate(hand_out(ids_GN, E, capacity, order)):
         for n, slot in enumerate(slots):
             place = E * G * capacity if slot is None else (slot[0] * G + g) * capacity + slot[1]
             assert place_GN[g, n] == place

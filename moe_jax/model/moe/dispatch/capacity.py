@@ -13,12 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
 from moe_jax.model.moe.dispatch.region import expert_region
-from moe_jax.model.moe.dispatch.slots import (
-    Slots,
-    from_priority,
-    routed_ids,
-    to_priority,
-)
+from moe_jax.model.moe.dispatch.slots import Order, Slots, routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
 from moe_jax.parallel.collectives import from_experts, to_experts
@@ -34,12 +29,13 @@ class Capacity(Slots):
         """See `types.Dispatch`."""
         E, shards = experts.num_experts, inputs.mesh.shape["expert"]
 
-        def body(x_GSD, choice, experts, mask_GS):
+        def body(x_GSD, choice, experts, mask_GS, tokens_GS):
             G, S, D = x_GSD.shape
             K = choice.ids_GSK.shape[2]
             C = self.slots(S, K, E, inputs)
             ids_GN = routed_ids(choice, mask_GS, E)
-            moves = slot_moves(ids_GN, E, C, inputs.rows, K, self.priority)
+            order = Order(self.priority, inputs.rows, K, tokens_GS)
+            moves = slot_moves(ids_GN, E, C, order)
             moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
             x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
             x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
@@ -50,16 +46,15 @@ class Capacity(Slots):
             kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
             return y_ND.reshape(G, S, D), kept_GSK
 
-        return expert_region(body, x_GSD, choice, experts, inputs)
+        tokens_GS = self.first_tokens(choice, inputs.mask_GS)
+        return expert_region(body, x_GSD, choice, experts, inputs, tokens_GS)
 
 
-def slot_moves(
-    ids_GN: jax.Array, num_experts: int, capacity: int, rows: int, choices: int, priority: str
-) -> Moves:
+def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order) -> Moves:
     """Slots of G groups, laid out [E, G, C], for assignments to experts ids_GN (E: nobody)."""
     G, N = ids_GN.shape
-    E, C, K = num_experts, capacity, choices
-    p_ids_GN = to_priority(ids_GN, rows, K, priority)
+    E, C, K = num_experts, capacity, order.choices
+    p_ids_GN = order.take(ids_GN)
     order_GN = sort_by_expert(p_ids_GN, E)  # sorted position -> priority rank
     start_GE = (p_ids_GN[:, None, :] < jnp.arange(E + 1)[None, :, None]).sum(-1, dtype=jnp.int32)
 
@@ -67,7 +62,7 @@ def slot_moves(
     sorted_GEC = start_GE[:, :E, None] + jnp.arange(C, dtype=jnp.int32)
     filled_GEC = sorted_GEC < start_GE[:, 1:, None]
     number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
-    assignment_GN = jnp.take_along_axis(to_priority(number_GN, rows, K, priority), order_GN, axis=1)
+    assignment_GN = jnp.take_along_axis(order.take(number_GN), order_GN, axis=1)
     group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
     found_GEC = jnp.take_along_axis(
         assignment_GN, jnp.minimum(sorted_GEC, N - 1).reshape(G, E * C), axis=1
@@ -80,5 +75,5 @@ def slot_moves(
     c_GN = sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)
     place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
     place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
-    place_NK = from_priority(place_GN, rows, K, priority).reshape(G * N // K, K)
+    place_NK = order.undo(place_GN).reshape(G * N // K, K)
     return Moves(token_M=choice_M // K, choice_M=choice_M, place_NK=place_NK.astype(jnp.int32))

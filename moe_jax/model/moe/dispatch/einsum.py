@@ -11,12 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.model.moe.dispatch.slots import (
-    Slots,
-    from_priority,
-    routed_ids,
-    to_priority,
-)
+from moe_jax.model.moe.dispatch.slots import Order, Slots, routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.parallel.mesh import BATCH_AXES
 
@@ -33,11 +28,11 @@ class Einsum(Slots):
         K, E = choice.ids_GSK.shape[2], experts.num_experts
         C = self.slots(S, K, E, inputs)
         ids_GN = routed_ids(choice, inputs.mask_GS, E)
-        in_order_GNE = jax.nn.one_hot(
-            to_priority(ids_GN, inputs.rows, K, self.priority), E, dtype=jnp.int32
-        )
+        tokens_GS = self.first_tokens(choice, inputs.mask_GS)
+        order = Order(self.priority, inputs.rows, K, tokens_GS)
+        in_order_GNE = jax.nn.one_hot(order.take(ids_GN), E, dtype=jnp.int32)
         rank_GN = ((jnp.cumsum(in_order_GNE, axis=1) - 1) * in_order_GNE).sum(-1)
-        rank_GN = from_priority(rank_GN, inputs.rows, K, self.priority)
+        rank_GN = order.undo(rank_GN)
         kept_GSK = ((ids_GN < E) & (rank_GN < C)).reshape(G, S, K)
 
         slot_GSKEC = (
