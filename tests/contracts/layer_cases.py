@@ -209,20 +209,22 @@ def numpy_capacity(tokens: int, choices: int, factor: float, experts: int) -> in
     return min(tokens, max(1, -(-exact.numerator // exact.denominator)))
 
 
-def numpy_kept(wanted_GSK, ids_GSK, rows: int, capacity: int, priority: str, experts: int):
+def numpy_kept(wanted_GSK, choice, rows: int, capacity: int, priority: str, experts: int):
     """Which assignments get a slot, one after the other."""
+    ids_GSK = choice.ids_GSK
     groups, tokens, choices = ids_GSK.shape
     positions = tokens // rows
     kept = np.zeros(ids_GSK.shape, bool)
     for g in range(groups):
         free = [capacity] * experts
+        first = [r * positions + t for t in range(positions) for r in range(rows)]
+        if priority == "batch":
+            largest_S = np.where(wanted_GSK[g], choice.weights_GSK[g], -1).max(-1)
+            first = sorted(range(tokens), key=lambda s: (-largest_S[s], s))
+        order = [(s, k) for k in range(choices) for s in first]
         if priority == "token":
-            order = itertools.product(range(positions), range(rows), range(choices))
-        else:
-            by_choice = itertools.product(range(choices), range(positions), range(rows))
-            order = ((t, r, k) for k, t, r in by_choice)
-        for t, r, k in order:
-            s = r * positions + t
+            order = itertools.product(first, range(choices))
+        for s, k in order:
             e = ids_GSK[g, s, k]
             if wanted_GSK[g, s, k] and free[e] > 0:
                 free[e] -= 1

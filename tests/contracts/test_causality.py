@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
@@ -103,9 +104,10 @@ def test_a_layer_is_causal_with_token_priority(dispatch, mesh_of):
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "einsum"])
-def test_choice_priority_is_not(dispatch, mesh_of):
-    """The control: a later token's first choice evicts an earlier token's second."""
-    assert leaks(one_layer, config(dispatch, "choice"), mesh_of()) > 10
+@pytest.mark.parametrize("priority", ["choice", "batch"])
+def test_other_priorities_are_not(dispatch, priority, mesh_of):
+    """The control: a later token's choice evicts an earlier token's."""
+    assert leaks(one_layer, config(dispatch, priority), mesh_of()) > 10
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
@@ -115,3 +117,8 @@ def test_the_whole_model_is_causal(dispatch, mesh_of):
 
 def test_the_whole_model_with_choice_priority_is_not(mesh_of):
     assert leaks(whole_model, config("capacity", "choice"), mesh_of()) > 10
+
+
+def test_the_whole_model_with_batch_priority_is_refused(mesh_of):
+    with pytest.raises(UserError, match="see the future: use priority token"):
+        whole_model(config("capacity", "batch"), mesh_of())

@@ -26,6 +26,7 @@ from layer_cases import (
     wanted,
 )
 
+from moe_jax.model.moe.config import PRIORITIES
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.dispatch.capacity import Capacity
 from moe_jax.model.moe.dispatch.dropless import Dropless
@@ -70,7 +71,7 @@ def test_nothing_dropped(router, dispatch, where):
 
 @pytest.mark.parametrize(
     ("router", "dispatch", "priority", "where"),
-    pairwise(ROUTERS, BOUNDED, ("token", "choice"), MESHES),
+    pairwise(ROUTERS, BOUNDED, PRIORITIES, MESHES),
 )
 def test_capacity_overflow(router, dispatch, priority, where):
     config = layer_config(router, dispatch, capacity_factor=TIGHT, priority=priority)
@@ -80,7 +81,7 @@ def test_capacity_overflow(router, dispatch, priority, where):
         choice = oracle(router)(case).choice
         slots = numpy_capacity(TOKENS, choice.ids_GSK.shape[2], TIGHT, E)
         sampled = wanted(case, choice)
-        kept = numpy_kept(sampled, choice.ids_GSK, ROWS, slots, priority, E)
+        kept = numpy_kept(sampled, choice, ROWS, slots, priority, E)
         found = layer(case)
         assert_close(found.y_BTD, numpy_output(case, choice, kept), "output")
         assert_agrees(found, oracle(router)(case, kept))
