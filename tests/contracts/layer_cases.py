@@ -31,6 +31,8 @@ MESHES = {
     "data2_expert4": {"data": 2, "expert": 4},
     "fsdp2_expert2_tensor2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
+# Routers that the scenarios steer through their one matrix, and whose tokens choose.
+STEERED = ("switch", "gshard", "top_k")
 AXES = {
     "router_kernel": ("embed", "router_experts"),
     "w_in_EDUF": ("experts", "expert_embed", None, "expert_mlp"),

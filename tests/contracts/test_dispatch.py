@@ -10,6 +10,7 @@ from layer_cases import (
     MESHES,
     ROWS,
     SCENARIOS,
+    STEERED,
     TOKENS,
     E,
     assert_agrees,
@@ -30,7 +31,6 @@ from moe_jax.model.moe.config import PRIORITIES
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.dispatch.capacity import Capacity
 from moe_jax.model.moe.dispatch.dropless import Dropless
-from moe_jax.model.moe.routers import ROUTERS
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -39,7 +39,7 @@ ROOMY = 100.0  # a capacity factor at which nothing can be dropped
 TIGHT = 1.0
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", STEERED)
 def test_the_oracle_is_the_plain_sum_over_experts(router):
     for name, case in SCENARIOS.items():
         result = oracle(router)(case)
@@ -58,7 +58,7 @@ def test_the_scenarios_are_what_they_are_called():
     assert list(load("one_expert", 1) > 0) == [e == 5 for e in range(E)]
 
 
-@pytest.mark.parametrize(("router", "dispatch", "where"), pairwise(ROUTERS, DISPATCH, MESHES))
+@pytest.mark.parametrize(("router", "dispatch", "where"), pairwise(STEERED, DISPATCH, MESHES))
 def test_nothing_dropped(router, dispatch, where):
     layer = compiled_layer(layer_config(router, dispatch, capacity_factor=ROOMY), mesh(where))
     for case in SCENARIOS.values():
@@ -71,7 +71,7 @@ def test_nothing_dropped(router, dispatch, where):
 
 @pytest.mark.parametrize(
     ("router", "dispatch", "priority", "where"),
-    pairwise(ROUTERS, BOUNDED, PRIORITIES, MESHES),
+    pairwise(STEERED, BOUNDED, PRIORITIES, MESHES),
 )
 def test_capacity_overflow(router, dispatch, priority, where):
     config = layer_config(router, dispatch, capacity_factor=TIGHT, priority=priority)

@@ -13,6 +13,7 @@ import pytest
 from layer_cases import (
     MESHES,
     SCENARIOS,
+    STEERED,
     E,
     layer_config,
     layer_function,
@@ -23,7 +24,6 @@ from layer_cases import (
 from moe_jax.model.moe.dispatch.capacity import Capacity
 from moe_jax.model.moe.dispatch.einsum import Einsum
 from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.routers import ROUTERS
 from moe_jax.model.moe.types import DispatchIn, TokenChoice
 
 SHARDED = ["data2_expert4", "fsdp2_expert2_tensor2"]
@@ -69,7 +69,7 @@ def test_a_gather_of_experts_would_be_seen():
     assert any(shape[0] == E for shape in shapes)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", STEERED)
 def test_the_router_product_is_at_highest_precision(router):
     """The default float32 product is TF32 on Hopper and bfloat16 on TPU."""
     text = lowered(router, "capacity", "one_device").as_text()
