@@ -280,6 +280,21 @@ def test_the_second_expert_is_sampled_with_probability_min_1_2g():
         assert abs(share - p) <= 4 * np.sqrt(p * (1 - p) / n) + 1e-12
 
 
+def test_a_logit_cap_bounds_large_logits_and_leaves_small_ones():
+    """c * tanh(l / c): below c everywhere, in the order it had, l - l^3 / (3 c^2) near zero."""
+    given, cap = inputs(padded=False), 0.5
+    plain = np.asarray(given.x_GSD) @ np.asarray(kernel())
+    capped = np.asarray(TopK(logit_cap=cap).logits(given, kernel()))
+    assert np.abs(plain).max() > 10 * cap
+    assert np.abs(capped).max() <= cap
+    np.testing.assert_allclose(capped, cap * np.tanh(plain / cap), rtol=1e-12)
+    small = np.asarray(TopK(logit_cap=cap).logits(given, 1e-4 * kernel()))
+    np.testing.assert_allclose(small, 1e-4 * plain, rtol=1e-5)
+    np.testing.assert_array_equal(TopK().logits(given, kernel()), plain)
+    with pytest.raises(UserError, match="logit_cap is -1"):
+        TopK(logit_cap=-1)
+
+
 def test_bfloat16_tokens_are_routed_in_float32():
     given = dataclasses.replace(inputs(), x_GSD=inputs().x_GSD.astype(jnp.bfloat16))
     choice, aux = route(TopK(top_k=2), given, kernel().astype(jnp.float32))
