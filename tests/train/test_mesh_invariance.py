@@ -27,6 +27,7 @@ LAYOUTS = {
 ROUTERS = {
     "switch": {"model.moe.options.switch.jitter": 0.1},
     "gshard": {"model.moe.options.gshard.random_second": True},
+    "sigmoid_bias": {"model.moe.options.sigmoid_bias.update_rate": 0.05},
     "top_k": {},
 }
 DISPATCHES = ("capacity", "dropless")
@@ -46,7 +47,7 @@ DEFAULT = (
     Cell("one", 4, "switch", "capacity"),
     Cell("data", 4, "switch", "capacity"),
     Cell("expert", 1, "gshard", "dropless"),
-    Cell("data_expert", 4, "switch", "capacity"),
+    Cell("data_expert", 4, "sigmoid_bias", "capacity"),
     Cell("all", 4, "gshard", "dropless"),
 )
 EVERY = itertools.starmap(Cell, itertools.product(LAYOUTS, (1, 4), ROUTERS, DISPATCHES))

@@ -26,8 +26,11 @@ from moe_jax.train.state import TrainState, to_disk
 
 STEPS = 80
 EVERY = 10
-# Groups that 8 devices do not split; a rate that does not depend on the number of steps.
+# A router with state; groups that 8 devices do not split; a rate that does not depend on the
+# number of steps.
 OVERRIDES = {
+    "model.moe.router": "sigmoid_bias",
+    "model.moe.options.sigmoid_bias.update_rate": 0.01,
     "train.steps": STEPS,
     "checkpoint.every_steps": EVERY,
     "model.moe.group_rows": 4,
