@@ -46,8 +46,13 @@ class Transformer(nnx.Module):
         )
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, in the compute dtype."""
-        return self.embed_VD[...].astype(self.dtype)[tokens_BT]
+        """Rows of the embedding table, in the compute dtype.
+
+        Looked up before they are cast, so that the gradients of a token's many places are added in
+        float32.  In bfloat16 a frequent token's sum stops growing (measured on an H200, 16384
+        tokens of text: off by half), and it is 140 times slower there (31 ms against 0.22).
+        """
+        return self.embed_VD[...][tokens_BT].astype(self.dtype)
 
     def head(self) -> Float[Array, "D V"]:
         """The output projection."""

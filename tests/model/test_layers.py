@@ -12,6 +12,7 @@ from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.norms import rms_norm
 from moe_jax.model.params import fan_in, param, scoped
 from moe_jax.model.rope import apply_rope, rope_tables
+from moe_jax.model.transformer import Transformer
 
 CONFIG = ModelConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=6, ffn_width=10)
 
@@ -118,3 +119,16 @@ def test_fan_in_has_the_variance_it_promises():
 def test_axes_must_name_every_dimension():
     with pytest.raises(ValueError, match="logical axes"):
         param(nnx.Rngs(0), "w", (2, 3), ("embed",), fan_in(2), jnp.float32)
+
+
+def test_the_embedding_adds_a_tokens_gradients_in_float32():
+    """4096 places of one token: in bfloat16 their sum would stop growing at 256."""
+    config = ModelConfig(vocab_size=8, num_layers=1, width=16, dense=True)
+    graph, params = nnx.split(Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
+    tokens_BT = jnp.zeros((4, 1024), jnp.int32)
+
+    def total(params):
+        return nnx.merge(graph, params).embed(tokens_BT).astype(jnp.float32).sum()
+
+    gradient_VD = jax.grad(total)(params)["embed_VD"][...]
+    np.testing.assert_array_equal(gradient_VD[0], 4096)
