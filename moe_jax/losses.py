@@ -56,16 +56,17 @@ def loss_sums(
     x_BTD, moe = forward(
         model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
     )
-    lm = cross_entropy(
-        x_BTD,
-        head_weight(model, params),
-        batch.targets_BT,
-        batch.loss_mask_BT,
-        z_weight=model.config.logits_z_weight,
-        chunk=model.config.loss_chunk,
-        mesh=mesh,
-        implementation=model.config.cross_entropy,
-    )
+    with jax.named_scope("cross_entropy"):
+        lm = cross_entropy(
+            x_BTD,
+            head_weight(model, params),
+            batch.targets_BT,
+            batch.loss_mask_BT,
+            z_weight=model.config.logits_z_weight,
+            chunk=model.config.loss_chunk,
+            mesh=mesh,
+            implementation=model.config.cross_entropy,
+        )
     return LossSums(lm, moe)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from moe_jax.bench.breakdown import breakdown_table
 from moe_jax.bench.measure import measure
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
@@ -17,6 +18,7 @@ from moe_jax.train.setup import first_state, prepare
 _FLAGS = (
     flags.Flag("steps", 20, "Steps to time, after some that are not."),
     flags.Flag("gradients", False, "Also time forward and backward alone."),
+    flags.Flag("profile", False, "Also show where the device's time goes, from a trace."),
 )
 
 
@@ -31,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
         jax.config.update("jax_enable_x64", True)
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
     run = prepare(config, workdir.absolute(), _progress)
-    row = measure(run, first_state(run, "", _progress), parsed.flags.steps, parsed.flags.gradients)
+    given, state = parsed.flags, first_state(run, "", _progress)
+    row = measure(run, state, given.steps, given.gradients, given.profile)
+    if given.profile:
+        _progress(breakdown_table(row["profile_ms"]))
     print(json.dumps({"config": parsed.flags.config, **row}), flush=True)
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.bench.breakdown import breakdown
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
@@ -37,10 +38,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(run: Run, state: TrainState, steps: int, gradients: bool) -> dict[str, Any]:
+def measure(
+    run: Run, state: TrainState, steps: int, gradients: bool, profile: bool
+) -> dict[str, Any]:
     """Speed of `steps` steps on the run's own batches, after WARMUP that do not count.
 
-    Returns the numbers of one JSON line; `gradients` adds forward and backward alone.
+    Returns the numbers of one JSON line; `gradients` adds forward and backward alone, `profile`
+    where the device's time goes (`breakdown`).
     """
     config = run.config
     with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0) as feed:
@@ -62,7 +66,7 @@ def measure(run: Run, state: TrainState, steps: int, gradients: bool) -> dict[st
         one_step()
         first_step_seconds = process_age()
         times = _times(one_step, steps)
-        row = {
+        row: dict[str, Any] = {
             "step_ms": round(1e3 * statistics.median(times), 1),
             "step_ms_p10": _ms(times, 0.1),
             "step_ms_p90": _ms(times, 0.9),
@@ -76,6 +80,8 @@ def measure(run: Run, state: TrainState, steps: int, gradients: bool) -> dict[st
             "model_tflops_per_s": round(tflop / seconds, 4),
             "mfu": None if peak is None else round(tflop / seconds / peak / run.mesh.size, 4),
         }
+        if profile:
+            row |= {"profile_ms": breakdown(one_step, step_fn.as_text())}
         if gradients:
             grad_fn = jax.jit(make_gradients(run.model, run.step_options, run.mesh))
             times = _times(

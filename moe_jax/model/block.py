@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -42,9 +43,11 @@ class Block(nnx.Module):
         `segments_BT` confines attention to documents; None lets it cross their borders.
         """
         normed = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attention(normed, rope, segments_BT, context.mesh)
+        with jax.named_scope("attention"):
+            x_BTD = x_BTD + self.attention(normed, rope, segments_BT, context.mesh)
         normed = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, DenseFFN):
-            return x_BTD + self.ffn(normed), None
+            with jax.named_scope("ffn"):
+                return x_BTD + self.ffn(normed), None
         out_BTD, aux = self.ffn(normed, context)
         return x_BTD + out_BTD, aux

@@ -121,7 +121,8 @@ def forward(
     segments = segments_BT if config.confine_attention else None
     shared = (rope, segments, context)
 
-    x = _constrain(trunk.embed(tokens_BT), context)
+    with jax.named_scope("embedding"):
+        x = _constrain(trunk.embed(tokens_BT), context)
     auxes: list[MoEAux] = []
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 

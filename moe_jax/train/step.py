@@ -114,15 +114,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on the global batch."""
         grads, sums, counts = gradients(state.params, state.router, batch, state.step)
-        loss, norm = loss_values(sums, counts, model), optax.tree.norm(grads)
-        if options.clip_norm:
-            scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        params, moments = optimizer.update(grads, state.optimizer, state.params, state.step)
-        router = _next_router_state(model, state.router, sums.moe)
-        new = TrainState(state.step, params, moments, router)
-        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        with jax.named_scope("optimizer"):
+            loss, norm = loss_values(sums, counts, model), optax.tree.norm(grads)
+            if options.clip_norm:
+                scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
+                grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+            params, moments = optimizer.update(grads, state.optimizer, state.params, state.step)
+            router = _next_router_state(model, state.router, sums.moe)
+            new = TrainState(state.step, params, moments, router)
+            finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         if options.debug and sums.moe is not None:
             jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
         metrics = StepMetrics(

@@ -53,6 +53,10 @@ class Experts:
 
     def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
         """Expert e on the rows x_END[e]."""
+        with jax.named_scope("experts"):
+            return self._batched(x_END)
+
+    def _batched(self, x_END):
         E, D, U, F = self.w_in_EDUF.shape
         h_ENF = jnp.einsum("end,edf->enf", x_END, self.w_in_EDUF.reshape(E, D, U * F))
         h_ENF = checkpoint_name(h_ENF, MOE_HIDDEN)
@@ -61,6 +65,10 @@ class Experts:
 
     def grouped(self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]) -> Float[Array, "N D"]:
         """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
+        with jax.named_scope("experts"):
+            return self._grouped(x_ND, sizes_E)
+
+    def _grouped(self, x_ND, sizes_E):
         E, D, U, F = self.w_in_EDUF.shape
         h_NF = grouped_matmul(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
         h_NF = checkpoint_name(h_NF, MOE_HIDDEN)

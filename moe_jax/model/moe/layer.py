@@ -126,27 +126,29 @@ class MoE(nnx.Module):
         params = {name: getattr(self, f"router_{name}")[...] for name in self.router_names}
         if self.freeze_router:
             params = jax.lax.stop_gradient(params)
-        choice, aux = self.router.route(inputs, params, context.router_state)
-        by_token, slots = _by_token(choice, R * T)
+        with jax.named_scope("router"):
+            choice, aux = self.router.route(inputs, params, context.router_state)
+            by_token, slots = _by_token(choice, R * T)
         experts = Experts(
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),
             self.activation,
         )
-        y_GSD, kept_GSK = self.dispatch(
-            x_GSD, by_token, experts, DispatchIn(mask_GS, R, context.train, context.mesh, slots)
-        )
+        with jax.named_scope("dispatch"):
+            y_GSD, kept_GSK = self.dispatch(
+                x_GSD, by_token, experts, DispatchIn(mask_GS, R, context.train, context.mesh, slots)
+            )
         if context.train and self.expert_dropout:
             y_GSD = _dropout(y_GSD, inputs.keys_GR, self.expert_dropout)
         y_BTD = y_GSD.reshape(B, T, D)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, MoEAux(
-            aux,
-            *account(
+            with jax.named_scope("ffn"):
+                y_BTD = y_BTD + self.shared(x_BTD)
+        with jax.named_scope("ledger"):
+            stats, ledger = account(
                 choice, by_token, kept_GSK, self.dispatch.drop_cause, experts.num_experts, context
-            ),
-        )
+            )
+        return y_BTD, MoEAux(aux, stats, ledger)
 
 
 def _by_token(choice: Choice, tokens: int) -> tuple[TokenChoice, int | None]:

@@ -42,7 +42,8 @@ class Capacity(Slots):
             x_END = checkpoint_name(x_END, MOE_DISPATCHED)
             y_END = from_experts(experts.batched(x_END), "expert", shards)
             y_MD = checkpoint_name(y_END.reshape(E * G * C, D), MOE_OUT)
-            y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
+            with jax.named_scope("combine"):
+                y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
             kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
             return y_ND.reshape(G, S, D), kept_GSK
 

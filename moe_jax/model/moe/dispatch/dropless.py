@@ -68,7 +68,8 @@ class Dropless:
                 moves = checkpoint_name(moves, MOE_DISPATCHED)
                 y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
             y_MD = checkpoint_name(y_MD, MOE_OUT)
-            y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
+            with jax.named_scope("combine"):
+                y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
             kept_GSK = (moves.place_NK < y_MD.shape[0]).reshape(G, S, K)
             return y_ND.reshape(G, S, D), kept_GSK
 
