@@ -35,18 +35,17 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\s([a-z][\w-]*)\(", r
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
-def breakdown(step: Callable[[], None], hlo: str) -> dict[str, float]:
+def breakdown(run_steps: Callable[[int], Any], hlo: str) -> dict[str, float]:
     """Milliseconds a step by part, of the first device (on the CPU: of all threads together).
 
     Args:
-      step: runs one step to its end.
+      run_steps: runs so many steps to their end.
       hlo: text of the compiled program.
     """
     part_of = instruction_parts(hlo)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(STEPS):
-                step()
+            run_steps(STEPS)
         (path,) = Path(folder).rglob("*.xplane.pb")
         plane = _device_plane(jax.profiler.ProfileData.from_file(str(path)))
         total: dict[str, float] = collections.defaultdict(float)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moe_jax.bench.breakdown import breakdown
 from moe_jax.data.feed import DeviceFeed
@@ -18,7 +19,7 @@ from moe_jax.train.evaluate import batch_shardings
 from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState
-from moe_jax.train.step import make_gradients
+from moe_jax.train.step import StepMetrics, make_gradients
 
 WARMUP = 3  # steps that are run and not counted
 
@@ -53,19 +54,11 @@ def measure(
         step_fn = compile_step(run, state, batch)
         compile_seconds = time.perf_counter() - began
 
-        losses, dropped = [], []
-
-        def one_step() -> None:
-            nonlocal state
-            state, metrics = step_fn(state, next(feed)[1])
-            losses.append(float(metrics.loss.lm))
-            if metrics.moe is not None:
-                stats = metrics.moe.stats
-                dropped.append(1 - float(stats.fates.kept.sum()) / int(stats.assignments.sum()))
-
-        one_step()
+        steps_run = Steps(step_fn, state, feed, batch)
+        steps_run.start()
+        steps_run.finish()
         first_step_seconds = process_age()
-        times = _times(one_step, steps)
+        times = steps_run.times(steps)
         row: dict[str, Any] = {
             "step_ms": round(1e3 * statistics.median(times), 1),
             "step_ms_p10": _ms(times, 0.1),
@@ -81,9 +74,10 @@ def measure(
             "mfu": None if peak is None else round(tflop / seconds / peak / run.mesh.size, 4),
         }
         if profile:
-            row |= {"profile_ms": breakdown(one_step, step_fn.as_text())}
+            row["profile_ms"] = breakdown(steps_run.run, step_fn.as_text())
         if gradients:
             grad_fn = jax.jit(make_gradients(run.model, run.step_options, run.mesh))
+            state = steps_run.state
             times = _times(
                 lambda: jax.block_until_ready(
                     grad_fn(state.params, state.router, next(feed)[1], state.step)
@@ -97,8 +91,8 @@ def measure(
         "compile_seconds": round(compile_seconds, 2),
         "first_step_seconds": round(first_step_seconds, 2),
         "peak_memory_mib": round(peak_memory_bytes() / 2**20),
-        "loss": round(statistics.mean(losses[-5:]), 4),
-        "drop_fraction": round(float(statistics.mean(dropped[-5:])), 4) if dropped else 0.0,
+        "loss": round(statistics.mean(steps_run.losses[-5:]), 4),
+        "drop_fraction": round(statistics.mean(steps_run.dropped[-5:]), 4),
         "params": counts.total,
         "active_params": counts.active,
         "steps": steps,
@@ -106,6 +100,46 @@ def measure(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
+
+
+class Steps:
+    """Runs steps as the trainer does: one is started before the one before it is waited for."""
+
+    def __init__(self, step_fn: Any, state: TrainState, feed: DeviceFeed, batch: Any):
+        self.state = state
+        self.losses: list[float] = []
+        self.dropped: list[float] = []
+        self._step_fn, self._feed, self._batch = step_fn, feed, batch
+        self._running: list[StepMetrics] = []
+
+    def start(self) -> None:
+        """Start a step, and have the next one's batch brought to the device meanwhile."""
+        self.state, metrics = self._step_fn(self.state, self._batch)
+        self._running.append(metrics)
+        self._batch = next(self._feed)[1]
+
+    def finish(self) -> None:
+        """Wait for the oldest step that is running."""
+        metrics = self._running.pop(0)
+        self.losses.append(float(metrics.loss.lm))
+        stats = None if metrics.moe is None else metrics.moe.stats
+        kept = 1.0 if stats is None else float(stats.fates.kept.sum() / stats.assignments.sum())
+        self.dropped.append(1 - kept)
+
+    def run(self, count: int) -> list[float]:
+        """Runs `count` steps; the moments at which they ended."""
+        ends = []
+        self.start()
+        for left in reversed(range(count)):
+            if left:
+                self.start()
+            self.finish()
+            ends.append(time.perf_counter())
+        return ends
+
+    def times(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps, after WARMUP that do not count."""
+        return np.diff(self.run(count + WARMUP))[-count:].tolist()
 
 
 def _times(call: Callable[[], Any], count: int) -> list[float]:

@@ -1,4 +1,8 @@
-"""Global batches on the devices, assembled by a background thread ahead of the step."""
+"""Global batches on the devices, from rows that a background thread reads ahead of the step.
+
+The consumer's own thread moves them to the devices: on NVIDIA, transfers by another thread while a
+program is loaded can end the run (see parallel/xla_flags.py).
+"""
 
 import queue
 import threading
@@ -70,7 +74,8 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         self.last_wait = time.perf_counter() - began
         if isinstance(item, tuple):
             self._free.release()
-            return item
+            step, rows = item
+            return step, self._assemble.place(rows)
         self._end = StopIteration() if item is None else item
         raise self._end
 
@@ -94,7 +99,7 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
                 self._free.acquire()
                 if self._closed.is_set():
                     break
-                self._ready.put((step, self._assemble(step)))
+                self._ready.put((step, self._assemble.read(step)))
                 step += 1
             self._ready.put(None)
         except BaseException as error:  # the consumer raises it
@@ -118,8 +123,13 @@ class _Assembler:
         # Place of global row [a, i] among the rows read.
         self._place = (np.cumsum(needed.ravel()) - 1).reshape(shape[:2])
 
-    def __call__(self, step: int) -> Batch:
-        return Batch(*(self._array(rows) for rows in self._rows_fn(step, self._row_ids)))
+    def read(self, step: int) -> Batch:
+        """The rows this host needs, as NumPy arrays."""
+        return self._rows_fn(step, self._row_ids)
+
+    def place(self, rows: Batch) -> Batch:
+        """Global arrays of those rows."""
+        return Batch(*map(self._array, rows))
 
     def _array(self, rows: np.ndarray) -> jax.Array:
         shape = self._shape if rows.ndim == 2 else self._shape[:2]

@@ -4,12 +4,8 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.metrics import ledger_row, moe_row
-from moe_jax.model.flops import flops_per_token
-from moe_jax.parallel.chips import peak_tflops
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
@@ -17,7 +13,8 @@ from moe_jax.train.profile import Profiler
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, to_disk
-from moe_jax.train.step import StepMetrics, jit_train_step
+from moe_jax.train.step import jit_train_step
+from moe_jax.train.step_log import StepLog
 
 SAMPLES = "samples.txt"
 
@@ -48,38 +45,32 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
 
         # ---- steps
         control = Control(config, run.workdir, start)
-        clock = Clock(run)
+        log = StepLog(run, reporter, start)
         profiler = Profiler(config.train.profile_range(), run.workdir, reporter.say)
-        stop, skipped = Stop.NO, 0
+        stop = Stop.NO
         while stop is Stop.NO:
-            profiler.before(step_number)
+            if profiler.turns(step_number):
+                log.flush()
+                profiler.turn()
             state, metrics = step_fn(state, batch)
             done = step_number + 1
             if done < total:
                 step_number, batch = next(feed)
-                clock.waited(feed.last_wait)
-            # One step in flight: the next is prepared while this one runs.
-            jax.block_until_ready(metrics)
-            clock.stepped()
-            skipped = skipped + 1 if metrics.skipped else 0
-            if done % config.train.log_every == 0 or done in (start + 1, total) or skipped:
-                reporter.log({"step": done, **step_row(metrics), **clock.read(done)})
-            if skipped > config.train.max_skipped:
-                run.checkpoints.wait()
-                reporter.say(_diverged(done, skipped))
-                return DIVERGED
-            if skipped:
-                reporter.say(f"step {done} is left out: its loss or gradient is not finite")
-            if ledger_due(config.train.ledger_every, done, total):
-                reporter.ledger({"step": done, **ledger_row(metrics.moe, run.store.sources)})
-            if done < total and config.eval.every and done % config.eval.every == 0:
-                reporter.log({"step": done, **evaluate(state)})
-                clock.restart()
+            log.started(done, metrics, feed.last_wait)  # waits for the step before this one
+            evaluate_now = done < total and config.eval.every and done % config.eval.every == 0
             stop = control.after(done, preemption)
+            if evaluate_now or control.save_now or stop is not Stop.NO:
+                log.flush()
+            if log.diverged:
+                run.checkpoints.wait()
+                reporter.say(log.diverged)
+                return DIVERGED
+            if evaluate_now:
+                reporter.log({"step": done, **evaluate(state)})
             if control.save_now or stop is not Stop.NO:
                 reporter.flush()
                 save(run, state, done)
-                clock.restart()
+            log.restart_clock(evaluate_now or control.save_now)
         profiler.close()
 
     # ---- end
@@ -92,21 +83,6 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
     if stop is Stop.ASKED:
         reporter.say(f"stopped by the file STOP: step {done} is saved")
     return DONE
-
-
-def _diverged(step: int, skipped: int) -> str:
-    what = "its loss or gradient is not finite"
-    if skipped > 1:
-        what = f"the loss or gradient of {skipped} steps in a row is not finite"
-    return (
-        f"step {step} diverged ({what}) and is not saved: lower optimizer.learning_rate and run "
-        f"again"
-    )
-
-
-def ledger_due(every: int, step: int, total: int) -> bool:
-    """Every so many steps, and after the last one."""
-    return every > 0 and (step % every == 0 or step == total)
 
 
 def compile_step(run: Run, state: TrainState, batch: Any) -> Any:
@@ -131,69 +107,3 @@ def _finish(run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter
     for text in texts:
         reporter.say(text)
     reporter.log({"step": step, **row})  # last: its presence says that all of this was done
-
-
-def step_row(metrics: StepMetrics) -> dict[str, Any]:
-    """A step's numbers, read from the devices."""
-    host: StepMetrics = jax.tree.map(np.asarray, metrics)
-    return {
-        "loss": float(host.loss.total),
-        "lm_loss": float(host.loss.lm),
-        "balance_loss": float(host.loss.balance),
-        "z_loss": float(host.loss.router_z),
-        "logits_z_loss": float(host.loss.logits_z),
-        "grad_norm": float(host.grad_norm),
-        "learning_rate": float(host.learning_rate),
-        "step_tokens": int(host.tokens),
-        "skipped": int(host.skipped),
-        **moe_row(host.moe),
-    }
-
-
-class Clock:
-    """Seconds between readings, evaluations and saves left out."""
-
-    def __init__(self, run: Run):
-        config = run.config
-        self._tokens = config.train.batch_size * config.data.sequence_length
-        flops = flops_per_token(config.model, config.data.sequence_length)
-        self._tflops = flops * self._tokens / 1e12
-        device = run.mesh.devices.flat[0]
-        peak = peak_tflops(device.device_kind)
-        self._peak = None if peak is None else peak * run.mesh.size
-        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
-        self._mark = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Data was waited for so long."""
-        self._wait += seconds
-
-    def stepped(self) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        self._seconds += now - self._mark
-        self._mark = now
-        self._steps += 1
-
-    def restart(self) -> None:
-        """Leave what happened since the last step out of the count."""
-        self._mark = time.perf_counter()
-
-    def read(self, step: int) -> dict[str, Any]:
-        """Speed since the last reading.
-
-        `tokens` counts places of all batches so far, padding included; model FLOPs are those of
-        active parameters (model/flops.py).
-        """
-        seconds = self._seconds / self._steps
-        rate = self._tflops / seconds
-        row = {
-            "tokens": step * self._tokens,
-            "tokens_per_second": self._tokens / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": self._wait / self._steps,
-            "model_tflops_per_second": rate,
-            "mfu": None if self._peak is None else rate / self._peak,
-        }
-        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
-        return row

@@ -16,14 +16,18 @@ class Profiler:
         self._say = say
         self._tracing = False
 
-    def before(self, step: int) -> None:
-        """Call with each step's number before it is started, all earlier ones being done."""
-        if step in self._steps and not self._tracing:
-            self._mirror = Mirror(self._folder)
-            jax.profiler.start_trace(str(self._mirror.folder))
-            self._tracing = True
-        elif self._tracing and step not in self._steps:
+    def turns(self, step: int) -> bool:
+        """Whether tracing begins or ends before `step`: let all earlier steps end, then `turn`."""
+        return (step in self._steps) != self._tracing
+
+    def turn(self) -> None:
+        """Begin or end."""
+        if self._tracing:
             self.close()
+            return
+        self._mirror = Mirror(self._folder)
+        jax.profiler.start_trace(str(self._mirror.folder))
+        self._tracing = True
 
     def close(self) -> None:
         """Write the trace, if one is being taken."""

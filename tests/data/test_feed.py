@@ -70,7 +70,7 @@ def test_a_host_reads_only_its_rows_each_once():
 
     assemble = _Assembler(rows_fn, SHAPE, (Here(), Here()))  # pyright: ignore
     with pytest.raises(StopIteration):
-        assemble(0)
+        assemble.read(0)
     assert asked == [[2, 3, 6, 7, 10, 11, 14, 15]]
 
 

@@ -5,8 +5,9 @@ from small_run import small_config, write_corpus
 
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.train.evaluate import batch_shardings
-from moe_jax.train.loop import compile_step, step_row
+from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import first_state, prepare
+from moe_jax.train.step_log import step_row
 
 STEPS = 20
 LOGGED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm", "kept", "dropped", "padding")

@@ -11,9 +11,10 @@ from small_run import small_config, write_corpus
 
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.train.evaluate import batch_shardings
-from moe_jax.train.loop import compile_step, step_row
+from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import state_shardings
+from moe_jax.train.step_log import step_row
 
 STEPS = 20
 COUNTS = ("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens")
