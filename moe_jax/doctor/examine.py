@@ -1,0 +1,90 @@
+"""Chooses what runs in a config's place, and makes every check of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+
+from moe_jax.config import Config
+from moe_jax.doctor.finding import Finding
+from moe_jax.doctor.shrink import (
+    TEXT,
+    affordable,
+    at_peak,
+    changes,
+    named_devices,
+    shrink,
+    shrink_mesh,
+)
+from moe_jax.doctor.subject import Subject
+from moe_jax.errors import UserError
+from moe_jax.plan.lowering import make_plan
+from moe_jax.train.workdir import Folder
+
+Say = Callable[[str], None]
+Checks = Mapping[str, Callable[[Subject], Finding]]
+
+
+def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> Subject:
+    """The config itself on accelerators; on CPUs a shrunk one, and a line that says what shrank.
+
+    Args:
+      config: as asked for.
+      num_devices: virtual devices that were asked for; 0: the machine's own.
+      folder: for checkpoints and, beside it, tokenised text.
+      say: called with lines for the report.
+
+    Raises:
+      UserError: the config does not fit the devices, or its text cannot be read.
+    """
+    devices = jax.devices()
+    shrunk = devices[0].platform == "cpu"
+    if shrunk:
+        mesh = config.mesh if num_devices else shrink_mesh(config.mesh)
+        plan = make_plan(config, num_devices or named_devices(config.mesh))
+        devices = devices[: num_devices or named_devices(mesh)]
+        small = shrink(config, mesh.resolve(len(devices)))
+        say(f"no accelerator: a shrunk config on {len(devices)} virtual CPU devices; memory, speed")
+        say(f"  and losses of the config itself are not measured; {_list(changes(config, small))}")
+    else:
+        plan = make_plan(config, len(devices))
+        data = affordable(config.data, TEXT)
+        small = dataclasses.replace(config, data=data)
+        say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
+        if data != config.data:
+            say(f"  its text would take long to tokenise; {_list(changes(config, small))}")
+    subject = Subject(plan, at_peak(small), shrunk, folder, devices, say)
+    subject.config = subject.run.config
+    return subject
+
+
+def _list(changed: list[str]) -> str:
+    return f"shrunk: {', '.join(changed)}" if changed else "nothing had to shrink"
+
+
+def examine(subject: Subject, checks: Checks, say: Say) -> int:
+    """Makes every check, whatever the others found; returns how many failed."""
+    failed = 0
+    for name, check in checks.items():
+        finding = attempt(check, subject)
+        failed += not finding.ok
+        report(name, finding, say)
+    return failed
+
+
+def attempt(check: Callable[[Subject], Finding], subject: Subject) -> Finding:
+    """What the check found; an exception in it is its failure, and no other's."""
+    try:
+        return check(subject)
+    except UserError as error:
+        return Finding(False, "0 figures: refused", str(error))
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Finding(False, "0 figures: the check broke", f"Fix what raised {what}")
+
+
+def report(name: str, finding: Finding, say: Say) -> None:
+    """One line, and one more for a failure."""
+    say(f"{'ok  ' if finding.ok else 'FAIL'}  {name:<34}{finding.figure}")
+    if not finding.ok:
+        say(f"      {finding.fix}")
