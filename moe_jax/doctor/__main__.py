@@ -1,6 +1,5 @@
 """python -m moe_jax.doctor --config=configs/tiny.py: proves a config on the devices at hand."""
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence

@@ -102,7 +102,7 @@ def balance_gradient(subject: Subject) -> Finding:
     axes = " x ".join(f"{k} {n}" for k, n in dataclasses.asdict(sizes).items() if n > 1)
     return Finding(
         worst[0] <= MESH_TOLERANCE,
-        f"relative difference {worst[0]:.1e} at worst (scope {worst[1] or 'any'}): 1 device against "
+        f"relative difference at most {worst[0]:.1e} (scope {worst[1] or 'any'}): 1 device against "
         f"{axes or '1 device'}, in group and row with 2 microbatches there",
         "Take the balance loss per logical group or row, as a sum and a count that devices and "
         "microbatches add.",

@@ -44,15 +44,17 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         plan = make_plan(config, num_devices or named_devices(config.mesh))
         devices = devices[: num_devices or named_devices(mesh)]
         small = shrink(config, mesh.resolve(len(devices)))
-        say(f"no accelerator: a shrunk config on {len(devices)} virtual CPU devices; memory, speed")
-        say(f"  and losses of the config itself are not measured; {_list(changes(config, small))}")
+        many = "1 CPU device" if len(devices) == 1 else f"{len(devices)} virtual CPU devices"
+        say(f"no accelerator: a shrunk config runs on {many}")
+        say(_list(changes(config, small)))
     else:
         plan = make_plan(config, len(devices))
         data = affordable(config.data, TEXT)
         small = dataclasses.replace(config, data=data)
         say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
         if data != config.data:
-            say(f"  its text would take long to tokenise; {_list(changes(config, small))}")
+            say("its own text is not there or takes long to tokenise")
+            say(_list(changes(config, small)))
     subject = Subject(plan, at_peak(small), shrunk, folder, devices, say)
     subject.config = subject.run.config
     return subject

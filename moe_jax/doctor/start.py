@@ -1,5 +1,6 @@
 """Checks of the initial parameters: their scale, what they make of a batch, what they drop."""
 
+import itertools
 import math
 from typing import Any
 
@@ -82,7 +83,7 @@ def first_loss(subject: Subject) -> Finding:
 def activations(subject: Subject) -> Finding:
     """Root mean square of the residual stream after each block, in evaluation mode."""
     rms = residual_scale(subject)
-    growth = max((b / a for a, b in zip(rms[:-1], rms[1:], strict=True)), default=1.0)
+    growth = max((b / a for a, b in itertools.pairwise(rms)), default=1.0)
     ok = bool(np.isfinite(rms).all()) and growth <= MOST_GROWTH and min(rms) >= LEAST_SCALE
     shown = rms if len(rms) <= 6 else [*rms[:3], *rms[-3:]]
     return Finding(
