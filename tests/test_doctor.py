@@ -60,7 +60,7 @@ def well(tmp_path_factory, corpus, patch) -> tuple[Subject, dict[str, Finding], 
 
     checks = {name: keep(name, check) for name, check in CHECKS.items()}
     failed = examine(subject, checks, lines.append)
-    assert failed == 0, lines
+    assert failed == 0, "\n".join(lines)
     return subject, found, lines
 
 

@@ -1,6 +1,7 @@
 """Chooses what runs in a config's place, and makes every check of it."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping
 
 import jax
@@ -46,7 +47,7 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         small = shrink(config, mesh.resolve(len(devices)))
         many = "1 CPU device" if len(devices) == 1 else f"{len(devices)} virtual CPU devices"
         say(f"no accelerator: a shrunk config runs on {many}")
-        say(_list(changes(config, small)))
+        _say_changes(config, small, say)
     else:
         plan = make_plan(config, len(devices))
         data = affordable(config.data, TEXT)
@@ -54,14 +55,16 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
         if data != config.data:
             say("its own text is not there or takes long to tokenise")
-            say(_list(changes(config, small)))
+            _say_changes(config, small, say)
     subject = Subject(plan, at_peak(small), shrunk, folder, devices, say)
     subject.config = subject.run.config
     return subject
 
 
-def _list(changed: list[str]) -> str:
-    return f"shrunk: {', '.join(changed)}" if changed else "nothing had to shrink"
+def _say_changes(old: Config, new: Config, say: Say) -> None:
+    text = ", ".join(changes(old, new)) or "nothing had to shrink"
+    for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False):
+        say(f"    {line}")
 
 
 def examine(subject: Subject, checks: Checks, say: Say) -> int:

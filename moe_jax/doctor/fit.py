@@ -34,14 +34,18 @@ def divides(subject: Subject) -> Finding:
 def memory(subject: Subject) -> Finding:
     """The plan's analytic estimate for the config as asked for, whatever is run."""
     needed = estimate(subject.plan)
-    parts = ", ".join(f"{name} {gib(size)}" for name, size in needed._asdict().items())
-    figure = f"{gib(needed.total)} a device ({parts})"
+    state = needed.parameters + needed.gradients + needed.optimizer
+    figure = (
+        f"{gib(needed.total)} a device of {subject.plan.mesh.size}: {gib(state)} of parameters, "
+        f"gradients and optimizer"
+    )
     stats = None if subject.shrunk else subject.devices[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return Finding(True, f"{figure}; only reported, no accelerator to compare with")
+    limit = float(stats["bytes_limit"])
     return Finding(
-        needed.total <= stats["bytes_limit"],
-        f"{figure} of {gib(stats['bytes_limit'])}",
+        needed.total <= limit,
+        f"{figure}; it has {gib(limit)}",
         "Raise mesh.fsdp, mesh.expert or train.accumulation, or set model.remat: `moe_jax.plan "
         "--search` ranks them.",
     )

@@ -39,7 +39,7 @@ def is_router(name: str) -> bool:
 
 def gradients_arrive(subject: Subject) -> Finding:
     """Every parameter, and of experts each one that a token reached."""
-    reached = {name: norm > 0 for name, norm in subject.probe.gradients.items()}
+    reached = {name: np.asarray(norm > 0) for name, norm in subject.probe.gradients.items()}
     return _all_of(
         subject, reached, "has a gradient", "Use every parameter in the loss, or remove it"
     )

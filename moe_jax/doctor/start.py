@@ -146,7 +146,7 @@ def capacity(subject: Subject) -> Finding:
     worst = int(np.argmax(share_L))
     figure = f"{_slots(asked)}; at init {share_L[worst]:.1%} dropped"
     figure += f" (worst: layer {subject.moe_layers[worst]})"
-    if subject.shrunk:
+    if _slots(run) != _slots(asked):
         figure += f" of a shrunk group ({_slots(run)})"
     if not np.all(stats.conserved()):
         return Finding(False, figure, "Count every assignment once: the ledger lost some.")

@@ -123,7 +123,7 @@ class Subject:
         before = by_layer(model, jax.device_get(marks(self.state.params)))
         self.state, metrics = self.step_fn(self.state, self.batch)
         after = by_layer(model, jax.device_get(marks(self.state.params)))
-        changed = {name: before[name] != after[name] for name in before}
+        changed = {name: np.asarray(old != after[name]) for name, old in before.items()}
         waits, began = [], time.perf_counter()
         with self.feed(1, 1 + STEPS) as feed:
             for number, (_, batch) in enumerate(feed):
