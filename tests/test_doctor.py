@@ -15,7 +15,7 @@ from moe_jax.doctor import balance, fit, learning, start
 from moe_jax.doctor.checks import CHECKS
 from moe_jax.doctor.examine import attempt, examine, make_subject
 from moe_jax.doctor.finding import Finding
-from moe_jax.doctor.shrink import affordable, changes, named_devices, shrink, shrink_mesh
+from moe_jax.doctor.shrink import affordable, at_peak, changes, named_devices, shrink, shrink_mesh
 from moe_jax.doctor.subject import Steps, Subject
 from moe_jax.model import transformer
 from moe_jax.model.moe import layer
@@ -181,6 +181,14 @@ def test_experts_count_singly_and_only_where_a_token_came(well):
     finding = learning.gradients_arrive(subject)
     assert not finding.ok and "w_in_EDUF[1]." in finding.fix
     assert "no token reached layer 1 expert 2;" in finding.figure
+
+
+def test_on_an_accelerator_the_config_itself_runs(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    config, lines = small_config(corpus), []
+    subject = make_subject(config, 0, tmp_path / "run", lines.append)
+    assert not subject.shrunk and lines == [f"the config itself on {len(jax.devices())} x cpu"]
+    assert subject.config == at_peak(subject.plan.config) and subject.run.mesh.size == 8
 
 
 def test_a_check_that_breaks_ends_no_other(well):

@@ -39,7 +39,7 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
       UserError: the config does not fit the devices, or its text cannot be read.
     """
     devices = jax.devices()
-    shrunk = devices[0].platform == "cpu"
+    shrunk = jax.default_backend() == "cpu"
     if shrunk:
         mesh = config.mesh if num_devices else shrink_mesh(config.mesh)
         plan = make_plan(config, num_devices or named_devices(config.mesh))
