@@ -234,7 +234,7 @@ def test_shrunk_config_keeps_its_choices_and_fits(path):
 
 def test_mesh_that_needs_more_devices_is_halved():
     config = load(ROOT / "configs" / "gshard.py")
-    config.mesh.expert = 32
+    config.update({"mesh": {"expert": 32}})
     mesh = shrink_mesh(from_config_dict(config).mesh)
     assert mesh.expert == 8 and mesh.data == -1
 
