@@ -19,7 +19,8 @@ from moe_jax.doctor.shrink import affordable, at_peak, changes, named_devices, s
 from moe_jax.doctor.subject import Steps, Subject
 from moe_jax.model import transformer
 from moe_jax.model.moe import layer
-from moe_jax.model.moe.routers import linear, top_k
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.routers import ROUTERS, linear, top_k
 from moe_jax.model.moe.types import Mean
 from moe_jax.model.params import truncated_normal
 from moe_jax.optim import Optimizer
@@ -113,6 +114,14 @@ def test_a_dense_model_has_no_experts_to_check(tmp_path, corpus):
 def test_faults_of_model_and_config_are_seen(ill, check, says):
     finding = attempt(check, ill)
     assert not finding.ok and says in finding.fix, finding
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_balance_is_one_at_uniform_for_every_router(router):
+    moe = MoEConfig(num_experts=8, top_k=2, router=router)
+    moe = dataclasses.replace(moe, top_k=layer.make_router(moe).choices)
+    tolerance = balance.UNIFORM_TOLERANCE if router == "hash" else 1e-6
+    assert balance.uniform_balance(moe) == pytest.approx(1, abs=tolerance)
 
 
 def test_balance_divided_by_k_is_seen(well, monkeypatch):

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     # For the comparison of meshes, and for a mesh that a shrunk config keeps.
     jax.config.update("jax_num_cpu_devices", max(DEVICES, given.devices))
     if given.conformance:
-        from moe_jax.doctor.conformance.table import main_conformance
+        from moe_jax.doctor.conformance.run import main_conformance
 
         return main_conformance(given.full, _say)
     if given.full:
