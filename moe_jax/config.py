@@ -19,7 +19,7 @@ from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.routers import ROUTERS
 from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.registry import lookup, own_fields, suggest
+from moe_jax.registry import lookup, own_fields, suggest, typed
 
 LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
@@ -190,14 +190,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if isinstance(origin, types.UnionType):
         raise TypeError(f"config field {path} has a union type; give it one type")
     _check_size(value, path)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wrong = not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool)
-    if wrong:
-        raise UserError(
-            f"config.{path} is {value!r} ({type(value).__name__}): "
-            f"give {'a mapping' if origin is Mapping else 'a value of type ' + origin.__name__}."
-        )
+    value = typed(hint, value, path)
     return {**value} if isinstance(value, Mapping) else value
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -24,6 +25,22 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+def typed(hint: Any, value: Any, path: str) -> Any:
+    """`value` if it is a `hint`, a plain type; ints are welcome where floats are asked for.
+
+    Raises UserError naming the config key `path`.
+    """
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        raise UserError(
+            f"config.{path} is {value!r} ({type(value).__name__}): "
+            f"give {'a mapping' if origin is Mapping else 'a value of type ' + origin.__name__}."
+        )
+    return value
+
+
 def own_fields(cls: type, shared: Any) -> list[dataclasses.Field]:
     """Fields of a component's dataclass that the `shared` config does not hold itself."""
     return [f for f in dataclasses.fields(cls) if f.name not in shared]
@@ -39,13 +56,16 @@ def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
       what: the config key, for the error.
 
     Raises:
-      UserError: unknown name, or an option the component does not have.
+      UserError: unknown name, an option the component does not have, or one of another type.
     """
     cls = lookup(table, name, what)
     fields = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    hints = typing.get_type_hints(cls)
     options = dict(shared.options.get(name, {}))
-    for key in options:
+    for key, value in options.items():
         if key not in fields:
             raise UserError(f"{what} {name!r} has no option {key!r}{suggest(key, fields)}.")
+        path = f"{what.rpartition('.')[0]}.options.{name}.{key}"
+        options[key] = typed(hints[key], value, path)
     common = {key: getattr(shared, key) for key in fields - set(options) if hasattr(shared, key)}
     return cls(**common, **options)
