@@ -1,5 +1,6 @@
 """What the compiled layer communicates, holds and computes in."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,42 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_cases import (
-    MESHES,
-    SCENARIOS,
-    STEERED,
-    E,
-    layer_config,
-    layer_function,
-    mesh,
-    shardings,
-)
 
+from moe_jax.doctor.conformance import cases
+from moe_jax.doctor.conformance.cases import MESHES, E
+from moe_jax.doctor.conformance.subject import arguments, forward_backward, mesh_of
 from moe_jax.model.moe.dispatch.capacity import Capacity
 from moe_jax.model.moe.dispatch.einsum import Einsum
 from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.routers import ROUTERS
 from moe_jax.model.moe.types import DispatchIn, TokenChoice
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
+FOURFOLD = {"fsdp2_expert2_tensor2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2)}
+SIZES = MESHES | FOURFOLD
 SHARDED = ["data2_expert4", "fsdp2_expert2_tensor2"]
 
 
 def lowered(router: str, dispatch: str, where: str):
     """Forward and backward of the layer in float32, gradients sharded like the parameters."""
-    case = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, bool if a.dtype == bool else jnp.float32),
-        SCENARIOS["skewed"],
-    )
-    devices = mesh(where)
-    params, x, cases = shardings(devices)
-    step = layer_function(layer_config(router, dispatch), devices, jnp.float32)
-    jitted = jax.jit(step, in_shardings=(params, x, cases), out_shardings=(None, (params, x)))
-    return jitted.lower(case.params, case.x_BTD, case)
+    layer = cases.layer(router, dispatch, "one_device", "float32", remat=False)
+    layer = dataclasses.replace(layer, mesh=SIZES[where])
+    step, shardings = forward_backward(layer, mesh_of(layer))
+    jitted = jax.jit(step, in_shardings=shardings, out_shardings=(None, shardings[:2]))
+    case = cases.scenarios(layer.model)["skewed"]
+    return jitted.lower(*arguments(layer, case, int(case.mask_BT.sum())))
 
 
 def over_expert(op: str, router: str, dispatch: str, where: str) -> list[hlo.Collective]:
     """Floating-point collectives `op` of the compiled layer that cross the expert axis."""
     # [devices] -> position on the expert axis; the axes are data, fsdp, expert, tensor.
-    position = np.indices(mesh(where).devices.shape)[2].reshape(-1)
+    sizes = dataclasses.astuple(SIZES[where])
+    position = np.indices(sizes)[2].reshape(-1)
     found = hlo.collectives(lowered(router, dispatch, where).compile().as_text())
     return [
         one
@@ -69,7 +65,7 @@ def test_a_gather_of_experts_would_be_seen():
     assert any(shape[0] == E for shape in shapes)
 
 
-@pytest.mark.parametrize("router", STEERED)
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "hash"])
 def test_the_router_product_is_at_highest_precision(router):
     """The default float32 product is TF32 on Hopper and bfloat16 on TPU."""
     text = lowered(router, "capacity", "one_device").as_text()
@@ -85,7 +81,9 @@ def temporary_bytes(path, experts: int) -> int:
 
     def loss(x_GSD, weights_GSK, w_in, w_out, ids_GSK):
         choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
-        inputs = DispatchIn(jnp.ones((1, tokens), bool), 1, True, mesh("one_device"))
+        inputs = DispatchIn(
+            jnp.ones((1, tokens), bool), 1, True, make_mesh(MeshConfig(), jax.devices()[:1])
+        )
         y_GSD, _ = path(x_GSD, choice, Experts(w_in, w_out, "swiglu"), inputs)
         return (y_GSD**2).sum()
 
@@ -123,7 +121,7 @@ def test_a_scatter_of_values_would_be_seen():
 
 def compile_log(env, dispatch: str, where: str) -> str:
     """What XLA logs while a process of its own compiles the train step of a small model."""
-    sizes = [f"{axis}={size}" for axis, size in MESHES[where].items()]
+    sizes = [f"{axis}={size}" for axis, size in dataclasses.asdict(SIZES[where]).items()]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_step.py"), dispatch, *sizes],
         env=env | {"JAX_ENABLE_COMPILATION_CACHE": "0"},  # a cached program logs nothing
