@@ -42,6 +42,7 @@ def layer(shape: tuple[int, ...], dispatch: str) -> tuple[Callable, Any]:
     N, D, F, E, K = shape
     moe = MoEConfig(num_experts=E, expert_width=F, top_k=K, dispatch=dispatch)
     config = ModelConfig(width=D, num_layers=1, moe=moe)
+    params: Any
     graph, params = nnx.split(MoE(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
     names = ("w_in_EDUF", "w_out_EFD")
     weights = {name: params[name][...].astype(jnp.bfloat16) for name in names}
@@ -58,7 +59,8 @@ def layer(shape: tuple[int, ...], dispatch: str) -> tuple[Callable, Any]:
     )
 
     def loss(weights, x_BTD, dy_BTD):
-        y_BTD, aux = nnx.merge(graph, weights)(x_BTD, context)
+        module: Any = nnx.merge(graph, weights)
+        y_BTD, aux = module(x_BTD, context)
         return (y_BTD * dy_BTD).astype(jnp.float32).sum() + aux.router.balance.value(), aux.stats
 
     keys = jax.random.split(jax.random.key(1))

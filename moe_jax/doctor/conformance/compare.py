@@ -18,9 +18,9 @@ TOLERANCES = {
     ("cpu", "float32"): 1e-5,
     # Eight bits of mantissa, rounded after each expert's part of a sum: at most 1.6e-2.
     ("cpu", "bfloat16"): 6e-2,
-    # Not measured.  XLA may multiply float32 experts in TF32, which has ten bits; routers ask for
-    # all 24.
-    ("gpu", "float32"): 1e-2,
+    # XLA multiplies float32 experts in TF32, which has ten bits; routers ask for all 24.  Measured
+    # on an H200, 32 cells on one device: at most 1.2e-3, and 1.5e-2 in bfloat16.
+    ("gpu", "float32"): 5e-3,
     ("gpu", "bfloat16"): 6e-2,
     # Not measured.  Float32 experts are multiplied in bfloat16.
     ("tpu", "float32"): 6e-2,
