@@ -90,6 +90,16 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """LLVM at its least for the length of a module: for tests that compile long and run short."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture
 def golden() -> Callable[..., None]:
     """`golden("name", value)`: value equals tests/golden/name.json, floats within `rtol`.

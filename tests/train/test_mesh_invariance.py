@@ -16,6 +16,8 @@ from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import state_shardings
 from moe_jax.train.step_log import step_row
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 STEPS = 20
 COUNTS = ("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens")
 LAYOUTS = {
@@ -45,7 +47,6 @@ class Cell(NamedTuple):
 
 # Every layout, both accumulations, the routers that draw, both dispatch paths.
 DEFAULT = (
-    Cell("one", 4, "switch", "capacity"),
     Cell("data", 4, "switch", "capacity"),
     Cell("expert", 1, "gshard", "dropless"),
     Cell("data_expert", 4, "sigmoid_bias", "capacity"),
