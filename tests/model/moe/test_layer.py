@@ -12,8 +12,8 @@ from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEContext
 
 
-def layer(mesh, dispatch="capacity", activation="swiglu", shared=0):
-    """(module, apply(x_BTD)) with room for every assignment; float64."""
+def layer(mesh, dispatch="capacity", activation="swiglu", shared=0, dropout=0.0, train=True):
+    """(module, apply(x_BTD, order of the rows' keys)) with room for all; float64."""
     moe = MoEConfig(
         num_experts=4,
         top_k=2,
@@ -21,14 +21,18 @@ def layer(mesh, dispatch="capacity", activation="swiglu", shared=0):
         dispatch=dispatch,
         capacity_factor=4.0,
         shared_experts=shared,
+        expert_dropout=dropout,
     )
     config = ModelConfig(width=8, activation=activation, moe=moe)
     module = MoE(config, dtype=jnp.float64, rngs=nnx.Rngs(params=0))
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    context = MoEContext(
-        jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool), keys, mesh, 1, train=True
-    )
-    return module, lambda x_BTD: module(x_BTD, context)[0]
+
+    def apply(x_BTD, order=(0, 1)):
+        tokens, mask = jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool)
+        context = MoEContext(tokens, mask, keys[jnp.array(order)], mesh, 1, train)
+        return module(x_BTD, context)[0]
+
+    return module, apply
 
 
 def by_hand(module, x_BTD):
@@ -68,3 +72,24 @@ def test_shared_experts_are_added_and_learn(x64, mesh_of):
     graph, params = nnx.split(module)
     context_free = jax.grad(lambda p: (nnx.merge(graph, p).shared(x_BTD) ** 2).sum())(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(context_free["shared"]))
+
+
+def test_expert_dropout(x64, mesh_of):
+    """Numbers of the routed experts' output vanish or grow; shared experts keep theirs."""
+    rate = 0.25
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 5, 8), jnp.float64)
+    plain = layer(mesh_of())[1](x_BTD)
+    dropped = layer(mesh_of(), dropout=rate)[1](x_BTD)
+    gone = np.asarray(dropped == 0)
+    assert 8 <= gone.sum() <= 32  # of 80: six sigma around 20
+    assert np.allclose(dropped, np.where(gone, 0, plain / (1 - rate)), atol=1e-12)
+
+    # A row's mask comes from its key, wherever the row stands.
+    turned = layer(mesh_of(), dropout=rate)[1](x_BTD[::-1], (1, 0))
+    np.testing.assert_array_equal(turned[::-1], dropped)
+    assert (np.asarray(dropped[0] == 0) != np.asarray(dropped[1] == 0)).any()
+
+    assert np.array_equal(layer(mesh_of(), dropout=rate, train=False)[1](x_BTD), plain)
+    with_shared = layer(mesh_of(), shared=1)[1](x_BTD) - plain
+    both = layer(mesh_of(), shared=1, dropout=rate)[1](x_BTD)
+    assert np.allclose(both - dropped, with_shared, atol=1e-12)
