@@ -40,4 +40,5 @@ if ! scontrol show config 2>/dev/null | grep -q '^ClusterName *= moe-jax-test$';
   marks+=("not slurm")
 fi
 expression="$(printf ' and %s' ${marks[@]+"${marks[@]}"})"
-stage "pytest${full:+, every test}" python -m pytest -n 2 --dist=loadfile -m "${expression# and }" "$@"
+# Three workers: tests that wait for processes of their own leave a core free.
+stage "pytest${full:+, every test}" python -m pytest -n 3 --dist=loadfile -m "${expression# and }" "$@"

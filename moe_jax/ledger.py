@@ -15,12 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
 from moe_jax.model.moe.types import Fates, Ledger
 from moe_jax.train import flags
 from moe_jax.train.report import LEDGER
+from moe_jax.train.workdir import Folder
 
 _FLAGS = (
     flags.Flag("layer", -1, "Only this MoE layer, counted from 0; -1: all of them, added."),
@@ -43,6 +45,7 @@ class Totals:
 
     steps: list[int]
     sources: list[str]
+    assignments: np.ndarray  # [L], from the shapes of the choices
     ledger: Ledger  # Fates of int64 arrays [L, n]
 
 
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns 1 where the three ways of counting differ."""
     given = flags.parse(argv, extra=_FLAGS, config=False).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
-    path = Path(given.workdir) / LEDGER
+    path = epath.Path(given.workdir) / LEDGER
     totals = read(path, given.from_step)
     layers = len(totals.ledger.expert.kept)
     if not -1 <= given.layer < layers:
@@ -58,12 +61,12 @@ def main(argv: Sequence[str]) -> int:
     print(report(totals, given.layer))
     if given.csv:
         write_csv(Path(given.csv), totals)
-    problem = discrepancy(totals.ledger)
+    problem = discrepancy(totals)
     print(f"\n{problem or 'Every assignment is in exactly one column, on every axis.'}")
     return 1 if problem else 0
 
 
-def read(path: Path, from_step: int = 0) -> Totals:
+def read(path: Folder, from_step: int = 0) -> Totals:
     """The counts of all rows from `from_step` on.
 
     Raises:
@@ -77,15 +80,16 @@ def read(path: Path, from_step: int = 0) -> Totals:
             f"{path} cannot be read ({why}): name the workdir of a run with experts and "
             f"train.ledger_every above 0."
         ) from None
-    steps, sources, ledger = [], [], None
+    steps, sources, ledger, assignments = [], [], None, np.zeros((), np.int64)
     for number, line in enumerate(lines[:-1], 1):  # a line without its end is still being written
         try:
             row = json.loads(line)
             step, names, found = row["step"], row["sources"], _parse(row)
             if step < from_step:
                 continue
+            assignments = assignments + np.asarray(row["assignments"], np.int64)
             ledger = found if ledger is None else jax.tree.map(np.add, ledger, found)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
             raise UserError(
                 f"{path}, line {number}, is damaged: remove that line to see the others."
             ) from None
@@ -93,7 +97,7 @@ def read(path: Path, from_step: int = 0) -> Totals:
         sources = names
     if ledger is None:
         raise UserError(f"{path} has no step from {from_step} on: the run has not got that far.")
-    return Totals(steps, sources, ledger)
+    return Totals(steps, sources, assignments, ledger)
 
 
 def _parse(row: dict[str, Any]) -> Ledger:
@@ -106,8 +110,12 @@ def _parse(row: dict[str, Any]) -> Ledger:
     return Ledger(**axes)
 
 
-def discrepancy(ledger: Ledger) -> str | None:
-    """What does not add up: each fate of each layer must be the same along every axis."""
+def discrepancy(totals: Totals) -> str | None:
+    """What does not add up: all fates to the assignments, each fate to the same on every axis."""
+    ledger = totals.ledger
+    counted = ledger.expert.total().sum(1)
+    if (counted != totals.assignments).any():
+        return f"NOT CONSERVED: {totals.assignments} assignments a layer, {counted} accounted for."
     for fate in Fates._fields:
         sums = {axis: getattr(fates, fate).sum(1) for axis, fates in ledger._asdict().items()}
         for axis, found in sums.items():

@@ -28,6 +28,7 @@ def ledger_row(moe: MoEAux | None, sources: Sequence[str]) -> dict[str, Any]:
         return {}
     return {
         "sources": list(sources),
+        "assignments": np.asarray(moe.stats.assignments).tolist(),
         **{
             axis: {
                 fate: np.asarray(count_LN).tolist()

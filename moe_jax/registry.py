@@ -63,6 +63,8 @@ def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
     hints = typing.get_type_hints(cls)
     options = dict(shared.options.get(name, {}))
     for key, value in options.items():
+        if hasattr(shared, key):  # its checks there would be passed by
+            raise UserError(f"{what} {name!r} shares {key!r} with the others: set it in model.moe.")
         if key not in fields:
             raise UserError(f"{what} {name!r} has no option {key!r}{suggest(key, fields)}.")
         path = f"{what.rpartition('.')[0]}.options.{name}.{key}"

@@ -26,6 +26,8 @@ for _name, _value in JAX_SETTINGS.items():
     jax.config.update(_name, _value)
 # Not for processes we start: they have one device unless they ask for more with --devices.
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile long and run short: LLVM at its least, but not for processes that we start.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Before the first import of moe_jax: from here on its signatures are checked at each call.
 jaxtyping.install_import_hook("moe_jax", "signatures.check")
@@ -90,14 +92,12 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """LLVM at its least for the length of a module: for tests that compile long and run short."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, True)
+@pytest.fixture
+def compiled_as_by_users():
+    """The compiler's own optimisation level for the length of one test."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update(name, before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

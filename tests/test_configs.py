@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.config import Config, from_config_dict, to_json
+from moe_jax.config import Config, default_config, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.train.resolve import resolve
@@ -91,3 +91,11 @@ def test_flops_by_hand():
     matmul = V * D + L * (2 * D * H * A + 2 * D * J * A + K * 3 * D * F + D * E)
     causal = 3 * L * (2 * 2 * T * H * A) / 2
     assert flops_per_token(model, T) == 6 * matmul + causal
+
+
+def test_an_option_cannot_replace_a_key_of_all():
+    """Else priority batch would pass by the refusal for next-token models."""
+    config = default_config()
+    config.model.moe.options.capacity = {"priority": "batch"}
+    with pytest.raises(UserError, match="shares 'priority' with the others"):
+        resolve(from_config_dict(config), 1, 258)

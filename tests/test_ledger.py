@@ -144,6 +144,11 @@ def test_a_count_that_is_off_is_reported(tmp_path, capsys):
     write(tmp_path, [first, second])
     assert command.main(["ledger", f"--workdir={tmp_path}"]) == 1
     assert "NOT CONSERVED: layer 0" in capsys.readouterr().out
+    for axis in ("expert", "position", "source"):  # the same one missing everywhere
+        second[axis]["kept"][0][0] -= 1
+    write(tmp_path, [second])
+    assert command.main(["ledger", f"--workdir={tmp_path}"]) == 1
+    assert "NOT CONSERVED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,7 @@ def test_a_count_that_is_off_is_reported(tmp_path, capsys):
         ('{"step": 1}\n', "line 1, is damaged"),
         ("[" * 100_000 + "\n", "line 1, is damaged"),
         ('{"step": 1, "sources": [], "expert": {"kept": "x"}}\n', "line 1, is damaged"),
+        ('{"step": 1, "sources": [], "expert": {}}\n', "line 1, is damaged"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path, text, complaint):

@@ -21,6 +21,7 @@ from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
 from moe_jax.train.workdir import Folder, locate
 
+_CONFORMANCE = ("conformance", "conformance=true", "conformance=True", "conformance=1")
 _FLAGS = (
     flags.Flag("conformance", False, "Instead: every router on every dispatch path and mesh."),
     flags.Flag("full", False, "With --conformance: all combinations, not a covering part."),
@@ -30,12 +31,13 @@ _FLAGS = (
 
 def main(argv: Sequence[str]) -> int:
     """Prints one line a check; returns 1 if any fails."""
-    conformance = any(word.lstrip("-").startswith("conformance") for word in argv[1:])
+    conformance = any(word.lstrip("-") in _CONFORMANCE for word in argv[1:])
     parsed = flags.parse(argv, extra=_FLAGS, workdir=False, config=not conformance)
     given = parsed.flags
     keep_freed_memory()
     # For the comparison of meshes, and for a mesh that a shrunk config keeps.
-    jax.config.update("jax_num_cpu_devices", max(DEVICES, given.devices))
+    if not (given.conformance and given.devices):
+        jax.config.update("jax_num_cpu_devices", max(DEVICES, given.devices))
     if given.conformance:
         from moe_jax.doctor.conformance.run import main_conformance
 

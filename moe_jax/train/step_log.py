@@ -56,7 +56,8 @@ class StepLog:
         due = step % train.log_every == 0 or step in (self._start + 1, train.steps)
         if due or self._skipped:
             self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
-        if train.ledger_every and (step % train.ledger_every == 0 or step == train.steps):
+        due = step % train.ledger_every == 0 or step == train.steps if train.ledger_every else False
+        if due and not self._skipped:  # a step that was left out has counted nothing
             row = ledger_row(jax.tree.map(np.asarray, metrics.moe), self._run.store.sources)
             self._reporter.ledger({"step": step, **row})
         if self._skipped > train.max_skipped:

@@ -17,8 +17,6 @@ from moe_jax.model.stack import define, forward, head_weight, init, is_axes
 from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.parallel.rules import sharding, spec
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 B, T = 4, 16
 DENSE = ModelConfig(
     vocab_size=40,

@@ -13,7 +13,7 @@ STEPS = 20
 LOGGED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm", "kept", "dropped", "padding")
 
 
-def test_losses(tmp_path, x64, golden):
+def test_losses(tmp_path, x64, compiled_as_by_users, golden):
     """In float64, where machines differ by rounding alone and drop the same tokens."""
     config = small_config(
         write_corpus(tmp_path / "text", 16),

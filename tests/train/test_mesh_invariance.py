@@ -16,8 +16,6 @@ from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import state_shardings
 from moe_jax.train.step_log import step_row
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 STEPS = 20
 COUNTS = ("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens")
 LAYOUTS = {

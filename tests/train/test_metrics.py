@@ -1,6 +1,7 @@
 """What a run logs: every number is there, counts are conserved, held-out losses are right."""
 
 import dataclasses
+import json
 import signal
 
 import jax
@@ -15,13 +16,14 @@ from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.stack import define, forward, head_weight
 from moe_jax.train.__main__ import main
 from moe_jax.train.evaluate import Evaluator
+from moe_jax.train.report import LEDGER
 from moe_jax.train.setup import first_state, prepare
 
 STEPS = 6
 LOGGED = (
     "step loss lm_loss balance_loss z_loss grad_norm learning_rate tokens tokens_per_second "
     "step_seconds data_wait_seconds model_tflops_per_second mfu assignments kept dropped padding "
-    "drop_fraction load_max_over_mean dead_experts router_entropy layers"
+    "unaccounted drop_fraction load_max_over_mean dead_experts router_entropy layers"
 )
 # 8 documents make about three batches, so that six steps meet the padded row of an epoch's end;
 # gshard leaves some second choices unsampled, and a small capacity drops.
@@ -33,6 +35,8 @@ OVERRIDES = {
     "model.moe.capacity_factor": 1.0,
     "model.moe.eval_capacity_factor": 1.0,
     "train.steps": STEPS,
+    "train.ledger_every": 4,
+    "train.debug": True,
     "eval.every": 4,
     "eval.batches": 0,
 }
@@ -177,3 +181,17 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     nats = row["eval_loss"] * row["eval_tokens"]
     first = tokenizer.decode(run.store.heldout.read([(0, 1)])[0].tolist())
     assert nats / np.log(2) / row["eval_bits_per_byte"] == pytest.approx(size - len(first), abs=1)
+
+
+def test_the_ledger_of_a_run(workdir):
+    """Of every fourth step and the last, along every axis the counts of that step's row."""
+    ledger = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
+    assert [row["step"] for row in ledger] == [4, STEPS]
+    logged = {row["step"]: row for row in train_rows(workdir)}
+    for row in ledger:
+        for axis in ("expert", "position", "source"):
+            for fate in ("kept", "dropped_capacity", "unsampled", "padding"):
+                counts = np.sum(row[axis].get(fate, 0))
+                assert counts == logged[row["step"]][fate], (axis, fate)
+        assert np.shape(row["expert"]["kept"])[0] == MOE_LAYERS
+        assert logged[row["step"]]["unaccounted"] == 0
