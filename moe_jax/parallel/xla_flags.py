@@ -14,9 +14,10 @@ def avoid_command_buffers() -> None:
     """NVIDIA only: launch kernels one by one, not as CUDA graphs.
 
     cuDNN captures a stream when it loads its attention, and work of another thread meanwhile ends
-    the run ("capturing stream has unjoined work", jax 0.11.2): so it was in four of seven runs
-    while the data feed's thread moved batches to the device, with graphs and without.  Batches
-    are moved by the consumer's thread since then; graphs, which capture far more, stay off: the
-    step is as fast without them (bench_mixtral_2b, dropless: 144 ms either way).
+    the run ("capturing stream has unjoined work", jax 0.11.2): so it was in four of twelve runs
+    while the data feed's thread moved batches to the device, with graphs and without, and in none
+    of sixteen since the consumer's thread does that, four of them with graphs.  Graphs, which
+    capture far more, stay off: the step is as fast without them (bench_mixtral_2b, dropless: 144
+    ms either way).
     """
     add_xla_flag("xla_gpu_enable_command_buffer", "")

@@ -18,7 +18,7 @@ class StepLog:
     """Waits for steps, times them, logs them and counts those that were not finite.
 
     A step is started before the one in front of it is waited for: the host's work of starting one
-    would otherwise leave the device idle (8 to 11 ms a step on an H200).
+    would otherwise leave the device idle (on an H200 7.8 ms of a step, 4.1 this way).
 
     Attributes:
       diverged: why the run must end, once too many steps in a row were not finite; else "".
@@ -48,6 +48,10 @@ class StepLog:
         if now:
             self._clock.restart()
 
+    def _ledger_due(self, step: int) -> bool:
+        train = self._run.config.train
+        return train.ledger_every > 0 and (step % train.ledger_every == 0 or step == train.steps)
+
     def _finish(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
         jax.block_until_ready(metrics)
         self._clock.stepped(data_wait)
@@ -56,8 +60,7 @@ class StepLog:
         due = step % train.log_every == 0 or step in (self._start + 1, train.steps)
         if due or self._skipped:
             self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
-        due = step % train.ledger_every == 0 or step == train.steps if train.ledger_every else False
-        if due and not self._skipped:  # a step that was left out has counted nothing
+        if self._ledger_due(step) and not self._skipped:  # what is left out counts nowhere
             row = ledger_row(jax.tree.map(np.asarray, metrics.moe), self._run.store.sources)
             self._reporter.ledger({"step": step, **row})
         if self._skipped > train.max_skipped:
