@@ -20,7 +20,7 @@ from moe_jax.doctor.subject import Steps, Subject
 from moe_jax.model import transformer
 from moe_jax.model.moe import layer
 from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.routers import ROUTERS, linear, top_k
+from moe_jax.model.moe.routers import ROUTERS, hash, linear, top_k
 from moe_jax.model.moe.types import Mean
 from moe_jax.model.params import truncated_normal
 from moe_jax.optim import Optimizer
@@ -120,8 +120,25 @@ def test_faults_of_model_and_config_are_seen(ill, check, says):
 def test_balance_is_one_at_uniform_for_every_router(router):
     moe = MoEConfig(num_experts=8, top_k=2, router=router)
     moe = dataclasses.replace(moe, top_k=layer.make_router(moe).choices)
-    tolerance = balance.UNIFORM_TOLERANCE if router == "hash" else 1e-6
-    assert balance.uniform_balance(moe) == pytest.approx(1, abs=tolerance)
+    found = balance.routed_in_turn(moe)
+    assert found.spread == pytest.approx(1, abs=1e-2 if router == "hash" else 1e-12)
+    assert found.balance == pytest.approx(found.spread, rel=1e-6)
+
+
+def test_a_table_that_cannot_be_even_is_no_fault_of_the_loss(monkeypatch):
+    """12 ids for 8 experts, one each: shares 2/12 and 1/12, 8 * (4 * 4 + 4) / 144 = 1.11."""
+    moe = MoEConfig(router="hash", top_k=1, options={"hash": {"table_size": 12}})
+    finding = balance.uniform_balance(moe)
+    assert finding.ok and "load the experts to 1.11" in finding.figure, finding
+
+    whole = hash.balance_loss
+
+    def doubled(*arrays, **knobs):
+        mean = whole(*arrays, **knobs)
+        return Mean(2 * mean.sum, mean.count)
+
+    monkeypatch.setattr(hash, "balance_loss", doubled)
+    assert not balance.uniform_balance(moe).ok
 
 
 def test_balance_divided_by_k_is_seen(well, monkeypatch):
