@@ -120,9 +120,18 @@ def test_faults_of_model_and_config_are_seen(ill, check, says):
 def test_balance_is_one_at_uniform_for_every_router(router):
     moe = MoEConfig(num_experts=8, top_k=2, router=router)
     moe = dataclasses.replace(moe, top_k=layer.make_router(moe).choices)
-    found = balance.routed_in_turn(moe)
-    assert found.spread == pytest.approx(1, abs=1e-2 if router == "hash" else 1e-12)
-    assert found.balance == pytest.approx(found.spread, rel=1e-6)
+    finding = balance.uniform_balance(moe)
+    assert finding.figure.startswith("1.000")
+    by_construction = router in ("soft", "expert_choice")
+    assert finding.ok and ("by construction" in finding.figure) == by_construction
+
+
+def test_balance_that_is_always_one_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        linear, "balance_loss", lambda *arrays, **knobs: Mean(np.float32(1), np.float32(1))
+    )
+    finding = balance.uniform_balance(MoEConfig())
+    assert not finding.ok and "1.00 where all tokens are alike" in finding.figure
 
 
 def test_a_table_that_cannot_be_even_is_no_fault_of_the_loss(monkeypatch):

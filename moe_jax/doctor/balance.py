@@ -41,7 +41,7 @@ class Routed(NamedTuple):
 
 
 def balance_at_uniform(subject: Subject) -> Finding:
-    """Tokens that prefer the experts in turn, through the router's own `route`."""
+    """Tokens that prefer the experts in turn, through the router's own `route`; then all alike."""
     if not subject.moe_layers:
         return NO_EXPERTS
     return uniform_balance(subject.run.config.model.moe)
@@ -53,36 +53,44 @@ def uniform_balance(moe: MoEConfig) -> Finding:
     A table of token ids may be unable to load its experts evenly: its size need not be a multiple
     of E.  That is no fault of the loss.
     """
-    found = routed_in_turn(moe)
-    figure = f"{found.balance:.4f} with router {moe.router}, {moe.num_experts} experts"
+    even, alike = routed(moe), routed(moe, alike=True)
+    figure = f"{even.balance:.4f} with router {moe.router}, {moe.num_experts} experts"
     figure += f", top-{moe.top_k}"
-    if abs(found.spread - 1) > UNIFORM_TOLERANCE:
-        figure += f", whose choices load the experts to {found.spread:.4f}"
+    if alike.spread - 1 <= UNIFORM_TOLERANCE:
+        figure += ": balanced by construction, whatever the router learns"
+        reacts = True
+    else:
+        figure += f"; {alike.balance:.2f} where all tokens are alike"
+        reacts = alike.balance - 1 > UNIFORM_TOLERANCE
+    if abs(even.spread - 1) > UNIFORM_TOLERANCE:
+        figure += f"; its choices load the experts to {even.spread:.4f}"
     return Finding(
-        abs(found.balance - found.spread) <= UNIFORM_TOLERANCE,
+        reacts and abs(even.balance - even.spread) <= UNIFORM_TOLERANCE,
         figure,
-        f"Normalise the balance loss of router {moe.router}: shares of the choices times mean "
+        f"Make the balance loss of router {moe.router} shares of the choices times mean "
         f"probabilities times E, both of which sum to 1.",
     )
 
 
-def routed_in_turn(moe: MoEConfig) -> Routed:
+def routed(moe: MoEConfig, alike: bool = False) -> Routed:
     """What the router makes of tokens of which each expert is the first choice equally often.
 
     Token s sees the unit matrix as its router, and its logits are one ramp turned by s, so that
     every expert comes once at every rank.  A router without parameters sees many token ids.
+    `alike`: all tokens are the first one.
     """
     router, E = make_router(moe), moe.num_experts
     specs = router.param_specs(E, E)
     S = E if specs else E * IDS_PER_EXPERT
-    turned = (np.arange(E) - np.arange(S)[:, None]) % E
+    token_S = np.zeros(S, np.int32) if alike else np.arange(S, dtype=np.int32)
+    turned_SE = (np.arange(E) - token_S[:, None]) % E
     params = {
         name: jnp.eye(E) if name == "kernel" else jnp.zeros(spec.shape)
         for name, spec in specs.items()
     }
     inputs = RouterIn(
-        x_GSD=jnp.asarray(-4.0 * turned[None] / E, jnp.float32),
-        token_ids_GS=jnp.arange(S, dtype=jnp.int32)[None],
+        x_GSD=jnp.asarray(-4.0 * turned_SE[None] / E, jnp.float32),
+        token_ids_GS=jnp.asarray(token_S[None]),
         mask_GS=jnp.ones((1, S), bool),
         keys_GR=jax.random.key(0, impl="threefry2x32")[None, None],
         train=False,
