@@ -213,14 +213,13 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
     if step is not None:
         say(f"resuming from step {step}")
         return _restored(run, step, shardings)
+    weights: dict[str, Any] = {}
+    if init_from:
+        say(f"starting from the weights in {init_from}")
+        weights = _weights_of(run, init_from, say)  # refused before anything is compiled
     key = jax.random.key(run.config.seed, impl="threefry2x32")
     create = jax.jit(lambda key: new_state(run.model, run.optimizer, key), out_shardings=shardings)
-    state = create(key)
-    if not init_from:
-        return state
-    say(f"starting from the weights in {init_from}")
-    params, router = _weights_of(run, init_from)
-    return dataclasses.replace(state, params=params, router=router)
+    return dataclasses.replace(create(key), **weights)
 
 
 def _disk_target(run: Run) -> dict[str, Any]:
@@ -237,8 +236,11 @@ def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
     return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)
 
 
-def _weights_of(run: Run, workdir: str) -> tuple[Any, Any]:
-    """Parameters and router state of another run's newest good checkpoint."""
+def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
+    """`params` of another run's newest good checkpoint, and `router` state.
+
+    Without `router` where that run's router keeps other state: this one's then starts anew.
+    """
     other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
     good = (step for step in reversed(other.steps()) if other.verify(step) is None)
     step = next(good, None)  # a bad one is passed over but not moved: the run is not ours
@@ -246,8 +248,15 @@ def _weights_of(run: Run, workdir: str) -> tuple[Any, Any]:
         raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
     target = _disk_target(run)
     params = other.restore_subtree(step, "params", target["params"])
-    router = other.restore_subtree(step, "router", target["router"])
-    other.close()
     where = param_shardings(run.model, run.mesh)
     stack = jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)
-    return stack(params), router
+    found = {"params": stack(params)}
+    here = sorted(target["router"])
+    there = sorted(k.split("/")[1] for k in other.describe(step) if k.startswith("router/"))
+    if here == there:
+        found["router"] = other.restore_subtree(step, "router", target["router"])
+    else:
+        mine, its = (", ".join(names) or "none" for names in (here, there))
+        say(f"router state starts anew: this run's router keeps {mine}, that run's kept {its}")
+    other.close()
+    return found

@@ -17,6 +17,7 @@ from small_run import eval_rows, flags, rows, small_config, train_rows, write_co
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import array_digest, named_leaves
 from moe_jax.config import to_json
+from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import AGAIN, DONE
 from moe_jax.train.__main__ import main
 from moe_jax.train.loop import save
@@ -233,6 +234,33 @@ def test_init_from(tmp_path, corpus, straight):
     assert digest(new, state) == checkpoints(straight).digest(STEPS)
     assert int(state.step) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+    assert np.any(state.router["bias"])
+
+
+def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
+    """State that only one of the two routers has starts anew or is dropped; weights are kept."""
+    lines = []
+    without = ready(tmp_path / "without", corpus, 1, model__moe__router="top_k")
+    state = first_state(without, str(straight), lines.append)
+    assert state.router == {} and digest(without, state) == checkpoints(straight).digest(STEPS)
+    assert lines[1:] == [
+        "router state starts anew: this run's router keeps none, that run's kept bias"
+    ]
+
+    save(without, state, 1)
+    without.checkpoints.close()
+    lines = []
+    biased = ready(tmp_path / "biased", corpus, 1)
+    state = first_state(biased, str(without.workdir), lines.append)
+    assert not np.any(state.router["bias"])
+    assert digest(biased, state) == checkpoints(straight).digest(STEPS)
+    assert lines[1:] == [
+        "router state starts anew: this run's router keeps bias, that run's kept none"
+    ]
+
+    noisy = ready(tmp_path / "noisy", corpus, 1, model__moe__router="noisy_top_k")
+    with pytest.raises(UserError, match="router_noise_kernel is absent there"):
+        first_state(noisy, str(straight), lines.append)
 
 
 @pytest.mark.parametrize("scanned_first", [True, False])
