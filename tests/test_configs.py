@@ -93,6 +93,19 @@ def test_flops_by_hand():
     assert flops_per_token(model, T) == 6 * matmul + causal
 
 
+@pytest.mark.parametrize("router", ["switch", "gshard", "soft", "sigmoid_bias"])
+def test_one_expert_is_refused(router):
+    """Its softmax would be 1 and the router without a gradient; gshard takes two."""
+    config = default_config()
+    config.model.moe.update({"router": router, "num_experts": 1, "top_k": 1})
+    config.model.moe.options.sigmoid_bias.renormalize = False
+    sentence = rf"num_experts is 1, which leaves router {router} .*: set 2 or more"
+    with pytest.raises(UserError, match=sentence):
+        resolve(from_config_dict(config), 1, BYTES)
+    config.model.dense = True
+    resolve(from_config_dict(config), 1, BYTES)
+
+
 def test_an_option_cannot_replace_a_key_of_all():
     """Else priority batch would pass by the refusal for next-token models."""
     config = default_config()

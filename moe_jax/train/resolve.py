@@ -39,6 +39,11 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> tuple[Con
     moe = model.moe
     if not model.dense:
         refuse_lookahead(moe)
+        if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard takes two
+            raise UserError(
+                f"model.moe.num_experts is 1, which leaves router {moe.router} nothing to choose: "
+                f"set 2 or more, or model.dense=True."
+            )
         choices = make_router(moe).choices
         if choices != moe.top_k:
             notes.append(f"router {moe.router} makes {choices} choices a token: top_k is {choices}")

@@ -95,10 +95,6 @@ CONFIGS = {
         {"model.moe.top_k": 9},
         r"model\.moe\.top_k is 9 with 8 experts",
     ),
-    "K above E, which the router fixes": (
-        {"model.moe.num_experts": 1, "model.moe.top_k": 1, "model.moe.router": "gshard"},
-        r"model\.moe\.top_k is 2 with 1 experts",
-    ),
     "capacity factor": ({"model.moe.capacity_factor": 0.0}, r"capacity_factor is 0\.0: set it"),
     "eval capacity factor": (
         {"model.moe.eval_capacity_factor": -1.0},
