@@ -14,7 +14,7 @@ from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, to_disk
 from moe_jax.train.step import jit_train_step
-from moe_jax.train.step_log import StepLog
+from moe_jax.train.step_log import StepLog, way_on
 
 SAMPLES = "samples.txt"
 
@@ -63,7 +63,8 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
                 log.flush()
             if log.diverged:
                 run.checkpoints.wait()
-                reporter.say(log.diverged)
+                advice = way_on(run.checkpoints.steps(), log.changed)
+                reporter.say(f"{log.diverged}: {advice}")
                 return DIVERGED
             if evaluate_now:
                 reporter.log({"step": done, **evaluate(state)})

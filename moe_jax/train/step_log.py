@@ -1,6 +1,7 @@
 """Reads each step's metrics one step late, so that the device always has the next step to run."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ class StepLog:
 
     Attributes:
       diverged: why the run must end, once too many steps in a row were not finite; else "".
+      changed: the last step that changed the parameters.
     """
 
     def __init__(self, run: Run, reporter: Reporter, start: int):
-        self.diverged = ""
+        self.diverged, self.changed = "", start
         self._run, self._reporter, self._start = run, reporter, start
         self._clock = Clock(run)
         self._running: tuple[int, StepMetrics, float] | None = None
@@ -57,6 +59,7 @@ class StepLog:
         self._clock.stepped(data_wait)
         train, say = self._run.config.train, self._reporter.say
         self._skipped = self._skipped + 1 if metrics.skipped else 0
+        self.changed = self.changed if metrics.skipped else step
         due = step % train.log_every == 0 or step in (self._start + 1, train.steps)
         if due or self._skipped:
             self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
@@ -73,9 +76,22 @@ def _diverged(step: int, skipped: int) -> str:
     what = "its loss or gradient is not finite"
     if skipped > 1:
         what = f"the loss or gradient of {skipped} steps in a row is not finite"
+    return f"step {step} diverged ({what}) and is not saved"
+
+
+def way_on(saved: Sequence[int], changed: int) -> str:
+    """What to do about a run that diverged: the end of the sentence that `diverged` begins.
+
+    Checkpoints written since step `changed`, the last that changed the parameters, hold the very
+    parameters that diverge.
+    """
+    before = [step for step in saved if step < changed]
+    useless = ", ".join(str(step) for step in saved if step >= changed)
+    first = f"move {useless} out of the folder checkpoints, which hold what diverges, "
+    origin = f"step {before[-1]}" if before else "the beginning"
     return (
-        f"step {step} diverged ({what}) and is not saved: lower optimizer.learning_rate and run "
-        f"again"
+        f"{first if useless else ''}lower optimizer.learning_rate and run again, which goes on "
+        f"from {origin}"
     )
 
 

@@ -43,3 +43,18 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
         f"step {step}" for step in (2, 3, 5, 6)
     ]
     assert "step 7 diverged (the loss or gradient of 3 steps in a row" in log.diverged
+    assert log.changed == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "begins", "ends"),
+    [
+        ([], "lower optimizer.learning_rate", "from the beginning"),
+        ([2, 3], "lower optimizer.learning_rate", "from step 3"),
+        ([2, 4, 6], "move 4, 6 out of", "from step 2"),  # 6 was left out: the parameters of 4
+        ([4, 5, 6], "move 4, 5, 6 out of", "from the beginning"),
+    ],
+)
+def test_the_way_on_leads_back_before_the_parameters_that_diverged(saved, begins, ends):
+    advice = step_log.way_on(saved, changed=4)
+    assert advice.startswith(begins) and advice.endswith(ends)
