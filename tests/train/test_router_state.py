@@ -93,9 +93,19 @@ def host(tree):
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def compiled():
+    """(state, step function, batch) on one device; a test copies the state, the step donates it."""
+    return make(config())
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+@pytest.fixture(scope="module")
+def one_device(compiled):
     """Bias and metrics of two steps."""
-    state, step, given = make(config())
+    state, step, given = copy(compiled[0]), *compiled[1:]
     assert not np.any(state.router["bias"])
     found = []
     for _ in range(2):
@@ -126,8 +136,30 @@ def test_it_counts_all_microbatches_and_devices(one_device, accumulation, scan, 
         np.testing.assert_array_equal(state.router["bias"], bias_LE)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
-    state, step, given = make(config())
+def test_balance_is_taken_in_each_layer(compiled):
+    """Layer 0 uses half of the experts and layer 1 the other half: 2 each, and 1 if pooled.
+
+    All tokens are ones, and what blocks add to them is zero.
+    """
+    state, step, given = copy(compiled[0]), *compiled[1:]
+    params = jax.tree.map(jnp.zeros_like, state.params)
+    params["embed_VD"] += 1
+    for name, experts in (("0", slice(0, E // 2)), ("1", slice(E // 2, E))):
+        block = params["blocks"][name] = dict(state.params["blocks"][name])
+        block["attention"] = jax.tree.map(jnp.zeros_like, block["attention"])
+        block["ffn"] = jax.tree.map(jnp.zeros_like, block["ffn"])
+        kernel_DE = jnp.full_like(block["ffn"]["router_kernel"], -1.0)
+        block["ffn"]["router_kernel"] = kernel_DE.at[:, experts].set(1.0)
+    _, metrics = step(dataclasses.replace(state, params=params), given)
+    per_layer = metrics.moe.router.balance
+    np.testing.assert_allclose(per_layer.value(), 2, rtol=1e-4)
+    load_LE = np.asarray(metrics.moe.load_E)
+    assert len(set(load_LE.sum(0))) == 1 and (load_LE == 0).sum() == LAYERS * E // 2
+    np.testing.assert_allclose(metrics.loss.balance, 2, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counter(compiled):
+    state, step, given = copy(compiled[0]), *compiled[1:]
     state, metrics = step(state, given)
     assert not metrics.skipped
     head_DV = jnp.full_like(state.params["head_DV"], 1e38)
