@@ -17,6 +17,8 @@ from moe_jax.data.store import Store
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.layout import to_stacked
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.layer import make_router
 from moe_jax.model.stack import ModelDef, define
 from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer
@@ -39,7 +41,8 @@ from moe_jax.train.workdir import Folder
 
 Say = Callable[[str], None]
 
-# What decides which tokens a step sees, or how they are grouped: a resumed run must keep it.
+# What decides which tokens a step sees, how they are grouped, or what the router's parameters mean
+# though their shapes agree: a resumed run must keep it.
 _KEPT_ON_RESUME = (
     "seed",
     "train.batch_size",
@@ -51,6 +54,8 @@ _KEPT_ON_RESUME = (
     "data.heldout_fraction",
     "data.mixture",
     "model.confine_attention",
+    "model.moe.router",
+    "model.moe.top_k",
     "model.moe.group_rows",
 )
 
@@ -178,7 +183,7 @@ def _keep_groups(config: Config, saved: Config) -> Config:
 
 
 def _check_resume(config: Config, saved: Config) -> list[str]:
-    """Notes for the log; UserError when the run would see other tokens or routing groups."""
+    """Notes for the log; UserError where tokens, groups or the router would be others."""
     for name in _KEPT_ON_RESUME:
         new, old = _get(config, name), _get(saved, name)
         if new != old:
@@ -187,7 +192,24 @@ def _check_resume(config: Config, saved: Config) -> list[str]:
                 f"another --workdir (with --init_from to keep the weights)."
             )
     steps, before = config.train.steps, saved.train.steps
-    return [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
+    notes = [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
+    if config.model.dense:
+        return notes
+    return notes + _changed_knobs(config.model.moe, saved.model.moe)
+
+
+def _changed_knobs(new: MoEConfig, old: MoEConfig) -> list[str]:
+    """A line for each knob of the router that was another: some are turned on purpose in a run.
+
+    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0.
+    """
+    after, before = vars(make_router(new)), vars(make_router(old))
+    return [
+        f"ROUTER CHANGED: {name} of {new.router} was {before[name]} in this run and is {value} "
+        f"from here on"
+        for name, value in after.items()
+        if before[name] != value
+    ]
 
 
 def _check_same_text(store: Store, workdir: Folder) -> None:

@@ -218,6 +218,8 @@ def test_workdir_is_not_writable(place, tmp_path, below):
         ({"seed": 7}, r"config\.seed is 7 but the run in this workdir has 0"),
         ({"train.batch_size": 64}, r"config\.train\.batch_size is 64 .* has 32"),
         ({"model.moe.group_rows": 2}, r"config\.model\.moe\.group_rows is 2 .* has 4"),
+        ({"model.moe.router": "gshard"}, r"config\.model\.moe\.router is 'gshard' .* has 'top_k'"),
+        ({"model.moe.top_k": 3}, r"config\.model\.moe\.top_k is 3 .* has 2"),
         ({"data.sequence_length": 64}, r"config\.data\.sequence_length is 64 .* has 32"),
     ],
 )
@@ -303,7 +305,9 @@ def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
     assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}
     saved = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     assert rows[-1]["step"] not in saved
-    assert "samples" not in capsys.readouterr().out.splitlines()[-1]  # there are none
+    *_, advice, last = capsys.readouterr().out.splitlines()
+    assert "samples" not in last  # there are none
+    assert "diverged (" in advice and f"move {saved[0]}, " in advice
 
 
 def test_adafactor_refuses_a_moment_dtype(place, tmp_path):

@@ -11,6 +11,7 @@ from moe_jax.config import from_config_dict, to_json
 from moe_jax.train.check import check
 from moe_jax.train.flags import load_config
 from moe_jax.train.resolve import resolve
+from moe_jax.train.setup import settle
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"problem": None, "finished": False, "changed": []}
@@ -60,6 +61,19 @@ def test_the_check_knows_what_a_resumed_run_keeps(place):
     assert check(flags, 1)["problem"] is None
     problem = check([*flags, "--config.seed=1"], 1)["problem"]
     assert "config.seed is 1 but the run in this workdir has 0" in problem
+
+
+def test_a_router_that_a_resumed_run_turns_is_named(place):
+    """Its shapes agree, so nothing else would notice."""
+    (place / "run" / "checkpoints").mkdir(parents=True)
+    config = load_config("configs/tiny.py")
+    resolved, _ = resolve(from_config_dict(config), 1, 258)
+    (place / "run" / "config.json").write_text(to_json(resolved))
+    assert settle(from_config_dict(config), place / "run", 1)[1] == []
+    config.model.moe.options.top_k.renormalize = False
+    assert settle(from_config_dict(config), place / "run", 1)[1] == [
+        "ROUTER CHANGED: renormalize of top_k was True in this run and is False from here on"
+    ]
 
 
 def test_finished_is_the_last_evaluation_of_these_steps(place):
