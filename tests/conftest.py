@@ -21,13 +21,16 @@ JAX_SETTINGS = {
     "jax_compilation_cache_dir": str(ROOT / ".cache" / "jax"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    # Tests compile long and run short: LLVM at its least takes half the time.
+    "jax_disable_most_optimizations": True,
 }
 for _name, _value in JAX_SETTINGS.items():
     jax.config.update(_name, _value)
 # Not for processes we start: they have one device unless they ask for more with --devices.
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests compile long and run short: LLVM at its least, but not for processes that we start.
-jax.config.update("jax_disable_most_optimizations", True)
+# And so do XLA's older kernel emitters, which newer versions no longer have.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 
 # Before the first import of moe_jax: from here on its signatures are checked at each call.
 jaxtyping.install_import_hook("moe_jax", "signatures.check")
@@ -44,8 +47,8 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="session")
 def cli_env() -> dict[str, str]:
     """Environment for processes that a test starts: this one's, CPU only, the same cache."""
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    env.update({name.upper(): str(value) for name, value in JAX_SETTINGS.items()})
+    env = os.environ | {name.upper(): str(value) for name, value in JAX_SETTINGS.items()}
+    env["XLA_FLAGS"] = XLA_FLAGS
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env
 

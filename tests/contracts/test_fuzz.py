@@ -1,8 +1,10 @@
 """Random layers against the oracle, and random configs that have to be refused in one sentence."""
 
+import collections
 import itertools
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 from moe_jax.config import PRECISIONS, default_config, from_config_dict
 from moe_jax.doctor.conformance import cases
-from moe_jax.doctor.conformance.compare import worst
-from moe_jax.doctor.conformance.oracle import QUICK, expected, route
+from moe_jax.doctor.conformance.compare import errors
+from moe_jax.doctor.conformance.oracle import QUICK, Outcome, expected, route
 from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
@@ -28,6 +30,8 @@ PARTS = [*range(5), *(pytest.param(part, marks=pytest.mark.full) for part in ran
 
 # More than the matrix allows: random sizes and weights are not all as well conditioned.
 ALLOWED = {"float32": 1e-4, "bfloat16": 1e-1}
+# Roundings between weights and a result, of which the worst add up: products, activation, sums.
+ROUNDINGS = 10
 SIZES = [sizes for sizes in itertools.product((1, 2, 3, 4, 8), repeat=4) if math.prod(sizes) <= 8]
 
 
@@ -143,11 +147,35 @@ def steady(layer: cases.Layer, case: cases.Case) -> bool:
     return all(np.array_equal(a, b) for other in moved for a, b in zip(still, other, strict=True))
 
 
+def rounding_moves(layer: cases.Layer, case: cases.Case, right: Outcome) -> dict[str, float]:
+    """How far one rounding of weights and cotangent moves each quantity of the oracle.
+
+    A layer one wide can sum numbers that cancel; no arithmetic of eight bits gives that sum.
+    Tokens and routers stay, and so does where tokens go.
+    """
+    rng = np.random.default_rng(0)
+    step = float(jnp.finfo(layer.dtype).eps) / 2
+
+    def rounded(array):
+        return array * (1 + step * rng.uniform(-1, 1, array.shape))
+
+    moved: dict[str, float] = collections.defaultdict(float)
+    for _ in range(3):
+        params = {n: rounded(v) if n.startswith("w_") else v for n, v in case.params.items()}
+        near = case._replace(params=params, cotangent_BTD=rounded(case.cotangent_BTD))
+        for error in errors(expected(layer, near), right):
+            moved[error.quantity] = max(moved[error.quantity], error.relative)
+    return moved
+
+
 def agrees(given_layer) -> None:
     layer, case = given_layer
-    found = compiled(layer, QUICK)(case)
-    error = worst(found, expected(layer, case))
-    assert error.relative <= ALLOWED[layer.dtype], error
+    found, right = compiled(layer, QUICK)(case), expected(layer, case)
+    wrong = [e for e in errors(found, right) if not e.relative <= ALLOWED[layer.dtype]]
+    if wrong:
+        blurred = rounding_moves(layer, case, right)
+        wrong = [e for e in wrong if not e.relative <= ROUNDINGS * blurred[e.quantity]]
+    assert not wrong
     assert found.fates["total"].total() == found.assignments
     for fates in found.fates.values():
         assert np.sum(fates.total()) == found.assignments

@@ -27,10 +27,16 @@ def layer(mesh, dispatch="capacity", activation="swiglu", shared=0, dropout=0.0,
     module = MoE(config, dtype=jnp.float64, rngs=nnx.Rngs(params=0))
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
 
-    def apply(x_BTD, order=(0, 1)):
+    graph, params = nnx.split(module)
+
+    @jax.jit
+    def forward(params, x_BTD, keys_B):
         tokens, mask = jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool)
-        context = MoEContext(tokens, mask, keys[jnp.array(order)], mesh, 1, train)
-        return module(x_BTD, context)[0]
+        context = MoEContext(tokens, mask, keys_B, mesh, 1, train)
+        return nnx.merge(graph, params)(x_BTD, context)[0]
+
+    def apply(x_BTD, order=(0, 1)):
+        return forward(params, x_BTD, keys[jnp.array(order)])
 
     return module, apply
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,7 +131,8 @@ def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority)
     ids = data.draw(st.lists(st.integers(0, E), min_size=G * N, max_size=G * N))
     ids_GN = np.array(ids, np.int32).reshape(G, N)
     order = Order(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
-    moves = slot_moves(jnp.asarray(ids_GN), E, capacity, order)
+    # Compiled for each of the few shapes: one operation after the other takes ten times as long.
+    moves = jax.jit(lambda ids_GN: slot_moves(ids_GN, E, capacity, order))(ids_GN)
     place_GN, choice_M = np.asarray(moves.place_NK).reshape(G, N), np.asarray(moves.choice_M)
     expected_choice_M = np.full(E * G * capacity, G * N)
     for g, slots in enumerate(hand_out(ids_GN, E, capacity, order)):
