@@ -1,10 +1,10 @@
 """XLA's flags, which it reads from the environment when a backend starts."""
 
+import importlib.metadata
 import os
 import pathlib
 
 import jax
-import jaxlib
 
 
 def add_xla_flag(name: str, value: str) -> None:
@@ -46,7 +46,7 @@ def use_deterministic_kernels(workdir: pathlib.Path | None) -> None:
     add_xla_flag("xla_gpu_deterministic_ops", "true")
     if workdir is None:
         return
-    folder = workdir / "autotune" / f"jaxlib-{jaxlib.__version__}"
+    folder = workdir / "autotune" / f"jaxlib-{importlib.metadata.version('jaxlib')}"
     folder.mkdir(parents=True, exist_ok=True)
     add_xla_flag("xla_gpu_per_fusion_autotune_cache_dir", os.fspath(folder))
     # With a persistent compile cache JAX would put the folder there.

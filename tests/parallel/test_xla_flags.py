@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import jax
-import jaxlib
 import pytest
 
 from moe_jax.parallel.xla_flags import (
@@ -53,8 +52,8 @@ def test_what_the_user_set_stays(monkeypatch):
 def test_deterministic_kernels_are_kept_in_the_workdir(own_flags, tmp_path):
     for _ in range(2):  # a second process of the run finds the folder there
         use_deterministic_kernels(tmp_path)
-    folder = tmp_path / "autotune" / f"jaxlib-{jaxlib.__version__}"
-    assert folder.is_dir()
+    [folder] = (tmp_path / "autotune").iterdir()
+    assert folder.is_dir() and folder.name.startswith("jaxlib-0.")
     assert os.environ["XLA_FLAGS"] == (
         f"--xla_gpu_deterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir={folder}"
     )
@@ -71,4 +70,5 @@ def test_xla_reads_the_folder(cli_env, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SHOW, str(workdir)], env=cli_env, capture_output=True, text=True
     )
-    assert done.stdout.strip() == f"{workdir}/autotune/jaxlib-{jaxlib.__version__}", done.stderr
+    [folder] = (workdir / "autotune").iterdir()
+    assert done.stdout.strip() == str(folder), done.stderr
