@@ -12,6 +12,7 @@ from moe_jax.bench.measure import measure
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
 from moe_jax.parallel.host_memory import keep_freed_memory
+from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
 from moe_jax.train.setup import first_state, prepare
 
@@ -31,8 +32,10 @@ def main(argv: Sequence[str]) -> int:
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench")
-    run = prepare(config, workdir.absolute(), _progress)
+    workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench").absolute()
+    if config.train.deterministic:
+        use_deterministic_kernels(workdir)
+    run = prepare(config, workdir, _progress)
     given, state = parsed.flags, first_state(run, "", _progress)
     row = measure(run, state, given.steps, given.gradients, given.profile)
     if given.profile:

@@ -3,11 +3,12 @@
 Axes: N rows, E groups, D in, F out.  Group e owns the next sizes_E[e] rows.  Rows past the last
 group are unspecified in the output and never reach a gradient.  An empty group has zero gradient.
 
-Three implementations of each leg (forward, input gradient, weight gradient) stand in
+The implementations of each leg (forward, input gradient, weight gradient) stand in
 IMPLEMENTATIONS.  `jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked product on
 the CPU backend (6 to 60 times the work) and far from the hardware on GPUs.  So on the CPU the
-groups are cut into row tiles and a loop multiplies each tile by its group's matrix ("tiled"), and
-bfloat16 on a Hopper GPU has kernels of its own ("mosaic", moe_jax/ops/mosaic).
+groups are cut into row tiles and a loop multiplies each tile by its group's matrix ("tiled"),
+bfloat16 on a Hopper GPU has kernels of its own ("mosaic", moe_jax/ops/mosaic), and on a TPU those
+that jax ships ("megablox").  Shapes that kernels do not take go through ragged_dot.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import megablox
 from moe_jax.ops.mosaic import choose
 from moe_jax.parallel.collectives import varying_like
 
@@ -27,7 +29,7 @@ def grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
     """y[n] = x[n] @ w[group of n]."""
-    return _run("forward", x_ND, w_EDF, sizes_E, fast=choose.supports(x_ND, w_EDF))
+    return _run("forward", x_ND, w_EDF, sizes_E, kernels=_kernels(x_ND, w_EDF))
 
 
 def _save(x_ND, w_EDF, sizes_E):
@@ -36,23 +38,29 @@ def _save(x_ND, w_EDF, sizes_E):
 
 def _backward(saved, dy_NF):
     x_ND, w_EDF, sizes_E = saved
-    fast = choose.supports(x_ND, w_EDF)
-    dx_ND = _run("input_gradient", dy_NF, w_EDF, sizes_E, fast=fast)
-    dw_EDF = _run("weight_gradient", x_ND, dy_NF, sizes_E, fast=fast)
+    kernels = _kernels(x_ND, w_EDF)
+    dx_ND = _run("input_gradient", dy_NF, w_EDF, sizes_E, kernels=kernels)
+    dw_EDF = _run("weight_gradient", x_ND, dy_NF, sizes_E, kernels=kernels)
     return dx_ND, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_save, _backward)
 
 
-def _run(leg: str, *operands: jax.Array, fast: bool) -> jax.Array:
-    """One leg by the best implementation for the platform it is compiled for."""
-    gpu = IMPLEMENTATIONS["mosaic" if fast else "ragged"]
+def _kernels(x_ND: jax.Array, w_EDF: jax.Array) -> dict[str, str]:
+    """Platform -> the implementation that is best there for these operands."""
+    return {
+        "cpu": "tiled",
+        "cuda": "mosaic" if choose.supports(x_ND, w_EDF) else "ragged",
+        "tpu": "megablox" if megablox.supports(x_ND, w_EDF) else "ragged",
+    }
+
+
+def _run(leg: str, *operands: jax.Array, kernels: dict[str, str]) -> jax.Array:
+    """One leg by the implementation for the platform it is compiled for."""
+    legs = {where: getattr(IMPLEMENTATIONS[name], leg) for where, name in kernels.items()}
     return jax.lax.platform_dependent(
-        *operands,
-        cpu=getattr(IMPLEMENTATIONS["tiled"], leg),
-        cuda=getattr(gpu, leg),
-        default=getattr(IMPLEMENTATIONS["ragged"], leg),
+        *operands, **legs, default=getattr(IMPLEMENTATIONS["ragged"], leg)
     )
 
 
@@ -177,4 +185,5 @@ IMPLEMENTATIONS = {
     ),
     "tiled": Implementation(tiled_forward, _of_transposed(tiled_forward), tiled_weight_gradient),
     "mosaic": Implementation(_mosaic_forward, _mosaic_input_gradient, _mosaic_weight_gradient),
+    "megablox": Implementation(megablox.forward, megablox.input_gradient, megablox.weight_gradient),
 }

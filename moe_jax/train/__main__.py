@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
-from moe_jax.parallel.xla_flags import add_xla_flag
+from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
-from moe_jax.train.workdir import locate
+from moe_jax.train.workdir import is_remote, locate
 
 _FLAGS = (
     flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
@@ -35,8 +36,6 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.flags
     config = from_config_dict(parsed.config)
     keep_freed_memory()
-    if config.train.deterministic:
-        _use_deterministic_kernels()
     distributed.start(given.coordinator, given.process_count, given.process_id)
     preemption = distributed.Preemption()
     if config.precision == "float64":
@@ -47,8 +46,11 @@ def main(argv: Sequence[str]) -> int:
                 "JAX_PLATFORMS=cpu or another precision."
             )
 
-    # ---- everything that can be wrong is found out here, before anything is compiled
     workdir = locate(given.workdir)
+    if config.train.deterministic:
+        use_deterministic_kernels(None if is_remote(workdir) else pathlib.Path(workdir))
+
+    # ---- everything that can be wrong is found out here, before anything is compiled
     run = prepare(config, workdir, _say)
     for line in _describe(run):
         _say(line)
@@ -76,11 +78,6 @@ def main(argv: Sequence[str]) -> int:
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
     return code
-
-
-def _use_deterministic_kernels() -> None:
-    """NVIDIA only: no atomics, no autotuning between kernels that round differently."""
-    add_xla_flag("xla_gpu_deterministic_ops", "true")
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 from moe_jax.errors import UserError
@@ -107,6 +108,45 @@ def test_same_on_a_mesh(x64, mesh_of):
 
 def test_auto_is_the_reference_on_a_cpu(mesh_of):
     assert best_attention(mesh_of(), jnp.zeros((1, 128, 2, 8), jnp.bfloat16)) == "xla"
+
+
+def outputs_and_gradients(name, q, k, v, segments, mesh):
+    def loss(q, k, v):
+        out = attention(q, k, v, segments, mesh, name)
+        return (out**2).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("confined", [False, True])
+def test_splash_equals_the_reference(mesh_of, confined):
+    """The TPU kernel, forward and backward, in Pallas's TPU interpreter, which knows one row."""
+    q, k, v = make(128, 2, 1, jnp.float32, B=1, A=128)
+    segments = documents(128)[:1] if confined else None
+    want = outputs_and_gradients("xla", q, k, v, segments, mesh_of())
+    with pltpu.force_tpu_interpret_mode():
+        got = outputs_and_gradients("splash", q, k, v, segments, mesh_of())
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("confined", [False, True])
+def test_what_cudnn_is_asked_for_is_the_reference(x64, mesh_of, monkeypatch, confined):
+    """The same call with JAX's own formulation behind it: mask, scale, order of axes, gradients."""
+    plain = jax.nn.dot_product_attention
+
+    def on_any_device(*operands, implementation, **how):
+        assert implementation == "cudnn"
+        return plain(*operands, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_device)
+    q, k, v = make(64, 4, 2)
+    segments = documents(64) if confined else None
+    want = outputs_and_gradients("xla", q, k, v, segments, mesh_of())
+    got = outputs_and_gradients("cudnn", q, k, v, segments, mesh_of())
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_name_is_refused(mesh_of):

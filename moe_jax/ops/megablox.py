@@ -1,0 +1,86 @@
+"""The grouped matmul on TPUs: megablox, the Pallas kernels that jax ships, leg by leg.
+
+Axes: N rows, E groups, D in, F out.  The kernels take any group boundary: rows are masked where
+they are stored (`gmm`) or loaded (`tgmm`), an empty group's gradient is written as zero, and rows
+past the last group are not written.  N has to be a multiple of the row tile.  megablox's own VJP
+is not used: it knows one tiling for all three legs.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Int
+
+from moe_jax.parallel.collectives import varying_like
+
+LANES = 128  # columns of a TPU's registers
+ROW_TILES = (512, 256, LANES)
+COL_TILES = (1024, *ROW_TILES)
+
+
+def supports(x_ND: jax.Array, w_EDF: jax.Array) -> bool:
+    """Whether the kernels take these operands and the process has a TPU."""
+    (N, D), F = x_ND.shape, w_EDF.shape[2]
+    whole = N > 0 and all(size % LANES == 0 for size in (N, D, F))
+    return x_ND.dtype == w_EDF.dtype == jnp.bfloat16 and whole and runs_here()
+
+
+def runs_here() -> bool:
+    """Whether this process's first device is a TPU."""
+    return jax.local_devices()[0].platform == "tpu"
+
+
+def tiling(rows: int, groups: int, depth: int, cols: int) -> tuple[int, int, int]:
+    """Tiles of rows, contraction and columns that divide them; of rows, at most a mean group."""
+    mean = max(LANES, rows // groups)
+    return (
+        next(tile for tile in ROW_TILES if rows % tile == 0 and tile <= mean),
+        next(tile for tile in COL_TILES if depth % tile == 0),
+        next(tile for tile in COL_TILES if cols % tile == 0),
+    )
+
+
+def forward(
+    x_ND: BFloat16[Array, "N D"], w_EDF: BFloat16[Array, "E D F"], sizes_E: Int[Array, "E"]
+) -> BFloat16[Array, "N F"]:
+    """x[rows of e] times w[e]; float32 sums, rounded once."""
+    return _product(x_ND, w_EDF, sizes_E, w_EDF.shape[2], transpose=False)
+
+
+def input_gradient(
+    dy_NF: BFloat16[Array, "N F"], w_EDF: BFloat16[Array, "E D F"], sizes_E: Int[Array, "E"]
+) -> BFloat16[Array, "N D"]:
+    """dy[rows of e] times w[e]^T, which is read as it lies."""
+    return _product(dy_NF, w_EDF, sizes_E, w_EDF.shape[1], transpose=True)
+
+
+def _product(x_NK, w, sizes_E, cols: int, transpose: bool):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    tiles = tiling(x_NK.shape[0], w.shape[0], x_NK.shape[1], cols)
+    with _undeclared():
+        y = gmm(x_NK, w, sizes_E.astype(jnp.int32), x_NK.dtype, tiles, transpose_rhs=transpose)
+    return varying_like(y, x_NK)
+
+
+def weight_gradient(
+    x_ND: BFloat16[Array, "N D"], dy_NF: BFloat16[Array, "N F"], sizes_E: Int[Array, "E"]
+) -> BFloat16[Array, "E D F"]:
+    """x[rows of e]^T times dy[rows of e]; zero for an empty group."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tiles = tiling(x_ND.shape[0], sizes_E.shape[0], x_ND.shape[1], dy_NF.shape[1])
+    with _undeclared():
+        dw = tgmm(x_ND.T, dy_NF, sizes_E.astype(jnp.int32), x_ND.dtype, tiles)
+    return varying_like(dw, x_ND)
+
+
+def _undeclared() -> contextlib.AbstractContextManager:
+    """In shard_map kernels have to declare what their results vary over, and megablox's do not.
+
+    Private: jax's public switch is shard_map's, for the whole region and its gradients.
+    """
+    from jax._src import config
+
+    return config._check_vma(False)
