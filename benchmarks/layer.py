@@ -1,0 +1,78 @@
+"""One MoE layer by itself, with its arguments: what the benchmarks of layers time."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.types import MoEContext
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+class Shape(NamedTuple):
+    """Sizes of a layer and of its batch."""
+
+    rows: int  # B
+    length: int  # T
+    width: int  # D
+    expert_width: int  # F
+    experts: int  # E
+    top_k: int  # K
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward: the products of the K chosen experts and of the router."""
+        experts = 3 * self.width * self.expert_width * self.top_k
+        return 6 * self.rows * self.length * (experts + self.width * self.experts)
+
+
+def layer(shape: Shape, dispatch: str) -> tuple[Callable, Any]:
+    """(compiled (weights, x, dy) -> ((loss, stats), gradients), its arguments).
+
+    The experts' weights are in bfloat16, and so are the gradients that come back.
+    """
+    B, T, D, F, E, K = shape
+    moe = MoEConfig(num_experts=E, expert_width=F, top_k=K, dispatch=dispatch)
+    config = ModelConfig(width=D, num_layers=1, moe=moe)
+    params: Any
+    graph, params = nnx.split(MoE(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
+    names = ("w_in_EDUF", "w_out_EFD")
+    weights = {name: params[name][...].astype(jnp.bfloat16) for name in names}
+    weights["router_kernel"] = params["router_kernel"][...]
+    context = MoEContext(
+        token_ids_BT=jnp.zeros((B, T), jnp.int32),
+        mask_BT=jnp.ones((B, T), bool),
+        row_keys_B=jax.random.split(jax.random.key(0), B),
+        mesh=make_mesh(MeshConfig(data=1), jax.devices()[:1]),
+        group_rows=1,
+        train=True,
+    )
+
+    def loss(weights, x_BTD, dy_BTD):
+        module: Any = nnx.merge(graph, weights)
+        y_BTD, aux = module(x_BTD, context)
+        return (y_BTD * dy_BTD).astype(jnp.float32).sum() + aux.router.balance.value(), aux.stats
+
+    keys = jax.random.split(jax.random.key(1))
+    x, dy = (jax.random.normal(key, (B, T, D), jnp.bfloat16) for key in keys)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return step, (weights, x, dy)
+
+
+def even(shape: Shape, arguments: Any) -> Any:
+    """Tokens whose largest features are K experts in turn, and a router that reads those."""
+    B, T, D, _, E, K = shape
+    weights, x, dy = arguments
+    first = jnp.arange(B * T)[:, None] * K % E
+    near = (jnp.arange(E) - first) % E
+    x = x.reshape(B * T, D).at[:, :E].set(jnp.where(near < K, 8.0 - near, 0).astype(x.dtype))
+    kernel = jnp.zeros((D, E)).at[:E].set(jnp.eye(E))
+    return {**weights, "router_kernel": kernel}, x.reshape(dy.shape), dy
+
+
+LOADS = {"natural": lambda shape, arguments: arguments, "even": even}
