@@ -1,0 +1,126 @@
+"""Commands as processes of their own, with a time limit and logs, side by side on devices."""
+
+import dataclasses
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Commands that run one after another; what follows a failed one is left out."""
+
+    name: str  # of its logs, too
+    commands: tuple[tuple[str, ...], ...]
+    devices: int = 1
+    alone: bool = False  # beside no other job: for what is bound by the host
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Outcome(NamedTuple):
+    """How a job ended."""
+
+    error: str  # empty: well
+    seconds: float
+    outputs: tuple[str, ...]  # standard output of each command that was run
+
+
+Work = Callable[[Job, Sequence[str]], Outcome]
+
+
+def run(command: Sequence[str], env: Mapping[str, str], limit: float, log: Path) -> tuple[str, str]:
+    """(what went wrong or nothing, standard output) of a process that has `limit` seconds.
+
+    Standard output goes to `log`.out, standard error to `log`.err; both are there while it runs.
+    """
+    out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
+    error = ""
+    with out.open("w") as to_out, err.open("w") as to_err:
+        try:
+            code = subprocess.run(
+                command,
+                env={**env},
+                stdin=subprocess.DEVNULL,
+                stdout=to_out,
+                stderr=to_err,
+                timeout=limit,
+                check=False,
+            ).returncode
+            if code:
+                error = f"exit code {code}, {_last_line(err) or 'nothing said'}"
+        except subprocess.TimeoutExpired:
+            error = f"not done after {limit:.0f} s"
+        except OSError as caught:
+            error = f"not started: {caught.strerror}"
+    return error, out.read_text(errors="replace")
+
+
+def run_job(job: Job, env: Mapping[str, str], limit: float, folder: Path) -> Outcome:
+    """The commands of a job in turn; `limit` holds for all of them together."""
+    began, outputs, error = time.monotonic(), [], ""
+    for number, command in enumerate(job.commands):
+        log = folder / (job.name if len(job.commands) == 1 else f"{job.name}-{number}")
+        left = max(1.0, limit - (time.monotonic() - began))
+        error, output = run(command, {**env, **job.env}, left, log)
+        outputs.append(output)
+        if error:
+            break
+    return Outcome(error, time.monotonic() - began, tuple(outputs))
+
+
+def schedule(
+    jobs: Sequence[Job], devices: Sequence[str], work: Work, say: Callable[[str], None]
+) -> dict[str, Outcome]:
+    """Runs every job as soon as as many devices as it asks for are free; outcomes by name.
+
+    A job that asks for more than there are fails at once.  Whatever `work` raises ends all.
+    """
+    outcomes = {
+        job.name: Outcome(f"needs {job.devices} devices, here are {len(devices)}", 0.0, ())
+        for job in jobs
+        if job.devices > len(devices)
+    }
+    waiting = [job for job in jobs if job.name not in outcomes]
+    # What runs alone comes last: the devices would stand idle until all others have ended.
+    waiting.sort(key=lambda job: job.alone)
+    free, running = list(devices), dict[Future[Outcome], tuple[Job, list[str]]]()
+    with ThreadPoolExecutor(max_workers=max(1, len(devices))) as pool:
+        while waiting or running:
+            for job in tuple(waiting):
+                needed = len(devices) if job.alone else job.devices
+                if needed <= len(free):
+                    taken, free = free[:needed], free[needed:]
+                    waiting.remove(job)
+                    say(f"{job.name}: started")
+                    running[pool.submit(work, job, taken[: job.devices])] = job, taken
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, taken = running.pop(future)
+                free += taken
+                outcomes[job.name] = outcome = future.result()
+                say(f"{job.name}: {outcome.error or 'done'}, {outcome.seconds:.0f} s")
+    return {job.name: outcomes[job.name] for job in jobs}
+
+
+def last_json(text: str) -> dict[str, Any] | None:
+    """The last line that holds a JSON object, None without one."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else None
+
+
+def last_table(text: str) -> str:
+    """The last Markdown table."""
+    lines = text.splitlines()
+    end = max((i + 1 for i, line in enumerate(lines) if line.startswith("|")), default=0)
+    start = end
+    while start and lines[start - 1].startswith("|"):
+        start -= 1
+    return "\n".join(lines[start:end])
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,1 @@
+"""Other frameworks' training steps, timed in turn with ours."""
