@@ -1,6 +1,6 @@
 """Checks the grouped matmuls against the reference, then times each leg; prints Markdown tables.
 
-    python benchmarks/grouped_matmul.py [--implementations=mosaic,ragged] [--rest=0.25]
+    python -m benchmarks.grouped_matmul [--implementations=mosaic,ragged] [--rest=0.25]
 
 The check runs on a small shape whose unused rows hold NaN.  Speeds are TFLOP/s of the rows that
 belong to a group, beside a plain matmul of 8192^3 in bfloat16 (1024^3 in float32 on a CPU).  A

@@ -1,0 +1,213 @@
+"""Checks and times everything of docs/performance.md in one go, with tables at the end.
+
+    python -m benchmarks.gpu --logs=FOLDER [--only=grouped_matmul,step] [--batches=4,8,16]
+
+Each measurement is a process of its own with a time limit; one that fails leaves the others alone.
+With several GPUs those that need one run side by side, one GPU each, and those bound by the host,
+such as compile times, by themselves.  FOLDER keeps what every process printed, and report.md, what
+this prints at its end.  `--small` is the whole script on a CPU with a tiny model.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_parts import PARTS, Given, Step, jobs_of, text
+from benchmarks.jobs import Job, Outcome, last_json, last_table, run_job, schedule
+from moe_jax.markdown import table
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = tuple(f"{ROOT}/configs/bench_{name}.py" for name in ("mixtral_2b", "olmoe_half"))
+SMALL = tuple(
+    f"--config.{key}"
+    for key in (
+        "model.num_layers=1",
+        "model.width=64",
+        "model.moe.expert_width=64",
+        "data.sequence_length=64",
+    )
+)
+# Compiling is nearly all that the small form does.
+SMALL_ENV = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+COUNT = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
+START_KEYS = ("first_step_seconds", "compile_seconds")
+
+
+def main() -> None:
+    given = parse()
+    if given.list:
+        print("\n".join(f"{name}: {part.__doc__}" for name, part in PARTS.items()))
+        return
+    env = environment(given.small)
+    devices = visible(env, given.small)
+    folder = Path(given.logs).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = settings(given, folder, Path(scratch))
+        jobs = jobs_of(given.only.split(","), made)
+        if given.one_at_a_time:
+            devices = devices[: max(job.devices for job in jobs)]
+            jobs = [dataclasses.replace(job, alone=True) for job in jobs]
+        print(f"{len(jobs)} jobs, devices {', '.join(devices)}", flush=True)
+
+        def work(job: Job, taken: Sequence[str]) -> Outcome:
+            own = {} if given.small else {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
+            return run_job(job, env | own, given.limit, folder)
+
+        schedule([text(made)], devices[:1], work, _say)
+        outcomes = schedule(jobs, devices, work, _say)
+    shown = report(jobs, outcomes)
+    (folder / "report.md").write_text(shown)
+    print(f"\n{shown}")
+    sys.exit(any(outcome.error for outcome in outcomes.values()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--logs", default="gpu_logs", help="folder for what the processes print")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--list", action="store_true", help="name the parts and end")
+    parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--batches", default="4,8,16", help="rows a GPU, in the part `step`")
+    parser.add_argument("--batch", type=int, default=8, help="rows a GPU, in the other parts")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed in a process")
+    parser.add_argument("--limit", type=float, default=400, help="seconds of a job")
+    parser.add_argument("--one-at-a-time", action="store_true", help="leave other GPUs idle")
+    parser.add_argument("--small", action="store_true", help="a tiny model on a CPU")
+    given = parser.parse_args()
+    unknown = [name for name in given.only.split(",") if name not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not a part: use {', '.join(PARTS)}")
+    return given
+
+
+def settings(given: argparse.Namespace, folder: Path, scratch: Path) -> Given:
+    """The parts' settings from the command line."""
+    return Given(
+        configs=(f"{ROOT}/configs/tiny.py",) if given.small else tuple(given.configs.split(",")),
+        batches=(4,) if given.small else tuple(int(batch) for batch in given.batches.split(",")),
+        batch=4 if given.small else given.batch,
+        steps=3 if given.small else given.steps,
+        overrides=SMALL if given.small else (),
+        small=given.small,
+        folder=folder,
+        scratch=scratch,
+    )
+
+
+def environment(small: bool) -> dict[str, str]:
+    """Of every process; what the user has set stays."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    defaults = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # of a GPU that nobody else uses
+        "NCCL_NVLS_ENABLE": "0",
+        **(SMALL_ENV if small else {}),
+    }
+    return defaults | {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def visible(env: Mapping[str, str], small: bool) -> list[str]:
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them; a CPU counts as two devices."""
+    if small:
+        return ["0", "1"]
+    # Another process asks: one that has used a GPU keeps some of its memory.
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], env={**env}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    count = 0 if done.returncode else int(done.stdout.split()[-1])
+    if not count:
+        sys.exit("Error: JAX finds no GPU here: use one, or --small for a try on a CPU.")
+    named = env.get("CUDA_VISIBLE_DEVICES") or ",".join(str(number) for number in range(count))
+    return named.split(",")[:count]
+
+
+def report(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> str:
+    """Everything that was found, in Markdown."""
+    parts = []
+    for job in jobs:
+        found = "".join(outcomes[job.name].outputs)
+        if not isinstance(job, Step) and last_table(found):
+            parts.append(f"## {job.name}\n\n{last_table(found)}")
+    rows = {
+        job.name: row
+        for job in jobs
+        if isinstance(job, Step)
+        if (row := last_json("".join(outcomes[job.name].outputs)))
+    }
+    if rows:
+        steps = [job for job in jobs if isinstance(job, Step)]
+        parts.append(f"## Whole steps\n\n{table(step_rows(steps, rows), left=1)}")
+        parts.append(f"## Device time of a step, ms\n\n{table(profile_rows(rows), left=1)}")
+    starts = start_rows(jobs, outcomes)
+    if len(starts) > 1:
+        parts.append(f"## First step, seconds after the process began\n\n{table(starts, left=1)}")
+    ends = [[name, one.error or "done", f"{one.seconds:.0f}"] for name, one in outcomes.items()]
+    parts.append(f"## Jobs\n\n{table([['job', 'outcome', 'seconds'], *ends], left=2)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def step_rows(jobs: Sequence[Step], rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Speed of every job of whole steps; `ratio` is of tokens a second to those of `against`."""
+    found = [["job", "ms", "TFLOP/s", "tokens/s", "GiB", "loss", "dropped", "ratio", "against"]]
+    for job in jobs:
+        row, unit = rows.get(job.name), rows.get(job.against)
+        if row is None:
+            found.append([job.name, "failed", *["-"] * (len(found[0]) - 2)])
+            continue
+        ratio = f"{row['tokens_per_s'] / unit['tokens_per_s']:.3f}" if unit else "-"
+        found.append(
+            [
+                job.name,
+                f"{row['step_ms']:.1f}",
+                f"{row['model_tflops_per_s']:.4g}",
+                f"{row['tokens_per_s']:,}",
+                f"{row['peak_memory_mib'] / 1024:.0f}",
+                f"{row['loss']:.4f}",
+                f"{row['drop_fraction']:.2%}",
+                ratio,
+                job.against or "-",
+            ]
+        )
+    return found
+
+
+def profile_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Where each job's time goes, the part that takes most in all of them first."""
+    profiles = {name: row["profile_ms"] for name, row in rows.items() if "profile_ms" in row}
+    total: dict[str, float] = {}
+    for profile in profiles.values():
+        for part, ms in profile.items():
+            total[part] = total.get(part, 0.0) + ms
+    parts = sorted(total, key=lambda part: -total[part])
+    lines = [
+        [name, *(f"{profile[part]:.1f}" if part in profile else "-" for part in parts)]
+        for name, profile in profiles.items()
+    ]
+    return [["job", *parts], *lines]
+
+
+def start_rows(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> list[list[str]]:
+    """Cold and warm first steps: jobs of the same command twice."""
+    found = [["job", "cold", "of it compiling", "warm", "of it compiling"]]
+    for job in jobs:
+        if len(job.commands) == 2:
+            rows = [last_json(output) for output in outcomes[job.name].outputs]
+            cells = [f"{row[key]:.1f}" for row in rows if row for key in START_KEYS]
+            found.append([job.name, *cells, *["-"] * (4 - len(cells))])
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What benchmarks/gpu.py measures: one function a part, which makes its jobs."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.jobs import Job
+
+AXES = ("data", "fsdp", "expert")
+EXPERTS_SMALL = ("--shapes=small", "--experts=8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the parts are made with."""
+
+    configs: tuple[str, ...]
+    batches: tuple[int, ...]  # rows a GPU
+    batch: int  # of the parts that compare one thing
+    steps: int
+    overrides: tuple[str, ...]  # of every config
+    small: bool
+    folder: Path  # for logs; the text is tokenised into it once
+    scratch: Path  # was empty when this began
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(Job):
+    """Whole steps by moe_jax.bench; `against` names the job whose tokens a second are the unit."""
+
+    against: str = ""
+
+
+def jobs_of(names: Iterable[str], given: Given) -> list[Job]:
+    """Jobs of the parts, those that two of them share once."""
+    return list({job.name: job for name in names for job in PARTS[name](given)}.values())
+
+
+def module(name: str, *arguments: str) -> tuple[str, ...]:
+    return sys.executable, "-m", name, *arguments
+
+
+def text(given: Given) -> Job:
+    """Tokenises the corpus, so that nobody's first step waits for it."""
+    return Job("text", (module("moe_jax.data", *_config(given, given.configs[0])),))
+
+
+def conformance(given: Given) -> list[Job]:
+    """Every router on every dispatch path, against the float64 oracle."""
+    if given.small:  # minutes on a CPU; the tests run it there
+        return []
+    return [Job("conformance", (module("moe_jax.doctor", "--conformance"),))]
+
+
+def grouped_matmul(given: Given) -> list[Job]:
+    """Checks every leg of the grouped matmuls, then times them."""
+    small = ("--rest=0", "--implementations=tiled") if given.small else ()
+    return [Job("grouped_matmul", (module("benchmarks.grouped_matmul", *small),))]
+
+
+def moe_layer(given: Given) -> list[Job]:
+    """One layer, forward and backward."""
+    small = ("--shapes=small", "--dispatch=dropless") if given.small else ()
+    return [Job("moe_layer", (module("benchmarks.moe_layer", *small),))]
+
+
+def expert_counts(given: Given) -> list[Job]:
+    """One layer at 8 to 256 experts, with the optimizer beside."""
+    small = EXPERTS_SMALL if given.small else ()
+    return [
+        Job(
+            f"expert_counts-{path}",
+            (module("benchmarks.expert_counts", f"--dispatch={path}", *small),),
+        )
+        for path in ("dropless", "capacity")
+    ]
+
+
+def step(given: Given) -> list[Job]:
+    """Both dispatch paths at every batch."""
+    jobs = []
+    for config in given.configs:
+        for batch in given.batches:
+            plain = bench(given, config, batch)
+            jobs += [plain, bench(given, config, batch, dispatch="capacity", against=plain.name)]
+    return jobs
+
+
+def deterministic(given: Given) -> list[Job]:
+    """Kernels that repeat bit for bit, beside those that need not."""
+    return _variant(given, "deterministic", "--config.train.deterministic=true")
+
+
+def confined(given: Given) -> list[Job]:
+    """Attention that stops at document borders, beside plain causal."""
+    return _variant(given, "confined", "--config.model.confine_attention=true")
+
+
+def two(given: Given) -> list[Job]:
+    """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss."""
+    jobs = []
+    for config in given.configs:
+        one = bench(given, config, given.batch)
+        jobs += [one, bench(given, config, 2 * given.batch)]
+        for axis in AXES:
+            mesh = f"--config.mesh.{axis}=2"
+            jobs.append(
+                bench(given, config, given.batch, mesh, also=axis, devices=2, against=one.name)
+            )
+    return jobs
+
+
+def start(given: Given) -> list[Job]:
+    """The first step, cold and then with the compile cache that the cold one has written."""
+    jobs = []
+    for config in given.configs:
+        name = f"start-{_stem(config)}"
+        dropless = "--config.model.moe.dispatch=dropless"
+        once = module("moe_jax.bench", *_config(given, config), "--steps=1", dropless)
+        env = {"JAX_COMPILATION_CACHE_DIR": str(given.scratch / name)}
+        jobs.append(Job(name, (once, once), alone=True, env=env))
+    return jobs
+
+
+PARTS: dict[str, Callable[[Given], list[Job]]] = {
+    part.__name__: part
+    for part in (
+        conformance,
+        grouped_matmul,
+        moe_layer,
+        expert_counts,
+        step,
+        deterministic,
+        confined,
+        two,
+        start,
+    )
+}
+
+
+def bench(
+    given: Given,
+    config: str,
+    batch: int,
+    *overrides: str,
+    dispatch: str = "dropless",
+    also: str = "",
+    devices: int = 1,
+    against: str = "",
+) -> Step:
+    """A job of whole steps with `batch` rows a GPU; `also` tells its name from others'."""
+    each = f"{batch}x{devices}" if devices > 1 else f"{batch}"
+    name = "-".join(filter(None, (_stem(config), dispatch, each, also)))
+    virtual = (f"--devices={devices}",) if given.small and devices > 1 else ()
+    command = module(
+        "moe_jax.bench",
+        *_config(given, config),
+        f"--steps={given.steps}",
+        "--profile",
+        f"--config.train.batch_size={batch * devices}",
+        f"--config.model.moe.dispatch={dispatch}",
+        *overrides,
+        *virtual,
+    )
+    return Step(name, (command,), devices=devices, against=against)
+
+
+def _variant(given: Given, also: str, override: str) -> list[Job]:
+    """One thing changed, beside the same step without."""
+    jobs = []
+    for config in given.configs:
+        plain = bench(given, config, given.batch)
+        changed = bench(given, config, given.batch, override, also=also, against=plain.name)
+        jobs += [plain, changed]
+    return jobs
+
+
+def _config(given: Given, config: str) -> tuple[str, ...]:
+    return f"--config={config}", f"--workdir={given.folder / 'text'}", *given.overrides
+
+
+def _stem(config: str) -> str:
+    return Path(config).stem.removeprefix("bench_")
