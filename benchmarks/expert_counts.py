@@ -49,7 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     counts = [int(count) for count in given.experts.split(",")]
     ratio = f"/ E={counts[0]}"
-    heading = ["shape", "E", "weights", "forward + backward, ms", ratio, "TFLOP/s", "kept"]
+    heading = ["shape", "experts", "weights", "forward + backward, ms", ratio, "TFLOP/s", "kept"]
     rows = [[*heading, "cast, ms", "AdamW, ms", "all, ms", ratio, "plain matmul beside"]]
     for name in given.shapes.split(","):
         first: tuple[float, float] | None = None

@@ -4,8 +4,9 @@
 
 Each measurement is a process of its own with a time limit; one that fails leaves the others alone.
 With several GPUs those that need one run side by side, one GPU each, and those bound by the host,
-such as compile times, by themselves.  FOLDER keeps what every process printed, and report.md, what
-this prints at its end.  `--small` is the whole script on a CPU with a tiny model.
+such as compile times, by themselves.  FOLDER keeps what every process printed, and report.md,
+which grows with every job and is what this prints at its end.  `--small` is the whole script on a
+CPU with a tiny model.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
     folder = Path(given.logs).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        made = settings(given, folder, Path(scratch))
+        made = settings(given, Path(scratch))
         jobs = jobs_of(given.only.split(","), made)
         if given.one_at_a_time:
             devices = devices[: max(job.devices for job in jobs)]
@@ -60,11 +61,12 @@ def main() -> None:
             own = {} if given.small else {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
             return run_job(job, env | own, given.limit, folder)
 
+        def keep(outcomes: Mapping[str, Outcome]) -> None:
+            (folder / "report.md").write_text(report(jobs, outcomes))
+
         schedule([text(made)], devices[:1], work, _say)
-        outcomes = schedule(jobs, devices, work, _say)
-    shown = report(jobs, outcomes)
-    (folder / "report.md").write_text(shown)
-    print(f"\n{shown}")
+        outcomes = schedule(jobs, devices, work, _say, keep)
+    print(f"\n{report(jobs, outcomes)}")
     sys.exit(any(outcome.error for outcome in outcomes.values()))
 
 
@@ -89,7 +91,7 @@ def parse() -> argparse.Namespace:
     return given
 
 
-def settings(given: argparse.Namespace, folder: Path, scratch: Path) -> Given:
+def settings(given: argparse.Namespace, scratch: Path) -> Given:
     """The parts' settings from the command line."""
     return Given(
         configs=(f"{ROOT}/configs/tiny.py",) if given.small else tuple(given.configs.split(",")),
@@ -98,7 +100,6 @@ def settings(given: argparse.Namespace, folder: Path, scratch: Path) -> Given:
         steps=3 if given.small else given.steps,
         overrides=SMALL if given.small else (),
         small=given.small,
-        folder=folder,
         scratch=scratch,
     )
 
@@ -130,8 +131,8 @@ def visible(env: Mapping[str, str], small: bool) -> list[str]:
 
 
 def report(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> str:
-    """Everything that was found, in Markdown."""
-    parts = []
+    """Everything that was found so far, in Markdown."""
+    jobs, parts = [job for job in jobs if job.name in outcomes], []
     for job in jobs:
         found = "".join(outcomes[job.name].outputs)
         if not isinstance(job, Step) and last_table(found):

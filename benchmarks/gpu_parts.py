@@ -21,8 +21,7 @@ class Given:
     steps: int
     overrides: tuple[str, ...]  # of every config
     small: bool
-    folder: Path  # for logs; the text is tokenised into it once
-    scratch: Path  # was empty when this began
+    scratch: Path  # for the text and for compiled programs; was empty when this began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ def _variant(given: Given, also: str, override: str) -> list[Job]:
 
 
 def _config(given: Given, config: str) -> tuple[str, ...]:
-    return f"--config={config}", f"--workdir={given.folder / 'text'}", *given.overrides
+    return f"--config={config}", f"--workdir={given.scratch / 'text'}", *given.overrides
 
 
 def _stem(config: str) -> str:

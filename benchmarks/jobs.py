@@ -53,7 +53,7 @@ def run(command: Sequence[str], env: Mapping[str, str], limit: float, log: Path)
             if code:
                 error = f"exit code {code}, {_last_line(err) or 'nothing said'}"
         except subprocess.TimeoutExpired:
-            error = f"not done after {limit:.0f} s"
+            error = f"not done after {limit:g} s"
         except OSError as caught:
             error = f"not started: {caught.strerror}"
     return error, out.read_text(errors="replace")
@@ -64,7 +64,7 @@ def run_job(job: Job, env: Mapping[str, str], limit: float, folder: Path) -> Out
     began, outputs, error = time.monotonic(), [], ""
     for number, command in enumerate(job.commands):
         log = folder / (job.name if len(job.commands) == 1 else f"{job.name}-{number}")
-        left = max(1.0, limit - (time.monotonic() - began))
+        left = max(1.0, round(limit - (time.monotonic() - began)))
         error, output = run(command, {**env, **job.env}, left, log)
         outputs.append(output)
         if error:
@@ -73,9 +73,15 @@ def run_job(job: Job, env: Mapping[str, str], limit: float, folder: Path) -> Out
 
 
 def schedule(
-    jobs: Sequence[Job], devices: Sequence[str], work: Work, say: Callable[[str], None]
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    work: Work,
+    say: Callable[[str], None],
+    keep: Callable[[Mapping[str, Outcome]], None] = lambda outcomes: None,
 ) -> dict[str, Outcome]:
     """Runs every job as soon as as many devices as it asks for are free; outcomes by name.
+
+    After each job `keep` is given all outcomes so far.
 
     A job that asks for more than there are fails at once.  Whatever `work` raises ends all.
     """
@@ -102,6 +108,7 @@ def schedule(
                 free += taken
                 outcomes[job.name] = outcome = future.result()
                 say(f"{job.name}: {outcome.error or 'done'}, {outcome.seconds:.0f} s")
+                keep(outcomes)
     return {job.name: outcomes[job.name] for job in jobs}
 
 
