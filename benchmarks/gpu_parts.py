@@ -52,6 +52,18 @@ def conformance(given: Given) -> list[Job]:
     return [Job("conformance", (module("moe_jax.doctor", "--conformance"),))]
 
 
+def numerics(given: Given) -> list[Job]:
+    """Training in bfloat16 beside float32."""
+    return [] if given.small else [Job("numerics", (module("benchmarks.numerics"),))]
+
+
+def bitwise(given: Given) -> list[Job]:
+    """Whether a resumed run is the one that was never stopped, bit for bit."""
+    if given.small:
+        return []
+    return [Job("bitwise", (module("benchmarks.deterministic", "--bench="),))]
+
+
 def grouped_matmul(given: Given) -> list[Job]:
     """Checks every leg of the grouped matmuls, then times them."""
     small = ("--rest=0", "--implementations=tiled") if given.small else ()
@@ -126,6 +138,8 @@ PARTS: dict[str, Callable[[Given], list[Job]]] = {
     part.__name__: part
     for part in (
         conformance,
+        numerics,
+        bitwise,
         grouped_matmul,
         moe_layer,
         expert_counts,
