@@ -30,7 +30,7 @@ for _name, _value in JAX_SETTINGS.items():
 jax.config.update("jax_num_cpu_devices", 8)
 # And so do XLA's older kernel emitters, which newer versions no longer have.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
 # Before the first import of moe_jax: from here on its signatures are checked at each call.
 jaxtyping.install_import_hook("moe_jax", "signatures.check")
