@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_jax.config import PRECISIONS, default_config, from_config_dict
 from moe_jax.doctor.conformance import cases
 from moe_jax.doctor.conformance.compare import errors
-from moe_jax.doctor.conformance.oracle import QUICK, Outcome, expected, route
+from moe_jax.doctor.conformance.oracle import Outcome, expected, route
 from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
@@ -170,11 +170,11 @@ def rounding_moves(layer: cases.Layer, case: cases.Case, right: Outcome) -> dict
 
 def agrees(given_layer) -> None:
     layer, case = given_layer
-    found, right = compiled(layer, QUICK)(case), expected(layer, case)
+    found, right = compiled(layer)(case), expected(layer, case)
     wrong = [e for e in errors(found, right) if not e.relative <= ALLOWED[layer.dtype]]
     if wrong:
         blurred = rounding_moves(layer, case, right)
-        wrong = [e for e in wrong if not e.relative <= ROUNDINGS * blurred[e.quantity]]
+        wrong = [e for e in wrong if not e.relative <= min(1e9, ROUNDINGS * blurred[e.quantity])]
     assert not wrong
     assert found.fates["total"].total() == found.assignments
     for fates in found.fates.values():

@@ -19,7 +19,7 @@ from flax import nnx
 
 from moe_jax.doctor.conformance import cases
 from moe_jax.doctor.conformance.compare import TOLERANCES, errors
-from moe_jax.doctor.conformance.oracle import QUICK, expected
+from moe_jax.doctor.conformance.oracle import expected
 from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.model.moe import layer as moe_layer
 from moe_jax.model.moe.dispatch import capacity, dropless, einsum, region, slots
@@ -337,7 +337,7 @@ def wrong(mutant: Mutant) -> set[str]:
     """Quantities beyond the tolerance."""
     layer = layer_of(mutant)
     case = cases.scenarios(layer.model)[mutant.scenario]
-    found = errors(compiled(layer, QUICK)(case), expected(layer, case))
+    found = errors(compiled(layer)(case), expected(layer, case))
     return {error.quantity for error in found if error.relative > TOLERANCES["cpu", "float32"]}
 
 

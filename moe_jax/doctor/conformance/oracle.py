@@ -22,8 +22,9 @@ from moe_jax.model.moe.types import ExpertChoice, Fates, RouterIn
 # lost beside the output's.
 AUX_WEIGHT = 8.0
 POSITION_BUCKETS = 8
-# It runs for milliseconds, so compiling it is what costs.
-QUICK = {"xla_backend_optimization_level": 0}
+# It runs for milliseconds, so compiling it is what costs.  At level 0 the older kernels of XLA's
+# CPU backend (jax 0.10 has both) were seen to make NaN of float64.
+_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 class Outcome(NamedTuple):
@@ -116,7 +117,7 @@ def _compiled_once(key: _Key, train: bool) -> Callable:
         return total, (y_BTD, routed)
 
     step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    return jax.jit(step, compiler_options=QUICK)
+    return jax.jit(step, compiler_options=_OPTIONS)
 
 
 def _route(model: ModelConfig, train: bool, params, x_BTD, case: Case) -> Routed:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -30,10 +30,10 @@ class Verdict(NamedTuple):
         return self.error.relative <= self.tolerance
 
 
-def run_cell(cell: Cell, options: dict[str, Any] | None = None) -> Verdict:
-    """All scenarios through one layer, compiled with these `options` of XLA."""
+def run_cell(cell: Cell) -> Verdict:
+    """All scenarios through one layer."""
     layer = cases.layer(*cell)
-    step = compiled(layer, options)
+    step = compiled(layer)
     found = {
         name: worst(step(case), expected(layer, case))
         for name, case in cases.scenarios(layer.model).items()

@@ -20,13 +20,10 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import sharding
 
 
-def compiled(layer: Layer, options: dict[str, Any] | None = None) -> Callable[[Case], Outcome]:
-    """A function of any batch of one shape: compiled once, at the first call.
-
-    `options` are XLA's; None compiles as the trainer does.
-    """
+def compiled(layer: Layer) -> Callable[[Case], Outcome]:
+    """A function of any batch of one shape: compiled once, at the first call."""
     function, shardings = forward_backward(layer, mesh_of(layer))
-    step = jax.jit(function, in_shardings=shardings, compiler_options=options)
+    step = jax.jit(function, in_shardings=shardings)
 
     def run(case: Case) -> Outcome:
         parts = [
