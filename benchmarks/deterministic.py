@@ -1,6 +1,6 @@
 """Is a resumed run bitwise the run that was never stopped, and what does that cost?
 
-    python benchmarks/deterministic.py [--variants=off,kept,deterministic] [--steps=40]
+    python benchmarks/deterministic.py [--variants=off,deterministic] [--steps=40]
         [--bench=configs/bench_mixtral_2b.py] [--config.model.attention=xla ...]
 
 Each variant trains configs/tiny.py in bfloat16, dropless (its widths are multiples of 128: on a
@@ -30,11 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # name -> train.deterministic, XLA_FLAGS
 VARIANTS = {
     "off": (False, ""),
-    "kept": (True, "--xla_gpu_deterministic_ops=false"),  # measured once, then kept; any kernels
-    "exclude": (
-        True,
-        "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops=true",
-    ),
+    "exclude": (False, "--xla_gpu_exclude_nondeterministic_ops=true"),
     "deterministic": (True, ""),
 }
 TINY = {
@@ -48,7 +44,7 @@ TINY = {
     "eval.samples": 0,
 }
 NUMBERS = ("loss", "lm_loss", "balance_loss", "grad_norm", "kept", "dropped")
-HEADER = ["variant", "resumed", "again", "choices kept", "step ms", "TFLOP/s", "compile s"]
+HEADER = ["variant", "resumed", "again", "step ms", "TFLOP/s", "compile s"]
 WHERE = (
     "import jax; from moe_jax.ops.mosaic import choose; d = jax.devices()[0];"
     "print(f'{d.device_kind}, jax {jax.__version__}, Mosaic kernels: {choose.runs_here()}')"
@@ -57,7 +53,7 @@ WHERE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", default="off,kept,deterministic")
+    parser.add_argument("--variants", default="off,deterministic")
     parser.add_argument("--steps", type=int, default=40, help="even; the copy resumes at half")
     parser.add_argument("--bench", default=str(ROOT / "configs" / "bench_mixtral_2b.py"))
     parser.add_argument("--bench_steps", type=int, default=20)
@@ -76,7 +72,7 @@ def main() -> None:
 
 
 def bitwise(folder: Path, variant: tuple[bool, str], steps: int, rest: list[str]) -> list[str]:
-    """Cells: resumed, again, and how many choices of XLA the workdir holds."""
+    """Cells: resumed, again."""
     first, copy, again = folder / "first", folder / "copy", folder / "again"
     train(first, variant, steps, rest)
     shutil.copytree(first, copy)
@@ -86,7 +82,6 @@ def bitwise(folder: Path, variant: tuple[bool, str], steps: int, rest: list[str]
     return [
         difference(first, copy, steps),
         difference(first, again, steps),
-        str(sum(path.is_file() for path in first.glob("autotune/**/*"))),
     ]
 
 

@@ -34,7 +34,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches a step
     log_every: int = 10
     profile_steps: str = ""  # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile
-    deterministic: bool = False  # NVIDIA: a resume is bitwise; kernels kept in WORKDIR/autotune
+    deterministic: bool = False  # NVIDIA: kernels that repeat bit for bit, at a cost
     max_skipped: int = 3  # steps in a row that may be left out because they are not finite
     ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
     debug: bool = False  # assert inside the step that no assignment is lost or counted twice

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         jax.config.update("jax_enable_x64", True)
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench").absolute()
     if config.train.deterministic:
-        use_deterministic_kernels(workdir)
+        use_deterministic_kernels()
     run = prepare(config, workdir, _progress)
     given, state = parsed.flags, first_state(run, "", _progress)
     row = measure(run, state, given.steps, given.gradients, given.profile)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
-from moe_jax.train.workdir import is_remote, locate
+from moe_jax.train.workdir import locate
 
 _FLAGS = (
     flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     workdir = locate(given.workdir)
     if config.train.deterministic:
-        use_deterministic_kernels(None if is_remote(workdir) else pathlib.Path(workdir))
+        use_deterministic_kernels()
 
     # ---- everything that can be wrong is found out here, before anything is compiled
     run = prepare(config, workdir, _say)
