@@ -6,12 +6,13 @@ width, V vocabulary.  All sizes here are those of one device.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.dispatch.dropless import buffer_rows as dropless_rows
 from moe_jax.model.moe.experts import ACTIVATE
 from moe_jax.model.moe.layer import make_dispatch
 from moe_jax.parallel.rules import spec
@@ -88,10 +89,13 @@ def buffer_rows(plan: Plan, rows: int) -> int:
     capacity = dispatch.capacity(moe.group_rows * T, K, E, True)
     if capacity is not None:
         return rows // moe.group_rows * E * capacity
-    shards = config.mesh.expert
-    assignments = rows * T * K
-    factor = min(getattr(dispatch, "recv_factor", 0) or shards, shards)
-    return shards * min(assignments, math.ceil(assignments * factor / shards))
+    recv_factor = getattr(dispatch, "recv_factor", 0.0)
+    return dropless_rows(rows * T, K, E, config.mesh.expert, recv_factor)
+
+
+def gathers_tokens(moe: MoEConfig) -> bool:
+    """Whether every expert shard gets all tokens, instead of those sent to it."""
+    return moe.dispatch == "dropless" and getattr(make_dispatch(moe), "recv_factor", 0.0) == 0
 
 
 def estimate(plan: Plan) -> Memory:
@@ -218,7 +222,7 @@ def all_to_alls(plan: Plan) -> int:
     model, layout = plan.config.model, plan.model.layout
     if model.dense or plan.config.mesh.expert == 1:
         return 0
-    if model.moe.dispatch not in ("capacity", "dropless"):
+    if model.moe.dispatch not in ("capacity", "dropless") or gathers_tokens(model.moe):
         return 0
     layers = [*layout.unrolled(), *range(layout.prefix, layout.prefix + layout.period)]
     present = layers if layout.repeats else range(model.num_layers)

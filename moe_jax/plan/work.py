@@ -5,7 +5,14 @@ Used where a program is not compiled; a compiled one's collectives are read from
 
 from moe_jax.model.moe.layer import make_dispatch
 from moe_jax.parallel.mesh import AXES
-from moe_jax.plan.analytic import Local, local_sizes, moe_layers, passes_to_experts, state_bytes
+from moe_jax.plan.analytic import (
+    Local,
+    gathers_tokens,
+    local_sizes,
+    moe_layers,
+    passes_to_experts,
+    state_bytes,
+)
 from moe_jax.plan.lowering import Plan, split_ways
 from moe_jax.plan.roofline import Traffic
 
@@ -85,14 +92,22 @@ def _weights(plan: Plan, local: Local) -> list[Traffic]:
 
 
 def _tokens(plan: Plan, local: Local) -> list[Traffic]:
-    """The all-to-alls of the experts: there and back, forward and backward."""
+    """Tokens to the experts and back, forward and backward."""
     model, n = local.model, local.sizes["expert"]
     if n == 1 or not local.M or model.moe.dispatch not in ("capacity", "dropless"):
         return []
     layers, times = moe_layers(model), passes_to_experts(model)
+    again = layers * plan.config.train.accumulation
+    if gathers_tokens(model.moe):
+        # The sums on the way home are in no one's derivative: only the way there is gone again.
+        tokens = again * (n - 1) * local.N * model.width * local.c
+        there = 2 + (times > 4)
+        return [
+            Traffic("all-gather", "expert", there * tokens),
+            Traffic("reduce-scatter", "expert", 2 * tokens),
+        ]
     buffer = local.M * model.width * local.c
-    again = plan.config.train.accumulation
-    return [Traffic("all-to-all", "expert", again * layers * times * buffer * (n - 1) / n)]
+    return [Traffic("all-to-all", "expert", again * times * buffer * (n - 1) / n)]
 
 
 def _tensor(plan: Plan, local: Local) -> list[Traffic]:

@@ -87,6 +87,8 @@ def layers(draw) -> tuple[cases.Layer, cases.Case]:
     microbatches = 1 if scope == "global" else draw(st.integers(1, 3))
     group_rows = draw(st.integers(1, 3))
     rows = mesh.batch_shards * microbatches * group_rows * draw(st.integers(1, 2))
+    # With and without a bound on what a shard receives, here one that no load reaches.
+    bound = draw(st.sampled_from([0.0, float(mesh.expert)]))
     moe = MoEConfig(
         num_experts=experts,
         top_k=top_k,
@@ -98,7 +100,7 @@ def layers(draw) -> tuple[cases.Layer, cases.Case]:
         priority=draw(st.sampled_from(PRIORITIES)),
         group_rows=group_rows,
         balance_scope=scope,
-        options={router: knobs},
+        options={router: knobs, "dropless": {"recv_factor": bound}},
     )
     model = ModelConfig(
         width=mesh.fsdp * draw(st.integers(1, 16)),

@@ -27,22 +27,26 @@ SIZES = MESHES | FOURFOLD
 SHARDED = ["data2_expert4", "fsdp2_expert2_tensor2"]
 
 
-def lowered(router: str, dispatch: str, where: str):
+def lowered(router: str, dispatch: str, where: str, **knobs: float):
     """Forward and backward of the layer in float32, gradients sharded like the parameters."""
     layer = cases.layer(router, dispatch, "one_device", "float32", remat=False)
-    layer = dataclasses.replace(layer, mesh=SIZES[where])
+    moe = dataclasses.replace(layer.model.moe, options=layer.model.moe.options | {dispatch: knobs})
+    model = dataclasses.replace(layer.model, moe=moe)
+    layer = dataclasses.replace(layer, model=model, mesh=SIZES[where])
     step, shardings = forward_backward(layer, mesh_of(layer))
     jitted = jax.jit(step, in_shardings=shardings, out_shardings=(None, shardings[:2]))
     case = cases.scenarios(layer.model)["skewed"]
     return jitted.lower(*arguments(layer, case, int(case.mask_BT.sum())))
 
 
-def over_expert(op: str, router: str, dispatch: str, where: str) -> list[hlo.Collective]:
+def over_expert(
+    op: str, router: str, dispatch: str, where: str, **knobs: float
+) -> list[hlo.Collective]:
     """Floating-point collectives `op` of the compiled layer that cross the expert axis."""
     # [devices] -> position on the expert axis; the axes are data, fsdp, expert, tensor.
     sizes = dataclasses.astuple(SIZES[where])
     position = np.indices(sizes)[2].reshape(-1)
-    found = hlo.collectives(lowered(router, dispatch, where).compile().as_text())
+    found = hlo.collectives(lowered(router, dispatch, where, **knobs).compile().as_text())
     return [
         one
         for one in found
@@ -50,13 +54,26 @@ def over_expert(op: str, router: str, dispatch: str, where: str) -> list[hlo.Col
     ]
 
 
+BOUNDED = [("gshard", "capacity", {}), ("top_k", "dropless", {"recv_factor": 2.0})]
+
+
 @pytest.mark.parametrize("where", SHARDED)
-@pytest.mark.parametrize(("router", "dispatch"), [("gshard", "capacity"), ("top_k", "dropless")])
-def test_only_all_to_all_crosses_the_expert_axis(router, dispatch, where):
+@pytest.mark.parametrize(("router", "dispatch", "knobs"), BOUNDED, ids=["capacity", "dropless"])
+def test_only_all_to_all_crosses_the_expert_axis(router, dispatch, knobs, where):
     """No weight, no token and no probability is gathered over it."""
-    assert over_expert("all-gather", router, dispatch, where) == []
+    assert over_expert("all-gather", router, dispatch, where, **knobs) == []
     # There and back, forward and backward.
-    assert len(over_expert("all-to-all", router, dispatch, where)) >= 4
+    assert len(over_expert("all-to-all", router, dispatch, where, **knobs)) >= 4
+
+
+@pytest.mark.parametrize("where", SHARDED)
+def test_dropless_without_a_bound_gathers_tokens_and_nothing_else(where):
+    shards = SIZES[where].expert
+    everyone = cases.B * cases.T * shards // SIZES[where].batch_shards
+    assert over_expert("all-to-all", "top_k", "dropless", where) == []
+    shapes = {one.shape for one in over_expert("all-gather", "top_k", "dropless", where)}
+    # Tokens, their gradients on the way home, and the weights of their choices.
+    assert shapes == {(everyone, cases.D), (everyone, 3)}  # top-3
 
 
 def test_a_gather_of_experts_would_be_seen():

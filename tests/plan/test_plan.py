@@ -105,6 +105,20 @@ def test_flops_and_traffic_by_hand():
     assert sent == {("all-to-all", "expert"): 4 * 6 * M * D * 2 * 3 / 4}
 
 
+def test_dropless_without_a_bound_sends_each_token_once_to_every_other_shard():
+    """And has room for all tokens of the axis at each expert it holds, at most K of them."""
+    moe = MoEConfig(num_experts=8, expert_width=128, dispatch="dropless")
+    plan = make_plan(small(moe=moe), 8)
+    local = analytic.local_sizes(plan)
+    assert local.M == 4 * local.N * 2
+    sent = {one.op: one.bytes for one in work._tokens(plan, local)}
+    token = 4 * 3 * local.N * 64 * 2
+    assert sent == {"all-gather": 3 * token, "reduce-scatter": 2 * token}
+    bounded = dataclasses.replace(moe, options={"dropless": {"recv_factor": 2.0}})
+    plan = make_plan(small(moe=bounded), 8)
+    assert [one.op for one in work._tokens(plan, analytic.local_sizes(plan))] == ["all-to-all"]
+
+
 def test_less_is_kept_and_more_computed_down_the_policies():
     """none, save_hidden, save_dispatch, full: memory falls and work rises."""
     order = ("none", "save_hidden", "save_dispatch", "full")

@@ -1,8 +1,13 @@
 """Sorted tokens and a grouped matmul: nothing is dropped for capacity (MegaBlocks, 2211.15841).
 
-On one expert shard: sort the assignments by expert, gather, grouped matmul, gather back.  Across
-devices the sorted assignments of each destination travel in a buffer of fixed size, are sorted
-again by local expert on arrival, and go home the same way.
+On one expert shard: sort the assignments by expert, gather, grouped matmul, gather back.
+
+Across devices, without a bound on what a shard may receive, every shard of the expert axis gets
+all tokens of the axis, takes what its experts were chosen for, combines it, and the shards' sums
+are added on the way home: a token travels once to each other shard.  (Buffers of an all-to-all in
+which nothing may be dropped have room for all of a device's assignments at each destination, K
+times as much.)  With a bound, the sorted assignments of each destination travel in a buffer of
+fixed size, are sorted again by local expert on arrival, and go home the same way.
 """
 
 import dataclasses
@@ -26,8 +31,8 @@ class Dropless:
     """Every sampled choice of a real token reaches its expert.
 
     `recv_factor` bounds the receive buffer across expert shards, in multiples of an even load; 0
-    means the worst case (the size of the expert axis), which never drops.  Smaller values save
-    memory and make dropping depend on the mesh; overflow is counted as `dropped_buffer`.
+    means no bound: nothing is dropped.  A bound saves memory, and traffic between many shards, and
+    makes dropping depend on the mesh; overflow is counted as `dropped_buffer`.
     """
 
     recv_factor: float = 0.0
@@ -56,29 +61,72 @@ class Dropless:
         def body(x_GSD, choice, experts, mask_GS):
             G, S, D = x_GSD.shape
             K = choice.ids_GSK.shape[2]
-            ids_N = routed_ids(choice, mask_GS, E).reshape(-1)
-            x_ND = x_GSD.reshape(G * S, D)
+            ids_NK = routed_ids(choice, mask_GS, E).reshape(G * S, K)
+            x_ND, weights_NK = x_GSD.reshape(G * S, D), choice.weights_GSK.reshape(G * S, K)
             if shards == 1:
-                moves, sizes_E = checkpoint_name(sorted_moves(ids_N, E, K), MOE_DISPATCHED)
-                x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
-                y_MD = experts.grouped(x_MD, sizes_E)
+                y_ND = _local(x_ND, ids_NK, weights_NK, experts)
+                kept_NK = ids_NK < E
+            elif self.recv_factor == 0:
+                y_ND = _gathered(x_ND, ids_NK, weights_NK, experts)
+                kept_NK = ids_NK < E
             else:
-                room = self._room(G * S * K, shards)
-                moves, sizes_E = shard_moves(ids_N, E, K, shards, room)
-                moves = checkpoint_name(moves, MOE_DISPATCHED)
-                y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
-            y_MD = checkpoint_name(y_MD, MOE_OUT)
-            with jax.named_scope("combine"):
-                y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
-            kept_GSK = (moves.place_NK < y_MD.shape[0]).reshape(G, S, K)
-            return y_ND.reshape(G, S, D), kept_GSK
+                room = min(G * S * K, math.ceil(G * S * K * self.recv_factor / shards))
+                y_ND, kept_NK = _exchanged(x_ND, ids_NK, weights_NK, experts, shards, room)
+            return y_ND.reshape(G, S, D), kept_NK.reshape(G, S, K)
 
         return expert_region(body, x_GSD, choice, experts, inputs)
 
-    def _room(self, assignments: int, shards: int) -> int:
-        """Rows one device may send another."""
-        factor = min(self.recv_factor or shards, shards)
-        return min(assignments, math.ceil(assignments * factor / shards))
+
+def buffer_rows(tokens: int, choices: int, experts: int, shards: int, recv_factor: float) -> int:
+    """Rows of the buffer in which a device's experts find their tokens.
+
+    Args:
+      tokens: of one device.
+      experts: of all shards.
+    """
+    if recv_factor == 0:
+        return shards * tokens * min(choices, experts // shards)
+    return shards * min(tokens * choices, math.ceil(tokens * choices * recv_factor / shards))
+
+
+def _local(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
+    """[N, D]: the weighted sum over a token's experts here; other ids add nothing."""
+    K, local = ids_NK.shape[1], experts.num_experts
+    moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
+    # A token has at most `local` of its choices here, whatever K is.
+    moves = moves._replace(
+        token_M=moves.token_M[: x_ND.shape[0] * local],
+        choice_M=moves.choice_M[: x_ND.shape[0] * local],
+    )
+    moves, sizes_E = checkpoint_name((moves, sizes_E), MOE_DISPATCHED)
+    x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
+    y_MD = checkpoint_name(experts.grouped(x_MD, sizes_E), MOE_OUT)
+    with jax.named_scope("combine"):
+        return combine(y_MD, weights_NK, moves)
+
+
+def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
+    """[N, D]: every shard adds what its experts make of all tokens of the expert axis."""
+    local = experts.num_experts
+    x_ND, ids_NK, weights_NK = (
+        jax.lax.all_gather(part, "expert", tiled=True) for part in (x_ND, ids_NK, weights_NK)
+    )
+    ids_NK = ids_NK - jax.lax.axis_index("expert") * local
+    ids_NK = jnp.where((ids_NK >= 0) & (ids_NK < local), ids_NK, local)
+    y_ND = _local(x_ND, ids_NK, weights_NK, experts)
+    return jax.lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True)
+
+
+def _exchanged(x_ND, ids_NK, weights_NK, experts: Experts, shards: int, room: int):
+    """([N, D], kept_NK): an all-to-all with `room` rows from each device to each other."""
+    E, K = experts.num_experts * shards, ids_NK.shape[1]
+    moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, K, shards, room)
+    moves = checkpoint_name(moves, MOE_DISPATCHED)
+    y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
+    y_MD = checkpoint_name(y_MD, MOE_OUT)
+    with jax.named_scope("combine"):
+        y_ND = combine(y_MD, weights_NK, moves)
+    return y_ND, moves.place_NK < y_MD.shape[0]
 
 
 def _starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
