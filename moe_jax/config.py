@@ -101,6 +101,22 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds after which a run counts as hung and ends with exit code 42; 0: never."""
+
+    compile: float = 7200.0
+    step: float = 1800.0  # one step, or what several hosts agree on between two
+    data: float = 1800.0  # a batch
+    checkpoint: float = 7200.0  # copying one to the host, waiting for one that is written, loading
+    evaluation: float = 7200.0  # a whole one, its compilation included
+
+    def __post_init__(self):
+        for name, seconds in dataclasses.asdict(self).items():
+            if not seconds >= 0:
+                raise UserError(f"watchdog.{name} is {seconds}: set seconds, or 0 for no limit.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -113,6 +129,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:

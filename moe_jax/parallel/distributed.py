@@ -14,7 +14,8 @@ from moe_jax.errors import UserError
 DONE = 0  # exit code: finished, or stopped by a person's STOP file
 FIX = 1  # something a person must fix
 DIVERGED = 3  # the loss is gone; running again would lose it again
-AGAIN = 42  # run the same command again: preempted, or the watchdog fired
+AGAIN = 42  # run the same command again: preempted, the watchdog fired, or a peer is gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "CoordinationServiceError")
 
 # Twins of --coordinator, --process_count and --process_id, set by launchers.
 VARIABLES = ("MOE_JAX_COORDINATOR", "MOE_JAX_PROCESS_COUNT", "MOE_JAX_PROCESS_ID")
@@ -93,6 +94,15 @@ def _refuse_nameless_pod(environment: Mapping[str, str]) -> None:
             f"This pod has an index (JOB_COMPLETION_INDEX) but {VARIABLES[0]} is not set: set "
             f"{', '.join(VARIABLES)} in its manifest, or {_ALONE}"
         )
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` says that another process of this run is gone, not what is wrong here.
+
+    A collective over gloo raises as soon as the connection ends; JAX's coordination service says
+    so to whoever waits at a barrier.  (A process that waits elsewhere is aborted with 134.)
+    """
+    return jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
 
 
 def lead() -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
-from moe_jax.train.workdir import locate
+from moe_jax.train.watchdog import Watchdog
+from moe_jax.train.workdir import is_remote, locate
 
 _FLAGS = (
     flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
@@ -55,11 +57,16 @@ def main(argv: Sequence[str]) -> int:
         _say(line)
 
     # ---- from here on the workdir belongs to this process
-    with alone_in(workdir) if distributed.lead() else contextlib.nullcontext():
+    stacks = None if is_remote(workdir) else pathlib.Path(workdir)
+    with (
+        alone_in(workdir) if distributed.lead() else contextlib.nullcontext(),
+        Watchdog(config.watchdog, stacks) as watch,
+    ):
         # ---- state
         began = time.perf_counter()
-        state = first_state(run, given.init_from, _say)
-        jax.block_until_ready(state.params)
+        with watch("checkpoint"):
+            state = first_state(run, given.init_from, _say)
+            jax.block_until_ready(state.params)
         _say(f"state ready in {time.perf_counter() - began:.1f} s")
         start = int(state.step)
         if distributed.lead():
@@ -71,8 +78,9 @@ def main(argv: Sequence[str]) -> int:
         resumed = start if start else None
         with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
             preemption.defer()
-            code = train(run, state, reporter, preemption)
-        run.checkpoints.close()
+            code = train(run, state, reporter, preemption, watch)
+        with watch("checkpoint"):
+            run.checkpoints.close()
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))

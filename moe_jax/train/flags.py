@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.errors import UserError
-from moe_jax.parallel.distributed import FIX
+from moe_jax.parallel.distributed import AGAIN, FIX, lost_peer
 from moe_jax.parallel.xla_flags import avoid_command_buffers
 from moe_jax.registry import suggest
 
@@ -128,7 +128,8 @@ def load_config(path: str) -> ConfigDict:
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: its result (None: 0), or 1 after an exception.
 
-    A UserError is printed as its one sentence, any other exception with its traceback.
+    A UserError is printed as its one sentence, any other exception with its traceback.  42 where
+    an exception says that another process is gone.
     """
     failed = True
     try:
@@ -140,9 +141,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         code = 130
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         code = FIX
+        if lost_peer(error):
+            code = AGAIN
+            print(f"Another process of this run is gone: exit code {code}.", file=sys.stderr)
     if failed and jax.distributed.is_initialized():
         # An orderly exit waits for the other processes, and they wait for this one: for minutes.
         sys.stdout.flush()

@@ -15,11 +15,14 @@ from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, to_disk
 from moe_jax.train.step import jit_train_step
 from moe_jax.train.step_log import StepLog, way_on
+from moe_jax.train.watchdog import Watchdog
 
 SAMPLES = "samples.txt"
 
 
-def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemption) -> int:
+def train(
+    run: Run, state: TrainState, reporter: Reporter, preemption: Preemption, watch: Watchdog
+) -> int:
     """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
 
     Whatever ends the run, the last step is in a checkpoint.
@@ -32,15 +35,17 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
     if start >= total:
         reporter.say(f"step {start} of {total} is done: raise train.steps to go on")
         if not has_eval(run.workdir / METRICS, start):
-            _finish(run, state, evaluate, reporter)
+            _finish(run, state, evaluate, reporter, watch)
         return DONE
 
     feed = DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), start, total)
     with feed:
         # ---- compile
-        step_number, batch = next(feed)
+        with watch("data"):
+            step_number, batch = next(feed)
         began = time.perf_counter()
-        step_fn = compile_step(run, state, batch)
+        with watch("compile"):
+            step_fn = compile_step(run, state, batch)
         reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
 
         # ---- steps
@@ -52,32 +57,39 @@ def train(run: Run, state: TrainState, reporter: Reporter, preemption: Preemptio
             if profiler.turns(step_number):
                 log.flush()
                 profiler.turn()
-            state, metrics = step_fn(state, batch)
+            with watch("step"):
+                state, metrics = step_fn(state, batch)
             done = step_number + 1
             if done < total:
-                step_number, batch = next(feed)
-            log.started(done, metrics, feed.last_wait)  # waits for the step before this one
+                with watch("data"):
+                    step_number, batch = next(feed)
             evaluate_now = done < total and config.eval.every and done % config.eval.every == 0
-            stop = control.after(done, preemption)
-            if evaluate_now or control.save_now or stop is not Stop.NO:
-                log.flush()
+            with watch("step"):
+                log.started(done, metrics, feed.last_wait)  # waits for the step before this one
+                stop = control.after(done, preemption)
+                if evaluate_now or control.save_now or stop is not Stop.NO:
+                    log.flush()
             if log.diverged:
-                run.checkpoints.wait()
+                with watch("checkpoint"):
+                    run.checkpoints.wait()
                 advice = way_on(run.checkpoints.steps(), log.changed)
                 reporter.say(f"{log.diverged}: {advice}")
                 return DIVERGED
             if evaluate_now:
-                reporter.log({"step": done, **evaluate(state)})
+                with watch("evaluation"):
+                    reporter.log({"step": done, **evaluate(state)})
             if control.save_now or stop is not Stop.NO:
                 reporter.flush()
-                save(run, state, done)
+                with watch("checkpoint"):
+                    save(run, state, done)
             log.restart_clock(evaluate_now or control.save_now)
         profiler.close()
 
     # ---- end
     if stop is Stop.END:
-        _finish(run, state, evaluate, reporter)
-    run.checkpoints.wait()
+        _finish(run, state, evaluate, reporter, watch)
+    with watch("checkpoint"):
+        run.checkpoints.wait()
     if stop is Stop.PREEMPTED:
         reporter.say(f"preempted: step {done} is saved, run the same command again")
         return AGAIN
@@ -97,12 +109,15 @@ def save(run: Run, state: TrainState, step: int) -> None:
     run.checkpoints.save(step, to_disk(state, run.model.layout))
 
 
-def _finish(run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter) -> None:
+def _finish(
+    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Watchdog
+) -> None:
     """The last evaluation and the samples; the last checkpoint is written meanwhile."""
     step = int(state.step)
     texts: list[str] = []
-    row = evaluate(state)
-    write_samples(run, state, step, texts.append)
+    with watch("evaluation"):
+        row = evaluate(state)
+        write_samples(run, state, step, texts.append)
     if texts and jax.process_index() == 0:
         (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
     for text in texts:

@@ -13,6 +13,7 @@ import pytest
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
+from moe_jax.train import flags
 
 SLURM = {
     "SLURM_NTASKS": "4",
@@ -154,6 +155,7 @@ import signal, threading
 import jax
 import jax.numpy as jnp
 from moe_jax.parallel import distributed
+from moe_jax.train import flags
 
 def slow(x):
     for _ in range(300):
@@ -185,6 +187,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
+from moe_jax.train import flags
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 jax.config.update("jax_num_cpu_devices", 2)
 distributed.start(sys.argv[1], 2, int(sys.argv[2]))
@@ -278,3 +281,36 @@ def test_two_processes_write_one_checkpoint(tmp_path, pair):
     alone.save(2, {"params": {"w": w}})
     alone.wait()
     assert Checkpoints(tmp_path / "two").digest(2) == alone.digest(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "several", "lost"),
+    [
+        ("Gloo AllReduce failed: ... Connection closed by peer [127.0.0.1]:33104", True, True),
+        ("Barrier failed [type.googleapis.com/tensorflow.CoordinationServiceError='']", True, True),
+        ("Connection closed by peer", False, False),
+        ("operands could not be broadcast together", True, False),
+    ],
+)
+def test_an_error_of_a_lost_peer_is_told_from_ones_own(monkeypatch, text, several, lost):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    assert distributed.lost_peer(ValueError(text)) == lost
+
+
+def test_a_command_that_loses_a_peer_asks_to_be_run_again(monkeypatch, capfd):
+    def main(argv):
+        raise ValueError("Connection reset by peer")
+
+    class Gone(BaseException):
+        pass
+
+    def end(code):
+        raise Gone(code)
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Gone, match="42"):
+        flags.run(main)
+    said = capfd.readouterr().err
+    assert "ValueError: Connection reset by peer" in said
+    assert said.endswith("Another process of this run is gone: exit code 42.\n")

@@ -28,14 +28,16 @@ def pair(cli_env):
     """`pair(arguments)` starts two processes of two devices; both are gone when the test ends."""
     started: list[subprocess.Popen] = []
 
-    def start(arguments: list[str]) -> list[subprocess.Popen]:
+    def start(
+        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax.train")
+    ) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         own = ["--devices=2", f"--coordinator=localhost:{port}", "--process_count=2"]
         for index in range(2):
             process = subprocess.Popen(
-                [sys.executable, "-m", "moe_jax.train", *arguments, *own, f"--process_id={index}"],
+                [sys.executable, *program, *arguments, *own, f"--process_id={index}"],
                 env=cli_env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -78,3 +80,37 @@ def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair)
     assert saved.steps() == [3, 6]
     assert [saved.verify(step) for step in saved.steps()] == [None, None]
     assert saved.digest(3) != saved.digest(6)
+
+
+SLEEPS = """
+import sys, threading
+from moe_jax.train.control import Control
+from moe_jax.train.__main__ import cli
+
+after = Control.after
+
+def sleep_after(self, done, preemption):
+    if done == 4 and "--process_id=1" in sys.argv:
+        threading.Event().wait()
+    return after(self, done, preemption)
+
+Control.after = sleep_after
+sys.argv[0] = "moe_jax.train"
+cli()
+"""
+
+
+@pytest.mark.full
+def test_a_host_that_sleeps_in_a_step_ends_every_host_with_42(tmp_path, pair):
+    """The sleeper is found by its own watchdog; the other waits for it, or loses it."""
+    given = flags(
+        tmp_path / "run",
+        write_corpus(tmp_path / "text"),
+        **OVERRIDES | {"watchdog.step": 10.0, "watchdog.checkpoint": 60.0},
+    )
+    ended = [(one, *one.communicate(timeout=240)) for one in pair(given, ("-c", SLEEPS))]
+    assert [process.returncode for process, _, _ in ended] == [42, 42], ended[0][2][-3000:]
+    for _, _, err in ended:
+        assert "Error: step has taken more than 10 s (watchdog.step)" in err
+    assert "in sleep_after" in ended[1][2]
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]

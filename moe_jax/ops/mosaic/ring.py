@@ -24,7 +24,10 @@ LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three wa
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory that both the copy engine and the tensor cores read without bank conflicts."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    # To pyright jax 0.12's classes are abstract; they are not.
+    tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
