@@ -100,7 +100,7 @@ class Supervisor:
 
     def _run(self) -> int:
         options = self._options
-        best, stuck, restart = kept_step(self._workdir), 0, 0
+        best = stuck = restart = 0
         while True:
             code = self._once()
             if self._stopping or not (code < 0 or code in AGAIN):
