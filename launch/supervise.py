@@ -14,8 +14,10 @@ reach it twice, and reads nothing from the terminal.  Where the supervisor is ki
 kernel sends COMMAND the SIGTERM.  A script as COMMAND must `exec` the trainer to be reached.
 
 A run of several processes has one supervisor for each of them, all on the same workdir: the loss of
-one process ends the others with 134, and all of them start again.  --max_wait stays below the five
-minutes for which they then wait for each other.
+one process aborts the others (134), at the latest when it comes back and is not the one they knew,
+and all of them meet again.  --max_wait stays below the five minutes for which they then wait for
+each other.  A process that learns of the loss as an exception, as CPUs do inside a collective, ends
+with 1 and is not run again.
 """
 
 import dataclasses
