@@ -1,0 +1,220 @@
+"""Runs a trainer and runs it again: python -m launch.supervise [OPTIONS] -- COMMAND ...
+
+  python -m launch.supervise -- python -m moe_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+COMMAND is run again after exit codes 42, 134, 137 and 143 and after a death by signal, one line
+each time; a signal of any kind counts, a crash in native code included.  After any other code,
+0, 1 (to be fixed) and 3 (diverged) among them, the supervisor ends with that code.  It ends with 1
+when --max_stuck restarts in a row brought no later checkpoint: steps that are lost again are no
+progress.
+
+SIGTERM and Ctrl-C reach COMMAND as one SIGTERM, to save a checkpoint; the supervisor waits for it
+and ends with its code.  COMMAND runs in a session of its own, so that a terminal's Ctrl-C does not
+reach it twice, and reads nothing from the terminal.  Where the supervisor is killed, on Linux the
+kernel sends COMMAND the SIGTERM.  A script as COMMAND must `exec` the trainer to be reached.
+
+A run of several processes has one supervisor for each of them, all on the same workdir: the loss of
+one process aborts the others (134), at the latest when it comes back and is not the one they knew,
+and all of them meet again.  --max_wait stays below the five minutes for which they then wait for
+each other.  A process that learns of the loss as an exception, as CPUs do inside a collective, ends
+with 1 and is not run again.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.job import AGAIN
+from launch.shell import (
+    LaunchError,
+    add_options,
+    flag_of,
+    make_parser,
+    option,
+    read_options,
+    run_main,
+    split_arguments,
+)
+
+GAVE_UP = 1  # a person must look: handing 42 or 137 on would make an outer launcher try again
+_STOPPED = 42  # with a checkpoint: the only code after which there is nothing to wait for
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_HELPER = Path(__file__).with_name("with_parent.py")
+_TAIL = 1 << 20  # bytes of metrics.jsonl that surely hold its last whole line
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperviseOptions:
+    """When to run a command again."""
+
+    workdir: str = option("", "Folder of the run; empty: COMMAND's own --workdir.")
+    max_stuck: int = option(3, "Restarts in a row without a later checkpoint.", least=1)
+    wait: float = option(5.0, "Seconds before a restart; doubled until there is progress.")
+    max_wait: float = option(120.0, "Most seconds before a restart.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    own, command = split_arguments(argv)
+    parser = make_parser("launch.supervise", __doc__)
+    add_options(parser, SuperviseOptions)
+    options = read_options(SuperviseOptions, parser.parse_args(own))
+    if not command:
+        raise LaunchError("There is nothing to run: give the command after --.")
+    workdir = options.workdir or flag_of(command, "workdir")
+    if not workdir:
+        raise LaunchError("--workdir is missing: without it no progress can be seen.")
+    return Supervisor(command, _folder(workdir), options).run()
+
+
+class Supervisor:
+    """Runs `command` until it is done; make it in the main thread, which gets the signals."""
+
+    def __init__(self, command: Sequence[str], workdir: Any, options: SuperviseOptions):
+        program = shutil.which(command[0])
+        if program is None:
+            raise LaunchError(f"There is no program {command[0]!r} on PATH: install it.")
+        self._command, self._workdir, self._options = list(command), workdir, options
+        self._program = os.path.abspath(program)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        # Wakes the wait between two starts; a handler may not touch a lock that is waited for.
+        self._wakes, self._wake = os.pipe()
+
+    def run(self) -> int:
+        """The exit code to end with."""
+        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        try:
+            return self._run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> int:
+        options = self._options
+        best = stuck = restart = 0
+        while True:
+            code = self._once()
+            if self._stopping or not (code < 0 or code in AGAIN):
+                return _handed_on(code)
+
+            # ---- was it worth it?
+            kept, reached = kept_step(self._workdir), reached_step(self._workdir)
+            reached = max(kept, reached)
+            if kept > best:
+                best, stuck = kept, 0
+            what = f"{reason(code)}; reached step {reached}"
+            if stuck == options.max_stuck:
+                _say(f"giving up: {what}, no later checkpoint in {stuck} restarts in a row")
+                return GAVE_UP
+
+            # ---- again
+            doublings = stuck - (code == _STOPPED)
+            # Capped before the power is taken: with many restarts it leaves the range of floats.
+            growth = 2.0 ** min(doublings, 64)
+            seconds = min(options.wait * growth, options.max_wait) if doublings >= 0 else 0.0
+            stuck, restart = stuck + 1, restart + 1
+            _say(
+                f"restart {restart}: {what}, goes on from {kept}, {reached - kept} steps lost, "
+                f"waiting {seconds:g} s"
+            )
+            select.select([self._wakes], [], [], seconds)
+            if self._stopping:
+                return _handed_on(code)
+
+    def _once(self) -> int:
+        """Runs the command once; its exit code, or minus the signal that ended it."""
+        start = self._command
+        if sys.platform == "linux":
+            # -I -S: nothing of the environment has a say in how the helper starts.
+            helper = [sys.executable, "-I", "-S", str(_HELPER)]
+            start = [*helper, str(os.getpid()), self._program, *self._command]
+        self._child = subprocess.Popen(start, stdin=subprocess.DEVNULL, start_new_session=True)
+        if self._stopping:  # the signal came while there was no child to hand it to
+            self._child.terminate()
+        return self._child.wait()
+
+    def _stop(self, *_: object) -> None:
+        if not self._stopping:
+            os.write(self._wake, b"x")
+        self._stopping = True
+        if self._child is not None:
+            self._child.terminate()
+
+
+def reason(code: int) -> str:
+    """An exit code, or minus a signal, in words."""
+    if code == _STOPPED:
+        return "asked to be run again (exit code 42)"
+    number = -code if code < 0 else code - 128
+    name = next((s.name for s in signal.Signals if s == number), f"signal {number}")
+    return f"killed by {name}" if code < 0 else f"ended by {name} (exit code {code})"
+
+
+def reached_step(workdir: Any) -> int:
+    """The step of the last whole line of metrics.jsonl; 0: none, or it cannot be read."""
+    try:
+        with (workdir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines(keepends=True)
+    except Exception:  # of whichever client the store has
+        return 0
+    for line in reversed(lines):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            continue
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int):
+            return step
+    return 0
+
+
+def kept_step(workdir: Any) -> int:
+    """The newest step that was saved to its end; 0: none, or they cannot be read.
+
+    Whether its bytes are still good only the trainer finds out.
+    """
+    try:
+        folders = (workdir / "checkpoints").iterdir()
+        folders = [folder for folder in folders if re.fullmatch(r"\d{1,18}", folder.name)]
+        for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
+            # As moe_jax/checkpoint/manifest.py has it; a launcher imports nothing of moe_jax.
+            if all((folder / name).exists() for name in ("manifest.json", "commit_success.txt")):
+                return int(folder.name)
+    except Exception:  # of whichever client the store has
+        return 0
+    return 0
+
+
+def _folder(workdir: str) -> Any:
+    """A path; one in an object store needs what the trainer needs for it, too."""
+    if "://" not in workdir:
+        return Path(workdir)
+    from etils import epath
+
+    return epath.Path(workdir)
+
+
+def _handed_on(code: int) -> int:
+    """As a shell says it: 128 plus the signal."""
+    return code if code >= 0 else 128 - code
+
+
+def _say(line: str) -> None:
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    print(f"{now} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,234 @@
+"""The supervisor and what it runs, as real processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import supervise
+from moe_jax.checkpoint import Checkpoints
+
+# Start N of the stand-in does what the N-th entry of the plan says: it commits checkpoints, logs
+# steps, then ends with a code, or by a signal if that is negative.
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+plan, workdir = json.loads(sys.argv[1]), Path(sys.argv[2].partition("=")[2])
+with open(workdir / "starts", "a+") as file:
+    file.write("x")
+    file.seek(0)
+    now = plan[len(file.read()) - 1]
+for step in now.get("saved", []):
+    folder = workdir / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    (folder / "commit_success.txt").touch()
+for step in now.get("logged", []):
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step}) + "\\n")
+if now["end"] < 0:
+    os.kill(os.getpid(), -now["end"])
+sys.exit(now["end"])
+"""
+# Says when it can be stopped; ends with 42 after SIGTERM, with 9 after SIGINT.
+WAITING = """
+import os, signal
+def stop(*_):
+    print("saved", flush=True)
+    os._exit(42)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, lambda *_: os._exit(9))
+signal.alarm(60)  # whatever becomes of the test
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+ENDS = 20  # seconds after which a process that should have ended is a failure
+
+
+def arguments(plan, workdir: Path, *options: str) -> list[str]:
+    stand_in = [sys.executable, "-I", "-S", "-c", STAND_IN, json.dumps(plan)]
+    return [*options, "--", *stand_in, f"--workdir={workdir}"]
+
+
+def starts(workdir: Path) -> int:
+    return len((workdir / "starts").read_text())
+
+
+def follow(*given: str) -> subprocess.Popen[str]:
+    """The supervisor in a process group of its own, as a terminal has it."""
+    return subprocess.Popen(
+        [sys.executable, "-S", "-m", "launch.supervise", *given],
+        cwd=Path(supervise.__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds of each wait between two starts; none of them passes."""
+    seconds: list[float] = []
+    monkeypatch.setattr(supervise.select, "select", lambda *given: seconds.append(given[3]))
+    return seconds
+
+
+# ---- when it goes on and when not
+
+
+def test_it_restarts_what_can_go_on(tmp_path, waits, capfd):
+    plan = [{"end": end} for end in (42, 134, 137, 143, -signal.SIGKILL, -signal.SIGSEGV, 0)]
+    assert supervise.main(arguments(plan, tmp_path, "--max_stuck=6")) == 0
+    assert starts(tmp_path) == 7
+    reasons = re.findall(r"^\S+ restart \d: (.*); reached", capfd.readouterr().out, re.MULTILINE)
+    assert reasons == [
+        "asked to be run again (exit code 42)",
+        "ended by SIGABRT (exit code 134)",
+        "ended by SIGKILL (exit code 137)",
+        "ended by SIGTERM (exit code 143)",
+        "killed by SIGKILL",
+        "killed by SIGSEGV",
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 2])
+def test_other_codes_are_handed_on_at_once(tmp_path, waits, capfd, code):
+    assert supervise.main(arguments([{"end": code}], tmp_path)) == code
+    assert (starts(tmp_path), waits, capfd.readouterr().out) == (1, [], "")
+
+
+def test_it_gives_up_without_later_checkpoints(tmp_path, waits, capfd):
+    """Steps that are lost again each time are no progress."""
+    plan = [{"end": 137, "logged": [start]} for start in range(9)]
+    assert supervise.main(arguments(plan, tmp_path, "--max_stuck=3")) == 1
+    assert starts(tmp_path) == 4
+    assert "giving up: ended by SIGKILL (exit code 137); reached step 3" in capfd.readouterr().out
+
+
+def test_progress_starts_the_count_and_the_waits_over(tmp_path, waits, capfd):
+    plan = [
+        {"end": 137, "saved": [10], "logged": [10, 17]},
+        {"end": 137},
+        {"end": 42},
+        {"end": 42, "saved": [20], "logged": [20]},
+        {"end": 42},
+        {"end": 137},
+        {"end": 137},
+    ]
+    given = ("--max_stuck=3", "--wait=4", "--max_wait=7")
+    assert supervise.main(arguments(plan, tmp_path, *given)) == 1
+    assert waits == [4, 7, 7, 0, 4, 7]
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].endswith("reached step 17, goes on from 10, 7 steps lost, waiting 4 s")
+    assert lines[3].endswith("reached step 20, goes on from 20, 0 steps lost, waiting 0 s")
+    assert starts(tmp_path) == 7
+
+
+def test_checkpoints_of_before_are_no_progress(tmp_path, waits):
+    step = tmp_path / "checkpoints" / "50"
+    step.mkdir(parents=True)
+    for name in ("manifest.json", "commit_success.txt"):
+        (step / name).touch()
+    assert supervise.main(arguments([{"end": 42}] * 9, tmp_path, "--max_stuck=1")) == 1
+    assert starts(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--workdir=x"], "There is nothing to run"),
+        (["--", "true"], "--workdir is missing"),
+        (["--workdir=x", "--", "no-such-program"], "no program 'no-such-program'"),
+        (["--max_stuck=0", "--workdir=x", "--", "true"], "--max_stuck=0 is too small"),
+    ],
+)
+def test_mistakes_are_refused_in_a_sentence(given, sentence):
+    with pytest.raises(supervise.LaunchError, match=sentence):
+        supervise.main(given)
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_command_once_as_sigterm(tmp_path, number):
+    """To the whole group, as Ctrl-C is: the command must not see it beside ours."""
+    process = follow(f"--workdir={tmp_path}", "--", sys.executable, "-S", "-c", WAITING)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=ENDS)
+    assert (process.returncode, out) == (42, "saved\n")  # and not started again
+
+
+def test_a_signal_ends_the_wait(tmp_path):
+    process = follow(*arguments([{"end": -9}, {"end": 0}], tmp_path, "--wait=100"))
+    assert process.stdout is not None and " waiting 100 s" in process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=ENDS)
+    assert (process.returncode, starts(tmp_path)) == (137, 1)
+
+
+def test_the_command_is_stopped_if_the_supervisor_is_killed(tmp_path):
+    process = follow(f"--workdir={tmp_path}", "--", sys.executable, "-S", "-c", WAITING)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.kill()
+    out, _ = process.communicate(timeout=ENDS)  # to the end of what the command holds open
+    assert (process.returncode, out) == (-signal.SIGKILL, "saved\n")
+
+
+def test_the_command_ignores_no_signal_that_it_would_not_otherwise(tmp_path):
+    command = ["grep", "SigIgn", "/proc/self/status"]
+    plain = subprocess.run(command, capture_output=True, text=True).stdout
+    process = follow(f"--workdir={tmp_path}", "--", *command)
+    assert process.communicate(timeout=ENDS)[0] == plain
+
+
+# ---- what it reads
+
+
+def test_it_sees_the_checkpoints_that_the_trainer_commits(tmp_path):
+    assert supervise.kept_step(tmp_path) == 0
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (9, 10):
+        checkpoints.save(step, {"x": np.arange(3)})
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "99").mkdir()
+    (tmp_path / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "quarantine").mkdir()
+    assert supervise.kept_step(tmp_path) == 10
+    (tmp_path / "checkpoints" / "10" / "commit_success.txt").unlink()
+    assert supervise.kept_step(tmp_path) == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ('{"step": 3}\n{"step": 4}\n', 4),
+        ('{"step": 3}\n{"step": 4}', 3),  # torn, though it reads like a whole one
+        ('{"step": 3}\nnull\n{"st\n' + "[" * 100_000 + "\n", 3),
+        ('{"step": 3, "x": "' + "y" * (1 << 20) + '"}\n{"step": 5}\n', 5),
+        ("", 0),
+    ],
+)
+def test_the_last_whole_line_says_the_step(tmp_path, text, step):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert supervise.reached_step(tmp_path) == step
+
+
+def test_it_needs_no_jax():
+    """A restart must not depend on what may be the fault, and the supervisor stays small."""
+    code = "import sys, launch.supervise; print(sorted({'jax', 'numpy', 'etils'} & {*sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(supervise.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[]\n", done.stderr
