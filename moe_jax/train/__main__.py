@@ -21,7 +21,7 @@ from moe_jax.train.loop import SAMPLES, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
-from moe_jax.train.watchdog import Watchdog
+from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
 from moe_jax.train.workdir import is_remote, locate
 
 _FLAGS = (
@@ -58,9 +58,10 @@ def main(argv: Sequence[str]) -> int:
 
     # ---- from here on the workdir belongs to this process
     stacks = None if is_remote(workdir) else pathlib.Path(workdir)
+    grace = LEAD_GRACE if distributed.lead() and jax.process_count() > 1 else 0.0
     with (
         alone_in(workdir) if distributed.lead() else contextlib.nullcontext(),
-        Watchdog(config.watchdog, stacks) as watch,
+        Watchdog(config.watchdog, stacks, grace) as watch,
     ):
         # ---- state
         began = time.perf_counter()

@@ -17,6 +17,9 @@ from moe_jax.config import WatchdogConfig
 from moe_jax.parallel.distributed import AGAIN
 
 TICK = 1.0  # seconds between two looks
+# The lead process holds JAX's coordination service: where it leaves first, all others are aborted
+# (134) before they have said where they stand.
+LEAD_GRACE = 5.0
 
 
 class Watchdog:
@@ -30,11 +33,16 @@ class Watchdog:
         self,
         limits: WatchdogConfig,
         folder: Path | None,
+        grace: float = 0.0,
         end: Callable[[int], None] = os._exit,
         tick: float = TICK,
     ):
-        """`folder` gets the stacks beside standard error; `end` is what hangs cannot stop."""
-        self._limits, self._folder, self._end, self._tick = limits, folder, end, tick
+        """`folder` gets the stacks beside standard error; `end` is what hangs cannot stop.
+
+        `grace`: seconds on top of every limit.
+        """
+        self._limits, self._folder, self._grace = limits, folder, grace
+        self._end, self._tick = end, tick
         self._phase, self._seconds = "", 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._count, name="watchdog", daemon=True)
@@ -64,7 +72,7 @@ class Watchdog:
             self._seconds += min(now - last, 2 * self._tick)
             last, phase = now, self._phase
             limit = getattr(self._limits, phase) if phase else 0.0
-            if limit and self._seconds > limit:
+            if limit and self._seconds > limit + self._grace:
                 self._bark(phase, limit)
                 return
 

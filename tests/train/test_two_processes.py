@@ -110,7 +110,8 @@ def test_a_host_that_sleeps_in_a_step_ends_every_host_with_42(tmp_path, pair):
     )
     ended = [(one, *one.communicate(timeout=240)) for one in pair(given, ("-c", SLEEPS))]
     assert [process.returncode for process, _, _ in ended] == [42, 42], ended[0][2][-3000:]
-    for _, _, err in ended:
-        assert "Error: step has taken more than 10 s (watchdog.step)" in err
-    assert "in sleep_after" in ended[1][2]
+    first, second = (err for _, _, err in ended)
+    assert "Error: step has taken more than 10 s (watchdog.step)" in second
+    assert "in sleep_after" in second
+    assert "Another process of this run is gone" in first or "watchdog.step" in first
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]

@@ -22,7 +22,7 @@ def watched(limits: WatchdogConfig, folder=None):
         codes.append(code)
         over.set()
 
-    return Watchdog(limits, folder, end, TICK), over, codes
+    return Watchdog(limits, folder, end=end, tick=TICK), over, codes
 
 
 def test_a_phase_over_its_limit_ends_the_process_and_shows_every_thread(tmp_path, capfd):
