@@ -55,7 +55,8 @@ def train(
         stop = Stop.NO
         while stop is Stop.NO:
             if profiler.turns(step_number):
-                log.flush()
+                with watch("step"):
+                    log.flush()
                 profiler.turn()
             with watch("step"):
                 state, metrics = step_fn(state, batch)

@@ -3,16 +3,14 @@
 The interpreter fills what nobody wrote with NaN.
 """
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
-import numpy as np
 import pytest
-from grouped_cases import arrays, loop
+from grouped_cases import arrays, close, gradient_program, loop
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.ops import megablox
-from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS
 
 N, D, F = 256, 128, 256
 SIZES = {
@@ -22,12 +20,6 @@ SIZES = {
     "empty_at_both_ends": [0, 256, 0],
     "nothing": [0, 0, 0],
 }
-
-
-def close(found, expected):
-    """Within bfloat16's rounding of one result."""
-    found = np.asarray(found, np.float64)
-    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -79,16 +71,6 @@ def test_what_the_kernels_take(monkeypatch, rows, d, f, dtype, chosen):
 def test_a_program_for_a_tpu_holds_the_kernels_inside_shard_map(monkeypatch, width, kernels):
     """Lowered for TPUs on this machine; a width that the kernels do not take falls back."""
     monkeypatch.setattr(megablox, "runs_here", lambda: True)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-
-    def local(x, w, sizes):
-        y = grouped_matmul(x, jax.lax.pcast(w, ("data",), to="varying"), sizes)
-        return jax.lax.psum((y.astype(jnp.float32) ** 2).sum(), "data")
-
-    loss = jax.shard_map(local, mesh=mesh, in_specs=(data, whole, data), out_specs=whole)
-    x, w = jnp.zeros((N, D), jnp.bfloat16), jnp.zeros((2, D, width), jnp.bfloat16)
-    step = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, jnp.array([100, 100], jnp.int32))
-    text = step.lower(lowering_platforms=("tpu",)).as_text()
+    text = gradient_program("tpu", N, D, width)
     assert text.count("stablehlo.custom_call @tpu_custom_call") == kernels
     assert ("ragged_dot" in text) is (kernels == 0)

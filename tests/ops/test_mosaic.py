@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from grouped_cases import arrays, loop
+from grouped_cases import arrays, close, gradient_program, loop
 
-from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS
 from moe_jax.ops.mosaic import choose
 from moe_jax.ops.mosaic.product import row_tiles
 from moe_jax.ops.mosaic.weight_gradient import longest_first
@@ -26,12 +26,6 @@ SIZES = {
     "rows_past_the_end": [3, 0, 141],
     "nothing": [0, 0, 0],
 }
-
-
-def close(found, expected):
-    """Within bfloat16's rounding of one result."""
-    found = np.asarray(found, np.float64)
-    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
 
 
 @pytest.fixture
@@ -114,16 +108,6 @@ def test_what_the_kernels_take(monkeypatch, rows, d, f, dtype, chosen):
 def test_a_program_for_a_gpu_holds_the_kernels_inside_shard_map(monkeypatch):
     """Lowered for CUDA on this machine: three kernels, no ragged_dot; the axes' types agree."""
     monkeypatch.setattr(choose, "runs_here", lambda: True)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-
-    def local(x, w, sizes):
-        y = grouped_matmul(x, jax.lax.pcast(w, ("data",), to="varying"), sizes)
-        return jax.lax.psum((y.astype(jnp.float32) ** 2).sum(), "data")
-
-    loss = jax.shard_map(local, mesh=mesh, in_specs=(data, whole, data), out_specs=whole)
-    x, w = jnp.zeros((N, D), jnp.bfloat16), jnp.zeros((2, D, F), jnp.bfloat16)
-    step = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, jnp.array([100, 100], jnp.int32))
-    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    text = gradient_program("cuda", N, D, F)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
     assert "ragged_dot" not in text

@@ -63,14 +63,11 @@ class Dropless:
             K = choice.ids_GSK.shape[2]
             ids_NK = routed_ids(choice, mask_GS, E).reshape(G * S, K)
             x_ND, weights_NK = x_GSD.reshape(G * S, D), choice.weights_GSK.reshape(G * S, K)
-            if shards == 1:
-                y_ND = _local(x_ND, ids_NK, weights_NK, experts)
-                kept_NK = ids_NK < E
-            elif self.recv_factor == 0:
-                y_ND = _gathered(x_ND, ids_NK, weights_NK, experts)
-                kept_NK = ids_NK < E
+            if shards == 1 or self.recv_factor == 0:
+                combined = _local if shards == 1 else _gathered
+                y_ND, kept_NK = combined(x_ND, ids_NK, weights_NK, experts), ids_NK < E
             else:
-                room = min(G * S * K, math.ceil(G * S * K * self.recv_factor / shards))
+                room = _room(G * S * K, shards, self.recv_factor)
                 y_ND, kept_NK = _exchanged(x_ND, ids_NK, weights_NK, experts, shards, room)
             return y_ND.reshape(G, S, D), kept_NK.reshape(G, S, K)
 
@@ -86,7 +83,12 @@ def buffer_rows(tokens: int, choices: int, experts: int, shards: int, recv_facto
     """
     if recv_factor == 0:
         return shards * tokens * min(choices, experts // shards)
-    return shards * min(tokens * choices, math.ceil(tokens * choices * recv_factor / shards))
+    return shards * _room(tokens * choices, shards, recv_factor)
+
+
+def _room(assignments: int, shards: int, recv_factor: float) -> int:
+    """Rows one device may send another."""
+    return min(assignments, math.ceil(assignments * recv_factor / shards))
 
 
 def _local(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
