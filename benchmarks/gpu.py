@@ -37,6 +37,11 @@ SMALL = tuple(
 # Compiling is nearly all that the small form does.
 SMALL_ENV = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COUNT = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
+# Of a step, too, but not parts of its time.
+BESIDE = {
+    "collectives_hidden_ms": "collectives beside other kernels",
+    "collectives_sent_mb": "sent, MB",
+}
 START_KEYS = ("first_step_seconds", "compile_seconds")
 
 
@@ -189,10 +194,14 @@ def profile_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             total[part] = total.get(part, 0.0) + ms
     parts = sorted(total, key=lambda part: -total[part])
     lines = [
-        [name, *(f"{profile[part]:.1f}" if part in profile else "-" for part in parts)]
+        [
+            name,
+            *(f"{profile[part]:.1f}" if part in profile else "-" for part in parts),
+            *(f"{rows[name].get(key, 0.0):.1f}" for key in BESIDE),
+        ]
         for name, profile in profiles.items()
     ]
-    return [["job", *parts], *lines]
+    return [["job", *parts, *BESIDE.values()], *lines]
 
 
 def start_rows(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> list[list[str]]:

@@ -6,12 +6,13 @@ import pytest
 from small_run import ROOT, flags, write_corpus
 
 from moe_jax.bench.__main__ import main
+from moe_jax.bench.breakdown import account
 from moe_jax.errors import UserError
 
 KEYS = (
     "config step_ms step_ms_p10 step_ms_p90 tokens_per_s model_tflops_per_s mfu "
     "forward_backward_ms compile_seconds first_step_seconds peak_memory_mib loss drop_fraction "
-    "params active_params steps devices device jax"
+    "params active_params steps devices device jax collectives_sent_mb"
 )
 
 
@@ -29,9 +30,23 @@ def test_one_json_line(tmp_path, capsys):
     assert row["tokens_per_s"] * row["step_ms"] / 1e3 == pytest.approx(32 * 32, rel=0.05)
     assert row["first_step_seconds"] > row["compile_seconds"] > 0
     assert 0 < row["active_params"] < row["params"]
+    assert row["collectives_sent_mb"] > 0
     assert not (tmp_path / "bench").exists()  # only the store is kept
 
 
 def test_no_steps(tmp_path):
     with pytest.raises(UserError, match="--steps=0: time 1 step or more"):
         main(["bench", *flags(tmp_path, ""), "--steps=0"])
+
+
+def test_collectives_count_where_nothing_else_runs():
+    events = [
+        ("experts", 0.0, 10.0),
+        ("collectives", 8.0, 15.0),  # two beside the experts, five by itself
+        ("collectives", 20.0, 24.0),  # beside attention for three
+        ("attention", 21.0, 30.0),
+    ]
+    parts, hidden = account(events, on_device=True)
+    assert parts == {"experts": 10.0, "attention": 9.0, "collectives": 6.0, "idle": 5.0}
+    assert sum(parts.values()) == 30.0 and hidden == 5.0
+    assert account(events, on_device=False)[0]["collectives"] == 11.0

@@ -136,13 +136,14 @@ ROW = {
 def test_report():
     steps = [Step("one", ()), Step("two", (), against="one"), Step("lost", (), against="one")]
     rows = {"one": ROW, "two": {**ROW, "tokens_per_s": 1950, "profile_ms": {"collectives": 9.0}}}
+    rows["two"]["collectives_sent_mb"] = 4200.0
     heading, one, two, lost = step_rows(steps, rows)
     assert len({len(line) for line in (heading, one, two, lost)}) == 1
     assert one[-2:] == ["-", "-"] and two[-2:] == ["1.950", "one"] and lost[1] == "failed"
     assert profile_rows(rows) == [
-        ["job", "experts", "collectives", "idle"],
-        ["one", "60.0", "-", "1.0"],
-        ["two", "-", "9.0", "-"],
+        ["job", "experts", "collectives", "idle", "collectives beside other kernels", "sent, MB"],
+        ["one", "60.0", "-", "1.0", "0.0", "0.0"],
+        ["two", "-", "9.0", "-", "0.0", "4200.0"],
     ]
     start = Job("start", (("a",), ("a",)))
     cold = '{"first_step_seconds": 60.0, "compile_seconds": 50.0}'

@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     row = measure(run, state, given.steps, given.gradients, given.profile)
     if given.profile:
         _progress(breakdown_table(row["profile_ms"]))
+        if row["collectives_hidden_ms"]:
+            _progress(f"beside other kernels: {row['collectives_hidden_ms']:.2f} ms of collectives")
     print(json.dumps({"config": parsed.flags.config, **row}), flush=True)
     return 0
 

@@ -7,9 +7,9 @@ Every kernel's event names the HLO instruction it runs; the compiled program's t
 import collections
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,27 +35,49 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\s([a-z][\w-]*)\(", r
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
-def breakdown(run_steps: Callable[[int], Any], hlo: str) -> dict[str, float]:
-    """Milliseconds a step by part, of the first device (on the CPU: of all threads together).
+class Breakdown(NamedTuple):
+    """Milliseconds a step of the first device (on the CPU: of all threads together)."""
+
+    parts: dict[str, float]  # of collectives, the time in which nothing else runs
+    hidden_ms: float  # of collectives beside other kernels, which the parts do not hold
+
+
+def breakdown(run_steps: Callable[[int], Any], hlo: str) -> Breakdown:
+    """Where the time of a step goes.
 
     Args:
       run_steps: runs so many steps to their end.
       hlo: text of the compiled program.
     """
-    part_of = instruction_parts(hlo)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run_steps(STEPS)
         (path,) = Path(folder).rglob("*.xplane.pb")
         plane = _device_plane(jax.profiler.ProfileData.from_file(str(path)))
-        total: dict[str, float] = collections.defaultdict(float)
-        spans = []
-        for name, start, duration in _events(plane, part_of):
-            total[part_of[name]] += duration
-            spans.append((start, start + duration))
-    if plane.name.startswith("/device:"):
-        total[IDLE] = _idle(spans)
-    return {part: round(ns / STEPS / 1e6, 3) for part, ns in sorted(total.items(), key=_by_time)}
+        events = list(_events(plane, instruction_parts(hlo)))
+    spent, hidden = account(events, on_device=plane.name.startswith("/device:"))
+    per_step = {part: round(ns / STEPS / 1e6, 3) for part, ns in spent.items()}
+    return Breakdown(dict(sorted(per_step.items(), key=_by_time)), round(hidden / STEPS / 1e6, 3))
+
+
+def account(
+    events: Sequence[tuple[str, float, float]], on_device: bool
+) -> tuple[dict[str, float], float]:
+    """Time by part, and that of collectives beside other kernels, from (part, start, end).
+
+    On a device the parts, idle time among them, add up to the time from first to last.
+    """
+    total: dict[str, float] = collections.defaultdict(float)
+    for part, start, stop in events:
+        total[part] += stop - start
+    if not on_device:
+        return dict(total), 0.0
+    busy = _union((start, stop) for part, start, stop in events if part != COLLECTIVE)
+    either = _union((start, stop) for _, start, stop in events)
+    collective, exposed = total.pop(COLLECTIVE, 0.0), _length(either) - _length(busy)
+    total |= {COLLECTIVE: exposed} if collective else {}
+    total[IDLE] = either[-1][1] - either[0][0] - _length(either)
+    return dict(total), collective - exposed
 
 
 def _by_time(item: tuple[str, float]) -> tuple[bool, float]:
@@ -98,20 +120,28 @@ def _device_plane(profile: Any) -> Any:
 
 
 def _events(plane: Any, part_of: Mapping[str, str]) -> Iterator[tuple[str, float, float]]:
-    """(instruction, start, nanoseconds) of every kernel."""
+    """(part of the step, start, end in nanoseconds) of every kernel."""
     for line in plane.lines:
         if line.name in ("XLA Modules", "Steps", "Framework Ops", "Framework Name Scope"):
             continue
         for event in line.events:
-            name = dict(event.stats).get("hlo_op", event.name)
-            if name in part_of:
-                yield name, event.start_ns, event.duration_ns
+            # NCCL's kernels name an instruction of before XLA's last passes.
+            nccl = COLLECTIVE if event.name.startswith("nccl") else None
+            part = part_of.get(dict(event.stats).get("hlo_op", event.name), nccl)
+            if part is not None:
+                yield part, event.start_ns, event.start_ns + event.duration_ns
 
 
-def _idle(spans: list[tuple[float, float]]) -> float:
-    """Nanoseconds between the first kernel and the last in which none ran."""
-    idle, end = 0.0, min(spans)[0]
+def _union(spans: Iterable[tuple[float, float]]) -> list[list[float]]:
+    """The same time as spans that do not overlap, in order."""
+    union: list[list[float]] = []
     for start, stop in sorted(spans):
-        idle += max(0.0, start - end)
-        end = max(end, stop)
-    return idle
+        if union and start <= union[-1][1]:
+            union[-1][1] = max(union[-1][1], stop)
+        else:
+            union.append([start, stop])
+    return union
+
+
+def _length(union: list[list[float]]) -> float:
+    return sum(stop - start for start, stop in union)

@@ -15,6 +15,7 @@ from moe_jax.bench.breakdown import breakdown
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
+from moe_jax.parallel.hlo import read_collectives
 from moe_jax.train.evaluate import batch_shardings
 from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import Run
@@ -73,8 +74,13 @@ def measure(
             "model_tflops_per_s": round(tflop / seconds, 4),
             "mfu": None if peak is None else round(tflop / seconds / peak / run.mesh.size, 4),
         }
+        text = step_fn.as_text()
+        if run.mesh.size > 1:
+            sent = sum(one.sent(run.mesh.size) for one in read_collectives(text).found)
+            row["collectives_sent_mb"] = round(sent / 1e6, 3)  # by one device in a step
         if profile:
-            row["profile_ms"] = breakdown(steps_run.run, step_fn.as_text())
+            found = breakdown(steps_run.run, text)
+            row |= {"profile_ms": found.parts, "collectives_hidden_ms": found.hidden_ms}
         if gradients:
             grad_fn = jax.jit(make_gradients(run.model, run.step_options, run.mesh))
             state = steps_run.state

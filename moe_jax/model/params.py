@@ -67,7 +67,7 @@ def ones(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return jnp.ones(tuple(shape), dtype)
 
 
-def scoped(rngs: nnx.Rngs, name: str | int) -> nnx.Rngs:
+def scoped(rngs: nnx.Rngs, name: str | int | jax.Array) -> nnx.Rngs:
     """Keys for a submodule: those of `rngs` folded with its name, whatever was drawn before."""
-    number = name if isinstance(name, int) else zlib.crc32(name.encode())
+    number = zlib.crc32(name.encode()) if isinstance(name, str) else name
     return nnx.Rngs(params=jax.random.fold_in(rngs.params.key.get_value(), number))

@@ -6,6 +6,7 @@ Training runs it through stack.py, which splits it once into pure trees.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,27 +18,15 @@ from moe_jax.model.norms import RMSNorm
 from moe_jax.model.params import fan_in, param, param_dtype, scoped, truncated_normal
 
 
-class Transformer(nnx.Module):
-    """Embedding, L blocks, last norm, and an output head unless it is tied to the embedding.
-
-    Every initial value depends only on the seed of `rngs`, the layer and the parameter's name.
-    `config.vocab_size` must be resolved (above 0).
-    """
+class Trunk(nnx.Module):
+    """Embedding, last norm, and an output head unless it is tied to the embedding."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
-        if config.vocab_size < 1:
-            raise ValueError("model.vocab_size is not resolved: take it from the tokenizer")
-        if not config.dense:
-            refuse_lookahead(config.moe)
         V, D, own = config.vocab_size, config.width, param_dtype(dtype)
         # A tied table is also the head, which sums D products into a logit.
         embed_init = truncated_normal(1 / math.sqrt(D))
         self.dtype = dtype
         self.embed_VD = param(rngs, "embed", (V, D), ("vocab", "embed"), embed_init, own)
-        self.blocks = nnx.List(
-            Block(config, layer=layer, dtype=dtype, rngs=scoped(scoped(rngs, "blocks"), layer))
-            for layer in range(config.num_layers)
-        )
         self.norm = RMSNorm(D, "norm", eps=config.norm_eps, dtype=dtype, rngs=rngs)
         self.head_DV = (
             None
@@ -57,3 +46,33 @@ class Transformer(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         """The output projection."""
         return jnp.transpose(self.embed_VD[...]) if self.head_DV is None else self.head_DV[...]
+
+
+class Transformer(Trunk):
+    """A trunk and L blocks.
+
+    Every initial value depends only on the seed of `rngs`, the layer and the parameter's name.
+    `config.vocab_size` must be resolved (above 0).
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+        if config.vocab_size < 1:
+            raise ValueError("model.vocab_size is not resolved: take it from the tokenizer")
+        if not config.dense:
+            refuse_lookahead(config.moe)
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            make_block(config, layer, layer, dtype=dtype, rngs=rngs)
+            for layer in range(config.num_layers)
+        )
+
+
+def make_block(
+    config: ModelConfig, layer: int, number: int | jax.Array, *, dtype: Any, rngs: nnx.Rngs
+) -> Block:
+    """A block of the kind of `layer` with the initial values of layer `number`.
+
+    `rngs` are the Transformer's.
+    """
+    own = scoped(scoped(rngs, "blocks"), number)
+    return Block(config, layer=layer, dtype=dtype, rngs=own)

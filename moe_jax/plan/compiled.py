@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moe_jax.config import to_json
 from moe_jax.errors import UserError
-from moe_jax.plan.hlo import Collectives, read_collectives
+from moe_jax.parallel.hlo import Collectives, read_collectives
 from moe_jax.plan.lowering import Plan
 from moe_jax.plan.topology import Topology
 

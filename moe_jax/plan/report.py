@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from moe_jax import checkpoint
 from moe_jax.model.flops import param_counts
+from moe_jax.parallel.hlo import Collectives, mesh_axes
 from moe_jax.plan.analytic import Memory
 from moe_jax.plan.compiled import Compiled
-from moe_jax.plan.hlo import Collectives, mesh_axes
 from moe_jax.plan.lowering import Plan
 from moe_jax.plan.roofline import Roofline, Traffic
 from moe_jax.plan.search import Found, Rejected, mesh_text

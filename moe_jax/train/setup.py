@@ -240,8 +240,7 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
         say(f"starting from the weights in {init_from}")
         weights = _weights_of(run, init_from, say)  # refused before anything is compiled
     key = jax.random.key(run.config.seed, impl="threefry2x32")
-    create = jax.jit(lambda key: new_state(run.model, run.optimizer, key), out_shardings=shardings)
-    return dataclasses.replace(create(key), **weights)
+    return dataclasses.replace(new_state(run.model, run.optimizer, run.mesh, key), **weights)
 
 
 def _disk_target(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from moe_jax.config import Config
 from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.model.moe.layer import first_router_state
 from moe_jax.model.params import param_dtype
-from moe_jax.model.stack import ModelDef, init, is_axes
+from moe_jax.model.stack import ModelDef, init_on, is_axes
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
 
@@ -37,12 +37,17 @@ def make_optimizer(config: Config) -> Optimizer:
     return Optimizer(config.optimizer, config.train.steps, frozen)
 
 
-def new_state(model: ModelDef, optimizer: Optimizer, key: jax.Array) -> TrainState:
-    """A fresh state; call it under jit with `state_shardings` as out_shardings."""
-    params = init(model, key)
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), _first_router_state(model)
-    )
+def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array) -> TrainState:
+    """A fresh state on the devices of `mesh`; not for use under jit."""
+    where = state_shardings(model, optimizer, mesh)
+    params = init_on(model, key, where.params)
+
+    def rest(params):
+        return jnp.zeros((), jnp.int32), optimizer.init(params), _first_router_state(model)
+
+    places = (where.step, where.optimizer, where.router)
+    step, moments, router = jax.jit(rest, out_shardings=places)(params)
+    return TrainState(step, params, moments, router)
 
 
 def _first_router_state(model: ModelDef) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
@@ -13,7 +14,7 @@ from moe_jax.model.layout import Layout, make_layout, to_layers, to_stacked
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.remat import REMAT
-from moe_jax.model.stack import define, forward, head_weight, init, is_axes
+from moe_jax.model.stack import define, forward, head_weight, init, init_on, is_axes
 from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.parallel.rules import sharding, spec
 
@@ -178,13 +179,25 @@ def test_confined_attention_stops_at_documents(mesh_of):
     assert (second_document(DENSE, tokens) != second_document(DENSE, other)).any()
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
+    model = define(dataclasses.replace(SPARSE, scan_layers=scan), jnp.float32)
+    where = jax.tree.map(lambda _: NamedSharding(mesh_of(), PartitionSpec()), model.abstract)
+    at_once = jax.jit(lambda key: init(model, key))(jax.random.key(1))
+    assert_equal(init_on(model, jax.random.key(1), where), at_once)
+
+
 def test_same_on_a_mesh_and_every_parameter_is_placed(x64, mesh_of):
     config = dataclasses.replace(SPARSE, scan_layers=True, qk_norm="full")
     model, params, out, grads = step(config, mesh_of())
     mesh = mesh_of(fsdp=2, tensor=2)
     places = jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
-    placed = jax.jit(lambda key: init(model, key), out_shardings=places)(jax.random.key(0))
+    placed = init_on(model, jax.random.key(0), places)
     assert_equal(placed, params)
+    assert all(
+        leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        for leaf, place in zip(jax.tree.leaves(placed), jax.tree.leaves(places), strict=True)
+    )
     split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
     assert sum(leaf.size for leaf in split) > 0.95 * sum(
         leaf.size for leaf in jax.tree.leaves(placed)

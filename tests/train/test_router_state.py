@@ -22,7 +22,6 @@ from moe_jax.train.state import (
     from_disk,
     make_optimizer,
     new_state,
-    state_shardings,
     to_disk,
 )
 from moe_jax.train.step import StepOptions, jit_train_step
@@ -81,10 +80,12 @@ def make(config: Config, **axes):
     sizes = MeshConfig(**{"data": 1, **axes})
     mesh = make_mesh(sizes, jax.devices()[: sizes.batch_shards * sizes.tensor])
     model, optimizer = define(config.model, jnp.float32), make_optimizer(config)
-    where = state_shardings(model, optimizer, mesh)
-    create = jax.jit(lambda key: new_state(model, optimizer, key), out_shardings=where)
     step = jit_train_step(model, optimizer, StepOptions.of(config), mesh)
-    return create(jax.random.key(0)), step, batch(config.train.accumulation, mesh)
+    return (
+        new_state(model, optimizer, mesh, jax.random.key(0)),
+        step,
+        batch(config.train.accumulation, mesh),
+    )
 
 
 def host(tree):

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.plan.hlo import array_bytes, mesh_axes, read_collectives
+from moe_jax.parallel.hlo import array_bytes, mesh_axes, read_collectives
 
 LOOPS = """HloModule jit_train_step, is_scheduled=true
 
