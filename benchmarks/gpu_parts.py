@@ -109,15 +109,18 @@ def confined(given: Given) -> list[Job]:
 
 
 def two(given: Given) -> list[Job]:
-    """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss."""
+    """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss.
+
+    On random tokens: on text the load of an untrained router decides how long the other GPU waits.
+    """
     jobs = []
     for config in given.configs:
-        one = bench(given, config, given.batch)
-        jobs += [one, bench(given, config, 2 * given.batch)]
+        one = bench(given, config, given.batch, "--random", also="random")
+        jobs += [one, bench(given, config, 2 * given.batch, "--random", also="random")]
         for axis in AXES:
-            mesh = f"--config.mesh.{axis}=2"
+            own = ("--random", f"--config.mesh.{axis}=2")
             jobs.append(
-                bench(given, config, given.batch, mesh, also=axis, devices=2, against=one.name)
+                bench(given, config, given.batch, *own, also=axis, devices=2, against=one.name)
             )
     return jobs
 

@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from small_run import ROOT, flags, write_corpus
 
 from moe_jax.bench.__main__ import main
 from moe_jax.bench.breakdown import account
+from moe_jax.bench.random_rows import random_rows
+from moe_jax.config import Config
+from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
+from moe_jax.model.config import ModelConfig
 
 KEYS = (
     "config step_ms step_ms_p10 step_ms_p90 tokens_per_s model_tflops_per_s mfu "
@@ -32,6 +37,16 @@ def test_one_json_line(tmp_path, capsys):
     assert 0 < row["active_params"] < row["params"]
     assert row["collectives_sent_mb"] > 0
     assert not (tmp_path / "bench").exists()  # only the store is kept
+
+
+def test_random_rows_are_a_function_of_seed_step_and_row():
+    config = Config(model=ModelConfig(vocab_size=1000), data=DataConfig(sequence_length=64))
+    rows = random_rows(config)
+    batch, again = rows(3, np.arange(4)), rows(3, np.array([2]))
+    np.testing.assert_array_equal(batch.tokens_BT[2:3], again.tokens_BT)
+    np.testing.assert_array_equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1])
+    assert len(np.unique(batch.tokens_BT)) > 200 and batch.tokens_BT.max() < 1000
+    assert (rows(4, np.arange(4)).tokens_BT != batch.tokens_BT).any()
 
 
 def test_no_steps(tmp_path):

@@ -9,16 +9,19 @@ import jax
 
 from moe_jax.bench.breakdown import breakdown_table
 from moe_jax.bench.measure import measure
+from moe_jax.bench.random_rows import random_rows
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
+from moe_jax.train.loop import start_lowering
 from moe_jax.train.setup import first_state, prepare
 
 _FLAGS = (
     flags.Flag("steps", 20, "Steps to time, after some that are not."),
     flags.Flag("gradients", False, "Also time forward and backward alone."),
+    flags.Flag("random", False, "Train on random tokens instead of the config's text."),
     flags.Flag("profile", False, "Also show where the device's time goes, from a trace."),
 )
 
@@ -36,8 +39,10 @@ def main(argv: Sequence[str]) -> int:
     if config.train.deterministic:
         use_deterministic_kernels()
     run = prepare(config, workdir, _progress)
+    lowered = start_lowering(run)
     given, state = parsed.flags, first_state(run, "", _progress)
-    row = measure(run, state, given.steps, given.gradients, given.profile)
+    rows = random_rows(run.config) if given.random else run.batches.rows
+    row = measure(run, state, lowered, rows, given.steps, given.gradients, given.profile)
     if given.profile:
         _progress(breakdown_table(row["profile_ms"]))
         if row["collectives_hidden_ms"]:

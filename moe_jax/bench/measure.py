@@ -5,6 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ import jax
 import numpy as np
 
 from moe_jax.bench.breakdown import breakdown
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, RowsFn
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
 from moe_jax.parallel.hlo import read_collectives
 from moe_jax.train.evaluate import batch_shardings
-from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState
 from moe_jax.train.step import StepMetrics, make_gradients
@@ -41,18 +41,24 @@ def peak_memory_bytes() -> int:
 
 
 def measure(
-    run: Run, state: TrainState, steps: int, gradients: bool, profile: bool
+    run: Run,
+    state: TrainState,
+    lowered: Future[jax.stages.Lowered],
+    rows: RowsFn,
+    steps: int,
+    gradients: bool,
+    profile: bool,
 ) -> dict[str, Any]:
-    """Speed of `steps` steps on the run's own batches, after WARMUP that do not count.
+    """Speed of `steps` steps on batches of `rows`, after WARMUP that do not count.
 
     Returns the numbers of one JSON line; `gradients` adds forward and backward alone, `profile`
     where the device's time goes (`breakdown`).
     """
     config = run.config
-    with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0) as feed:
+    with DeviceFeed(rows, run.microbatch, batch_shardings(run), 0) as feed:
         _, batch = next(feed)
         began = time.perf_counter()
-        step_fn = compile_step(run, state, batch)
+        step_fn = lowered.result().compile()
         compile_seconds = time.perf_counter() - began
 
         steps_run = Steps(step_fn, state, feed, batch)

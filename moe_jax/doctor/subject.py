@@ -113,7 +113,7 @@ class Subject:
     @cached_property
     def step_fn(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """The compiled train step, which donates its state."""
-        return compile_step(self.run, self.state, self.batch)
+        return compile_step(self.run)
 
     @cached_property
     def steps(self) -> Steps:

@@ -5,6 +5,7 @@ Axes: B batch, T query positions, S key positions (as many), H query heads, J ke
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.xla_flags import kernels_are_deterministic
 from moe_jax.registry import lookup
 
+_CALLS = itertools.count()  # of cuDNN's attention in this process
 _MAX_CHUNKS = 8
 _MIN_CHUNK = 32
 _SPLASH_BLOCK = 128  # splash attention wants whole blocks of positions
@@ -141,10 +144,16 @@ def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
     """
     del mesh
     same = None
+    scale = 1 / math.sqrt(q_BTHA.shape[-1])
+    if kernels_are_deterministic():
+        # XLA (jax 0.11.2) runs only one of several equal calls in this mode: the others end the
+        # run with "raw_hash_map<>::at" (openxla/xla pull request 46500).  This is another double
+        # in each call and the same float32, which is what cuDNN takes.
+        scale *= 1 + next(_CALLS) * 2.0**-44
     if segments_BT is not None:
         same = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q_BTHA, k_BTJA, v_BTJA, mask=same, is_causal=True, implementation="cudnn"
+        q_BTHA, k_BTJA, v_BTJA, mask=same, scale=scale, is_causal=True, implementation="cudnn"
     )
 
 

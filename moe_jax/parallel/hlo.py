@@ -178,8 +178,8 @@ def _moved(op: str, instruction: Instruction, group: int) -> float:
 
 def _last_element(text: str, op: str) -> str:
     """The result inside the type of an asynchronous start: (operands, results, contexts...)."""
-    if op == "all-reduce":
-        return text  # its start has the result's type
+    if op == "all-reduce" and not text.startswith("(("):
+        return text  # its start has the result's type, but on GPUs
     parts, depth, begin = [], 0, 1
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")

@@ -31,3 +31,10 @@ def use_deterministic_kernels() -> None:
     the compilation: "IndexError: raw_hash_map<>::at".)
     """
     add_xla_flag("xla_gpu_deterministic_ops", "true")
+
+
+def kernels_are_deterministic() -> bool:
+    """Whether XLA has been told to use no kernel that may differ from run to run."""
+    names = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
+    given = os.environ.get("XLA_FLAGS", "").lower()
+    return any(f"--{name}={value}" in given for name in names for value in ("true", "1"))

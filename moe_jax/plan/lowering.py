@@ -10,16 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from moe_jax.config import Config
-from moe_jax.data.pipeline import Batch
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.model.flops import flops_per_token
 from moe_jax.model.stack import ModelDef, define, is_axes
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from moe_jax.parallel.rules import sharding, spec
+from moe_jax.parallel.rules import spec
 from moe_jax.train import resolve
 from moe_jax.train.state import abstract_state, make_optimizer, placed_state
-from moe_jax.train.step import StepOptions, jit_train_step
+from moe_jax.train.step import StepOptions, abstract_batch, jit_train_step
 
 
 class Leaf(NamedTuple):
@@ -134,24 +133,3 @@ def lower(plan: Plan, devices: Sequence[Any]) -> jax.stages.Lowered:
     state = placed_state(model, optimizer, mesh)
     step = jit_train_step(model, optimizer, StepOptions.of(config), mesh)
     return step.lower(state, abstract_batch(config, mesh))
-
-
-def abstract_batch(config: Config, mesh: Any) -> Batch:
-    """The batch of one step as a feed hands it over."""
-    parts = config.train.accumulation
-    rows = (parts, config.train.batch_size // parts)
-    shape = (*rows, config.data.sequence_length)
-    tokens = sharding(mesh, (None, "batch", None))
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=tokens)
-    row = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=sharding(mesh, (None, "batch")))
-    return Batch(
-        tokens_BT=whole,
-        targets_BT=whole,
-        segments_BT=whole,
-        positions_BT=whole,
-        loss_mask_BT=mask,
-        sources_BT=whole,
-        bytes_BT=whole,
-        row_B=row,
-    )

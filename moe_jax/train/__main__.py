@@ -17,7 +17,7 @@ from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
-from moe_jax.train.loop import SAMPLES, train
+from moe_jax.train.loop import SAMPLES, start_lowering, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.setup import Run, first_state, prepare
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         Watchdog(config.watchdog, stacks, grace) as watch,
     ):
         # ---- state
-        began = time.perf_counter()
+        lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         resumed = start if start else None
         with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
             preemption.defer()
-            code = train(run, state, reporter, preemption, watch)
+            code = train(run, state, lowered, reporter, preemption, watch)
         with watch("checkpoint"):
             run.checkpoints.close()
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}

@@ -1,7 +1,7 @@
 """The run, from its first step to its last."""
 
 import time
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -12,8 +12,8 @@ from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.profile import Profiler
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
-from moe_jax.train.state import TrainState, to_disk
-from moe_jax.train.step import jit_train_step
+from moe_jax.train.state import TrainState, placed_state, to_disk
+from moe_jax.train.step import abstract_batch, jit_train_step
 from moe_jax.train.step_log import StepLog, way_on
 from moe_jax.train.watchdog import Watchdog
 
@@ -21,7 +21,12 @@ SAMPLES = "samples.txt"
 
 
 def train(
-    run: Run, state: TrainState, reporter: Reporter, preemption: Preemption, watch: Watchdog
+    run: Run,
+    state: TrainState,
+    lowered: Future[jax.stages.Lowered],
+    reporter: Reporter,
+    preemption: Preemption,
+    watch: Watchdog,
 ) -> int:
     """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
 
@@ -45,7 +50,7 @@ def train(
             step_number, batch = next(feed)
         began = time.perf_counter()
         with watch("compile"):
-            step_fn = compile_step(run, state, batch)
+            step_fn = lowered.result().compile()
         reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
 
         # ---- steps
@@ -99,10 +104,24 @@ def train(
     return DONE
 
 
-def compile_step(run: Run, state: TrainState, batch: Any) -> Any:
-    """The compiled train step, its state donated."""
+def lower_step(run: Run) -> jax.stages.Lowered:
+    """The train step, traced and lowered; its state is donated."""
     jitted = jit_train_step(run.model, run.optimizer, run.step_options, run.mesh)
-    return jitted.lower(state, batch).compile()
+    state = placed_state(run.model, run.optimizer, run.mesh)
+    return jitted.lower(state, abstract_batch(run.config, run.mesh))
+
+
+def start_lowering(run: Run) -> Future[jax.stages.Lowered]:
+    """`lower_step` in a thread: Python's part, while XLA compiles what makes the state."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lowering")
+    lowered = thread.submit(lower_step, run)
+    thread.shutdown(wait=False)
+    return lowered
+
+
+def compile_step(run: Run) -> jax.stages.Compiled:
+    """The compiled train step."""
+    return lower_step(run).compile()
 
 
 def save(run: Run, state: TrainState, step: int) -> None:

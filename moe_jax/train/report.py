@@ -10,7 +10,6 @@ from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
 
 from moe_jax.errors import UserError
 from moe_jax.train.workdir import Folder, Mirror
@@ -56,6 +55,8 @@ class Reporter:
                 self._mirror.fetch(f"{name}*")
             self._metrics = _Lines(folder / METRICS, resumed_step)
             self._ledger = _Lines(folder / LEDGER, resumed_step)
+            import tensorboardX  # imports torch where that is installed: seconds
+
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"),
                 purge_step=None if resumed_step is None else resumed_step + 1,

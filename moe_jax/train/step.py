@@ -18,6 +18,7 @@ from moe_jax.model.moe.layer import make_router
 from moe_jax.model.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
+from moe_jax.parallel.rules import sharding
 from moe_jax.train.state import TrainState, everywhere, state_shardings
 
 
@@ -164,3 +165,24 @@ def jit_train_step(
     where = state_shardings(model, optimizer, mesh)
     # Metrics whole on every device: each process can read them.
     return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))
+
+
+def abstract_batch(config: Config, mesh: Any) -> Batch:
+    """The batch of one step as a feed hands it over."""
+    parts = config.train.accumulation
+    rows = (parts, config.train.batch_size // parts)
+    shape = (*rows, config.data.sequence_length)
+    tokens = sharding(mesh, (None, "batch", None))
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=tokens)
+    row = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=sharding(mesh, (None, "batch")))
+    return Batch(
+        tokens_BT=whole,
+        targets_BT=whole,
+        segments_BT=whole,
+        positions_BT=whole,
+        loss_mask_BT=mask,
+        sources_BT=whole,
+        bytes_BT=whole,
+        row_B=row,
+    )

@@ -149,6 +149,24 @@ def test_what_cudnn_is_asked_for_is_the_reference(x64, mesh_of, monkeypatch, con
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_deterministic_cudnn_never_gets_the_same_call_twice(mesh_of, monkeypatch):
+    """Scales that differ for XLA and are one float32 for cuDNN; equal ones without the flag."""
+    scales = []
+
+    def note(q, *operands, scale, **how):
+        scales.append(scale)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", note)
+    for flags, different in (("", 1), ("--xla_gpu_deterministic_ops=true", 50)):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        scales.clear()
+        for _ in range(50):
+            attention(*make(8, 2, 2, jnp.bfloat16), None, mesh_of(), "cudnn")
+        assert len(set(scales)) == different
+        assert {np.float32(scale) for scale in scales} == {np.float32(1 / np.sqrt(8))}
+
+
 def test_an_unknown_name_is_refused(mesh_of):
     with pytest.raises(UserError, match="did you mean 'cudnn'"):
         attention(*make(8, 2, 2, jnp.float32), None, mesh_of(), "cuddn")

@@ -69,6 +69,18 @@ def test_loops_multiply():
     }
 
 
+def test_the_start_of_an_asynchronous_all_reduce_counts_once():
+    """CPUs and TPUs give it the result's type, GPUs a tuple of operands and results."""
+    for kind in ("bf16[16]{0}", "((bf16[16]{0}), bf16[16]{0})"):
+        text = (
+            "ENTRY %main (p: bf16[16]) -> bf16[16] {\n"
+            "  %p = bf16[16]{0} parameter(0)\n"
+            f"  %s = {kind} all-reduce-start(%p), replica_groups={{{{0,1}}}}, to_apply=%add\n"
+            "  ROOT %d = bf16[16]{0} all-reduce-done(%s)\n}\n"
+        )
+        assert [one.sent(2) for one in read_collectives(text).found] == [32.0]
+
+
 def test_a_loop_of_unknown_length_is_reported():
     text = LOOPS.replace("direction=LT", "direction=NE")
     found, unknown = read_collectives(text)

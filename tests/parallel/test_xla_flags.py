@@ -5,6 +5,7 @@ import os
 from moe_jax.parallel.xla_flags import (
     add_xla_flag,
     avoid_command_buffers,
+    kernels_are_deterministic,
     use_deterministic_kernels,
 )
 
@@ -25,5 +26,9 @@ def test_what_the_user_set_stays(monkeypatch):
 
 def test_deterministic_kernels(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
+    assert not kernels_are_deterministic()
     use_deterministic_kernels()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+    assert kernels_are_deterministic()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    assert not kernels_are_deterministic()

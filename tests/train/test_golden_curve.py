@@ -28,7 +28,7 @@ def test_losses(tmp_path, x64, compiled_as_by_users, golden):
     step_fn = None
     with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0, STEPS) as feed:
         for _, batch in feed:
-            step_fn = step_fn or compile_step(run, state, batch)
+            step_fn = step_fn or compile_step(run)
             state, metrics = step_fn(state, batch)
             row = step_row(metrics)
             for name in LOGGED:

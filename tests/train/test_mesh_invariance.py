@@ -92,7 +92,7 @@ def free_run(prepared):
             step_fn, results = None, []
             with feed(run) as batches:
                 for _, batch in batches:
-                    step_fn = step_fn or compile_step(run, state, batch)
+                    step_fn = step_fn or compile_step(run)
                     state, metrics = step_fn(state, batch)
                     results.append(step_row(metrics))
         return [row["loss"] for row in results], [counts_of(row) for row in results]
@@ -139,8 +139,8 @@ def test_float32_steps_from_one_state_agree(prepared, layout, accumulation, rout
         for (_, batch), (_, other_batch) in zip(batches, other_batches, strict=True):
             # A copy: both steps donate their state.
             moved = jax.device_put(jax.tree.map(np.asarray, state), where)
-            other_fn = other_fn or compile_step(other, moved, other_batch)
-            one_fn = one_fn or compile_step(one, state, batch)
+            other_fn = other_fn or compile_step(other)
+            one_fn = one_fn or compile_step(one)
             _, found = other_fn(moved, other_batch)
             state, expected = one_fn(state, batch)
             found, expected = step_row(found), step_row(expected)

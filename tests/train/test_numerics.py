@@ -41,7 +41,7 @@ def test_the_first_steps_in_bfloat16_follow_float32(tmp_path):
         state = first_state(run, "", lambda line: None)
         with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0) as feed:
             _, batch = next(feed)
-            steps = Steps(compile_step(run, state, batch), state, feed, batch)
+            steps = Steps(compile_step(run), state, feed, batch)
             steps.run(STEPS)
         curves.append(smoothed(steps.losses, window=4))
     first, *_, last = curves[0]
