@@ -75,7 +75,7 @@ def test_the_start_of_an_asynchronous_all_reduce_counts_once():
         text = (
             "ENTRY %main (p: bf16[16]) -> bf16[16] {\n"
             "  %p = bf16[16]{0} parameter(0)\n"
-            f"  %s = {kind} all-reduce-start(%p), replica_groups={{{{0,1}}}}, to_apply=%add\n"
+            f"  %s = {kind} all-reduce-start(%p), replica_groups={{{{0,1}}}}\n"
             "  ROOT %d = bf16[16]{0} all-reduce-done(%s)\n}\n"
         )
         assert [one.sent(2) for one in read_collectives(text).found] == [32.0]
