@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "moe_jax": 0,  # only __init__.py: the version
     "moe_jax.errors": 0,
+    "moe_jax.json_files": 1,
     "moe_jax.registry": 1,
     "moe_jax.markdown": 1,
     "moe_jax.parallel": 2,

@@ -15,6 +15,8 @@ from typing import cast
 
 from etils import epath
 
+from moe_jax import json_files
+
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
 # Orbax writes these two at commit, after the manifest.
@@ -91,7 +93,7 @@ def _check(directory: epath.Path, name: str, expected: dict[str, int | str]) -> 
 
 def _parse(text: str) -> dict[str, dict[str, int | str]]:
     """The files of a manifest; raises ValueError.  Names that leave the step are refused."""
-    manifest = json.loads(text)
+    manifest = json_files.parse(text)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"it is not of format {_FORMAT}")
     files = manifest.get("files")
