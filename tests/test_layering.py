@@ -17,6 +17,7 @@ RANKS = {
     "moe_jax": 0,  # only __init__.py: the version
     "moe_jax.errors": 0,
     "moe_jax.json_files": 1,
+    "moe_jax.links": 1,
     "moe_jax.registry": 1,
     "moe_jax.markdown": 1,
     "moe_jax.parallel": 2,

@@ -67,7 +67,7 @@ def size(directory: epath.Path) -> int:
 def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.Path]]:
     """(name relative to the step, path) of every file."""
     for path in directory.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):  # a link may lead round in circles
             yield from _files(path, f"{above}{path.name}/")
         else:
             yield f"{above}{path.name}", path
