@@ -1,7 +1,10 @@
 """JSON that anybody may have written: a value, or one sentence that names the file."""
 
+import contextlib
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -30,18 +33,29 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def load(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is none, in a few words.
+    """
+    raw = _contents(path, LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 20} MiB")
+    return parse(raw)
+
+
 def read(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it cannot be read, or is not JSON.
+      UserError: it cannot be read, or is none.
     """
-    raw = _contents(path, LARGEST + 1)
     try:
-        if len(raw) > LARGEST:
-            raise ValueError(f"larger than {LARGEST >> 20} MiB")
-        return parse(raw)
+        with _reading(path):
+            return load(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): bring a copy back, or remove it.") from None
 
@@ -53,18 +67,30 @@ def read_lines(path: Path) -> list[bytes]:
       FileNotFoundError: there is no such file.
       UserError: it cannot be read.
     """
-    return _contents(path).splitlines(keepends=True)
+    with _reading(path):
+        return _contents(path).splitlines(keepends=True)
 
 
-def _contents(path: Path, limit: int = -1) -> bytes:
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
-        raise UserError(f"{path} is not a file: move it away.")
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            return file.read(limit)
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): change its permissions."
+            f"{path} cannot be read ({error.strerror or error}): change its permissions or move it "
+            f"away."
         ) from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file with a content; a pipe, which epath takes for one, is not."""
+    return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
+
+
+def _contents(path: Path, limit: int = -1) -> bytes:
+    if path.exists() and not is_file(path):  # opening a pipe would wait for its other end
+        raise OSError("it is not a file")
+    with path.open("rb") as file:
+        return file.read(limit)

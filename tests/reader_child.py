@@ -9,35 +9,47 @@ import resource
 import sys
 from collections.abc import Callable
 
+import numpy as np
+
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
+from moe_jax.data.pipeline import Batches, HeldOut
+from moe_jax.data.store import open_store
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 
+ADDRESSES = 16 << 30  # bytes: an allocation beyond this fails, as it would on a full machine
 TEXTS = ["def f(x):\n    return x\n", "größe 日本 🙂", "", "the router sends a token"]
 
 
-def _corpus(kind: str) -> Callable[[str], object]:
-    def read(path: str) -> object:
-        (stream,) = find_streams(DataConfig(source=kind, files=path))
-        list(stream.digests())
-        return [document.text.encode() for document in stream.documents()]
-
-    return read
+def _parquet(path: str) -> None:
+    (stream,) = find_streams(DataConfig(source="parquet", files=path))
+    list(stream.digests())
+    for document in stream.documents():
+        document.text.encode()
 
 
-def _tokenizer(path: str) -> object:
+def _tokenizer(path: str) -> None:
     tokenizer = load_tokenizer(path)
     for ids in tokenizer.encode_batch(TEXTS):
         tokenizer.decode(ids)
-    return None
 
 
-READERS = {
-    "text": _corpus("text"),
-    "jsonl": _corpus("jsonl"),
-    "parquet": _corpus("parquet"),
+def _store(path: str) -> None:
+    store = open_store(path)
+    rows = np.arange(4)
+    batches = Batches.for_training(store, 0, 4, 16)
+    for step in range(4):
+        batches.rows(step, rows)
+    HeldOut(store, 4, 16).rows(0, rows)
+    for split in (store.train, store.heldout):
+        split.read([(0, split.num_tokens)])
+
+
+READERS: dict[str, Callable[[str], None]] = {
+    "parquet": _parquet,
     "tokenizer": _tokenizer,
+    "store": _store,
 }
 
 
@@ -55,5 +67,6 @@ def answer(order: dict[str, str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -169,7 +169,43 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
         raise damaged(f"{what} {STORE_FORMAT}", path)
     if manifest.get("sha256") != _seal(manifest):
         raise damaged(f"{name} differs from what was written (SHA-256)", path)
+    wrong = _wrong_key(manifest)
+    if wrong:
+        raise damaged(f"{name} has no usable {wrong!r}", path)
     return manifest
+
+
+def _wrong_key(manifest: dict[str, Any]) -> str | None:
+    """The first key of a manifest that is not as build.py writes it: a seal can be made anew."""
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    def below(value: Any, limit: int) -> bool:
+        return type(value) is int and 0 <= value < limit
+
+    def bounds(value: Any) -> bool:
+        whole = isinstance(value, list) and all(below(place, 2**48) for place in value)
+        right = whole and len(value) == len(manifest["streams"]) + 1
+        return right and value == sorted(value) and value[0] == 0
+
+    splits, arrays = manifest.get("splits"), manifest.get("arrays")
+    fit = {
+        "fingerprint": isinstance(manifest.get("fingerprint"), str),
+        "tokenizer": isinstance(manifest.get("tokenizer"), str),
+        "vocab_size": below(manifest.get("vocab_size"), 2**31),
+        "streams": names(manifest.get("streams")),
+        "sources": names(manifest.get("sources")),
+        "arrays": isinstance(arrays, dict),
+    }
+    for key, right in fit.items():
+        if not right:
+            return key
+    for key in ("eos_id", "pad_id"):
+        if not below(manifest.get(key), manifest["vocab_size"]):
+            return key
+    good = isinstance(splits, dict) and all(bounds(splits.get(name)) for name in SPLITS)
+    return None if good else "splits"
 
 
 def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
@@ -184,7 +220,7 @@ def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     try:
         for name, digest in array_digests(key_value_store(path)).items():
-            if manifest["arrays"][name] != digest:
+            if manifest["arrays"].get(name) != digest:
                 raise damaged(f"{os.fspath(path)}/{name} differs from what was written", path)
         splits = {name: _open_split(epath.Path(path) / name, manifest, context) for name in SPLITS}
     except UserError:
@@ -207,15 +243,21 @@ def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
 
 def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context) -> Split:
     """One split; raises whatever tensorstore raises, and UserError where parts do not fit."""
-    tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
-    documents_array = ts.open(array_spec(path / "documents"), read=True).result()
-    documents = cast(np.ndarray, documents_array.read().result())
     bounds = np.asarray(manifest["splits"][path.name], np.int64)
-    if tokens.dtype.name not in ("uint16", "uint32") or tokens.shape != (bounds[-1],):
+    total, sources = int(bounds[-1]), len(manifest["sources"])
+    tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
+    if tokens.dtype.name not in ("uint16", "uint32") or tokens.shape != (total,):
         what = f"{path}/tokens holds {tokens.dtype.name}{list(tokens.shape)}"
-        raise damaged(f"{what} instead of uint16 or uint32 [{bounds[-1]}]", path.parent)
-    if documents.dtype != np.int64 or documents.shape[1:] != (3,):
-        raise damaged(f"{path}/documents holds {documents.dtype}{documents.shape}", path.parent)
+        raise damaged(f"{what} instead of uint16 or uint32 [{total}]", path.parent)
+    table = ts.open(array_spec(path / "documents"), read=True).result()
+    if table.dtype.name != "int64" or table.shape[1:] != (3,) or table.shape[0] > total:
+        what = f"{path}/documents holds {table.dtype.name}{list(table.shape)}"
+        raise damaged(f"{what} instead of int64 [at most {total}, 3]", path.parent)
+    documents = cast(np.ndarray, table.read().result())
+    starts = np.append(documents[:, START], total)
+    known = (documents[:, SOURCE] >= 0) & (documents[:, SOURCE] < sources)
+    if starts[0] != 0 or (np.diff(starts) <= 0).any() or not known.all():
+        raise damaged(f"{path}/documents does not fit its tokens and sources", path.parent)
     return Split(os.fspath(path), tokens, documents, bounds, manifest["vocab_size"])
 
 
