@@ -40,7 +40,7 @@ from moe_jax.data.store import (
 )
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.links import check_links
+from moe_jax.links import check_link, check_links
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
 SHARD_TOKENS = 1 << 22  # one file
@@ -136,6 +136,7 @@ def _lock(root: epath.Path, name: str) -> Iterator[None]:
         ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        check_link(root / name, root)
         check_links(root / name)
         yield
 
