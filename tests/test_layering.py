@@ -65,7 +65,7 @@ RANKS = {
 # Pairs that their ranks would allow.
 FORBIDDEN = {("moe_jax.data", "moe_jax.model")}
 # A launcher builds command lines on machines that may hold no JAX at all.
-LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.registry")
+LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.links", "moe_jax.registry")
 
 # Each would run what a file or a config says, or parse a command that was put together from it.
 NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -9,6 +9,8 @@ import pytest
 from checkpoint_trees import make_tree, saved
 from small_run import flags, write_corpus
 
+from launch.shell import LaunchError
+from launch.sweep import _write_record
 from moe_jax.data.build import Layout, build
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
@@ -84,6 +86,14 @@ def test_a_build_locks_no_file_of_another(tmp_path, mine):
     (tmp_path / "stores" / f"{name}.lock").symlink_to(mine / "file")
     with pytest.raises(UserError, match="cannot be written"):
         build(config, tmp_path / "stores")
+    assert (mine / "file").read_text() == "mine"
+
+
+def test_a_sweep_writes_through_no_link(tmp_path, mine):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").symlink_to(mine / "file")
+    with pytest.raises(LaunchError, match=r"sweep\.json is a link to"):
+        _write_record(tmp_path / "sweep", {})
     assert (mine / "file").read_text() == "mine"
 
 

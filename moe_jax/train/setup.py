@@ -217,9 +217,9 @@ def _check_same_text(store: Store, workdir: Folder) -> None:
     path = workdir / DATA_RECORD
     if path.exists() and json_files.read(path) != {"fingerprint": store.fingerprint}:
         raise UserError(
-            f"The text of the run in {workdir} has changed since it began ({DATA_RECORD} there "
-            f"holds another fingerprint): bring the files back, or use another --workdir (with "
-            f"--init_from to keep the weights)."
+            f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
+            f"({DATA_RECORD} there holds another fingerprint): bring the files back, or use "
+            f"another --workdir (with --init_from to keep the weights)."
         )
 
 

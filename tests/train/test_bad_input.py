@@ -291,7 +291,7 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
     (place.saved / "data.json").write_text('{"fingerprint": "of other text"}')
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, place.saved, {})])
-    check_sentence(error, "The text of the run in .* has changed since it began")
+    check_sentence(error, "The text of the run in .*, or its tokenizer, has changed since it began")
     (place.saved / "data.json").unlink()
     assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
 
