@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from hypothesis import strategies as st
 
 # JSON texts, not values: a number that no float holds and a key that comes twice are among them.
@@ -116,3 +119,23 @@ def lines_file(rows: list[Any]) -> st.SearchStrategy[bytes]:
     return st.builds(
         lambda lines, end: b"\n".join(lines) + end, lines, st.sampled_from((b"\n", b""))
     )
+
+
+def corpus_with_a_bad_record(folder: Path, kind: str) -> str:
+    """Two good files and one that is bad at one place, as a glob."""
+    folder.mkdir()
+    for name in "abc":
+        path, texts = folder / f"{name}.{kind}", [f"{name} {i} words" for i in range(300)]
+        if kind == "jsonl":
+            lines = [json.dumps({"text": text}) for text in texts]
+            if name == "b":
+                lines[41] = lines[41][:-1]
+            path.write_text("\n".join(lines))
+        else:
+            more = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+            table = pyarrow.table({"text": texts})
+            pyarrow.parquet.write_table(table, path, row_group_size=50, **more)
+            if name == "b":
+                raw = path.read_bytes()
+                path.write_bytes(raw.replace(b"b 142 words", b"b 142 wOrds"))
+    return f"{folder}/*.{kind}"

@@ -31,7 +31,9 @@ from moe_jax.train.report import has_eval, read_row, truncate
 from moe_jax.train.setup import _check_same_text, settle
 
 SECONDS = 10  # for one file of a few KiB: longer is a hang
-COUNTS = pytest.mark.parametrize("count", [20, pytest.param(3000, marks=pytest.mark.full)])
+COUNTS = pytest.mark.parametrize(
+    "count", [20, pytest.param(int(os.environ.get("N", 3000)), marks=pytest.mark.full)]
+)
 
 
 def fuzz(count: int, files: st.SearchStrategy, check: Callable[[bytes], None]) -> None:

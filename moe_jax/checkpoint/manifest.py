@@ -105,6 +105,7 @@ def _files_of(manifest: Any) -> dict[str, dict[str, int | str]]:
     for name, entry in files.items():
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise ValueError(f"it names a file outside the step, {name!r}")
-        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        kinds = {key: type(value) for key, value in entry.items()} if type(entry) is dict else {}
+        if kinds != {"size": int, "sha256": str}:
             raise ValueError(f"its entry for {name!r} is malformed")
     return files
