@@ -129,10 +129,11 @@ def rot(self, done, preemption):
         for path in pathlib.Path(os.environ["ROT"]).glob("*/train/tokens/c/*"):
             if os.environ["HOW"] == "gone":
                 path.unlink()
-            else:
+            else:  # at once: half a file would be another fault
                 raw = bytearray(path.read_bytes())
                 raw[::1000] = bytes(byte ^ 1 for byte in raw[::1000])
-                path.write_bytes(raw)
+                path.with_name("rotten").write_bytes(raw)
+                path.with_name("rotten").replace(path)
     return after(self, done, preemption)
 
 Control.after = rot
@@ -163,12 +164,16 @@ def test_a_store_that_rots_under_a_run(tmp_path, cli_env):
         assert sentence.endswith(", and the next run builds it again.")
         store = sentence.rpartition("delete ")[2].partition(", and")[0]
         kept = Checkpoints(tmp_path / how / "run" / "checkpoints")
-        assert kept.steps() and kept.steps()[-1] >= 3
+        last = kept.steps()[-1]
+        assert last in (
+            6,
+            9,
+        )  # what was read ahead when the damage was done may still be trained on
         assert [kept.verify(step) for step in kept.steps()] == [None] * len(kept.steps())
 
         shutil.rmtree(store)
         code, out, err = run_program(ROTS, command(how), env | {"ROT": str(tmp_path / "nowhere")})
-        assert code == 0 and f"resuming from step {kept.steps()[-1]}" in out, err
+        assert code == 0 and f"resuming from step {last}" in out, err
         for name in ("params", "optimizer"):
             assert kept.digest(16, name) == good.digest(16, name)
         numbers = [
