@@ -63,7 +63,7 @@ def read_run(folder: Path, name: str) -> Result:
         per_token = flops_per_token(config.model, config.data.sequence_length)
     except FileNotFoundError:
         return Result(name, "no config.json")
-    except UserError as error:
+    except (UserError, ValueError) as error:  # of a vocabulary that was never resolved
         return Result(name, str(error).removeprefix(f"{folder}/"))
     known: dict[str, Any] = {
         "config": config,

@@ -151,6 +151,10 @@ CONFIGS = {
         {"mesh.tensor": 4, "mesh.data": 2},
         r"k_DJA has kv_heads = 2, which mesh tensor \(4\) does not divide",
     ),
+    "absurdly many layers": (
+        {"model.num_layers": 2**40},
+        r"model\.num_layers is 1099511627776: set at most 2048",
+    ),
     "precision": ({"precision": "float16"}, r"precision is 'float16'"),
 }
 
