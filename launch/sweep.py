@@ -21,6 +21,8 @@ from launch import runs
 from launch.job import Job
 from launch.local import LOG, STOPPED, Local, command
 from launch.shell import LaunchError, Shell, add_options, make_parser, read_options, run_main
+from moe_jax.errors import UserError
+from moe_jax.links import check_links
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
 _CHECK = [sys.executable, "-m", "moe_jax.train.check"]
@@ -117,8 +119,11 @@ def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> i
 
 def _write_record(workdir: Path, named: dict[str, runs.Run]) -> None:
     try:
+        check_links(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / SWEEP_RECORD).write_text(json.dumps(named, indent=1) + "\n")
+    except UserError as error:
+        raise LaunchError(str(error)) from None
     except OSError as error:
         raise LaunchError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another."

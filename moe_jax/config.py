@@ -4,14 +4,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
+from moe_jax import json_files
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
@@ -174,9 +177,27 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """Config written by `to_json`; the text is data and never run."""
     try:
-        plain = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"The resolved config is not JSON: {error}.") from None
+        plain = json_files.parse(text)
+    except ValueError as error:
+        raise UserError(f"The resolved config is not JSON ({error}).") from None
+    return _from_plain(plain)
+
+
+def read_config(path: pathlib.Path | epath.Path) -> Config:
+    """The config in a file that `to_json` has written.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it is damaged, or of another version.
+    """
+    plain = json_files.read(path)
+    try:
+        return _from_plain(plain)
+    except UserError as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from None
+
+
+def _from_plain(plain: Any) -> Config:
     if not isinstance(plain, dict):
         raise UserError("The resolved config is not a JSON object.")
     return _build(Config, plain, "")

@@ -7,16 +7,16 @@ source; every share is of the line's own assignments.  Exits 1 where they do not
 
 import csv
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from moe_jax import json_files
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
 from moe_jax.model.moe.types import Fates, Ledger
@@ -36,6 +36,7 @@ _HEADINGS = {
     "unsampled": "not sampled",
     "padding": "padding",
 }
+_MOST = 2**53  # no step counts further
 WORST = 16  # experts listed when there are more
 
 
@@ -73,41 +74,81 @@ def read(path: Folder, from_step: int = 0) -> Totals:
       UserError: no such file, a damaged line, or no row.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not text"
+        lines = json_files.read_lines(path)
+    except (FileNotFoundError, UserError) as error:
+        why = "there is none" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
         raise UserError(
             f"{path} cannot be read ({why}): name the workdir of a run with experts and "
             f"train.ledger_every above 0."
         ) from None
-    steps, sources, ledger, assignments = [], [], None, np.zeros((), np.int64)
-    for number, line in enumerate(lines[:-1], 1):  # a line without its end is still being written
+    steps, total, shapes = [], None, None
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):  # it is still being written
+            break
         try:
-            row = json.loads(line)
-            step, names, found = row["step"], row["sources"], _parse(row)
-            if step < from_step:
-                continue
-            assignments = assignments + np.asarray(row["assignments"], np.int64)
-            ledger = found if ledger is None else jax.tree.map(np.add, ledger, found)
-        except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
+            row = _parse(json_files.parse(line))
+            if shapes not in (None, row.shapes()):
+                raise ValueError("other shapes than the lines before")
+        except ValueError as error:
             raise UserError(
-                f"{path}, line {number}, is damaged: remove that line to see the others."
+                f"{path}, line {number}, is damaged ({error}): remove that line to see the others."
             ) from None
-        steps.append(step)
-        sources = names
-    if ledger is None:
+        shapes = row.shapes()
+        if row.step >= from_step:
+            steps.append(row.step)
+            total = row if total is None else row.after(total)
+    if total is None:
         raise UserError(f"{path} has no step from {from_step} on: the run has not got that far.")
-    return Totals(steps, sources, assignments, ledger)
+    return Totals(steps, total.sources, total.assignments, total.ledger)
 
 
-def _parse(row: dict[str, Any]) -> Ledger:
-    """A row's counts, zeros for the fates it leaves out."""
+class _Counts(NamedTuple):
+    """One row of the file."""
+
+    step: int
+    sources: list[str]
+    assignments: np.ndarray  # [L]
+    ledger: Ledger  # Fates of int64 arrays [L, n]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [array.shape for array in jax.tree.leaves(self.ledger)]
+
+    def after(self, other: "_Counts") -> "_Counts":
+        """The sum of both, with the names and the step of this one."""
+        ledger = jax.tree.map(np.add, other.ledger, self.ledger)
+        return _Counts(self.step, self.sources, other.assignments + self.assignments, ledger)
+
+
+def _parse(row: Any) -> _Counts:
+    """A row's counts, zeros for the fates it leaves out; ValueError for what is no such row."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no row of counts")
+    sources = row.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
+        raise ValueError("its sources are no names")
+    assignments = _whole(row.get("assignments"), 1)
     axes = {}
     for axis in Ledger._fields:
-        found = {name: np.asarray(row[axis][name], np.int64) for name in row[axis]}
-        zeros = np.zeros_like(next(iter(found.values())))
-        axes[axis] = Fates(**{name: zeros for name in Fates._fields} | found)
-    return Ledger(**axes)
+        found = row.get(axis)
+        if not isinstance(found, dict) or not found or not found.keys() <= set(Fates._fields):
+            raise ValueError(f"its counts by {axis} are missing")
+        counts = {name: _whole(count, 2) for name, count in found.items()}
+        shapes = {count.shape for count in counts.values()}
+        if len(shapes) > 1 or {shape[0] for shape in shapes} != {len(assignments)}:
+            raise ValueError(f"its counts by {axis} do not have the same layers")
+        zeros = np.zeros(shapes.pop(), np.int64)
+        axes[axis] = Fates(**{name: zeros for name in Fates._fields} | counts)
+    if axes["source"].kept.shape[1] != len(sources):
+        raise ValueError("its counts by source are not those of its sources")
+    return _Counts(row["step"], sources, assignments, Ledger(**axes))
+
+
+def _whole(value: Any, ndim: int) -> np.ndarray:
+    """Counts of so many axes; ValueError for anything else."""
+    array = np.asarray(value)
+    if array.ndim != ndim or array.dtype.kind != "i" or not 0 <= array.min() <= array.max() < _MOST:
+        raise ValueError("something in it is no count")
+    return array.astype(np.int64)
 
 
 def discrepancy(totals: Totals) -> str | None:

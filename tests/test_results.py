@@ -88,7 +88,7 @@ def test_what_is_missing_or_broken_is_the_runs_state(tmp_path):
     states = {run.name: run.state for run in read_runs(tmp_path)}
     assert list(states)[:2] == ["never", "half"]  # the sweep's order comes first
     reason = states.pop("torn config")
-    assert reason.startswith("config.json: The resolved config is not JSON")
+    assert reason.startswith("config.json is damaged (Expecting value at character 9)")
     assert states == {
         "never": "not started",
         "empty metrics": "step 0 of 8",
@@ -97,7 +97,7 @@ def test_what_is_missing_or_broken_is_the_runs_state(tmp_path):
         "nan": "diverged at step 5",
         "steep": "diverged at step 3",
         "no config": "no config.json",
-        "no metrics": "no metrics.jsonl (No such file or directory)",
+        "no metrics": "no metrics.jsonl",
     }
 
 

@@ -11,9 +11,12 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 from etils import epath
+
+from moe_jax import json_files
+from moe_jax.errors import one_line
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
@@ -35,17 +38,20 @@ def write(directory: epath.Path) -> None:
 
 def verify(directory: epath.Path) -> str | None:
     """None if every file of the step is as it was written, else the reason in a few words."""
+    reason = _fault(directory)
+    return None if reason is None else one_line(reason)
+
+
+def _fault(directory: epath.Path) -> str | None:
     try:
         if not (directory / COMMIT).exists():
             return f"{COMMIT} is missing: the save was never committed"
-        files = _parse((directory / MANIFEST).read_text())
+        files = _files_of(json_files.load(directory / MANIFEST))
         with ThreadPoolExecutor(_READERS) as pool:
             reasons = pool.map(lambda name: _check(directory, name, files[name]), sorted(files))
             return next((reason for reason in reasons if reason), None)
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename or MANIFEST)} is missing"
-    except UnicodeDecodeError:
-        return f"{MANIFEST} is damaged: it is not text"
     except ValueError as error:
         return f"{MANIFEST} is damaged: {error}"
     except OSError as error:
@@ -65,7 +71,7 @@ def size(directory: epath.Path) -> int:
 def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.Path]]:
     """(name relative to the step, path) of every file."""
     for path in directory.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):  # a link may lead round in circles
             yield from _files(path, f"{above}{path.name}/")
         else:
             yield f"{above}{path.name}", path
@@ -79,7 +85,7 @@ def _entry(path: epath.Path) -> dict[str, int | str]:
 
 def _check(directory: epath.Path, name: str, expected: dict[str, int | str]) -> str | None:
     path = directory / name
-    if not path.exists():
+    if not json_files.is_file(path):
         return f"{name} is missing"
     found = path.stat().length
     if found != expected["size"]:
@@ -89,9 +95,8 @@ def _check(directory: epath.Path, name: str, expected: dict[str, int | str]) -> 
     return None
 
 
-def _parse(text: str) -> dict[str, dict[str, int | str]]:
+def _files_of(manifest: Any) -> dict[str, dict[str, int | str]]:
     """The files of a manifest; raises ValueError.  Names that leave the step are refused."""
-    manifest = json.loads(text)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"it is not of format {_FORMAT}")
     files = manifest.get("files")
@@ -100,6 +105,7 @@ def _parse(text: str) -> dict[str, dict[str, int | str]]:
     for name, entry in files.items():
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise ValueError(f"it names a file outside the step, {name!r}")
-        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        kinds = {key: type(value) for key, value in entry.items()} if type(entry) is dict else {}
+        if kinds != {"size": int, "sha256": str}:
             raise ValueError(f"its entry for {name!r} is malformed")
     return files

@@ -20,7 +20,8 @@ from moe_jax.errors import UserError
 
 QUARANTINE = "quarantine"
 _DOOMED = ".doomed"  # suffix of a step that retention is deleting
-_LEFTOVERS = ("*.orbax-checkpoint-tmp*", f"*{_DOOMED}")  # of saves and deletions that were killed
+# Of saves and deletions that were killed.
+_LEFTOVER = re.compile(rf"\d+(\.orbax-checkpoint-tmp.*|{re.escape(_DOOMED)})")
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -266,14 +267,14 @@ class Checkpoints:
                 # Renamed first: a kill half way leaves nothing that looks like a step.
                 doomed = self.root / f"{step}{_DOOMED}"
                 self._path(step).rename(doomed)
-                doomed.rmtree()
+                _remove(doomed)
 
     def _sweep(self) -> None:
         """Before the first save: removes what killed saves and deletions left behind."""
         if not self._swept:
-            for pattern in _LEFTOVERS:
-                for path in self.root.glob(pattern):
-                    path.rmtree()
+            for path in self.root.iterdir() if self.root.exists() else ():
+                if _LEFTOVER.fullmatch(path.name):
+                    _remove(path)
         self._swept = True
 
     @contextlib.contextmanager
@@ -298,6 +299,14 @@ class Checkpoints:
             raise UserError(
                 f"The checkpoint {self._path(step)} cannot be read ({_cause(error)})."
             ) from error
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a folder with all that is in it; of a link, the link alone."""
+    if os.path.islink(path):
+        path.unlink()
+    else:
+        path.rmtree()
 
 
 def _lead_decides(action: Callable[[], int | None]) -> int | None:

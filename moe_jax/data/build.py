@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -24,23 +23,29 @@ from etils import epath
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Document, Stream, find_streams
 from moe_jax.data.store import (
+    MANIFEST,
     SOURCE,
     SPLITS,
     START,
     STORE_FORMAT,
     Store,
+    array_digests,
     array_spec,
+    damaged,
     first_line,
     key_value_store,
     open_store,
     read_manifest,
+    sealed,
 )
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.links import check_link, check_links
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
 SHARD_TOKENS = 1 << 22  # one file
 DOCUMENTS_CHUNK = 1 << 16  # documents
+DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
 ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 
@@ -123,13 +128,16 @@ def _lock(root: epath.Path, name: str) -> Iterator[None]:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = open(root / f"{name}.lock", "w")  # noqa: SIM115
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        file = os.fdopen(os.open(root / f"{name}.lock", flags, 0o666), "w")
     except OSError as error:
         raise UserError(
             f"The store cannot be written to {root} ({error.strerror}): set data.store."
         ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        check_link(root / name, root)
+        check_links(root / name)
         yield
 
 
@@ -205,7 +213,8 @@ def _write(
         "splits": bounds,
     }
     folder = key_value_store(path)
-    folder.write("manifest.json", json.dumps(manifest, indent=1).encode()).result()
+    manifest["arrays"] = array_digests(folder)
+    folder.write(MANIFEST, sealed(manifest)).result()
     for split in SPLITS:
         folder.delete_range(ts.KvStore.KeyRange(f"{split}/parts/", f"{split}/parts0")).result()
 
@@ -224,7 +233,12 @@ class _SplitWriter:
         self._parts = self._read_parts()
         spec = array_spec(path / "tokens")
         if self._parts:
-            self._tokens: Any = ts.open(spec).result()
+            try:
+                self._tokens: Any = ts.open(spec).result()
+            except Exception as error:  # tensorstore raises ValueError and others
+                raise damaged(
+                    f"{path} cannot be read ({first_line(error)})", path.parent
+                ) from error
         else:
             dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
             self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
@@ -275,7 +289,10 @@ class _SplitWriter:
         yield from self._encode(batch)
 
     def _encode(self, batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        try:
+            encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        except UserError as error:
+            raise UserError(f"{batch[0].name} to {batch[-1].name}: {error}") from None
         for document, ids in zip(batch, encoded, strict=True):
             if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
                 raise UserError(
@@ -292,16 +309,26 @@ class _SplitWriter:
             self._tokens[start:stop].write(tokens).result()
 
     def _write_part(self, rows: np.ndarray) -> None:
-        file = io.BytesIO()
-        np.save(file, rows, allow_pickle=False)
+        raw = rows.astype("<i8").tobytes()
         with _writing(self._path):
-            self._folder.write(f"parts/{len(self._parts):08d}", file.getvalue()).result()
+            value = hashlib.sha256(raw).digest() + raw
+            self._folder.write(_part(len(self._parts)), value).result()
         self._parts.append(rows)
 
     def _read_parts(self) -> list[np.ndarray]:
-        keys = sorted(self._folder.list(ts.KvStore.KeyRange("parts/", "parts0")).result())
-        values = [self._folder.read(key).result().value for key in keys]
-        return [np.load(io.BytesIO(value), allow_pickle=False) for value in values]
+        """The parts up to the first that is missing or damaged: the build goes on from there."""
+        parts: list[np.ndarray] = []
+        while True:
+            try:
+                value = self._folder.read(_part(len(parts))).result().value
+            except Exception as error:  # tensorstore raises ValueError and others
+                raise damaged(
+                    f"{self._path} cannot be read ({first_line(error)})", self._path.parent
+                ) from error
+            digest, raw = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
+            if hashlib.sha256(raw).digest() != digest:
+                return parts
+            parts.append(np.frombuffer(raw, "<i8").reshape(-1, 3).astype(np.int64))
 
     def _write_documents(self, table: np.ndarray) -> None:
         metadata = {
@@ -317,6 +344,10 @@ class _SplitWriter:
         """An empty array in place of whatever a build that was stopped left there."""
         spec = array_spec(self._path / name) | {"metadata": metadata}
         return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _part(number: int) -> str:
+    return f"parts/{number:08d}"
 
 
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import posixpath
 import sysconfig
@@ -19,10 +18,12 @@ from typing import NamedTuple
 
 from etils import epath
 
+from moe_jax import json_files
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 
 MAX_FILE_LABELS = 64  # more files than this share one source label
+PARQUET_ROWS = 1024  # decoded at once: of long documents, 65,536 (the default) take gigabytes
 PIECE_CHARACTERS = 8192  # a text corpus of a single file is cut into documents of about this size
 STDLIB_SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -68,9 +69,10 @@ class Stream:
         if self.kind == "text" and len(self.files) == 1:
             read = _read_pieces  # a lone document could not be split into train and held-out
         for file in self.files:
-            for number, text in enumerate(read(file.path, self.field)):
-                if text:
-                    yield Document(f"{file.name}#{number}", file.source, text)
+            with _reading(file.path):
+                for number, text in enumerate(read(file.path, self.field)):
+                    if text:
+                        yield Document(f"{file.name}#{number}", file.source, text)
 
     def digests(self) -> Iterator[tuple[str, str]]:
         """(relative name, SHA-256 of the content) of every file."""
@@ -216,14 +218,9 @@ def _read_jsonl(path: epath.Path, field: str) -> Iterator[str]:
 
 def _jsonl_field(line: bytes, field: str, where: str) -> str:
     try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 at byte offset {error.start} of the line: convert the file."
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number too long, a line nested too deeply
-        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where} is not JSON ({why}): fix or remove it.") from None
+        record = json_files.parse(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): fix or remove it.") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise UserError(f"{where} has no text in field {field!r}: set data.field to one that has.")
     try:
@@ -244,38 +241,46 @@ def _read_parquet(path: epath.Path, field: str) -> Iterator[str]:
             "Parquet files need pyarrow: install the extra, pip install 'moe_jax[data]'."
         ) from None
     with path.open("rb") as stream:
-        try:
-            file = pyarrow.parquet.ParquetFile(stream)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(
-                f"{path} is not a Parquet file ({_folded(error)}): fix or leave it out."
-            ) from None
-        columns = file.schema_arrow.names
+        with _arrow(f"{path} is not a Parquet file"):
+            file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+            columns, declared = file.schema_arrow.names, file.metadata.num_rows
         if field not in columns:
             raise UserError(
                 f"{path} has no column {field!r}: set data.field to one of {', '.join(columns)}."
             )
-        if file.metadata.num_rows == 0:
+        if declared == 0:
             raise UserError(f"{path} is empty: remove it from the files to train on.")
         row = 0
-        try:
-            for batch in file.iter_batches(columns=[field]):
-                for text in batch.column(0).to_pylist():
+        for group in range(file.num_row_groups):
+            where = f"{path}, row group {group},"
+            with _arrow(f"{where} cannot be read"):
+                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
+            while True:
+                with _arrow(f"{where} cannot be read after row {row}"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                for value in batch.column(0):
+                    with _arrow(f"{path} row {row} is not UTF-8"):
+                        text = value.as_py()
                     if not isinstance(text, str | None):
                         raise UserError(f"{path} row {row}: column {field!r} does not hold text.")
                     yield text or ""
                     row += 1
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: column {field!r} is not UTF-8 after row {row}.") from None
-        except (pyarrow.ArrowException, OSError) as error:
+        if row != declared:
             raise UserError(
-                f"{path} cannot be read after row {row} ({_folded(error)}): fix or leave it out."
-            ) from None
+                f"{path} holds {row} rows and says that it has {declared}: fix or leave it out."
+            )
 
 
-def _folded(error: Exception) -> str:
-    """A message of several lines on one."""
-    return " ".join(str(error).split()).rstrip(".")
+@contextlib.contextmanager
+def _arrow(what: str) -> Iterator[None]:
+    """A damaged file makes Arrow raise errors of many kinds, OSError and ValueError among them."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{what} ({why}): fix or leave it out.") from None
 
 
 # name of a kind -> the texts of one file of it

@@ -1,6 +1,7 @@
 """The tokenised corpus on disk: text is tokenised once, and any row of it can be read at random.
 
-    ROOT/FINGERPRINT[:16]/manifest.json          written last: a store without it is not finished
+    ROOT/FINGERPRINT[:16]/manifest.json          written last: a store without it is not finished;
+                                                 SHA-256 of itself and of both arrays' zarr.json
                          /train/tokens           zarr3, one flat token stream
                          /train/documents        zarr3 [documents, 3]: first token, bytes, source
                          /heldout/...
@@ -11,6 +12,7 @@ document.  `build` (build.py) writes stores; this file opens them.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,10 +23,12 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Integer
 
+from moe_jax import json_files
 from moe_jax.errors import UserError
 
-STORE_FORMAT = 1  # raised whenever the same text would be stored differently
+STORE_FORMAT = 2  # raised whenever the same text would be stored differently
 SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
 CACHE_BYTES = 256 << 20  # decoded chunks kept in memory, all arrays together
 START, BYTES, SOURCE = range(3)  # columns of a documents array
 
@@ -41,6 +45,7 @@ class Split:
     tokens: ts.TensorStore
     documents: Integer[np.ndarray, "N 3"]
     bounds: Integer[np.ndarray, "M"]  # first token of each entry of the mixture, then the length
+    vocab_size: int  # V of the tokenizer: every id is below it
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +56,8 @@ class Split:
         """Tokens [start, stop) of each range, read concurrently.
 
         Raises:
-          UserError: a chunk that is missing or does not match its checksum.
+          UserError: a chunk that is missing or does not match its checksum, or a token id that the
+            tokenizer does not have.
         """
         futures = [self.tokens[start:stop].read() for start, stop in ranges]
         rows = []
@@ -59,10 +65,12 @@ class Split:
             try:
                 rows.append(future.result())
             except Exception as error:  # tensorstore raises ValueError and others
-                raise UserError(
-                    f"{self.path}: tokens {start} to {stop} cannot be read ({first_line(error)}): "
-                    "delete this store, and the next run builds it again."
-                ) from error
+                what = f"{self.path}: tokens {start} to {stop} cannot be read ({first_line(error)})"
+                raise damaged(what, os.path.dirname(self.path)) from error
+            if len(rows[-1]) and rows[-1].max() >= self.vocab_size:
+                place = start + int(rows[-1].argmax())
+                what = f"{self.path}: token {place} has id {rows[-1].max()} of {self.vocab_size}"
+                raise damaged(what, os.path.dirname(self.path))
         return rows
 
 
@@ -119,10 +127,85 @@ def _location(path: str | os.PathLike) -> dict[str, Any]:
     return {"driver": "file", "path": os.path.abspath(path) + "/"}
 
 
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is written: JSON, with the SHA-256 of all the rest of it."""
+    return json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode()
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def array_digests(folder: ts.KvStore) -> dict[str, str]:
+    """SHA-256 of the files that say how the arrays lie on disk; tokens have their own checksums."""
+    names = [f"{split}/{array}/zarr.json" for split in SPLITS for array in ("tokens", "documents")]
+    return {name: hashlib.sha256(folder.read(name).result().value).hexdigest() for name in names}
+
+
+def damaged(what: str, store: os.PathLike[str] | str) -> UserError:
+    """The sentence for a store that is not as it was written."""
+    return UserError(f"{what}: delete {os.fspath(store)}, and the next run builds it again.")
+
+
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The manifest of the store at `path`, or None when there is no finished store."""
-    raw = key_value_store(path).read("manifest.json").result()
-    return json.loads(raw.value) if raw.state == "value" else None
+    """The manifest of the store at `path`, or None when there is no finished store.
+
+    Raises:
+      UserError: it is damaged, or of another format.
+    """
+    name = f"{os.fspath(path)}/{MANIFEST}"
+    try:
+        raw = key_value_store(path).read(MANIFEST).result()
+        manifest = json_files.parse(raw.value) if raw.state == "value" else None
+    except Exception as error:  # tensorstore raises ValueError and others
+        raise damaged(f"{name} cannot be read ({first_line(error)})", path) from None
+    if manifest is None:
+        return None
+    if not isinstance(manifest, dict):
+        raise damaged(f"{name} is not a JSON object", path)
+    if manifest.get("format") != STORE_FORMAT:
+        what = f"{name} has store format {manifest.get('format')!r}, this version reads"
+        raise damaged(f"{what} {STORE_FORMAT}", path)
+    if manifest.get("sha256") != _seal(manifest):
+        raise damaged(f"{name} differs from what was written (SHA-256)", path)
+    wrong = _wrong_key(manifest)
+    if wrong:
+        raise damaged(f"{name} has no usable {wrong!r}", path)
+    return manifest
+
+
+def _wrong_key(manifest: dict[str, Any]) -> str | None:
+    """The first key of a manifest that is not as build.py writes it: a seal can be made anew."""
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    def below(value: Any, limit: int) -> bool:
+        return type(value) is int and 0 <= value < limit
+
+    def bounds(value: Any) -> bool:
+        whole = isinstance(value, list) and all(below(place, 2**48) for place in value)
+        right = whole and len(value) == len(manifest["streams"]) + 1
+        return right and value == sorted(value) and value[0] == 0
+
+    splits, arrays = manifest.get("splits"), manifest.get("arrays")
+    fit = {
+        "fingerprint": isinstance(manifest.get("fingerprint"), str),
+        "tokenizer": isinstance(manifest.get("tokenizer"), str),
+        "vocab_size": below(manifest.get("vocab_size"), 2**31),
+        "streams": names(manifest.get("streams")),
+        "sources": names(manifest.get("sources")),
+        "arrays": isinstance(arrays, dict),
+    }
+    for key, right in fit.items():
+        if not right:
+            return key
+    for key in ("eos_id", "pad_id"):
+        if not below(manifest.get(key), manifest["vocab_size"]):
+            return key
+    good = isinstance(splits, dict) and all(bounds(splits.get(name)) for name in SPLITS)
+    return None if good else "splits"
 
 
 def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
@@ -134,16 +217,16 @@ def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{os.fspath(path)} holds no finished store: build it first.")
-    if manifest["format"] != STORE_FORMAT:
-        raise UserError(
-            f"{os.fspath(path)} has store format {manifest['format']}, this version reads "
-            f"{STORE_FORMAT}: delete it, and the next run builds it again."
-        )
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-    splits = {
-        name: _open_split(epath.Path(path) / name, manifest["splits"][name], context)
-        for name in SPLITS
-    }
+    try:
+        for name, digest in array_digests(key_value_store(path)).items():
+            if manifest["arrays"].get(name) != digest:
+                raise damaged(f"{os.fspath(path)}/{name} differs from what was written", path)
+        splits = {name: _open_split(epath.Path(path) / name, manifest, context) for name in SPLITS}
+    except UserError:
+        raise
+    except Exception as error:  # tensorstore raises ValueError and others
+        raise damaged(f"{os.fspath(path)} cannot be read ({first_line(error)})", path) from error
     return Store(
         path=os.fspath(path),
         fingerprint=manifest["fingerprint"],
@@ -158,17 +241,24 @@ def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
     )
 
 
-def _open_split(path: epath.Path, bounds: list[int], context: ts.Context) -> Split:
-    try:
-        tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
-        documents_array = ts.open(array_spec(path / "documents"), read=True).result()
-        documents = cast(np.ndarray, documents_array.read().result())
-    except Exception as error:  # tensorstore raises ValueError and others
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): delete this store, and the next run "
-            "builds it again."
-        ) from error
-    return Split(os.fspath(path), tokens, documents, np.asarray(bounds, np.int64))
+def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context) -> Split:
+    """One split; raises whatever tensorstore raises, and UserError where parts do not fit."""
+    bounds = np.asarray(manifest["splits"][path.name], np.int64)
+    total, sources = int(bounds[-1]), len(manifest["sources"])
+    tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
+    if tokens.dtype.name not in ("uint16", "uint32") or tokens.shape != (total,):
+        what = f"{path}/tokens holds {tokens.dtype.name}{list(tokens.shape)}"
+        raise damaged(f"{what} instead of uint16 or uint32 [{total}]", path.parent)
+    table = ts.open(array_spec(path / "documents"), read=True).result()
+    if table.dtype.name != "int64" or table.shape[1:] != (3,) or table.shape[0] > total:
+        what = f"{path}/documents holds {table.dtype.name}{list(table.shape)}"
+        raise damaged(f"{what} instead of int64 [at most {total}, 3]", path.parent)
+    documents = cast(np.ndarray, table.read().result())
+    starts = np.append(documents[:, START], total)
+    known = (documents[:, SOURCE] >= 0) & (documents[:, SOURCE] < sources)
+    if starts[0] != 0 or (np.diff(starts) <= 0).any() or not known.all():
+        raise damaged(f"{path}/documents does not fit its tokens and sources", path.parent)
+    return Split(os.fspath(path), tokens, documents, bounds, manifest["vocab_size"])
 
 
 def first_line(error: BaseException) -> str:

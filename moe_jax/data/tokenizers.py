@@ -1,9 +1,10 @@
 """Text to token ids and back."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, SupportsIndex
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Integer
 
 from moe_jax.errors import UserError
 
+LARGEST = 2**31 - 1  # ids are int32 on the devices
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 # Names under which published tokenizers keep the token that ends a document, and padding.
@@ -72,20 +74,20 @@ class JsonTokenizer:
         import tokenizers
 
         raw = _read(path)
-        try:
+        self._path = path
+        with _library(f"{path} is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json ({error}).") from None
-        # Stored for fine-tuning; here they would cut documents and add padding to the stream.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            # Stored for fine-tuning; here they would cut documents and add padding to the stream.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"{path} has an empty vocabulary: name another tokenizer.json.")
         ids = _special_ids(
             next((vocabulary[name] for name in KNOWN_EOS if name in vocabulary), None),
             next((vocabulary[name] for name in KNOWN_PAD if name in vocabulary), None),
             max(vocabulary.values()) + 1,  # ids may have holes: the largest counts
+            path,
         )
         self.eos_id, self.pad_id, self.vocab_size = ids
         self.identity = hashlib.sha256(b"tokenizer.json" + raw).hexdigest()
@@ -96,13 +98,15 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _library(f"{self._path} fails on a text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
-        return self._tokenizer.decode([i for i in map(int, ids) if i not in special])
+        with _library(f"{self._path} fails on token ids"):
+            return self._tokenizer.decode([i for i in map(int, ids) if i not in special])
 
 
 class SentencePieceTokenizer:
@@ -116,16 +120,16 @@ class SentencePieceTokenizer:
                 "SentencePiece models need sentencepiece: pip install 'moe_jax[data]'."
             ) from None
         raw = _read(path)
+        self._path = path
         self._processor = sentencepiece.SentencePieceProcessor()
-        try:
+        with _library(f"{path} is not a SentencePiece model"):
             self._processor.LoadFromSerializedProto(raw)
-        except RuntimeError as error:
-            raise UserError(f"{path} is not a SentencePiece model ({error}).") from None
         eos, pad = self._processor.eos_id(), self._processor.pad_id()
         ids = _special_ids(
             eos if eos >= 0 else None,
             pad if pad >= 0 else None,
             self._processor.vocab_size(),
+            path,
         )
         self.eos_id, self.pad_id, self.vocab_size = ids
         self.identity = hashlib.sha256(b"sentencepiece" + raw).hexdigest()
@@ -136,12 +140,14 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        return [np.asarray(ids, np.int64) for ids in self._processor.encode(list(texts))]
+        with _library(f"{self._path} fails on a text"):
+            return [np.asarray(ids, np.int64) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.eos_id, self.pad_id)
-        return self._processor.decode([i for i in map(int, ids) if i not in special])
+        with _library(f"{self._path} fails on token ids"):
+            return self._processor.decode([i for i in map(int, ids) if i not in special])
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -215,10 +221,25 @@ def _read(path: epath.Path) -> bytes:
         ) from None
 
 
-def _special_ids(eos: int | None, pad: int | None, size: int) -> tuple[int, int, int]:
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Raises UserError where a tokenizer library fails on a file that is not what it should be."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is not an Exception
+        raise UserError(f"{what} ({str(error).rstrip('.')}): name another.") from None
+
+
+def _special_ids(
+    eos: int | None, pad: int | None, size: int, path: epath.Path
+) -> tuple[int, int, int]:
     """(eos, pad, vocabulary size), adding ids after the vocabulary for those that are missing."""
     if eos is None:
         eos, size = size, size + 1
     if pad is None:
         pad, size = size, size + 1
+    if size > LARGEST:
+        raise UserError(f"{path} has token ids up to {size - 1}: name one with at most {LARGEST}.")
     return eos, pad, size

@@ -10,6 +10,7 @@ from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 from moe_jax.registry import lookup
 
 ACTIVATIONS = ("swiglu", "gelu")
+MOST_LAYERS = 2048  # each costs time before it costs memory: a million would hang
 QK_NORMS = ("none", "head", "full")
 
 
@@ -46,6 +47,8 @@ class ModelConfig:
         for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: set 1 or more.")
+        if self.num_layers > MOST_LAYERS:
+            raise UserError(f"model.num_layers is {self.num_layers}: set at most {MOST_LAYERS}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads ({self.num_heads}) is not divisible by model.num_kv_heads "

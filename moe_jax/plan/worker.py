@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from moe_jax.config import from_json
+from moe_jax.config import read_config
 from moe_jax.plan.lowering import lower, make_plan
 from moe_jax.plan.saved import save_step
 from moe_jax.plan.topology import compile_devices, parse_topology
@@ -22,7 +22,7 @@ def main(folder: str, name: str, save: str) -> None:
     topology = parse_topology(name)
     if topology.chip.torus:
         jax.config.update("jax_platforms", "cpu")  # the devices come from the topology
-    plan = make_plan(from_json(Path(folder, "config.json").read_text()), topology.num_devices)
+    plan = make_plan(read_config(Path(folder, "config.json")), topology.num_devices)
     devices, _ = compile_devices(topology)
     executable = lower(plan, devices).compile()
     memory = executable.memory_analysis()

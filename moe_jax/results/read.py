@@ -1,22 +1,24 @@
 """One run's folder as numbers; whatever is missing or broken there becomes its state."""
 
 import dataclasses
-import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import Config, from_json
+from moe_jax import json_files
+from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.train.report import METRICS
+from moe_jax.train.report import METRICS, read_row
 
 DONE = "done"
 _NO_RUNS_BELOW = {"checkpoints", "stores", "tensorboard", "profile"}
 _SWEEP_RECORD = "sweep.json"  # of launch/sweep.py: run name -> overrides
+_RUN_NAME = re.compile("[a-z0-9-]+")  # as launch/runs.py makes them: no path to anywhere else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +58,13 @@ def read_run(folder: Path, name: str) -> Result:
     if not folder.is_dir():
         return Result(name, "not started")
     try:
-        config = from_json((folder / "config.json").read_text())
+        config = read_config(folder / "config.json")
         counts = param_counts(config.model)
         per_token = flops_per_token(config.model, config.data.sequence_length)
     except FileNotFoundError:
         return Result(name, "no config.json")
-    except Exception as error:  # a damaged file can hold anything
-        return Result(name, f"config.json: {error}")
+    except (UserError, ValueError) as error:  # of a vocabulary that was never resolved
+        return Result(name, str(error).removeprefix(f"{folder}/"))
     known: dict[str, Any] = {
         "config": config,
         "parameters": counts.total,
@@ -71,8 +73,10 @@ def read_run(folder: Path, name: str) -> Result:
     }
     try:
         rows, broken = _read_rows(folder / METRICS)
-    except OSError as error:
-        return Result(name, f"no {METRICS} ({error.strerror})", **known)
+    except FileNotFoundError:
+        return Result(name, f"no {METRICS}", **known)
+    except UserError as error:
+        return Result(name, str(error).removeprefix(f"{folder}/"), **known)
     step_flops = per_token * config.train.batch_size * config.data.sequence_length
     train = [row for row in rows if "loss" in row]
     heldout = [(row["step"], _number(row, "eval_loss")) for row in rows if "eval_loss" in row]
@@ -106,22 +110,21 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _planned(path: Path) -> list[str]:
     try:
-        names = json.loads(path.read_text())
-    except (OSError, ValueError):
+        names = json_files.read(path)
+    except (FileNotFoundError, UserError):
         return []
-    return list(names) if isinstance(names, Mapping) else []
+    if not isinstance(names, Mapping):
+        return []
+    return [name for name in names if _RUN_NAME.fullmatch(name)]
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(rows, lines that are none); a torn last line is what a kill leaves and does not count."""
     rows, broken = [], 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = json_files.read_lines(path)
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = read_row(line)
+        if row is not None:
             rows.append(row)
         elif line is not lines[-1] or line.endswith(b"\n"):
             broken += 1
@@ -149,6 +152,6 @@ def _number(row: Mapping[str, Any], key: str, keep: bool = False) -> float | Non
     """row[key] as a number; None if there is none, or it is not finite (unless `keep`)."""
     try:
         number = float(row.get(key, ""))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if keep or math.isfinite(number) else None

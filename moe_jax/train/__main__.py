@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -77,15 +77,34 @@ def main(argv: Sequence[str]) -> int:
 
         # ---- train
         resumed = start if start else None
-        with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
+        with (
+            _last_save(run, watch),
+            Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter,
+        ):
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch)
-        with watch("checkpoint"):
-            run.checkpoints.close()
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
     return code
+
+
+@contextlib.contextmanager
+def _last_save(run: Run, watch: Watchdog) -> Iterator[None]:
+    """Waits for the save under way, also where an error ends the run: its step is a good one.
+
+    Python ends without waiting, and Orbax then fails.  Of several processes none waits for its
+    save after an error: the others may not come.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            with watch("checkpoint"), contextlib.suppress(UserError):
+                run.checkpoints.close()
+        raise
+    with watch("checkpoint"):
+        run.checkpoints.close()
 
 
 def _say(line: str) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from moe_jax.config import Config, from_config_dict, from_json, to_dict
+from moe_jax.config import Config, from_config_dict, read_config, to_dict
 from moe_jax.errors import UserError
 from moe_jax.model.stack import define
 from moe_jax.train import flags
@@ -74,8 +74,8 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
 def _changed(config: Config, workdir: Folder) -> list[str]:
     """Keys in which the workdir's record differs, the mesh aside; none where it cannot be read."""
     try:
-        record = from_json((workdir / "config.json").read_text())
-    except (OSError, ValueError, UserError):
+        record = read_config(workdir / "config.json")
+    except (FileNotFoundError, UserError):
         return []
     old, new = _flat(to_dict(record)), _flat(to_dict(config))
     keys = sorted(old.keys() | new.keys())

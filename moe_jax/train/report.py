@@ -11,11 +11,13 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from moe_jax import json_files
 from moe_jax.errors import UserError
 from moe_jax.train.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+LAST_STEP = 2**53  # later ones are garbage
 
 
 class Reporter:
@@ -194,8 +196,10 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
     if not path.exists():
         return
     kept, tail = [], []
-    for line in path.read_bytes().splitlines(keepends=True):
-        (kept if _belongs(line, step) else tail).append(line)
+    for line in json_files.read_lines(path):
+        row = read_row(line) if line.endswith(b"\n") else None
+        keep = row is not None and step is not None and row["step"] <= step
+        (kept if keep else tail).append(line)
     if not tail:
         return
     number = 1
@@ -212,19 +216,18 @@ def has_eval(path: Folder, step: int) -> bool:
     """Whether a metrics file holds held-out results of `step`."""
     if not path.exists():
         return False
-    rows = [
-        json.loads(line) for line in path.read_bytes().splitlines() if _belongs(line + b"\n", step)
-    ]
-    return any(row["step"] == step and "eval_loss" in row for row in rows)
+    rows = (read_row(line) for line in json_files.read_lines(path))
+    return any(row is not None and row["step"] == step and "eval_loss" in row for row in rows)
 
 
-def _belongs(line: bytes, step: int | None) -> bool:
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of metrics.jsonl: an object with a whole `step`; None for what is none."""
     try:
-        row = json.loads(line)
+        row = json_files.parse(line)
     except ValueError:
-        return False
-    found = row.get("step") if isinstance(row, dict) else None
-    return line.endswith(b"\n") and step is not None and isinstance(found, int) and found <= step
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step <= LAST_STEP else None
 
 
 def train_line(row: Mapping[str, Any], total_steps: int) -> str:

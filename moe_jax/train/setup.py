@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint
-from moe_jax.config import Config, from_json
+from moe_jax import checkpoint, json_files
+from moe_jax.config import Config, read_config
 from moe_jax.data.build import build, store_root
 from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
@@ -165,9 +165,9 @@ def _saved_config(workdir: Folder) -> Config | None:
     if not path.exists() and not steps:
         return None
     try:
-        return from_json(path.read_text(encoding="utf-8"))
-    except (UserError, OSError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split()).rstrip(".")
+        return read_config(path)
+    except (UserError, FileNotFoundError) as error:
+        why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
         raise UserError(
             f"{path}, which says what the checkpoints beside it are, cannot be used ({why}): bring "
             f"it back, or use another --workdir (with --init_from to keep the weights)."
@@ -215,10 +215,11 @@ def _changed_knobs(new: MoEConfig, old: MoEConfig) -> list[str]:
 def _check_same_text(store: Store, workdir: Folder) -> None:
     """Raises UserError when the files behind a resumed run's data have changed."""
     path = workdir / DATA_RECORD
-    if path.exists() and store.fingerprint not in path.read_text():
+    if path.exists() and json_files.read(path) != {"fingerprint": store.fingerprint}:
         raise UserError(
-            f"The text of the run in {workdir} has changed since it began: bring the files back, "
-            f"or use another --workdir (with --init_from to keep the weights)."
+            f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
+            f"({DATA_RECORD} there holds another fingerprint): bring the files back, or use "
+            f"another --workdir (with --init_from to keep the weights)."
         )
 
 

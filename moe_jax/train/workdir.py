@@ -9,6 +9,7 @@ import time
 from etils import epath
 
 from moe_jax.errors import UserError
+from moe_jax.links import check_links
 
 Folder = pathlib.Path | epath.Path
 
@@ -22,7 +23,8 @@ def locate(workdir: str) -> Folder:
     """The folder that --workdir names; makes nothing.
 
     Raises:
-      UserError: it cannot be made or written, or its store cannot be reached.
+      UserError: it cannot be made or written, a link in it leads out of it, or its store cannot be
+        reached.
     """
     if is_remote(workdir):
         folder = epath.Path(workdir)
@@ -45,6 +47,7 @@ def locate(workdir: str) -> Folder:
         raise UserError(
             f"--workdir={folder} cannot be written ({there} is {why}): choose another folder."
         )
+    check_links(folder)
     return folder
 
 

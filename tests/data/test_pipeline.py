@@ -162,7 +162,7 @@ def test_windows_equal_the_plain_oracle(streams, T, confine):
             tokens += ids
         bounds.append(len(tokens))
     split = Split(
-        "memory", ts.array(np.array(tokens, np.uint16)), np.array(table), np.array(bounds)
+        "memory", ts.array(np.array(tokens, np.uint16)), np.array(table), np.array(bounds), 256
     )
     windows = Windows(split, PAD, T, confine)
     expected = plain_rows(streams, T, confine)

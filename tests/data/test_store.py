@@ -237,7 +237,7 @@ def test_a_renamed_store_is_refused(config, store, tmp_path):
 
 def test_another_format_is_refused(store):
     manifest = Path(store.path) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
     with pytest.raises(UserError, match="store format 0"):
         open_store(store.path)
     manifest.unlink()
@@ -268,10 +268,10 @@ def test_damaged_documents_are_an_error(store):
     raw = bytearray(path.read_bytes())
     raw[5] ^= 16
     path.write_bytes(raw)
-    with pytest.raises(UserError, match="heldout cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read .*heldout"):
         open_store(store.path)
     path.unlink()
-    with pytest.raises(UserError, match="heldout cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read .*heldout"):
         open_store(store.path)
 
 

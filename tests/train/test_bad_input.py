@@ -151,6 +151,10 @@ CONFIGS = {
         {"mesh.tensor": 4, "mesh.data": 2},
         r"k_DJA has kv_heads = 2, which mesh tensor \(4\) does not divide",
     ),
+    "absurdly many layers": (
+        {"model.num_layers": 2**40},
+        r"model\.num_layers is 1099511627776: set at most 2048",
+    ),
     "precision": ({"precision": "float16"}, r"precision is 'float16'"),
 }
 
@@ -291,7 +295,7 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
     (place.saved / "data.json").write_text('{"fingerprint": "of other text"}')
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, place.saved, {})])
-    check_sentence(error, "The text of the run in .* has changed since it began")
+    check_sentence(error, "The text of the run in .*, or its tokenizer, has changed since it began")
     (place.saved / "data.json").unlink()
     assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
 

@@ -1,0 +1,96 @@
+"""JSON that anybody may have written: a value, or one sentence that names the file."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from moe_jax.errors import UserError
+
+LARGEST = 64 << 20  # bytes of one value; what this program writes stays far below
+Path = pathlib.Path | epath.Path
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: whatever is wrong with it, in a few words.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {error.encoding.upper()} at byte {error.start}") from None
+    except ValueError as error:  # Python's limit to digits
+        raise ValueError(f"a number is too long: {error}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def load(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is none, in a few words.
+    """
+    raw = _contents(path, LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 20} MiB")
+    return parse(raw)
+
+
+def read(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read, or is none.
+    """
+    try:
+        with _reading(path):
+            return load(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): bring a copy back, or remove it.") from None
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file, each with its end; the last has none where it was never finished.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read.
+    """
+    with _reading(path):
+        return _contents(path).splitlines(keepends=True)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): change its permissions or move it "
+            f"away."
+        ) from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file with a content; a pipe, which epath takes for one, is not."""
+    return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
+
+
+def _contents(path: Path, limit: int = -1) -> bytes:
+    if path.exists() and not is_file(path):  # opening a pipe would wait for its other end
+        raise OSError("it is not a file")
+    with path.open("rb") as file:
+        return file.read(limit)
