@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.flags
     config = from_config_dict(parsed.config)
     keep_freed_memory()
-    distributed.start(given.coordinator, given.process_count, given.process_id)
+    distributed.start(given.coordinator, given.process_count, given.process_id, given.heartbeat)
     preemption = distributed.Preemption()
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
