@@ -65,6 +65,7 @@ MODEL = {
     "watchdog.data": 60,
     "watchdog.checkpoint": 60,
     "watchdog.evaluation": 60,
+    "watchdog.heartbeat": HEARTBEAT,
 }
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",
@@ -106,8 +107,7 @@ def main() -> int:
 
 def soak(folder: Path, kills: int, seed: int, megabytes: float) -> list[str]:
     """Both runs; what differs between them, or went wrong."""
-    draw = random.Random(seed)
-    files = write_corpus(folder / "text", megabytes, draw)
+    files = write_corpus(folder / "text", megabytes, random.Random(seed))
     steps = STEPS_A_KILL * (kills + 1)
     values = MODEL | {"train.steps": steps, "data.files": files}
     arguments = [
@@ -122,12 +122,13 @@ def soak(folder: Path, kills: int, seed: int, megabytes: float) -> list[str]:
         problem = until_the_end(alone)
         if problem:
             return [f"the run that was left alone: {problem}\n{alone.tail()}"]
-    print(f"left alone: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
+    took = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in alone.seconds.items())
+    print(f"left alone: {steps} steps in {time.monotonic() - began:.0f} s ({took})", flush=True)
 
     began = time.monotonic()
     with Pair(folder / "killed", arguments, EVAL_EVERY, env) as killed:
         killed.seconds = dict(alone.seconds)
-        done, problem = carry_out(killed, plan(kills, draw))
+        done, problem = carry_out(killed, plan(kills, random.Random(seed)))
         problem = problem or until_the_end(killed)
         print(summary(done, killed, time.monotonic() - began), flush=True)
         if problem:
@@ -148,11 +149,16 @@ def write_corpus(folder: Path, megabytes: float, draw: random.Random) -> str:
 def plan(kills: int, draw: random.Random) -> list[Kill]:
     """Kills in the order in which their phases can come: builds first, the end last."""
     ends = -(-kills // FIRST)
-    middle = [phase for phase in PHASES if phase not in (STORE, END)]
+    middle = draw.sample([p for p in PHASES if p not in (STORE, END)], len(PHASES) - 2)
     between = [middle[number % len(middle)] for number in range(kills - 2 * ends)]
     draw.shuffle(between)
     phases = [STORE] * ends + between + [END] * ends
-    return [draw_kill(phase, draw) for phase in phases]
+    drawn = [draw_kill(phase, draw) for phase in phases]
+    # Each goes on with the build of the one before: the first kills must leave something to build.
+    return [
+        dataclasses.replace(kill, moment=kill.moment / (ends + 1)) if kill.phase == STORE else kill
+        for kill in drawn
+    ]
 
 
 def draw_kill(phase: str, draw: random.Random) -> Kill:

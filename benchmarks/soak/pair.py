@@ -40,7 +40,7 @@ class Pair:
         train = [
             *(sys.executable, "-m", "moe_jax.train", *arguments, f"--workdir={self.workdir}"),
             *(f"--coordinator=localhost:{_free_port()}", "--process_count=2"),
-            *("--devices=1", f"--heartbeat={HEARTBEAT}"),
+            "--devices=1",
         ]
         self._supervisors: list[subprocess.Popen] = []
         for index in range(2):
@@ -100,6 +100,8 @@ class Pair:
         elif now in (STEPS, EVALUATION, END) and self._saving():
             now = SAVE
         before, at = self._last
+        if now == START and before != START and not restarted:
+            now = RESTORE  # the other process has built the store, and the lead is about to say so
         if restarted:
             self._last = (now, time.monotonic())
         elif now != before:

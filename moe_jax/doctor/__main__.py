@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         return main_conformance(given.full, _say)
     if given.full:
         raise UserError("--full belongs to --conformance: add it, or leave --full out.")
-    distributed.start(given.coordinator, given.process_count, given.process_id, given.heartbeat)
+    distributed.start(given.coordinator, given.process_count, given.process_id)
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.errors import UserError
-from moe_jax.parallel.distributed import AGAIN, FIX, HEARTBEAT, lost_peer
+from moe_jax.parallel.distributed import AGAIN, FIX, lost_peer
 from moe_jax.parallel.xla_flags import avoid_command_buffers
 from moe_jax.registry import suggest
 
@@ -43,7 +43,6 @@ PROCESS_FLAGS = (
     Flag("coordinator", "", "HOST:PORT of process 0, for several processes started by hand."),
     Flag("process_count", 0, "How many processes; 1 ignores what the environment says."),
     Flag("process_id", -1, "Which process this is, from 0."),
-    Flag("heartbeat", HEARTBEAT, "Seconds of silence after which a process counts as lost."),
 )
 _COMMON = (
     Flag("workdir", "", "Folder of the run."),
