@@ -4,29 +4,28 @@ In float64, where the sums of another mesh differ in the 16th digit: in float32 
 7th, steps multiply that, and sooner or later two experts that are nearly tied change places.
 """
 
-import contextlib
+import functools
 import math
+import shutil
+import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from small_run import eval_rows, flags, small_config, train_rows, write_corpus
+from small_run import eval_rows, flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import named_leaves
-from moe_jax.config import to_json
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
-from moe_jax.parallel.distributed import AGAIN, DONE
+from moe_jax.parallel import distributed
+from moe_jax.train import __main__ as trainer
 from moe_jax.train import loop
-from moe_jax.train.record import write_run_record
-from moe_jax.train.report import Reporter
 from moe_jax.train.setup import first_state, prepare
 from moe_jax.train.state import to_disk
 
-STEPS = 14
+STEPS, FIRST = 14, 4
 OVERRIDES = {
     "precision": "float64",
     "model.num_layers": 1,
@@ -36,17 +35,28 @@ OVERRIDES = {
     "model.moe.options.sigmoid_bias.update_rate": 0.01,
     "model.moe.group_rows": 2,
     "train.batch_size": 16,
-    "train.steps": STEPS,
     "optimizer.schedule": "constant",  # the leg of two processes ends by train.steps
+    "checkpoint.every_steps": FIRST,
     "eval.samples": 0,
 }
-COUNTS = ("step", "tokens", "step_tokens", "learning_rate")
-FATES = ("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens", "unaccounted")
-# float64 has 16 digits.  Losses agree to 1e-14 at first; 14 steps of AdamW, which divides small
-# gradients by their own size, leave 1e-12.
-CLOSE = 1e-10
+EXACT = (
+    *("tokens", "step_tokens", "learning_rate"),
+    *("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens", "unaccounted"),
+)
+ROUNDED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
+CLOSE = 1e-10  # as tests/train/test_mesh_invariance.py allows 20 steps
 
-pytestmark = pytest.mark.usefixtures("x64", "compiled_as_by_users")
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """What the trainer sets for the life of its process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    # With LLVM at its least float64 has nine digits.
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture(scope="module")
@@ -56,55 +66,44 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def leg(corpus, monkeypatch):
-    """`leg(workdir, until, data=8)` goes on from the newest checkpoint, on as many devices, and
-    stops after step `until`; returns what it said and the rows of each step that it read."""
+    """`leg(workdir, until, data=8)` goes on from the newest checkpoint, on as many devices, and is
+    preempted after step `until`; returns the rows that each step read."""
 
-    def run_leg(workdir: Path, until: int, **mesh: int) -> tuple[list[str], dict[int, np.ndarray]]:
+    def run_leg(workdir: Path, until: int, **mesh: int) -> dict[int, np.ndarray]:
         read: dict[int, np.ndarray] = {}
 
         class Recorded(DeviceFeed):
             def __next__(self):
                 step, batch = super().__next__()
-                read[step] = np.concatenate([batch.tokens_BT, batch.row_B[..., None]], axis=-1)
+                read[step] = np.asarray(batch.tokens_BT)
+                assert (np.ravel(batch.row_B) == np.arange(OVERRIDES["train.batch_size"])).all()
                 return step, batch
 
-        monkeypatch.setattr(loop, "DeviceFeed", Recorded)
-        said: list[str] = []
-        sizes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
         devices = jax.devices()[: math.prod(mesh.values())]
-        run = prepare(small_config(corpus, **OVERRIDES | sizes), workdir, said.append, devices)
-        state = first_state(run, "", said.append)
-        start = int(state.step)
-        if start:
-            equal_on_disk(run, state, start)
-        write_run_record(str(workdir), to_json(run.config), {}, run.store.fingerprint)
-        stop = SimpleNamespace(reached=lambda step: step == until)
-        with Reporter(workdir, STEPS, True, start or None) as reporter:
-            code = loop.train(run, state, reporter, stop, lambda phase: contextlib.nullcontext())
-        run.checkpoints.close()
-        assert code == (DONE if until == STEPS else AGAIN)
-        return said, {step: rows for step, rows in read.items() if step < until}
+        monkeypatch.setattr(loop, "DeviceFeed", Recorded)
+        monkeypatch.setattr(trainer, "prepare", functools.partial(prepare, devices=devices))
+        monkeypatch.setattr(trainer, "first_state", bits_kept)
+        monkeypatch.setattr(distributed.Preemption, "reached", lambda self, step: step == until)
+        sizes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
+        code = trainer.main(
+            ["train", *flags(workdir, corpus, **OVERRIDES, **sizes, train__steps=STEPS)]
+        )
+        assert code == (distributed.DONE if until == STEPS else distributed.AGAIN)
+        return {step: rows for step, rows in read.items() if step < until}
 
     return run_leg
 
 
-def equal_on_disk(run, state, step: int) -> None:
-    """What was restored has the bits that were saved, parameters, moments and router state."""
-    found = named_leaves(to_disk(state, run.model.layout))
-    saved = run.checkpoints.restore(step, run.checkpoints.describe(step))
-    assert found.keys() == saved.keys()
-    for name, leaf in found.items():
-        assert np.asarray(leaf).tobytes() == np.asarray(saved[name]).tobytes(), name
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Workdir of a run on eight devices that was never stopped, made by the first test."""
-    return tmp_path_factory.mktemp("straight") / "run"
-
-
-def undisturbed(leg, straight: Path) -> dict[int, np.ndarray]:
-    ...
+def bits_kept(run, init_from, say):
+    """`first_state`; what it restores has the bits that were saved, moments and bias included."""
+    state = first_state(run, init_from, say)
+    if int(state.step):
+        found = named_leaves(to_disk(state, run.model.layout))
+        saved = run.checkpoints.restore(int(state.step), run.checkpoints.describe(int(state.step)))
+        assert found.keys() == saved.keys()
+        for name, leaf in found.items():
+            assert np.asarray(leaf).tobytes() == np.asarray(saved[name]).tobytes(), name
+    return state
 
 
 def same(found: Path, expected: Path, steps: int) -> None:
@@ -112,8 +111,59 @@ def same(found: Path, expected: Path, steps: int) -> None:
     here, there = train_rows(found), train_rows(expected)[:steps]
     assert [row["step"] for row in here] == list(range(1, steps + 1))
     for a, b in zip(here, there, strict=True):
-        for name in (*COUNTS, *FATES):
+        for name in EXACT:
             assert a[name] == b[name], (a["step"], name)
-        for name in ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm"):
+        for name in ROUNDED:
             assert a[name] == pytest.approx(b[name], rel=0, abs=CLOSE), (a["step"], name)
         assert a["layers"]["dropped_capacity"] == b["layers"]["dropped_capacity"]
+    assert max(row["dropped"] for row in here) > 0
+
+
+def test_four_devices_and_an_expert_axis_go_on_from_eight(tmp_path, corpus, leg, capsys):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    expected = leg(straight, 2 * FIRST, data=8)
+    shutil.copytree(straight, run)  # as it stood when that step was the last one saved
+    shutil.rmtree(run / "checkpoints" / str(2 * FIRST))
+    capsys.readouterr()
+    read = leg(run, 2 * FIRST, data=2, expert=2)
+    said = capsys.readouterr().out
+    assert "mesh was data 8, is data 2 x expert 2: same batches, equal to rounding\n" in said
+    assert f"resuming from step {FIRST}\n" in said
+    assert sorted(read) == [4, 5, 6, 7]
+    for step, rows in read.items():
+        np.testing.assert_array_equal(rows, expected[step])
+    same(run, straight, 2 * FIRST)
+
+    split = flags(run, corpus, **OVERRIDES, train__steps=STEPS, train__accumulation=4)
+    with pytest.raises(UserError, match=r"be a multiple of 2 \(a run that has begun"):
+        trainer.main(["train", *split])
+
+
+@pytest.mark.full
+def test_a_run_wanders_from_mesh_to_mesh(tmp_path, corpus, leg, pair):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    expected = leg(straight, STEPS, data=8)
+
+    read = leg(run, 2, data=8)
+    for until, mesh in ((4, {"data": 4}), (6, {"expert": 4}), (8, {"data": 2, "expert": 2})):
+        read |= leg(run, until, **mesh)
+    sizes = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2}
+    processes = pair(
+        flags(run, corpus, **OVERRIDES, **sizes, train__steps=10),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="False",
+    )
+    ended = [(one, *one.communicate(timeout=240)) for one in processes]
+    assert [one.returncode for one, _, _ in ended] == [distributed.DONE] * 2, ended
+    read |= leg(run, 12, data=1)
+    read |= leg(run, STEPS, expert=8)
+
+    same(run, straight, STEPS)
+    assert read.keys() | {8, 9} == expected.keys()
+    for step, rows in read.items():
+        np.testing.assert_array_equal(rows, expected[step])
+    ends = [eval_rows(folder)[-1] for folder in (run, straight)]
+    assert ends[0]["eval_loss"] == pytest.approx(ends[1]["eval_loss"], rel=0, abs=CLOSE)
+    a, b = (Checkpoints(folder / "checkpoints") for folder in (run, straight))
+    leaves = a.restore(STEPS, a.describe(STEPS)), b.restore(STEPS, b.describe(STEPS))
+    for name in leaves[1]:
+        np.testing.assert_allclose(leaves[0][name], leaves[1][name], rtol=0, atol=CLOSE)
