@@ -111,7 +111,13 @@ def lost_peer(error: BaseException) -> bool:
     A collective over gloo raises as soon as the connection ends; JAX's coordination service says
     so to whoever waits at a barrier.  (A process that waits elsewhere is aborted with 134.)
     """
-    return jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
+    chain: BaseException | None = error
+    texts = []
+    while chain is not None:  # Orbax wraps what a collective of its own raises
+        texts.append(str(chain))
+        chain = chain.__cause__
+    said = any(word in text for text in texts for word in _LOST)
+    return said and jax.distributed.is_initialized()
 
 
 def lead() -> bool:
