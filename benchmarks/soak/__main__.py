@@ -25,7 +25,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.soak.compare import differences
-from benchmarks.soak.pair import END, HEARTBEAT, PHASES, ROOT, START, STEPS, STORE, Pair, send
+from benchmarks.soak.pair import (
+    END,
+    EVALUATION,
+    HEARTBEAT,
+    PHASES,
+    ROOT,
+    START,
+    STEPS,
+    STORE,
+    Pair,
+    send,
+)
 from moe_jax.markdown import table
 
 LIMIT = 400.0  # seconds: beyond what JAX waits for a process that does not come (300)
@@ -174,11 +185,13 @@ def carry_out(pair: Pair, kills: list[Kill]) -> tuple[list[tuple[str, Kill]], st
     """(each kill with the phase it really hit, what went wrong or nothing)."""
     done: list[tuple[str, Kill]] = []
     for kill in kills:
-        problem = wait_for_moment(pair, kill)
-        if problem or None not in pair.codes():
-            return done, problem
-        hit, before = pair.phase(), pair.pids()
-        hits = [pid for target in kill.targets if (pid := before[target]) is not None]
+        hits: list[int] = []
+        while not hits:  # one that has just ended by itself is waited for again
+            problem = wait_for_moment(pair, kill)
+            if problem or None not in pair.codes():
+                return done, problem
+            hit, before = pair.phase(), pair.pids()
+            hits = [pid for target in kill.targets if (pid := before[target]) is not None]
         send(hits, kill.signal)
         done.append((hit, kill))
         name = signal.Signals(kill.signal).name
@@ -187,9 +200,7 @@ def carry_out(pair: Pair, kills: list[Kill]) -> tuple[list[tuple[str, Kill]], st
         if kill.signal == signal.SIGSTOP:
             time.sleep(kill.stopped)
             send(hits, signal.SIGCONT)
-        else:
-            problem = wait_for_others(pair, before, kill.targets if hit in UNMET else (0, 1))
-        if problem:
+        elif problem := wait_for_others(pair, before, kill.targets if hit in UNMET else (0, 1)):
             return done, problem
     return done, ""
 
@@ -211,7 +222,9 @@ def wait_for_moment(pair: Pair, kill: Kill) -> str:
         later = pair.step + kill.steps
         if problem := until(pair, lambda: pair.step >= later or pair.phase() in (START, END)):
             return problem
-    time.sleep(kill.moment * pair.seconds.get(pair.phase(), 0.0))
+    # After the last step comes an evaluation: killed before its end, it comes once more.
+    span = EVALUATION if pair.phase() == END else pair.phase()
+    time.sleep(kill.moment * pair.seconds.get(span, 0.0))
     return ""
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 START, STORE, RESTORE, COMPILE = "start", "store build", "restore", "compile"
-STEPS, SAVE, EVALUATION, END = "steps", "save", "evaluation", "last save"
+STEPS, SAVE, EVALUATION, END = "steps", "save", "evaluation", "after the last step"
 PHASES = (START, STORE, RESTORE, COMPILE, STEPS, SAVE, EVALUATION, END)
 RESTART = re.compile(r"\S+ restart \d+: (.*), goes on from \d+, (-?\d+) steps lost")
 HEARTBEAT = 10  # seconds: JAX's 100 would make each lost process cost minutes
 _STEP = re.compile(r"step (\d+)/(\d+)  (loss|eval_loss) ")
+_DONE = re.compile(r"step (\d+) of \1 is done")
 
 
 class Pair:
@@ -152,6 +153,8 @@ class Pair:
                 return END
             due = what == "loss" and done % self._eval_every == 0
             return EVALUATION if due else STEPS
+        if _DONE.match(line):
+            return END
         if line.startswith("routing group"):
             return RESTORE
         return self._begun
