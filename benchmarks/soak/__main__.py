@@ -66,7 +66,7 @@ MODEL = {
     "train.ledger_every": 10,
     "optimizer.warmup_steps": 4,
     "eval.every": EVAL_EVERY,
-    "eval.batches": 4,
+    "eval.batches": 2,
     "eval.samples": 1,
     "eval.sample_tokens": 8,
     "checkpoint.every_steps": SAVE_EVERY,
@@ -177,7 +177,7 @@ def draw_kill(phase: str, draw: random.Random) -> Kill:
     targets = draw.choices([(0,), (1,), (0, 1)], [2, 2, 1])[0]
     number = draw.choices([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], [7, 2, 1])[0]
     # Either short enough for nobody to notice, or long enough to be given up.
-    stopped = draw.choice([1.0, HEARTBEAT + 5.0])
+    stopped = draw.choice([1.0, HEARTBEAT + 4.0])
     return Kill(phase, draw.random(), draw.randrange(10), targets, number, stopped)
 
 

@@ -16,7 +16,7 @@ START, STORE, RESTORE, COMPILE = "start", "store build", "restore", "compile"
 STEPS, SAVE, EVALUATION, END = "steps", "save", "evaluation", "after the last step"
 PHASES = (START, STORE, RESTORE, COMPILE, STEPS, SAVE, EVALUATION, END)
 RESTART = re.compile(r"\S+ restart \d+: (.*), goes on from \d+, (-?\d+) steps lost")
-HEARTBEAT = 10  # seconds: JAX's 100 would make each lost process cost minutes
+HEARTBEAT = 6  # seconds: with the 100 of a config each silent process would cost minutes
 _STEP = re.compile(r"step (\d+)/(\d+)  (loss|eval_loss) ")
 _DONE = re.compile(r"step (\d+) of \1 is done")
 
@@ -181,7 +181,7 @@ class Pair:
 # is anything to keep must not end the run.
 _SUPERVISE = (
     *(sys.executable, "-m", "launch.supervise"),
-    *("--wait=0.1", "--max_wait=1", "--max_stuck=1000000", "--"),
+    *("--wait=0.1", "--max_wait=0.5", "--max_stuck=1000000", "--"),
 )
 
 

@@ -15,7 +15,11 @@ DONE = 0  # exit code: finished, or stopped by a person's STOP file
 FIX = 1  # something a person must fix
 DIVERGED = 3  # the loss is gone; running again would lose it again
 AGAIN = 42  # run the same command again: preempted, the watchdog fired, or a peer is gone
-_LOST = ("Connection closed by peer", "Connection reset by peer", "CoordinationServiceError")
+# What gloo's collectives, NCCL's and JAX's coordination service say of a process that is gone.
+_LOST = (
+    *("Gloo", "Connection closed by peer", "Connection reset by peer"),
+    *("remote process exited", "CoordinationServiceError"),
+)
 
 # Twins of --coordinator, --process_count and --process_id, set by launchers.
 VARIABLES = ("MOE_JAX_COORDINATOR", "MOE_JAX_PROCESS_COUNT", "MOE_JAX_PROCESS_ID")

@@ -261,6 +261,8 @@ def test_two_processes_write_one_checkpoint(tmp_path, pair):
     [
         ("Gloo AllReduce failed: ... Connection closed by peer [127.0.0.1]:33104", True, True),
         ("Barrier failed [type.googleapis.com/tensorflow.CoordinationServiceError='']", True, True),
+        ("Gloo ReduceScatter failed: [pair.cc:299] writev [127.0.0.1]: Broken pipe", True, True),
+        ("Broken pipe", True, False),
         ("Connection closed by peer", False, False),
         ("operands could not be broadcast together", True, False),
     ],
