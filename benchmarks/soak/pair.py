@@ -18,7 +18,14 @@ PHASES = (START, STORE, RESTORE, COMPILE, STEPS, SAVE, EVALUATION, END)
 RESTART = re.compile(r"\S+ restart \d+: (.*), goes on from \d+, (-?\d+) steps lost")
 HEARTBEAT = 6  # seconds: with the 100 of a config each silent process would cost minutes
 _STEP = re.compile(r"step (\d+)/(\d+)  (loss|eval_loss) ")
-_DONE = re.compile(r"step (\d+) of \1 is done")
+_SIGNS = (
+    (RESTART, START),
+    (re.compile("building the store"), STORE),
+    (re.compile("routing group: "), RESTORE),  # after the store, before the state
+    (re.compile("state ready"), COMPILE),
+    (re.compile("compiled the train step"), STEPS),
+    (re.compile(r"step (\d+) of \1 is done"), END),
+)
 
 
 class Pair:
@@ -134,30 +141,8 @@ class Pair:
             line, self._torn = self._torn, ""
             self.heard = time.monotonic()
             restarted |= bool(RESTART.match(line))
-            self._begun = self._phase_after(line)
+            self._begun, self.step = after_line(line, self._begun, self.step, self._eval_every)
         return restarted
-
-    def _phase_after(self, line: str) -> str:
-        if RESTART.match(line):
-            return START
-        if line.startswith("building the store"):
-            return STORE
-        if line.startswith("state ready"):
-            return COMPILE
-        if line.startswith("compiled"):
-            return STEPS
-        if step := _STEP.match(line):
-            self.step = done = int(step[1])
-            total, what = int(step[2]), step[3]
-            if done == total:
-                return END
-            due = what == "loss" and done % self._eval_every == 0
-            return EVALUATION if due else STEPS
-        if _DONE.match(line):
-            return END
-        if line.startswith("routing group"):
-            return RESTORE
-        return self._begun
 
     def _building(self) -> bool:
         """Whether one of these processes has asked for the store, which is not there yet."""
@@ -175,6 +160,16 @@ class Pair:
             except FileNotFoundError:  # just finished
                 pass
         return False
+
+
+def after_line(line: str, phase: str, step: int, eval_every: int) -> tuple[str, int]:
+    """(phase, last logged step) once the lead has said `line`, from those before it."""
+    if logged := _STEP.match(line):
+        step, total = int(logged[1]), int(logged[2])
+        if step == total:
+            return END, step
+        return (EVALUATION if logged[3] == "loss" and step % eval_every == 0 else STEPS), step
+    return next((begun for sign, begun in _SIGNS if sign.match(line)), phase), step
 
 
 # The waits between restarts are no part of what is tried, and kills that come in a row before there

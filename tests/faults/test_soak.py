@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import small_config
 
 from benchmarks.soak import pair
 from benchmarks.soak.__main__ import plan, soak
 from benchmarks.soak.compare import differences
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.train.report import eval_line, train_line
+from moe_jax.train.resolve import describe
 
 
 @pytest.mark.full
@@ -31,6 +34,28 @@ def test_the_kills_of_a_seed():
     assert all(phases.count(phase) == 5 for phase in pair.PHASES)
     assert {kill.targets for kill in kills} == {(0,), (1,), (0, 1)}
     assert {kill.signal for kill in kills} == {signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP}
+
+
+def test_what_the_lead_says_tells_the_phase():
+    """The sentences as the trainer and its supervisor have them: a new wording blinds the soak."""
+    config = small_config("*.txt", eval__every=2)
+    lines = {
+        "2026-01-01T00:00:00+00:00 restart 1: killed by SIGKILL; reached step 4, goes on from 2, "
+        "2 steps lost, waiting 5 s": pair.START,
+        describe(config)[1]: pair.RESTORE,
+        "resuming from step 2": pair.RESTORE,
+        "state ready in 0.5 s": pair.COMPILE,
+        "compiled the train step in 1.2 s": pair.STEPS,
+        train_line({"step": 3, "loss": 2.5}, 5): pair.STEPS,
+        train_line({"step": 4, "loss": 2.5}, 5): pair.EVALUATION,
+        eval_line({"step": 4, "eval_loss": 2.5}, 5): pair.STEPS,
+        train_line({"step": 5, "loss": 2.5}, 5): pair.END,
+    }
+    phase, step = pair.STEPS, 0
+    for line, expected in lines.items():
+        phase, step = pair.after_line(line, phase, step, eval_every=2)
+        assert phase == expected, line
+    assert step == 5
 
 
 def write_run(folder: Path) -> Path:
