@@ -198,11 +198,12 @@ def _child(pid: int) -> int | None:
 def _free_port() -> int:
     """Below Linux's ephemeral ports: an outgoing connection could take one of those between a
     death and a restart, even that of the other process which tries to connect."""
-    for port in range(20_000, 32_000):
+    first = 20_000 + os.getpid() % 10_000  # not that of another soak that starts just now
+    for port in range(first, 32_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("localhost", port))
             except OSError:
                 continue
             return port
-    raise OSError("no port is free between 20000 and 32000")
+    raise OSError(f"no port is free between {first} and 32000")
