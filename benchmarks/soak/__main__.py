@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", type=float, default=40.0, help="megabytes (default: 40)")
+    parser.add_argument("--corpus", type=float, default=80.0, help="megabytes (default: 80)")
     given = parser.parse_args()
     if given.workdir.exists():
         parser.error(f"{given.workdir} is there already: name a new folder")
