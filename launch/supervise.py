@@ -17,7 +17,7 @@ A run of several processes has one supervisor for each of them, all on the same 
 one process aborts the others (134), at the latest when it comes back and is not the one they knew,
 and all of them meet again.  --max_wait stays below the five minutes for which they then wait for
 each other.  A process that learns of the loss as an exception, as CPUs do inside a collective, ends
-with 1 and is not run again.
+with 42 and is run again as well.
 """
 
 import dataclasses

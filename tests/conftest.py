@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +76,42 @@ def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def pair(cli_env: dict[str, str]):
+    """`pair(arguments)` starts two trainers of two devices that can find each other.
+
+    `program` is what Python is given instead of the trainer, which reads the same flags; further
+    keywords are environment variables.  Both are gone when the test ends.
+    """
+    started: list[subprocess.Popen] = []
+
+    def start(
+        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax.train"), **env: str
+    ) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        own = ["--devices=2", f"--coordinator=localhost:{port}", "--process_count=2"]
+        for index in range(2):
+            process = subprocess.Popen(
+                [sys.executable, *program, *arguments, *own, f"--process_id={index}"],
+                env=cli_env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            started.append(process)
+        return started[-2:]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.tree import Leaf, abstract, array_digest, check_same, named_leaves, nested
 from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import lost_peer
 
 QUARANTINE = "quarantine"
 _DOOMED = ".doomed"  # suffix of a step that retention is deleting
@@ -284,6 +285,8 @@ class Checkpoints:
             with _quiet_orbax():
                 yield
         except (OSError, ValueError) as error:
+            if lost_peer(error):  # no matter of the disk: nobody has to mend anything
+                raise
             self._swept = False  # the next save removes the unfinished one
             raise UserError(
                 f"The checkpoint {self._path(step)} cannot be written ({_cause(error)}): make room "
@@ -296,6 +299,8 @@ class Checkpoints:
             with _quiet_orbax():
                 yield
         except (OSError, ValueError, KeyError) as error:
+            if lost_peer(error):
+                raise
             raise UserError(
                 f"The checkpoint {self._path(step)} cannot be read ({_cause(error)})."
             ) from error

@@ -15,7 +15,11 @@ DONE = 0  # exit code: finished, or stopped by a person's STOP file
 FIX = 1  # something a person must fix
 DIVERGED = 3  # the loss is gone; running again would lose it again
 AGAIN = 42  # run the same command again: preempted, the watchdog fired, or a peer is gone
-_LOST = ("Connection closed by peer", "Connection reset by peer", "CoordinationServiceError")
+# What gloo's collectives, NCCL's and JAX's coordination service say of a process that is gone.
+_LOST = (
+    *("Gloo", "Connection closed by peer", "Connection reset by peer"),
+    *("remote process exited", "CoordinationServiceError"),
+)
 
 # Twins of --coordinator, --process_count and --process_id, set by launchers.
 VARIABLES = ("MOE_JAX_COORDINATOR", "MOE_JAX_PROCESS_COUNT", "MOE_JAX_PROCESS_ID")
@@ -23,7 +27,9 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"
 _ALONE = "pass --process_count=1 for one process."
 
 
-def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+def start(
+    coordinator: str = "", process_count: int = 0, process_id: int = -1, heartbeat: int = 100
+) -> None:
     """Joins the processes of a run; must come before anything that touches a device.
 
     The first of these that says anything decides: the three arguments, the environment variables
@@ -35,6 +41,7 @@ def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -
       coordinator: HOST:PORT of process 0, reachable by all.
       process_count: how many processes.
       process_id: which one this is, from 0.
+      heartbeat: seconds without a sign of life from one process after which JAX aborts the others.
 
     Where the others do not come within five minutes JAX ends the process with SIGABRT (134).
 
@@ -50,12 +57,18 @@ def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -
         coordinator, process_count, process_id = _from_variables(os.environ)
     if coordinator:
         jax.distributed.initialize(
-            coordinator, process_count, process_id, cluster_detection_method="deactivate"
+            coordinator,
+            process_count,
+            process_id,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat,
         )
     elif detect(os.environ):
         # Left alone, JAX gives each of Slurm's tasks one GPU, also where a node has one task.
         one_a_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
-        jax.distributed.initialize(local_device_ids=[] if one_a_node else None)
+        jax.distributed.initialize(
+            local_device_ids=[] if one_a_node else None, heartbeat_timeout_seconds=heartbeat
+        )
 
 
 def detect(environment: Mapping[str, str]) -> bool:
@@ -102,7 +115,13 @@ def lost_peer(error: BaseException) -> bool:
     A collective over gloo raises as soon as the connection ends; JAX's coordination service says
     so to whoever waits at a barrier.  (A process that waits elsewhere is aborted with 134.)
     """
-    return jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
+    chain: BaseException | None = error
+    texts = []
+    while chain is not None:  # Orbax wraps what a collective of its own raises
+        texts.append(str(chain))
+        chain = chain.__cause__
+    said = any(word in text for text in texts for word in _LOST)
+    return said and jax.distributed.is_initialized()
 
 
 def lead() -> bool:

@@ -48,6 +48,12 @@ class MeshConfig:
             )
         return self
 
+    def __str__(self) -> str:
+        """`data 2 x expert 4`: the axes that split anything."""
+        sizes = dataclasses.asdict(self)
+        split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        return split or "of one device"
+
     @property
     def batch_shards(self) -> int:
         """Ways the batch is split (after `resolve`)."""

@@ -1,6 +1,5 @@
 """A plan as lines of text."""
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -21,12 +20,11 @@ _DAY = 86_400
 def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
     """What is planned."""
     config = plan.config
-    mesh = " x ".join(f"{k} {n}" for k, n in dataclasses.asdict(config.mesh).items() if n > 1)
     counts = param_counts(config.model)
     rows, parts = config.train.batch_size, config.train.accumulation
     yield (
         f"{topology.name}: {topology.num_chips:,} chips, {topology.num_devices:,} devices "
-        f"({topology.chip.kind}), mesh {mesh or 'of one device'}"
+        f"({topology.chip.kind}), mesh {config.mesh}"
     )
     yield (
         f"model: {counts.total:,} parameters, {counts.active:,} active, remat "

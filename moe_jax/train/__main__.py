@@ -1,7 +1,6 @@
 """python -m moe_jax.train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
 
 import contextlib
-import dataclasses
 import pathlib
 import sys
 import time
@@ -37,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.flags
     config = from_config_dict(parsed.config)
     keep_freed_memory()
-    distributed.start(given.coordinator, given.process_count, given.process_id)
+    heartbeat = config.watchdog.heartbeat
+    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
     preemption = distributed.Preemption()
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
@@ -116,10 +116,9 @@ def _describe(run: Run) -> list[str]:
     config, store = run.config, run.store
     counts = param_counts(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
-    mesh = " x ".join(f"{name} {n}" for name, n in dataclasses.asdict(config.mesh).items() if n > 1)
     accumulation, rows, length = run.microbatch
     return [
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {mesh or 'of one device'}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {config.mesh}, "
         f"{config.precision}",
         f"{counts.total / 1e6:,.2f}M parameters, {counts.active / 1e6:,.2f}M active, "
         f"{flops / 1e6:,.1f}M model FLOPs a token",

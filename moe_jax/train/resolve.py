@@ -59,7 +59,8 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> tuple[Con
             raise UserError(
                 f"model.moe.group_rows ({group_rows}) does not divide the {rows} rows that one "
                 f"device holds in a microbatch, so the mesh or train.accumulation would split a "
-                f"routing group: change one of them."
+                f"routing group: let train.batch_size / (train.accumulation x mesh data x fsdp x "
+                f"expert) be a multiple of {group_rows} (a run that has begun keeps its groups)."
             )
         moe = dataclasses.replace(moe, group_rows=group_rows)
         if moe.priority == "choice" and moe.top_k > 1 and moe.dispatch in ("capacity", "einsum"):

@@ -193,6 +193,8 @@ def _check_resume(config: Config, saved: Config) -> list[str]:
             )
     steps, before = config.train.steps, saved.train.steps
     notes = [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
+    if config.mesh != saved.mesh:
+        notes.append(f"mesh was {saved.mesh}, is {config.mesh}: same batches, equal to rounding")
     if config.model.dense:
         return notes
     return notes + _changed_knobs(config.model.moe, saved.model.moe)

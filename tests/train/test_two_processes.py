@@ -1,11 +1,5 @@
 """Two processes over gloo train what one process trains."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-
 import pytest
 from small_run import eval_rows, flags, train_rows, write_corpus
 
@@ -21,38 +15,6 @@ OVERRIDES = {
     "checkpoint.every_steps": 3,
     "eval.samples": 0,
 }
-
-
-@pytest.fixture
-def pair(cli_env):
-    """`pair(arguments)` starts two processes of two devices; both are gone when the test ends."""
-    started: list[subprocess.Popen] = []
-
-    def start(
-        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax.train")
-    ) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        own = ["--devices=2", f"--coordinator=localhost:{port}", "--process_count=2"]
-        for index in range(2):
-            process = subprocess.Popen(
-                [sys.executable, *program, *arguments, *own, f"--process_id={index}"],
-                env=cli_env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            started.append(process)
-        return started[-2:]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair):
