@@ -163,12 +163,17 @@ def test_disk(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     checkpoints = saved(tmp_path / "checkpoints", 2, 10, 30)
-    flip_bit(files_of(tmp_path / "checkpoints", 30)[0])
-    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}", "--verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["2", "10", "30"]
-    assert [line.split()[-1] for line in lines[:2]] == [checkpoints.digest(s) for s in (2, 10)]
-    assert " ok " in lines[0] and " bad" in lines[2] and "SHA-256" in lines[2]
+    assert [line.split()[-1] for line in lines] == [checkpoints.digest(s) for s in (2, 10, 30)]
+
+    flip_bit(files_of(tmp_path / "checkpoints", 30)[0])
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}", "--verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "  ok  " in lines[0] and "  bad: " in lines[2] and "SHA-256" in lines[2]
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0  # a listing reads no file
+    assert "step 30  saved  " in capsys.readouterr().out
     assert checkpoints.steps() == [2, 10, 30]  # looking moves nothing
 
 

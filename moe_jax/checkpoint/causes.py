@@ -1,0 +1,34 @@
+"""What a person gets to read of the errors that Orbax raises."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+
+from absl import logging as absl_logging
+
+
+def cause_of(error: BaseException) -> str:
+    """The innermost cause in one line: Orbax wraps the reason in several generic errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.sub(r" \[\w+='.*", "", line)  # TensorStore appends whole specs and source lines
+    return line if len(line) <= 300 else f"...{line[-300:]}"  # it begins with the outermost cause
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Orbax logs the traceback of what it also raises; the person gets our sentence instead."""
+    logger = absl_logging.get_absl_logger()
+
+    def ours(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger.addFilter(ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(ours)
