@@ -173,7 +173,10 @@ def test_command_line(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "  ok  " in lines[0] and "  bad: " in lines[2] and "SHA-256" in lines[2]
     assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0  # a listing reads no file
-    assert "step 30  saved  " in capsys.readouterr().out
+    assert "step 30  complete  " in capsys.readouterr().out
+    files_of(tmp_path / "checkpoints", 2)[0].unlink()
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 1
+    assert " is missing  " in capsys.readouterr().out.splitlines()[0]
     assert checkpoints.steps() == [2, 10, 30]  # looking moves nothing
 
 

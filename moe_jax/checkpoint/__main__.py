@@ -1,9 +1,10 @@
 """Lists the checkpoints of a run: `python -m moe_jax.checkpoint --workdir=DIR [--verify]`.
 
-One line a step on stdout, oldest first: step, state, size.  The state is `saved`, from which no
-file is read; with --verify every byte is, and it is `ok` or `bad:` with the reason, last stands the
-SHA-256 of the parameters (`-` where the step is bad), which does not depend on the mesh, and the
-exit code is 1 if any step is bad.  Steps in quarantine go to stderr.  Nothing is changed.
+One line a step on stdout, oldest first: step, state, size.  The state is `complete` where all files
+are there in their sizes, else `bad:` with the reason.  With --verify every byte is read, the state
+is `ok` or `bad:`, and last stands the SHA-256 of the parameters (`-` where the step is bad), which
+does not depend on the mesh.  The exit code is 1 if any step is bad.  Steps in quarantine go to
+stderr.  Nothing is changed.
 """
 
 import os
@@ -30,12 +31,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{checkpoints.root} holds no checkpoint: check --workdir.")
     code = DONE
     for step in steps:
-        state, last = "saved", ""
+        reason = checkpoints.verify(step) if given.verify else checkpoints.incomplete(step)
+        state, last = "ok" if given.verify else "complete", ""
+        if reason is not None:
+            state, code = f"bad: {reason}", FIX
         if given.verify:
-            reason = checkpoints.verify(step)
-            state = "ok" if reason is None else f"bad: {reason}"
             last = f"  {checkpoints.digest(step) if reason is None else '-'}"
-            code = code if reason is None else FIX
         print(f"step {step}  {state}  {checkpoints.size(step) / 2**20:.1f} MiB{last}", flush=True)
     for name in checkpoints.quarantined():
         print(f"set aside: {checkpoints.root / QUARANTINE / name}", file=sys.stderr)

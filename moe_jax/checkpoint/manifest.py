@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -33,28 +33,18 @@ def write(directory: epath.Path) -> None:
     (directory / MANIFEST).write_text(text + "\n")
 
 
+def incomplete(directory: epath.Path) -> str | None:
+    """None if every file of the step is there in its size, else the reason in a few words."""
+    return _reason(lambda: _sizes(directory, _listed(directory)))
+
+
 def verify(directory: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """None if every file of the step is as it was written, else the reason in a few words.
 
     Args:
-      share: (i, n): only every n-th file from the i-th on, of n processes that share the work.
+      share: (i, n): hash only every n-th file from the i-th on, of n processes that share the work.
     """
-    try:
-        if not (directory / COMMIT).exists():
-            return f"{COMMIT} is missing: the save was never committed"
-        files = _parse((directory / MANIFEST).read_text())
-        with ThreadPoolExecutor(_READERS) as pool:
-            names = sorted(files)[share[0] :: share[1]]
-            reasons = pool.map(lambda name: _check(directory, name, files[name]), names)
-            return next((reason for reason in reasons if reason), None)
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename or MANIFEST)} is missing"
-    except UnicodeDecodeError:
-        return f"{MANIFEST} is damaged: it is not text"
-    except ValueError as error:
-        return f"{MANIFEST} is damaged: {error}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+    return incomplete(directory) or _reason(lambda: _contents(directory, _listed(directory), share))
 
 
 def committed(directory: epath.Path) -> bool:
@@ -82,16 +72,51 @@ def _entry(path: epath.Path) -> dict[str, int | str]:
     return {"size": path.stat().length, "sha256": digest}
 
 
-def _check(directory: epath.Path, name: str, expected: dict[str, int | str]) -> str | None:
-    path = directory / name
-    if not path.exists():
-        return f"{name} is missing"
-    found = path.stat().length
-    if found != expected["size"]:
-        return f"{name} has {found} bytes instead of {expected['size']}"
-    if _entry(path)["sha256"] != expected["sha256"]:
-        return f"{name} differs from what was written (SHA-256)"
+def _listed(directory: epath.Path) -> dict[str, dict[str, int | str]]:
+    """The files that a committed step lists; raises ValueError or OSError."""
+    if not (directory / COMMIT).exists():
+        raise ValueError(f"{COMMIT} is missing: the save was never committed")
+    text = (directory / MANIFEST).read_bytes()
+    try:
+        return _parse(text.decode())
+    except UnicodeDecodeError:
+        raise ValueError(f"{MANIFEST} is damaged: it is not text") from None
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is damaged: {error}") from None
+
+
+def _sizes(directory: epath.Path, files: dict[str, dict[str, int | str]]) -> str | None:
+    for name, expected in sorted(files.items()):
+        found = (directory / name).stat().length
+        if found != expected["size"]:
+            return f"{name} has {found} bytes instead of {expected['size']}"
     return None
+
+
+def _contents(
+    directory: epath.Path, files: dict[str, dict[str, int | str]], share: tuple[int, int]
+) -> str | None:
+    def differs(name: str) -> bool:
+        return _entry(directory / name)["sha256"] != files[name]["sha256"]
+
+    names = sorted(files)[share[0] :: share[1]]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, bad in zip(names, pool.map(differs, names), strict=True):
+            if bad:
+                return f"{name} differs from what was written (SHA-256)"
+    return None
+
+
+def _reason(check: Callable[[], str | None]) -> str | None:
+    """What `check` finds, or why it could not look."""
+    try:
+        return check()
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename or MANIFEST)} is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        return str(error)
 
 
 def _parse(text: str) -> dict[str, dict[str, int | str]]:

@@ -87,6 +87,10 @@ class Checkpoints:
         """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""
         return [step for step in self._numbered() if manifest.committed(self._path(step))]
 
+    def incomplete(self, step: int) -> str | None:
+        """None if `step` has all its files in their sizes, else why not; reads none of them."""
+        return manifest.incomplete(self._path(step))
+
     def verify(self, step: int) -> str | None:
         """None if `step` is as it was written, else why not; reads every byte."""
         return manifest.verify(self._path(step))
@@ -124,6 +128,9 @@ class Checkpoints:
         loaded: dict[int, Any] = {}
 
         def attempt(step: int) -> str | None:
+            reason = first_of_all(self.incomplete(step))
+            if reason is not None:
+                return reason
             with ThreadPoolExecutor(1) as beside:
                 verdict = beside.submit(_timed, lambda: self._verify_share(step))
                 back, seconds = _timed(lambda: _caught(lambda: self.restore(step, tree)))
