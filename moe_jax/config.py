@@ -109,8 +109,12 @@ class WatchdogConfig:
     data: float = 1800.0  # a batch
     checkpoint: float = 7200.0  # copying one to the host, waiting for one that is written, loading
     evaluation: float = 7200.0  # a whole one, its compilation included
+    # Another process that gives no sign of life: JAX then aborts all others (exit code 134).
+    heartbeat: int = 100
 
     def __post_init__(self):
+        if self.heartbeat < 1:
+            raise UserError(f"watchdog.heartbeat is {self.heartbeat}: set seconds, 1 or more.")
         for name, seconds in dataclasses.asdict(self).items():
             if not seconds >= 0:
                 raise UserError(f"watchdog.{name} is {seconds}: set seconds, or 0 for no limit.")

@@ -23,7 +23,9 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"
 _ALONE = "pass --process_count=1 for one process."
 
 
-def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+def start(
+    coordinator: str = "", process_count: int = 0, process_id: int = -1, heartbeat: int = 100
+) -> None:
     """Joins the processes of a run; must come before anything that touches a device.
 
     The first of these that says anything decides: the three arguments, the environment variables
@@ -35,6 +37,7 @@ def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -
       coordinator: HOST:PORT of process 0, reachable by all.
       process_count: how many processes.
       process_id: which one this is, from 0.
+      heartbeat: seconds without a sign of life from one process after which JAX aborts the others.
 
     Where the others do not come within five minutes JAX ends the process with SIGABRT (134).
 
@@ -50,12 +53,18 @@ def start(coordinator: str = "", process_count: int = 0, process_id: int = -1) -
         coordinator, process_count, process_id = _from_variables(os.environ)
     if coordinator:
         jax.distributed.initialize(
-            coordinator, process_count, process_id, cluster_detection_method="deactivate"
+            coordinator,
+            process_count,
+            process_id,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat,
         )
     elif detect(os.environ):
         # Left alone, JAX gives each of Slurm's tasks one GPU, also where a node has one task.
         one_a_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
-        jax.distributed.initialize(local_device_ids=[] if one_a_node else None)
+        jax.distributed.initialize(
+            local_device_ids=[] if one_a_node else None, heartbeat_timeout_seconds=heartbeat
+        )
 
 
 def detect(environment: Mapping[str, str]) -> bool:

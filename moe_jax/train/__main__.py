@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.flags
     config = from_config_dict(parsed.config)
     keep_freed_memory()
-    distributed.start(given.coordinator, given.process_count, given.process_id)
+    heartbeat = config.watchdog.heartbeat
+    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
     preemption = distributed.Preemption()
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)

@@ -111,9 +111,9 @@ def test_what_jax_is_told(monkeypatch, environment, arguments, expected):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: told.append((a, k)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.start(*arguments)
+    distributed.start(*arguments, heartbeat=7)
     [(given, named)] = told
-    assert given == expected[0]
+    assert given == expected[0] and named.pop("heartbeat_timeout_seconds") == 7
     assert expected[1] is None or named == expected[1]
 
 
