@@ -1,0 +1,104 @@
+"""Checks 4 to 7 and 12: what a person sees of damaged checkpoints, and that no run starts over."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from checkpoint_trees import files_of, flip_bit
+from small_run import flags
+from trainer import OVERRIDES, Trainer, assert_same_end, checkpoints
+
+from moe_jax.parallel.distributed import DONE, FIX
+from moe_jax.train.__main__ import main
+
+STEPS = 6
+RUN = OVERRIDES | {"train.steps": STEPS}
+# Orbax writes these when it commits, after everything that is hashed, and nothing reads them.
+COMMENTS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, corpus, cli_env):
+    """Workdir of a run that was never stopped: checkpoints of steps 2, 4 and 6."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    run = Trainer(flags(workdir, corpus, **RUN), cli_env)
+    assert run.finish() == DONE, run.text
+    return workdir
+
+
+@pytest.fixture
+def workdir(tmp_path, straight):
+    """A copy to be damaged."""
+    return Path(shutil.copytree(straight, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """The trainer takes SIGTERM for the life of its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.full
+def test_a_cut_step_among_litter(workdir, straight, corpus, trainers):
+    """Checks 4, 6 and 12: passed over, kept, and taken again to the same end."""
+    folder = workdir / "checkpoints"
+    damaged = files_of(folder, STEPS)[0]
+    cut(damaged)
+    (folder / "50").mkdir()
+    shutil.copytree(folder / "4", folder / "60.orbax-checkpoint-tmp")
+    (folder / "70").mkdir()
+    (folder / "70" / "data").write_bytes(b"no commit marker")
+
+    run = trainers(flags(Path("run"), corpus, **RUN), cwd=workdir.parent)
+    assert run.finish() == DONE, run.text
+    bad = next(line for line in run.lines if "is bad" in line)
+    assert bad.startswith(f"Checkpoint of step {STEPS} is bad ({damaged.relative_to(folder / '6')}")
+    assert "bytes instead of" in bad and bad.endswith(f"moved to {folder}/quarantine/{STEPS}.")
+    assert "resuming from step 4" in run.lines and "Traceback" not in run.text
+    aside = folder / "quarantine" / str(STEPS) / damaged.relative_to(folder / str(STEPS))
+    assert aside.stat().st_size > 0
+    assert_same_end(workdir, straight, STEPS)
+
+
+@pytest.mark.full
+def test_one_flipped_bit_in_each_file(workdir, straight, corpus, capfd):
+    """Check 5.  What is not hashed is not read either: the run stands where it stood."""
+    folder = workdir / "checkpoints"
+    step = folder / str(STEPS)
+    names = sorted(path.relative_to(step) for path in step.rglob("*") if path.is_file())
+    assert len(names) >= 8
+    for name in names:
+        flip_bit(step / name)
+        assert main(["train", *flags(workdir, corpus, **RUN)]) == DONE
+        said = capfd.readouterr().out
+        assert_same_end(workdir, straight, STEPS)
+        if name.name in COMMENTS:
+            assert f"step {STEPS} of {STEPS} is done" in said
+            flip_bit(step / name)
+        else:
+            assert f"Checkpoint of step {STEPS} is bad ({name}" in said
+            assert "resuming from step 4" in said
+    assert len(checkpoints(workdir).quarantined()) == len(names) - len(COMMENTS)
+
+
+@pytest.mark.full
+def test_when_no_step_is_good(workdir, straight, corpus, trainers):
+    """Check 7: one sentence, exit code 1, and everything stays as it is."""
+    folder = workdir / "checkpoints"
+    for number, step in enumerate((2, 4, STEPS)):
+        (cut if number else flip_bit)(files_of(folder, step)[0])
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    run = trainers(flags(workdir, corpus, **RUN))
+    assert run.finish() == FIX
+    said = [line for line in run.lines if line.startswith("Error: ")]
+    assert said == run.lines[-1:] and "Traceback" not in run.text
+    assert said[0].startswith(f"Error: No checkpoint under {folder} verifies (newest: step {STEPS}")
+    assert checkpoints(workdir).steps() == [2, 4, STEPS]
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
