@@ -1,7 +1,9 @@
 """What a person gets to read of the errors that Orbax raises."""
 
 import contextlib
+import errno
 import logging
+import os
 import re
 from collections.abc import Iterator
 
@@ -16,6 +18,9 @@ def cause_of(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = re.sub(r" \[\w+='.*", "", line)  # TensorStore appends whole specs and source lines
+    for number in errno.errorcode:  # and it begins with every path on its way down
+        if line.endswith(f": {os.strerror(number)}"):
+            return os.strerror(number)
     return line if len(line) <= 300 else f"...{line[-300:]}"  # it begins with the outermost cause
 
 

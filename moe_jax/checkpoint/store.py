@@ -125,7 +125,7 @@ class Checkpoints:
         Raises:
           UserError: as `latest_good` and `restore`.
         """
-        loaded: dict[int, Any] = {}
+        loaded: dict[int, tuple[Any, str]] = {}
 
         def attempt(step: int) -> str | None:
             reason = first_of_all(self.incomplete(step))
@@ -143,15 +143,19 @@ class Checkpoints:
             wrong = first_of_all(str(error) if error else None)
             if wrong is not None:
                 raise error or UserError(f"Another process says: {wrong}")
-            loaded[step] = back
-            report(
+            loaded[step] = (
+                back,
                 f"step {step}: {self.size(step) / 2**20:.1f} MiB loaded in {seconds:.2f} s and "
-                f"verified meanwhile in {beside_seconds:.2f} s"
+                f"verified meanwhile in {beside_seconds:.2f} s",
             )
             return None
 
         step = self._walk_back(attempt, report)
-        return None if step is None else (step, loaded[step])
+        if step is None:
+            return None
+        back, line = loaded[step]
+        report(line)
+        return step, back
 
     def _verify_share(self, step: int) -> str | None:
         """As `verify`, of the files that fall to this process."""

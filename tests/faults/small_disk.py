@@ -7,6 +7,7 @@ stands in: a write beyond it fails as well (EFBIG).
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,34 +51,37 @@ class SmallDisk:
         self.folder = self.here = folder
         self.prefix: list[str] = []
         self.kind = "limit"
+        self._holder: subprocess.Popen | None = None
         for enter, join in _NAMESPACES:
             command = [*enter, sys.executable, "-c", _HOLDER, str(size), str(folder)]
-            self._holder = subprocess.Popen(
+            holder = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            assert self._holder.stdout is not None
-            if self._holder.stdout.readline() == "mounted\n":
-                pid = self._holder.pid
-                self.here = Path(f"/proc/{pid}/root", *folder.parts[1:])
-                self.prefix = ["nsenter", f"--target={pid}", *join]
-                self.kind = "tmpfs"
+            assert holder.stdout is not None
+            if holder.stdout.readline() == "mounted\n":
+                self.here = Path(f"/proc/{holder.pid}/root", *folder.parts[1:])
+                self.prefix = ["nsenter", f"--target={holder.pid}", *join]
+                self.kind, self._holder = "tmpfs", holder
                 break
-            self._holder.communicate()
+            holder.communicate()
 
     def __enter__(self) -> "SmallDisk":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._holder.communicate()  # closes its input, at which it ends
+        if self._holder is not None:
+            self._holder.communicate()  # closes its input, at which it ends
 
     def fill(self, process: subprocess.Popen, leave: int) -> None:
         """Leaves `leave` bytes; `process` is the one to be limited where there is no tmpfs."""
         if self.kind == "limit":
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (leave, resource.RLIM_INFINITY))
             return
+        process.send_signal(signal.SIGSTOP)  # what it writes meanwhile would be missing
         status = os.statvfs(self.here)
         with (self.here / "fill").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - leave)
+        process.send_signal(signal.SIGCONT)
 
     def make_room(self, process: subprocess.Popen) -> None:
         """Undoes `fill`."""
