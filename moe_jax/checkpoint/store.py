@@ -82,6 +82,7 @@ class Checkpoints:
         # files however many leaves and devices there are.
         self._handler = _Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         self._orbax = ocp.AsyncCheckpointer(self._handler)
+        quiet_orbax()
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""
@@ -354,8 +355,7 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[None]:
         """Says in one sentence which step could not be written, why, and how much room it needs."""
         try:
-            with quiet_orbax():
-                yield
+            yield
         except (OSError, ValueError) as error:
             self._swept = False
             with contextlib.suppress(OSError):  # what is unfinished only takes room
@@ -371,8 +371,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         try:
-            with quiet_orbax():
-                yield
+            yield
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint {self._path(step)} cannot be read ({cause_of(error)})."

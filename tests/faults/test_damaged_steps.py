@@ -72,9 +72,11 @@ def test_a_cut_step_among_litter(workdir, straight, corpus, trainers):
 
 
 @pytest.mark.full
-def test_one_flipped_bit_in_each_file(tmp_path, straight, corpus, capfd, monkeypatch):
+def test_one_flipped_bit_in_each_file(tmp_path, corpus, capfd, monkeypatch):
     """Check 5.  What is not hashed is not read either: the run stands where it stood."""
     monkeypatch.setattr(trainer, "prepare", functools.partial(prepare, devices=jax.devices()[:1]))
+    straight = tmp_path / "straight"
+    assert trainer.main(["train", *flags(straight, corpus, **RUN)]) == DONE
     step = straight / "checkpoints" / str(STEPS)
     names = sorted(path.relative_to(step) for path in step.rglob("*") if path.is_file())
     assert len(names) >= 8

@@ -51,8 +51,15 @@ def straight(tmp_path_factory, corpus, cli_env):
 
 def until_phase(run: Trainer, folder: Path, phase: str, looks: int) -> bool:
     """Looks until a save newer than what is there has come so far, and `looks` times more."""
-    before = set(folder.glob(PHASES[phase]))
-    while not set(folder.glob(PHASES[phase])) - before:
+
+    def seen() -> set[Path]:
+        try:
+            return set(folder.glob(PHASES[phase]))
+        except FileNotFoundError:  # renamed while it was being listed
+            return set()
+
+    before = seen()
+    while not seen() - before:
         if run.process.poll() is not None:
             return False
     for _ in range(looks):
