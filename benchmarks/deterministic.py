@@ -123,7 +123,8 @@ def numbers(workdir: Path) -> dict[int, list[float]]:
 
 def digest(workdir: Path, step: int) -> str:
     """SHA-256 of the parameters of a checkpoint."""
-    lines = python(["-m", "moe_jax.checkpoint", f"--workdir={workdir}"], "").splitlines()
+    command = ["-m", "moe_jax.checkpoint", f"--workdir={workdir}", "--verify"]
+    lines = python(command, "").splitlines()
     return next(line.split()[-1] for line in lines if line.startswith(f"step {step} "))
 
 

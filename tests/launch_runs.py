@@ -34,7 +34,7 @@ def two_process_flags(workdir: Path, files: str) -> tuple[str, ...]:
 def digest(workdir: Path, env: dict[str, str]) -> str:
     """SHA-256 of the parameters of the last checkpoint."""
     done = subprocess.run(
-        [sys.executable, "-m", "moe_jax.checkpoint", f"--workdir={workdir}"],
+        [sys.executable, "-m", "moe_jax.checkpoint", f"--workdir={workdir}", "--verify"],
         env=env,
         capture_output=True,
         text=True,

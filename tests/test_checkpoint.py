@@ -163,12 +163,20 @@ def test_disk(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     checkpoints = saved(tmp_path / "checkpoints", 2, 10, 30)
-    flip_bit(files_of(tmp_path / "checkpoints", 30)[0])
-    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}", "--verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["2", "10", "30"]
-    assert [line.split()[-1] for line in lines[:2]] == [checkpoints.digest(s) for s in (2, 10)]
-    assert " ok " in lines[0] and " bad" in lines[2] and "SHA-256" in lines[2]
+    assert [line.split()[-1] for line in lines] == [checkpoints.digest(s) for s in (2, 10, 30)]
+
+    flip_bit(files_of(tmp_path / "checkpoints", 30)[0])
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}", "--verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "  ok  " in lines[0] and "  bad: " in lines[2] and "SHA-256" in lines[2]
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0  # a listing reads no file
+    assert "step 30  complete  " in capsys.readouterr().out
+    files_of(tmp_path / "checkpoints", 2)[0].unlink()
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 1
+    assert " is missing  " in capsys.readouterr().out.splitlines()[0]
     assert checkpoints.steps() == [2, 10, 30]  # looking moves nothing
 
 

@@ -1,5 +1,6 @@
 """Damage to checkpoints: it never passes for weights, and never starts a run over."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_trees import files_of, flip_bit, make_tree, saved
+from checkpoint_trees import abstract, files_of, flip_bit, make_tree, same_bits, saved
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import UserError
@@ -39,6 +40,36 @@ def test_a_cut_file_is_found_and_the_step_can_be_saved_again(tmp_path):
         assert checkpoints.save(2, make_tree("cube", seed=2))
         checkpoints.wait()
         assert checkpoints.latest_good() == 2
+
+
+def test_what_was_loaded_from_a_bad_step_is_dropped(tmp_path):
+    """A flipped bit in weights loads without a complaint; only the hashes beside it know."""
+    checkpoints = Checkpoints(tmp_path)
+    right = {step: np.random.default_rng(step).normal(size=(64, 64)) for step in (1, 2)}
+    for step, w in right.items():
+        checkpoints.save(step, {"w": w})
+    checkpoints.wait()
+    flip_bit(max((tmp_path / "2").rglob("d/*"), key=lambda path: path.stat().st_size))
+    like = {"w": jax.ShapeDtypeStruct((64, 64), np.float64)}
+    assert not same_bits(checkpoints.restore(2, like)["w"], right[2])
+
+    reports: list[str] = []
+    step, tree = checkpoints.restore_latest(like, reports.append)
+    assert step == 1 and same_bits(tree["w"], right[1]) and checkpoints.quarantined() == ["2"]
+    assert "step 2 is bad" in reports[0] and "differs" in reports[0] and len(reports) == 2
+    assert re.match(r"step 1: \d+\.\d MiB loaded in .* s and verified meanwhile in", reports[1])
+
+
+def test_a_good_step_of_another_model_is_refused_and_not_passed_over(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    other = abstract(make_tree("one"))
+    other["params"]["scale"] = jax.ShapeDtypeStruct((6,), jnp.float32)
+    with pytest.raises(UserError, match=r"/2 holds another .* params/scale is float32\[5\] there"):
+        checkpoints.restore_latest(other)
+    assert checkpoints.steps() == [1, 2]
+    flip_bit(files_of(tmp_path, 2)[0])  # bad as well: then it is that
+    with pytest.raises(UserError, match=r"/1 holds another .* params/scale"):
+        checkpoints.restore_latest(other)
 
 
 def test_a_removed_file_is_found(tmp_path):

@@ -1,8 +1,10 @@
-"""Lists the checkpoints of a run: `python -m moe_jax.checkpoint --workdir=DIR`.
+"""Lists the checkpoints of a run: `python -m moe_jax.checkpoint --workdir=DIR [--verify]`.
 
-One line a step on stdout, oldest first: step, whether it verifies, size, and last the SHA-256 of
-the parameters (`-` where the step is bad), which does not depend on the mesh.  Steps in quarantine
-go to stderr.  Nothing is changed.
+One line a step on stdout, oldest first: step, state, size.  The state is `complete` where all files
+are there in their sizes, else `bad:` with the reason.  With --verify every byte is read, the state
+is `ok` or `bad:`, and last stands the SHA-256 of the parameters (`-` where the step is bad), which
+does not depend on the mesh.  The exit code is 1 if any step is bad.  Steps in quarantine go to
+stderr.  Nothing is changed.
 """
 
 import os
@@ -13,26 +15,32 @@ import jax
 
 from moe_jax.checkpoint.store import QUARANTINE, Checkpoints
 from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import DONE, FIX
 from moe_jax.train import flags
+
+_FLAGS = (flags.Flag("verify", False, "Read every byte; exit code 1 if a step is bad."),)
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the lines; raises UserError where there is no checkpoint."""
-    parsed = flags.parse(argv, config=False)
+    given = flags.parse(argv, extra=_FLAGS, config=False).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
-    checkpoints = Checkpoints(os.path.join(parsed.flags.workdir, "checkpoints"))
+    checkpoints = Checkpoints(os.path.join(given.workdir, "checkpoints"))
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{checkpoints.root} holds no checkpoint: check --workdir.")
+    code = DONE
     for step in steps:
-        reason = checkpoints.verify(step)
-        state = "ok" if reason is None else f"bad: {reason}"
-        digest = checkpoints.digest(step) if reason is None else "-"
-        size = checkpoints.size(step) / 2**20
-        print(f"step {step}  {state}  {size:.1f} MiB  {digest}", flush=True)
+        reason = checkpoints.verify(step) if given.verify else checkpoints.incomplete(step)
+        state, last = "ok" if given.verify else "complete", ""
+        if reason is not None:
+            state, code = f"bad: {reason}", FIX
+        if given.verify:
+            last = f"  {checkpoints.digest(step) if reason is None else '-'}"
+        print(f"step {step}  {state}  {checkpoints.size(step) / 2**20:.1f} MiB{last}", flush=True)
     for name in checkpoints.quarantined():
         print(f"set aside: {checkpoints.root / QUARANTINE / name}", file=sys.stderr)
-    return 0
+    return code
 
 
 def cli() -> None:

@@ -1,21 +1,31 @@
 """Checkpoints: the one adapter over Orbax."""
 
 import contextlib
-import logging
+import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from moe_jax.checkpoint import manifest
-from moe_jax.checkpoint.tree import Leaf, abstract, array_digest, check_same, named_leaves, nested
+from moe_jax.checkpoint.agree import first_of_all, lead_decides
+from moe_jax.checkpoint.causes import cause_of, quiet_orbax
+from moe_jax.checkpoint.tree import (
+    Leaf,
+    abstract,
+    array_digest,
+    check_same,
+    free_bytes,
+    named_leaves,
+    nested,
+)
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lost_peer
 
@@ -23,6 +33,9 @@ QUARANTINE = "quarantine"
 _DOOMED = ".doomed"  # suffix of a step that retention is deleting
 # Of saves and deletions that were killed.
 _LEFTOVER = re.compile(rf"\d+(\.orbax-checkpoint-tmp.*|{re.escape(_DOOMED)})")
+
+
+Report = Callable[[str], None]
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -64,16 +77,22 @@ class Checkpoints:
         self.root = epath.Path(root if "://" in root else os.path.abspath(root))
         self._keep_last, self._keep_every = keep_last, keep_every
         self._saving: int | None = None  # the step being written
+        self._needed = 0  # bytes of its arrays
         self._swept = False
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
         # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step stays at a few
         # files however many leaves and devices there are.
-        handler = _Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._handler = _Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+        self._orbax = ocp.AsyncCheckpointer(self._handler)
+        quiet_orbax()
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""
         return [step for step in self._numbered() if manifest.committed(self._path(step))]
+
+    def incomplete(self, step: int) -> str | None:
+        """None if `step` has all its files in their sizes, else why not; reads none of them."""
+        return manifest.incomplete(self._path(step))
 
     def verify(self, step: int) -> str | None:
         """None if `step` is as it was written, else why not; reads every byte."""
@@ -88,34 +107,89 @@ class Checkpoints:
         """Bytes of `step` on disk."""
         return manifest.size(self._path(step))
 
-    def latest_good(self, report: Callable[[str], None] = lambda text: None) -> int | None:
+    def latest_good(self, report: Report = lambda text: None) -> int | None:
         """The newest step that verifies; None if nothing was ever saved here.
 
         Newer steps that do not verify are moved to quarantine/, each reported in one sentence.
+        All processes must call this: each hashes its share of the files.
 
         Raises:
           UserError: there are steps and none of them verifies; nothing is moved then.
         """
-        self.wait()
+        return self._walk_back(lambda step: first_of_all(self._verify_share(step)), report)
 
-        def walk_back() -> int | None:
-            bad: dict[int, str] = {}
-            for step in reversed(self.steps()):
-                reason = self.verify(step)
-                if reason is None:
-                    for worse, why in bad.items():
-                        aside = self._quarantine(worse)
-                        report(f"Checkpoint of step {worse} is bad ({why}); moved to {aside}.")
-                    return step
-                bad[step] = reason
-            if bad:
-                raise UserError(
-                    f"No checkpoint under {self.root} verifies (newest: step {max(bad)}, "
-                    f"{bad[max(bad)]}): restore a copy, or start over in another --workdir."
-                )
+    def restore_latest(
+        self, tree: Any, report: Report = lambda text: None
+    ) -> tuple[int, Any] | None:
+        """(`latest_good`, that step as `restore` gives it), hashed while it is loaded.
+
+        What was loaded is dropped where the step then does not verify.
+
+        Raises:
+          UserError: as `latest_good` and `restore`.
+        """
+        loaded: dict[int, tuple[Any, str]] = {}
+
+        def attempt(step: int) -> str | None:
+            reason = first_of_all(self.incomplete(step))
+            if reason is not None:
+                return reason
+            with ThreadPoolExecutor(1) as beside:
+                verdict = beside.submit(_timed, lambda: self._verify_share(step))
+                back, seconds = _timed(lambda: _caught(lambda: self.restore(step, tree)))
+            mine, beside_seconds = verdict.result()
+            reason = first_of_all(mine)
+            if reason is not None:
+                return reason
+            # The bytes are what was saved: what is wrong now, a person has to mend.
+            error = back if isinstance(back, Exception) else None
+            wrong = first_of_all(str(error) if error else None)
+            if wrong is not None:
+                raise error or UserError(f"Another process says: {wrong}")
+            loaded[step] = (
+                back,
+                f"step {step}: {self.size(step) / 2**20:.1f} MiB loaded in {seconds:.2f} s and "
+                f"verified meanwhile in {beside_seconds:.2f} s",
+            )
             return None
 
-        return _lead_decides(walk_back)
+        step = self._walk_back(attempt, report)
+        if step is None:
+            return None
+        back, line = loaded[step]
+        report(line)
+        return step, back
+
+    def _verify_share(self, step: int) -> str | None:
+        """As `verify`, of the files that fall to this process."""
+        share = (jax.process_index(), jax.process_count())
+        return manifest.verify(self._path(step), share)
+
+    def _walk_back(self, attempt: Callable[[int], str | None], report: Report) -> int | None:
+        """The newest step that `attempt` finds nothing wrong with, on every process."""
+        self.wait()
+        bad: dict[int, str] = {}
+
+        def newest() -> int | None:
+            return max((step for step in self.steps() if step not in bad), default=None)
+
+        def set_aside() -> None:
+            for worse, why in bad.items():
+                aside = self._quarantine(worse)
+                report(f"Checkpoint of step {worse} is bad ({why}); moved to {aside}.")
+
+        while (step := lead_decides(newest)) is not None:
+            reason = attempt(step)
+            if reason is None:
+                lead_decides(set_aside)
+                return step
+            bad[step] = reason
+        if bad:
+            raise UserError(
+                f"No checkpoint under {self.root} verifies (newest: step {max(bad)}, "
+                f"{bad[max(bad)]}): restore a copy, or start over in another --workdir."
+            )
+        return None
 
     def save(self, step: int, tree: Any) -> bool:
         """Starts writing `tree` as `step` and returns; the values are those of this moment.
@@ -134,6 +208,9 @@ class Checkpoints:
           UserError: this or the earlier save cannot be written; older steps are untouched.
         """
         self.wait()
+        leaves = named_leaves(tree)
+        shapes = [abstract(leaf) for leaf in leaves.values()]  # refuses what has no stable bytes
+        self._needed = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in shapes)
 
         def prepare() -> int | None:
             with self._writing(step):
@@ -145,11 +222,8 @@ class Checkpoints:
                 self.root.mkdir(parents=True, exist_ok=True)
             return step
 
-        if _lead_decides(prepare) is None:
+        if lead_decides(prepare) is None:
             return False
-        leaves = named_leaves(tree)
-        for leaf in leaves.values():
-            abstract(leaf)  # refuses what has no stable bytes
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
         item = nested(arrays)
         with self._writing(step):
@@ -181,8 +255,7 @@ class Checkpoints:
     def describe(self, step: int) -> dict[str, Leaf]:
         """Shape and dtype of every leaf of `step` by name, without reading any array."""
         with self._reading(step):
-            metadata: Any = self._orbax.metadata(self._path(step))
-            tree = metadata.item_metadata.tree
+            tree = self._handler.metadata(self._path(step)).tree
         return {
             name: Leaf(leaf.shape, np.dtype(leaf.dtype))
             for name, leaf in named_leaves(tree).items()
@@ -235,7 +308,9 @@ class Checkpoints:
             partial_restore=True,
         )
         with self._reading(step):
-            return named_leaves(self._orbax.restore(self._path(step), args=args))
+            # Not through the checkpointer: there all processes wait for each other, also for one
+            # that could not read its part.
+            return named_leaves(self._handler.restore(self._path(step), args=args))
 
     def _path(self, step: int) -> epath.Path:
         return self.root / str(step)
@@ -258,7 +333,7 @@ class Checkpoints:
         except OSError as error:
             raise UserError(
                 f"The checkpoint {self._path(step)} cannot be moved to {target} "
-                f"({_cause(error)}): move it yourself, then run the same command again."
+                f"({cause_of(error)}): move it yourself, then run the same command again."
             ) from error
 
     def _retain(self) -> None:
@@ -272,7 +347,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Before the first save: removes what killed saves and deletions left behind."""
-        if not self._swept:
+        if not self._swept and jax.process_index() == 0:
             for path in self.root.iterdir() if self.root.exists() else ():
                 if _LEFTOVER.fullmatch(path.name):
                     _remove(path)
@@ -280,29 +355,32 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """Says in one sentence which step could not be written and why."""
+        """Says in one sentence which step could not be written, why, and how much room it needs."""
         try:
-            with _quiet_orbax():
-                yield
+            yield
         except (OSError, ValueError) as error:
             if lost_peer(error):  # no matter of the disk: nobody has to mend anything
                 raise
-            self._swept = False  # the next save removes the unfinished one
+            self._swept = False
+            with contextlib.suppress(OSError):  # what is unfinished only takes room
+                self._sweep()
+            free = free_bytes(self.root)
+            there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
             raise UserError(
-                f"The checkpoint {self._path(step)} cannot be written ({_cause(error)}): make room "
-                f"or fix the permissions, then run the same command again."
+                f"The checkpoint {self._path(step)} cannot be written ({cause_of(error)}; it needs "
+                f"{self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, then "
+                f"run the same command again."
             ) from error
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         try:
-            with _quiet_orbax():
-                yield
+            yield
         except (OSError, ValueError, KeyError) as error:
             if lost_peer(error):
                 raise
             raise UserError(
-                f"The checkpoint {self._path(step)} cannot be read ({_cause(error)})."
+                f"The checkpoint {self._path(step)} cannot be read ({cause_of(error)})."
             ) from error
 
 
@@ -314,44 +392,15 @@ def _remove(path: epath.Path) -> None:
         path.rmtree()
 
 
-def _lead_decides(action: Callable[[], int | None]) -> int | None:
-    """What `action()` returns on process 0, on every process; if it raises there, all raise."""
-    failed, nothing = -2, -1
-    code, error = nothing, None
-    if jax.process_index() == 0:
-        try:
-            result = action()
-            code = nothing if result is None else result
-        except UserError as raised:
-            code, error = failed, raised
-    if jax.process_count() > 1:
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-    if code == failed:
-        raise error or UserError("Process 0 cannot go on with its checkpoints: see its message.")
-    return None if code == nothing else code
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    """(what it returns, seconds)."""
+    began = time.perf_counter()
+    return action(), time.perf_counter() - began
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost cause in one line: Orbax wraps the reason in several generic errors."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = re.sub(r" \[\w+='.*", "", line)  # TensorStore appends whole specs and source lines
-    return line if len(line) <= 300 else f"...{line[-300:]}"  # it begins with the outermost cause
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs the traceback of what it also raises; the person gets our sentence instead."""
-    logger = absl_logging.get_absl_logger()
-
-    def ours(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    logger.addFilter(ours)
+def _caught(action: Callable[[], Any]) -> Any:
+    """What it returns, or the exception: damaged bytes may raise anything where they are parsed."""
     try:
-        yield
-    finally:
-        logger.removeFilter(ours)
+        return action()
+    except Exception as error:
+        return error

@@ -115,18 +115,23 @@ def disk_needed(tree: Any) -> int:
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves) + _SLACK
 
 
-def check_disk(root: os.PathLike[str] | str, needed: int) -> None:
-    """Raises UserError if the file system of `root` (which need not exist) lacks `needed` bytes.
+def free_bytes(root: os.PathLike[str] | str) -> int | None:
+    """Free on the file system of `root`, which need not exist.
 
-    Remote paths such as gs:// are not checked: object stores have no free space to ask for.
+    None for remote paths such as gs://: object stores have no free space to ask for.
     """
     if "://" in os.fspath(root):
-        return
+        return None
     path = epath.Path(root).absolute()
     while not path.exists():
         path = path.parent
-    free = shutil.disk_usage(path).free
-    if free < needed:
+    return shutil.disk_usage(path).free
+
+
+def check_disk(root: os.PathLike[str] | str, needed: int) -> None:
+    """Raises UserError if the file system of `root` (which need not exist) lacks `needed` bytes."""
+    free = free_bytes(root)
+    if free is not None and free < needed:
         raise UserError(
             f"A checkpoint needs {needed / 2**30:.2f} GiB and {root} has {free / 2**30:.2f} GiB "
             f"free: make room or choose another --workdir."

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -147,8 +148,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if lost_peer(error):
             code = AGAIN
             print(f"Another process of this run is gone: exit code {code}.", file=sys.stderr)
-    if failed and jax.distributed.is_initialized():
+    waits = any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
+    if failed and (waits or jax.distributed.is_initialized()):
         # An orderly exit waits for the other processes, and they wait for this one: for minutes.
+        # So do threads of Orbax for a save that could not begin.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -234,10 +234,11 @@ def _get(config: Any, path: str) -> Any:
 def first_state(run: Run, init_from: str, say: Say) -> TrainState:
     """The newest good checkpoint of the workdir, else other weights, else a fresh state."""
     shardings = state_shardings(run.model, run.optimizer, run.mesh)
-    step = run.checkpoints.latest_good(say)
-    if step is not None:
+    found = run.checkpoints.restore_latest(_disk_target(run), say)
+    if found is not None:
+        step, tree = found
         say(f"resuming from step {step}")
-        return _restored(run, step, shardings)
+        return _from_disk(run, tree, shardings)
     weights: dict[str, Any] = {}
     if init_from:
         say(f"starting from the weights in {init_from}")
@@ -253,8 +254,7 @@ def _disk_target(run: Run) -> dict[str, Any]:
     return to_disk(target, flat.layout)
 
 
-def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
-    tree = run.checkpoints.restore(step, _disk_target(run))
+def _from_disk(run: Run, tree: Any, shardings: TrainState) -> TrainState:
     if not run.model.layout.repeats:
         return from_disk(tree, run.model.layout)
     return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)

@@ -213,6 +213,12 @@ def test_workdir_is_not_writable(place, tmp_path, below):
             {"model.moe.expert_width": 48},
             r": params/blocks/1/.* is float32\[8,32,2,32\] there and float32\[8,32,2,48\] in this",
         ),
+        (
+            {"model.moe.num_experts": 4},
+            r": params/blocks/1/.* is float32\[32,8\] there and float32\[32,4\] in this config",
+        ),
+        ({"model.width": 48}, r": params/.* is float32\[.*32.*\] there and float32\[.*48.*\] in"),
+        ({"optimizer.name": "adafactor"}, r": optimizer/.* is (absent|float32.*) there and "),
         ({"model.num_layers": 4}, r": params/blocks/2/.* is absent there and float32"),
         ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
         (

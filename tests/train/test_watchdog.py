@@ -81,6 +81,11 @@ def test_a_wrong_limit_is_refused(wrong):
         WatchdogConfig(step=wrong)
 
 
+def test_a_heartbeat_of_never_is_refused():
+    with pytest.raises(UserError, match=r"watchdog.heartbeat is 0: set seconds, 1 or more"):
+        WatchdogConfig(heartbeat=0)
+
+
 HANGS = """
 import sys, threading
 from moe_jax.data import feed

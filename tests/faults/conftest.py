@@ -1,0 +1,24 @@
+"""What the tests of faults share: a text, and trainers that never outlive their test."""
+
+import pytest
+from small_run import write_corpus
+from trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def trainers(cli_env):
+    """`trainers(arguments, ...)` starts a Trainer; all are gone when the test ends."""
+    started: list[Trainer] = []
+
+    def start(*given, **named) -> Trainer:
+        started.append(Trainer(*given, **{"env": cli_env} | named))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
