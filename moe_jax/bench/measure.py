@@ -80,7 +80,7 @@ def measure(
             "model_tflops_per_s": round(tflop / seconds, 4),
             "mfu": None if peak is None else round(tflop / seconds / peak / run.mesh.size, 4),
         }
-        text = step_fn.as_text()
+        text = step_fn.as_text() or ""
         if run.mesh.size > 1:
             sent = sum(one.sent(run.mesh.size) for one in read_collectives(text).found)
             row["collectives_sent_mb"] = round(sent / 1e6, 3)  # by one device in a step
