@@ -115,6 +115,26 @@ class Checkpoints:
 
         return _lead_decides(walk_back)
 
+    def latest_good_before(self, step: int) -> int | None:
+        """The newest step below `step` that verifies; None where there is none.  Moves nothing."""
+        self.wait()
+
+        def walk_back() -> int | None:
+            before = (found for found in reversed(self.steps()) if found < step)
+            return next((found for found in before if self.verify(found) is None), None)
+
+        return _lead_decides(walk_back)
+
+    def set_aside_after(self, step: int, report: Callable[[str], None] = lambda text: None) -> None:
+        """Moves all later steps to quarantine/, each reported in one sentence."""
+        self.wait()
+
+        def move() -> None:
+            for later in reversed([found for found in self.steps() if found > step]):
+                report(f"Checkpoint of step {later} moved to {self._quarantine(later)}.")
+
+        _lead_decides(move)
+
     def save(self, step: int, tree: Any) -> bool:
         """Starts writing `tree` as `step` and returns; the values are those of this moment.
 

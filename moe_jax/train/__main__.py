@@ -20,6 +20,7 @@ from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, start_lowering, train
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
+from moe_jax.train.rewind import Rewinds
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
 from moe_jax.train.workdir import is_remote, locate
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
+            rewinds = Rewinds(workdir, run.checkpoints, _say)
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
         _say(f"state ready in {time.perf_counter() - began:.1f} s")
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         resumed = start if start else None
         with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
             preemption.defer()
-            code = train(run, state, lowered, reporter, preemption, watch)
+            code = train(run, state, lowered, reporter, preemption, watch, rewinds)
         with watch("checkpoint"):
             run.checkpoints.close()
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
