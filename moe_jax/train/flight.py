@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from moe_jax.config import fingerprint
 from moe_jax.errors import UserError
@@ -17,12 +16,18 @@ from moe_jax.train.record import versions
 from moe_jax.train.report import plain
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.setup import Run
+from moe_jax.train.workdir import Folder
 
 FLIGHT = "flight"
 MOST = 20  # records of a run
 STEPS = 50  # of routing statistics before the refused one
 
 Row = dict[str, Any]
+
+
+def record_path(workdir: Folder, step: int) -> Folder:
+    """Where the newest record of a step is, if there is one."""
+    return workdir / FLIGHT / str(step) / "record.json"
 
 
 class FlightRecorder:
@@ -58,19 +63,19 @@ class FlightRecorder:
         try:
             if folder.exists() and len(list(folder.glob("*/record*.json"))) >= MOST:
                 return
-            self._replace(epath.Path(folder) / str(step), self._record(step, why))
+            self._replace(record_path(self._run.workdir, step), self._record(step, why))
         except (OSError, UserError) as error:
             self._say(f"no flight record of step {step}: {error}")
 
-    def _replace(self, folder: epath.Path, record: Row) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path, number = folder / "record.json", 1
+    def _replace(self, path: Folder, record: Row) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and _data_step(path) != record["data_step"]:
-            while (aside := folder / f"record.{number}.json").exists():
+            number = 1
+            while (aside := path.with_name(f"record.{number}.json")).exists():
                 number += 1
             path.rename(aside)
-        unfinished = folder / "record.json.new"
-        unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.write_text(json.dumps(record, allow_nan=False) + "\n")
         unfinished.replace(path)
 
     def _record(self, step: int, why: str) -> Row:
@@ -109,7 +114,7 @@ def _batch(run: Run, data_step: int) -> Row:
     }
 
 
-def _data_step(path: epath.Path) -> int | None:
+def _data_step(path: Folder) -> int | None:
     try:
         return json.loads(path.read_text())["data_step"]
     except (ValueError, TypeError, KeyError):

@@ -3,7 +3,7 @@
 Everything here runs on the device, inside the train step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
         return ~(self.not_finite | self.spike)
 
 
-def first_guard(dtype: jnp.dtype, step: int = 0) -> Guard:
+def first_guard(dtype: Any, step: int = 0) -> Guard:
     """What the guard knows of a run that has `step` steps behind it, when it begins to look.
 
     `loss` and `grad_norm` are running means over `accepted` steps, `changed` is the last step that

@@ -44,11 +44,17 @@ def data_step(rewinds: Sequence[Rewind], step: int) -> int:
     return step
 
 
+def ordered_rows(batches: Batches, rewinds: Sequence[Rewind]) -> RowsFn:
+    """The run's rows, for a feed: those of step n are those of `data_step(rewinds, n)`."""
+    return lambda step, row_ids: batches.rows(data_step(rewinds, step), row_ids)
+
+
 class Rewinds:
     """The way back of a run.  Every process holds one; process 0 decides, writes and tells.
 
     Opening it finishes what a killed process began: checkpoints later than the last line's step
-    go to quarantine.  So do that before any checkpoint is loaded.
+    go to quarantine.  So do that before any checkpoint is loaded.  The checkpoints that the run
+    went back to are kept, so that the steps after them can be replayed.
 
     Attributes:
       history: lines of the file.
@@ -60,6 +66,8 @@ class Rewinds:
     def __init__(self, workdir: Folder, checkpoints: Checkpoints, say: Callable[[str], None]):
         self._path, self._checkpoints, self._say = workdir / REWINDS, checkpoints, say
         self.history = tuple(_parse(_from_lead(lambda: _text(self._path)), self._path))
+        for rewind in self.history:
+            checkpoints.pin(rewind.step)
         if self.history and not self.history[-1].settled:
             self._settle()
 
@@ -68,9 +76,8 @@ class Rewinds:
         return data_step(self.history, step)
 
     def rows(self, batches: Batches) -> RowsFn:
-        """The run's rows, for a feed: those of step n are those of `data_step(n)`."""
-        history = self.history
-        return lambda step, row_ids: batches.rows(data_step(history, step), row_ids)
+        """See `ordered_rows`."""
+        return ordered_rows(batches, self.history)
 
     def go_back(self, changed: int, last: int, why: str) -> int | None:
         """Leaves out the batches up to that of step `last`; returns the step to go on from.
@@ -101,13 +108,16 @@ class Rewinds:
 
     def _settle(self) -> None:
         *before, last = self.history
+        self._checkpoints.pin(last.step)
         self._checkpoints.set_aside_after(last.step, self._say)
         self._write((*before, dataclasses.replace(last, settled=True)))
 
     def _write(self, history: tuple[Rewind, ...]) -> None:
+        if lead():
+            self._replace(history)
         self.history = history
-        if not lead():
-            return
+
+    def _replace(self, history: tuple[Rewind, ...]) -> None:
         text = "".join(f"{json.dumps(dataclasses.asdict(rewind))}\n" for rewind in history)
         unfinished = self._path.with_name(f"{REWINDS}.new")
         try:

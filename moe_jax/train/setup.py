@@ -24,6 +24,7 @@ from moe_jax.model.stack import ModelDef, define
 from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import resolve
 from moe_jax.train.guard import first_guard
 from moe_jax.train.record import DATA_RECORD
@@ -141,6 +142,23 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     for line in [*notes, *resolve.describe(config)]:
         say(line)
     return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
+
+
+def set_numerics(config: Config) -> None:
+    """JAX's own settings for a config: after `distributed.start`, before anything is compiled.
+
+    Raises:
+      UserError: float64 on devices that do not have it.
+    """
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+        if jax.default_backend() != "cpu":
+            raise UserError(
+                "precision float64 is the oracle and runs on the CPU: set "
+                "JAX_PLATFORMS=cpu or another precision."
+            )
+    if config.train.deterministic:
+        use_deterministic_kernels()
 
 
 def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:

@@ -86,7 +86,7 @@ class StepLog:
                 {"step": step, **ledger_row(metrics.moe, self._run.store.sources)}
             )
         if refused:
-            self._refused(step, refused, _why(metrics, train.spike_factor))
+            self._refused(step, refused, why_refused(metrics, train.spike_factor))
 
     def _refused(self, step: int, refused: int, why: str) -> None:
         over = refused > self._run.config.train.max_skipped
@@ -99,7 +99,10 @@ class StepLog:
             self._flight.write(why)
 
 
-def _why(metrics: StepMetrics, factor: float) -> str:
+def why_refused(metrics: StepMetrics, factor: float) -> str:
+    """Why the guard refused a step; empty where it did not."""
+    if not metrics.skipped:
+        return ""
     if metrics.spike:
         return f"the loss or gradient norm is more than {factor:g} times its running mean"
     return "the loss or gradient is not finite"

@@ -40,7 +40,7 @@ OVERRIDES = {
     "eval.samples": 0,
 }
 PIPE = 4096  # bytes of a pipe: far fewer lines than a run of STEPS prints
-NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens")
+NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens", "mean_loss")
 
 
 class Process:
