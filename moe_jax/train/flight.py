@@ -61,7 +61,7 @@ class FlightRecorder:
         step, _ = self._steps[-1]
         folder = self._run.workdir / FLIGHT
         try:
-            if folder.exists() and len(list(folder.glob("*/record*.json"))) >= MOST:
+            if len(list(folder.glob("*/record*.json"))) >= MOST:
                 return
             self._replace(record_path(self._run.workdir, step), self._record(step, why))
         except (OSError, UserError) as error:

@@ -143,6 +143,22 @@ def test_two_processes_go_back_together(tmp_path, start):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
 
 
+def test_an_update_that_overflows_is_never_saved(tmp_path, monkeypatch, capsys):
+    """Loss and gradient of the step are finite, what it makes of the parameters is not."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    hot = {
+        "optimizer.learning_rate": 1e39,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every_steps": 1,
+    }
+    command = flags(tmp_path / "run", write_corpus(tmp_path / "text"), **OVERRIDES | hot)
+    assert main(["train", *command]) == DIVERGED
+    assert "step 1 diverged (the parameters or the optimizer's" in capsys.readouterr().out
+    (row,) = train_rows(tmp_path / "run")
+    assert not row["skipped"] and np.isfinite([row["loss"], row["grad_norm"]]).all()
+    assert not Checkpoints(tmp_path / "run" / "checkpoints").steps()
+
+
 def test_with_all_rewinds_used_it_ends_with_3_also_when_started_again(
     tmp_path, monkeypatch, capsys
 ):

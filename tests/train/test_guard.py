@@ -7,6 +7,7 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.errors import UserError
 from moe_jax.train.guard import LEAST, WINDOW, first_guard, judge, next_guard
+from moe_jax.train.state import TrainState, all_finite
 
 FACTOR = 10.0
 
@@ -61,6 +62,16 @@ def test_a_factor_of_0_refuses_only_what_is_not_finite():
     losses = np.ones(LEAST + 2)
     losses[-2:] = 1e30, np.nan
     assert run(losses, np.ones(LEAST + 2), 0.0)[1] == [(LEAST + 2, "not finite")]
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+@pytest.mark.parametrize("where", ["params", "optimizer", "router"])
+def test_a_state_that_is_not_finite_is_found(where, bad, mesh_of):
+    parts = {name: {"a": np.ones(3, np.float32)} for name in ("params", "optimizer", "router")}
+    if bad is not None:
+        parts[where]["a"][1] = bad
+    state = TrainState(np.int32(7), **parts, guard=first_guard(jnp.float32))
+    assert all_finite(state, mesh_of(data=2)) == (bad is None)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, -3.0])
