@@ -39,13 +39,13 @@ def test_the_means_are_plain_at_first_and_forget_later():
 
 @pytest.mark.parametrize("what", ["loss", "norm"])
 def test_a_spike_is_refused_once_the_means_say_something(what):
-    steps = np.ones((2, LEAST + 6))
-    row = steps[0 if what == "loss" else 1]
+    losses, norms = np.ones(LEAST + 6), np.ones(LEAST + 6)
+    row = losses if what == "loss" else norms
     row[3] = 1000  # too early to tell: accepted, and part of the mean
     mean = (LEAST - 1 + 1000) / LEAST
     row[LEAST] = 0.99 * FACTOR * mean
     row[LEAST + 1 :] = [1e9, np.nan, np.inf, 1, 1]
-    guard, refused = run(*steps)
+    guard, refused = run(losses, norms)
     assert refused == [
         (LEAST + 2, "spike"),
         (LEAST + 3, "not finite"),
