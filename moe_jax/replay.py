@@ -187,9 +187,13 @@ def _check_devices(config: Config) -> None:
     needed, here = mesh.batch_shards * mesh.tensor, jax.device_count()
     if needed != here:
         raise UserError(
-            f"The run used {needed} devices and here are {here}, whose sums are rounded otherwise: "
-            f"use as many (--devices={needed} for virtual ones on the CPU)."
+            f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as many "
+            f"(--devices={needed} for virtual ones on the CPU)."
         )
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' if count > 1 else ''}"
 
 
 def _start(run: Run, step: int, past: Past, from_beginning: bool) -> int:

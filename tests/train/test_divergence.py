@@ -180,7 +180,7 @@ def test_replay_refuses(bad, step, sentence):
 
 def test_replay_wants_the_devices_of_the_run(bad, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(UserError, match="used 8 devices and here are 4"):
+    with pytest.raises(UserError, match="used 8 devices and 4 devices would"):
         replay.main(["replay", f"--workdir={bad.workdir}", "--step=9"])
 
 
