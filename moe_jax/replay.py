@@ -187,8 +187,8 @@ def _check_devices(config: Config) -> None:
     needed, here = mesh.batch_shards * mesh.tensor, jax.device_count()
     if needed != here:
         raise UserError(
-            f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as many "
-            f"(--devices={needed} for virtual ones on the CPU)."
+            f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
+            f"many (--devices={needed} for virtual ones on the CPU)."
         )
 
 
