@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 _FLAGS = (
     flags.Flag("step", 0, "The step, counted from 1 as in metrics.jsonl."),
-    flags.Flag("flight", True, "As its flight record has it; no: as it went after going back."),
+    flags.Flag("flight", True, "As its flight record has it; --noflight: as it went after that."),
     flags.Flag("from_beginning", False, "Where no checkpoint is early enough: from step 0."),
     flags.Flag("init_from", "", "With --from_beginning: what the run was started with."),
     *flags.PROCESS_FLAGS,
@@ -118,7 +118,8 @@ def replay(
 def differences(new: Row, old: Row) -> list[str]:
     """Names of the numbers that both rows have and that are not the same."""
     names = [name for name in new if name in old and name != "layers"]
-    layers, before = new.get("layers", {}), old.get("layers", {})
+    layers, before = new["layers"], old.get("layers")
+    before = before if isinstance(before, dict) else {}
     return [name for name in names if new[name] != old[name]] + [
         f"layers.{name}" for name in layers if name in before and layers[name] != before[name]
     ]

@@ -178,6 +178,25 @@ def test_replay_refuses(bad, step, sentence):
         replay.main(["replay", f"--workdir={bad.workdir}", f"--step={step}"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        '{"history": 7}',
+        '{"history": [{"step": 3}], "rewinds": 9, "config": ""}',
+        '{"history": [{"step": 4}], "rewinds": 0, "config": ""}',
+    ],
+)
+def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
+    shutil.copy(bad.workdir / "config.json", tmp_path)
+    (tmp_path / "flight" / "3").mkdir(parents=True)
+    (tmp_path / "flight" / "3" / "record.json").write_text(text)
+    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged: add --noflight"):
+        replay.main(["replay", f"--workdir={tmp_path}", "--step=3"])
+
+
 def test_replay_wants_the_devices_of_the_run(bad, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(UserError, match="used 8 devices and 4 devices would"):
