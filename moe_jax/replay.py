@@ -101,7 +101,7 @@ def replay(
     rows_fn, found, step_fn = ordered_rows(run.batches, rewinds), {}, None
     with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run), start, stop) as feed:
         for number, batch in feed:
-            step_fn = step_fn or compile_step(run, state, batch)
+            step_fn = step_fn or compile_step(run)
             state, metrics = step_fn(state, batch)
             if number + 1 in wanted:
                 refused = why_refused(metrics, run.config.train.spike_factor)
