@@ -219,7 +219,7 @@ multihost_utils.sync_global_devices("retained")
 assert checkpoints.steps() == [2] and checkpoints.latest_good() == 2
 like = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=NamedSharding(mesh, P(None, "expert")))
 like = {"params": {"w": like}, "step": np.int64(0)}
-step, back = checkpoints.restore_latest(like)
+step, back = checkpoints.restore_latest(lambda _: like)
 assert step == 2
 whole = multihost_utils.process_allgather(back["params"]["w"], tiled=True)
 assert (whole == np.arange(32).reshape(8, 4)).all() and int(back["step"]) == 1
@@ -231,7 +231,7 @@ if distributed.lead():  # one file, which one of the two hashes
     file.write_bytes(whole[:-1] + b"?")
 multihost_utils.sync_global_devices("damaged")
 try:
-    checkpoints.restore_latest(like)
+    checkpoints.restore_latest(lambda _: like)
 except UserError as error:
     print(error)
 if distributed.lead():
