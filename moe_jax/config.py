@@ -37,6 +37,9 @@ class TrainConfig:
     deterministic: bool = False  # NVIDIA: kernels that repeat bit for bit, at a cost
     max_skipped: int = 3  # steps in a row that may be left out because they are not finite
     ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
+    # Steps between comparisons of the state's copies on several devices, each also compared before
+    # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
+    replica_check_every: int = 1000
     debug: bool = False  # assert inside the step that no assignment is lost or counted twice
 
     def __post_init__(self):
@@ -48,7 +51,7 @@ class TrainConfig:
                 f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
                 f"({self.accumulation}): change one of them."
             )
-        for name in ("max_skipped", "ledger_every"):
+        for name in ("max_skipped", "ledger_every", "replica_check_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}: set 0 or more.")
         self.profile_range()

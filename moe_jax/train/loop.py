@@ -9,13 +9,14 @@ from moe_jax.data.feed import DeviceFeed
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
+from moe_jax.train.phases import Phases
 from moe_jax.train.profile import Profiler
+from moe_jax.train.replica_check import ReplicaCheck
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, placed_state, to_disk
 from moe_jax.train.step import abstract_batch, jit_train_step
 from moe_jax.train.step_log import StepLog, way_on
-from moe_jax.train.watchdog import Watchdog
 
 SAMPLES = "samples.txt"
 
@@ -26,7 +27,7 @@ def train(
     lowered: Future[jax.stages.Lowered],
     reporter: Reporter,
     preemption: Preemption,
-    watch: Watchdog,
+    watch: Phases,
 ) -> int:
     """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
 
@@ -36,12 +37,8 @@ def train(
     start, total = int(state.step), config.train.steps
     evaluate = Evaluator(run)
 
-    # ---- already there: only what a kill after the last step may have cost
     if start >= total:
-        reporter.say(f"step {start} of {total} is done: raise train.steps to go on")
-        if not has_eval(run.workdir / METRICS, start):
-            _finish(run, state, evaluate, reporter, watch)
-        return DONE
+        return _nothing_left(run, state, evaluate, reporter, watch)
 
     feed = DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), start, total)
     with feed:
@@ -51,6 +48,7 @@ def train(
         began = time.perf_counter()
         with watch("compile"):
             step_fn = lowered.result().compile()
+            replicas = ReplicaCheck(run, reporter.say)
         reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
 
         # ---- steps
@@ -66,6 +64,7 @@ def train(
             with watch("step"):
                 state, metrics = step_fn(state, batch)
             done = step_number + 1
+            watch.started(done, metrics)
             if done < total:
                 with watch("data"):
                     step_number, batch = next(feed)
@@ -73,18 +72,22 @@ def train(
             with watch("step"):
                 log.started(done, metrics, feed.last_wait)  # waits for the step before this one
                 stop = control.after(done, preemption)
-                if evaluate_now or control.save_now or stop is not Stop.NO:
+                save_now = control.save_now or stop is not Stop.NO
+                if evaluate_now or save_now:
                     log.flush()
             if log.diverged:
                 with watch("checkpoint"):
-                    run.checkpoints.wait()
-                advice = way_on(run.checkpoints.steps(), log.changed)
-                reporter.say(f"{log.diverged}: {advice}")
-                return DIVERGED
+                    return _diverged(run, log, reporter)
+            with watch("step"):
+                differ = replicas.differ(done, state, save_now)
+            if differ:
+                with watch("checkpoint"):
+                    replicas.give_up()
+                return AGAIN
             if evaluate_now:
                 with watch("evaluation"):
                     reporter.log({"step": done, **evaluate(state)})
-            if control.save_now or stop is not Stop.NO:
+            if save_now:
                 reporter.flush()
                 with watch("checkpoint"):
                     save(run, state, done)
@@ -96,12 +99,7 @@ def train(
         _finish(run, state, evaluate, reporter, watch)
     with watch("checkpoint"):
         run.checkpoints.wait()
-    if stop is Stop.PREEMPTED:
-        reporter.say(f"preempted: step {done} is saved, run the same command again")
-        return AGAIN
-    if stop is Stop.ASKED:
-        reporter.say(f"stopped by the file STOP: step {done} is saved")
-    return DONE
+    return _stopped(stop, done, reporter)
 
 
 def lower_step(run: Run) -> jax.stages.Lowered:
@@ -129,8 +127,36 @@ def save(run: Run, state: TrainState, step: int) -> None:
     run.checkpoints.save(step, to_disk(state, run.model.layout))
 
 
+def _nothing_left(
+    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases
+) -> int:
+    """Only what a kill after the last step may have cost is done again."""
+    step = int(state.step)
+    reporter.say(f"step {step} of {run.config.train.steps} is done: raise train.steps to go on")
+    if not has_eval(run.workdir / METRICS, step):
+        _finish(run, state, evaluate, reporter, watch)
+    return DONE
+
+
+def _diverged(run: Run, log: StepLog, reporter: Reporter) -> int:
+    """Ends the save under way and says what to do; the exit code."""
+    run.checkpoints.wait()
+    reporter.say(f"{log.diverged}: {way_on(run.checkpoints.steps(), log.changed)}")
+    return DIVERGED
+
+
+def _stopped(stop: Stop, done: int, reporter: Reporter) -> int:
+    """The exit code of a run whose step `done` is saved."""
+    if stop is Stop.PREEMPTED:
+        reporter.say(f"preempted: step {done} is saved, run the same command again")
+        return AGAIN
+    if stop is Stop.ASKED:
+        reporter.say(f"stopped by the file STOP: step {done} is saved")
+    return DONE
+
+
 def _finish(
-    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Watchdog
+    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases
 ) -> None:
     """The last evaluation and the samples; the last checkpoint is written meanwhile."""
     step = int(state.step)
