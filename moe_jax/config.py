@@ -35,7 +35,9 @@ class TrainConfig:
     log_every: int = 10
     profile_steps: str = ""  # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile
     deterministic: bool = False  # NVIDIA: kernels that repeat bit for bit, at a cost
-    max_skipped: int = 3  # steps in a row that may be left out because they are not finite
+    max_skipped: int = 3  # refused steps in a row that the run bears
+    spike_factor: float = 100.0  # refuse a loss or gradient so many times its mean; 0: never
+    max_rewinds: int = 2  # times the whole run may go back and leave out batches; 0: it ends
     ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
     # Steps between comparisons of the state's copies on several devices, each also compared before
     # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
@@ -51,9 +53,13 @@ class TrainConfig:
                 f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
                 f"({self.accumulation}): change one of them."
             )
-        for name in ("max_skipped", "ledger_every", "replica_check_every"):
+        for name in ("max_skipped", "max_rewinds", "ledger_every", "replica_check_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}: set 0 or more.")
+        if self.spike_factor != 0 and not self.spike_factor > 1:
+            raise UserError(
+                f"train.spike_factor is {self.spike_factor}: set more than 1, or 0 for none."
+            )
         self.profile_range()
 
     def profile_range(self) -> range:

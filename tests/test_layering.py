@@ -57,6 +57,7 @@ RANKS = {
     "moe_jax.bench": 18,
     "moe_jax.ledger": 18,
     "moe_jax.goodput": 18,
+    "moe_jax.replay": 18,
     "moe_jax.results": 18,
     "moe_jax.plan": 18,
     "moe_jax.doctor": 19,  # asks the plan for its estimate

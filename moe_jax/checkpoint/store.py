@@ -61,6 +61,7 @@ class Checkpoints:
         # Orbax saves under a relative root and then cannot load from it.
         self.root = epath.Path(root if "://" in root else os.path.abspath(root))
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._pinned: set[int] = set()
         self._saving: int | None = None  # the step being written
         self._swept = False
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
@@ -114,6 +115,30 @@ class Checkpoints:
             return None
 
         return _lead_decides(walk_back)
+
+    def pin(self, step: int) -> None:
+        """Retention leaves `step` alone for as long as this object lives."""
+        self._pinned.add(step)
+
+    def latest_good_before(self, step: int) -> int | None:
+        """The newest step below `step` that verifies; None where there is none.  Moves nothing."""
+        self.wait()
+
+        def walk_back() -> int | None:
+            before = (found for found in reversed(self.steps()) if found < step)
+            return next((found for found in before if self.verify(found) is None), None)
+
+        return _lead_decides(walk_back)
+
+    def set_aside_after(self, step: int, report: Callable[[str], None] = lambda text: None) -> None:
+        """Moves all later steps to quarantine/, each reported in one sentence."""
+        self.wait()
+
+        def move() -> None:
+            for later in reversed([found for found in self.steps() if found > step]):
+                report(f"Checkpoint of step {later} moved to {self._quarantine(later)}.")
+
+        _lead_decides(move)
 
     def save(self, step: int, tree: Any) -> bool:
         """Starts writing `tree` as `step` and returns; the values are those of this moment.
@@ -262,7 +287,8 @@ class Checkpoints:
     def _retain(self) -> None:
         steps = self.steps()
         for step in steps[: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            for_good = self._keep_every and step % self._keep_every == 0
+            if not for_good and step not in self._pinned:
                 # Renamed first: a kill half way leaves nothing that looks like a step.
                 doomed = self.root / f"{step}{_DOOMED}"
                 self._path(step).rename(doomed)

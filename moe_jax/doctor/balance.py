@@ -208,7 +208,14 @@ def gradient(on: Rows, scope: str) -> list[np.ndarray]:
     """Gradient of the balance loss in `scope` for every parameter, in float32."""
     moe = dataclasses.replace(on.config.model.moe, balance_scope=scope)
     model = define(dataclasses.replace(on.config.model, moe=moe), jnp.float32)
-    options = StepOptions(on.config.seed, GROUP_ROWS, 0.0, 1, False)
+    options = StepOptions(
+        seed=on.config.seed,
+        group_rows=GROUP_ROWS,
+        clip_norm=0.0,
+        spike_factor=0.0,
+        num_sources=1,
+        debug=False,
+    )
     evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=everywhere(on.mesh))
     state = first_router_state(moe, 1, jnp.float32)
     # At a lower precision rounding would move tokens between experts.

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 import jax
 
 from moe_jax.config import from_config_dict, to_json
-from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
-from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, start_lowering, train
 from moe_jax.train.phases import Phases
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
-from moe_jax.train.setup import Run, first_state, prepare
+from moe_jax.train.rewind import Rewinds
+from moe_jax.train.setup import Run, first_state, prepare, set_numerics
 from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
 from moe_jax.train.workdir import is_remote, locate
@@ -41,17 +40,8 @@ def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     distributed.start(given.coordinator, given.process_count, given.process_id)
     preemption = distributed.Preemption()
-    if config.precision == "float64":
-        jax.config.update("jax_enable_x64", True)
-        if jax.default_backend() != "cpu":
-            raise UserError(
-                "precision float64 is the oracle and runs on the CPU: set "
-                "JAX_PLATFORMS=cpu or another precision."
-            )
-
+    set_numerics(config)
     workdir = locate(given.workdir)
-    if config.train.deterministic:
-        use_deterministic_kernels()
 
     # ---- everything that can be wrong is found out here, before anything is compiled
     run = prepare(config, workdir, _say)
@@ -70,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
+            rewinds = Rewinds(workdir, run.checkpoints, _say)
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
         _say(f"state ready in {time.perf_counter() - began:.1f} s")
@@ -84,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         resumed = start if start else None
         with Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter:
             preemption.defer()
-            code = train(run, state, lowered, reporter, preemption, watch)
+            code = train(run, state, lowered, reporter, preemption, watch, rewinds)
         with watch("checkpoint"):
             run.checkpoints.close()
         timekeeper.ended(code)

@@ -22,6 +22,8 @@ class Stop(enum.Enum):
     END = 1  # the last step
     PREEMPTED = 2  # SIGTERM
     ASKED = 3  # the file WORKDIR/STOP
+    DIVERGED = 4  # more refused steps in a row than train.max_skipped
+    DIFFER = 5  # devices hold unequal copies of the state
 
 
 class Control:

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -9,14 +10,16 @@ from moe_jax.data.feed import DeviceFeed
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
+from moe_jax.train.flight import FlightRecorder
 from moe_jax.train.phases import Phases
 from moe_jax.train.profile import Profiler
 from moe_jax.train.replica_check import ReplicaCheck
 from moe_jax.train.report import METRICS, Reporter, has_eval
-from moe_jax.train.setup import Run
-from moe_jax.train.state import TrainState, placed_state, to_disk
+from moe_jax.train.rewind import Rewinds
+from moe_jax.train.setup import Run, restored_state
+from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
 from moe_jax.train.step import abstract_batch, jit_train_step
-from moe_jax.train.step_log import StepLog, way_on
+from moe_jax.train.step_log import StepLog, step_row, way_on
 
 SAMPLES = "samples.txt"
 
@@ -28,78 +31,157 @@ def train(
     reporter: Reporter,
     preemption: Preemption,
     watch: Phases,
+    rewinds: Rewinds,
 ) -> int:
     """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
 
-    Whatever ends the run, the last step is in a checkpoint.
+    Where too many steps in a row are refused the run goes back, as often as `train.max_rewinds`
+    allows.  Whatever ends the run, the last step is in a checkpoint, unless it diverged.
     """
-    config = run.config
-    start, total = int(state.step), config.train.steps
+    start, total = int(state.step), run.config.train.steps
     evaluate = Evaluator(run)
 
+    # ---- already there: only what a kill after the last step may have cost
     if start >= total:
-        return _nothing_left(run, state, evaluate, reporter, watch)
+        reporter.say(f"step {start} of {total} is done: raise train.steps to go on")
+        if not has_eval(run.workdir / METRICS, start):
+            _finish(run, state, evaluate, reporter, watch)
+        return DONE
 
-    feed = DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), start, total)
-    with feed:
-        # ---- compile
-        with watch("data"):
-            step_number, batch = next(feed)
-        began = time.perf_counter()
-        with watch("compile"):
-            step_fn = lowered.result().compile()
-            replicas = ReplicaCheck(run, reporter.say)
-        reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
-
-        # ---- steps
-        control = Control(config, run.workdir, start)
-        log = StepLog(run, reporter, start)
-        profiler = Profiler(config.train.profile_range(), run.workdir, reporter.say)
-        stop = Stop.NO
-        while stop is Stop.NO:
-            if profiler.turns(step_number):
-                with watch("step"):
-                    log.flush()
-                profiler.turn()
-            with watch("step"):
-                state, metrics = step_fn(state, batch)
-            done = step_number + 1
-            watch.started(done, metrics)
-            if done < total:
-                with watch("data"):
-                    step_number, batch = next(feed)
-            evaluate_now = done < total and config.eval.every and done % config.eval.every == 0
-            with watch("step"):
-                log.started(done, metrics, feed.last_wait)  # waits for the step before this one
-                stop = control.after(done, preemption)
-                save_now = control.save_now or stop is not Stop.NO
-                if evaluate_now or save_now:
-                    log.flush()
-            if log.diverged:
-                with watch("checkpoint"):
-                    return _diverged(run, log, reporter)
-            with watch("step"):
-                differ = replicas.differ(done, state, save_now)
-            if differ:
-                with watch("checkpoint"):
-                    replicas.give_up()
-                return AGAIN
-            if evaluate_now:
-                with watch("evaluation"):
-                    reporter.log({"step": done, **evaluate(state)})
-            if save_now:
-                reporter.flush()
-                with watch("checkpoint"):
-                    save(run, state, done)
-            log.restart_clock(evaluate_now or control.save_now)
-        profiler.close()
+    # ---- steps
+    steps = _Steps(run, lowered, reporter, preemption, watch, rewinds, evaluate)
+    stop, now = steps.take(state)
+    while stop is Stop.DIVERGED:
+        with watch("checkpoint"):
+            step = _way_back(run, steps.log, reporter, rewinds)
+            if step is None:
+                return DIVERGED
+            state = restored_state(run, step, reporter.say)
+            jax.block_until_ready(state.params)
+        watch.resumed(step)
+        reporter.rewind(step)
+        stop, now = steps.take(state)
+    steps.profiler.close()
+    if stop is Stop.DIFFER:
+        with watch("checkpoint"):
+            steps.replicas.give_up()
+        return AGAIN
 
     # ---- end
+    assert now is not None
+    done = int(now.step)
     if stop is Stop.END:
-        _finish(run, state, evaluate, reporter, watch)
+        _finish(run, now, evaluate, reporter, watch)
     with watch("checkpoint"):
         run.checkpoints.wait()
-    return _stopped(stop, done, reporter)
+    if stop is Stop.PREEMPTED:
+        reporter.say(f"preempted: step {done} is saved, run the same command again")
+        return AGAIN
+    if stop is Stop.ASKED:
+        reporter.say(f"stopped by the file STOP: step {done} is saved")
+    return DONE
+
+
+class _Steps:
+    """Takes the run's steps.  What outlives going back is made once: the compiled step, the trace.
+
+    Attributes:
+      log: of the steps taken last.
+      replicas: whether the state's copies are equal.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        lowered: Future[jax.stages.Lowered],
+        reporter: Reporter,
+        preemption: Preemption,
+        watch: Phases,
+        rewinds: Rewinds,
+        evaluate: Evaluator,
+    ):
+        self._run, self._reporter, self._watch = run, reporter, watch
+        self._preemption, self._rewinds, self._evaluate = preemption, rewinds, evaluate
+        self.profiler = Profiler(run.config.train.profile_range(), run.workdir, reporter.say)
+        self._lowered = lowered
+        self._step_fn: Any = None
+
+    def take(self, state: TrainState) -> tuple[Stop, TrainState | None]:
+        """From `state` to a reason to stop; the last state is saved, or of no use (None)."""
+        run, reporter, watch = self._run, self._reporter, self._watch
+        config, rows = run.config, self._rewinds.rows(run.batches)
+        start, total = int(state.step), config.train.steps
+        with DeviceFeed(rows, run.microbatch, batch_shardings(run), start, total) as feed:
+            with watch("data"):
+                step_number, batch = next(feed)
+            step_fn = self._compiled()
+            control = Control(config, run.workdir, start)
+            flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
+            log = StepLog(run, reporter, flight, start, int(state.guard["changed"]))
+            self.log, stop = log, Stop.NO
+            while stop is Stop.NO:
+                if self.profiler.turns(step_number):
+                    with watch("step"):
+                        log.flush()
+                    self.profiler.turn()
+                with watch("step"):
+                    state, metrics = step_fn(state, batch)
+                done = step_number + 1
+                watch.started(done, metrics)
+                if done < total:
+                    with watch("data"):
+                        step_number, batch = next(feed)
+                evaluate_now = done < total and config.eval.every and done % config.eval.every == 0
+                with watch("step"):
+                    log.started(done, metrics, feed.last_wait)  # waits for the step before this one
+                    stop = control.after(done, self._preemption)
+                    save_now = control.save_now or stop is not Stop.NO
+                    if evaluate_now or save_now:
+                        log.flush()
+                    if save_now and not log.diverged and not all_finite(state, run.mesh):
+                        log.overflowed()
+                if log.diverged:
+                    return Stop.DIVERGED, None
+                with watch("step"):
+                    if self.replicas.differ(done, state, save_now):
+                        return Stop.DIFFER, None
+                if evaluate_now:
+                    with watch("evaluation"):
+                        reporter.log({"step": done, **self._evaluate(state)})
+                if save_now:
+                    reporter.flush()
+                    with watch("checkpoint"):
+                        save(run, state, done)
+                log.restart_clock(evaluate_now or control.save_now)
+        return stop, state
+
+    def _compiled(self) -> Any:
+        if self._step_fn is None:
+            began = time.perf_counter()
+            with self._watch("compile"):
+                self._step_fn = self._lowered.result().compile()
+                self.replicas = ReplicaCheck(self._run, self._reporter.say)
+            self._reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        return self._step_fn
+
+
+def _way_back(run: Run, log: StepLog, reporter: Reporter, rewinds: Rewinds) -> int | None:
+    """The step to go on from after `log.diverged`; None, and the advice is given, without one."""
+    allowed, used = run.config.train.max_rewinds, len(rewinds.history)
+    run.checkpoints.wait()
+    if used < allowed:
+        step = rewinds.go_back(log.changed, log.last, log.diverged)
+        if step is not None:
+            first, last = rewinds.history[-1].skipped
+            reporter.say(
+                f"REWIND {used + 1} of {allowed}: {log.diverged}: going on from step {step} "
+                f"without steps {first} to {last} of the data"
+            )
+            return step
+    advice = way_on(run.checkpoints.steps(), log.changed)
+    spent = f" ({used} of {allowed} train.max_rewinds are used)" if used else ""
+    reporter.say(f"{log.diverged}: {advice}{spent}")
+    return None
 
 
 def lower_step(run: Run) -> jax.stages.Lowered:
@@ -125,34 +207,6 @@ def compile_step(run: Run) -> jax.stages.Compiled:
 def save(run: Run, state: TrainState, step: int) -> None:
     """Start writing a checkpoint; returns once the values are copied."""
     run.checkpoints.save(step, to_disk(state, run.model.layout))
-
-
-def _nothing_left(
-    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases
-) -> int:
-    """Only what a kill after the last step may have cost is done again."""
-    step = int(state.step)
-    reporter.say(f"step {step} of {run.config.train.steps} is done: raise train.steps to go on")
-    if not has_eval(run.workdir / METRICS, step):
-        _finish(run, state, evaluate, reporter, watch)
-    return DONE
-
-
-def _diverged(run: Run, log: StepLog, reporter: Reporter) -> int:
-    """Ends the save under way and says what to do; the exit code."""
-    run.checkpoints.wait()
-    reporter.say(f"{log.diverged}: {way_on(run.checkpoints.steps(), log.changed)}")
-    return DIVERGED
-
-
-def _stopped(stop: Stop, done: int, reporter: Reporter) -> int:
-    """The exit code of a run whose step `done` is saved."""
-    if stop is Stop.PREEMPTED:
-        reporter.say(f"preempted: step {done} is saved, run the same command again")
-        return AGAIN
-    if stop is Stop.ASKED:
-        reporter.say(f"stopped by the file STOP: step {done} is saved")
-    return DONE
 
 
 def _finish(

@@ -1,5 +1,6 @@
 """What a person sees of a run: JSON lines, TensorBoard, a progress bar or plain lines."""
 
+import contextlib
 import json
 import math
 import os
@@ -47,28 +48,46 @@ class Reporter:
         self._on = is_lead
         if not is_lead:
             return
-        self._total = total_steps
-        self._mirror = Mirror(workdir)
-        folder = self._mirror.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._workdir, self._mirror = workdir, Mirror(workdir)
+        with self._writing():
+            self._mirror.folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, LEDGER):
                 self._mirror.fetch(f"{name}*")
-            self._metrics = _Lines(folder / METRICS, resumed_step)
-            self._ledger = _Lines(folder / LEDGER, resumed_step)
-            import tensorboardX  # imports torch where that is installed: seconds
+            self._open(resumed_step)
+        self._screen = _Screen(total_steps, resumed_step or 0)
 
-            self._board = tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"),
-                purge_step=None if resumed_step is None else resumed_step + 1,
-                write_to_disk=True,
-            )
+    def _open(self, resumed_step: int | None) -> None:
+        folder = self._mirror.folder
+        self._metrics = _Lines(folder / METRICS, resumed_step)
+        self._ledger = _Lines(folder / LEDGER, resumed_step)
+        import tensorboardX  # imports torch where that is installed: seconds
+
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=None if resumed_step is None else resumed_step + 1,
+            write_to_disk=True,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
-                f"--workdir={workdir} cannot be written ({error.strerror or error}): choose "
+                f"--workdir={self._workdir} cannot be written ({error.strerror or error}): choose "
                 f"another folder or change its permissions."
             ) from None
-        self._screen = _Screen(total_steps, resumed_step or 0)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: later rows are set aside, as when it is resumed.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        if self._on:
+            self._close_files()
+            with self._writing():
+                self._open(step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends `row` to metrics.jsonl and TensorBoard, and shows it.
@@ -78,7 +97,7 @@ class Reporter:
         """
         if not self._on:
             return
-        row = {name: _plain(value) for name, value in row.items()}
+        row = {name: plain(value) for name, value in row.items()}
         self._metrics.append(row)
         for tag, value in _scalars(row):
             if tag != "step":
@@ -116,10 +135,13 @@ class Reporter:
         """Ends the bar and flushes the event file."""
         if self._on:
             self._screen.close()
-            self._board.close()
-            self._metrics.close()
-            self._ledger.close()
+            self._close_files()
             self._mirror.close()
+
+    def _close_files(self) -> None:
+        self._board.close()
+        self._metrics.close()
+        self._ledger.close()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -244,14 +266,14 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     return "  ".join((f"step {row['step']}/{total_steps}", *parts))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON-able twin of numbers, arrays and nested containers."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
+        return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

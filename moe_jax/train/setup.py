@@ -19,15 +19,19 @@ from moe_jax.errors import UserError
 from moe_jax.model.layout import to_stacked
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.layer import make_router
+from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, define
 from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import resolve
+from moe_jax.train.guard import first_guard
 from moe_jax.train.record import DATA_RECORD
 from moe_jax.train.state import (
     TrainState,
     abstract_state,
+    everywhere,
     from_disk,
     make_optimizer,
     new_state,
@@ -140,6 +144,23 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
 
 
+def set_numerics(config: Config) -> None:
+    """JAX's own settings for a config: after `distributed.start`, before anything is compiled.
+
+    Raises:
+      UserError: float64 on devices that do not have it.
+    """
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+        if jax.default_backend() != "cpu":
+            raise UserError(
+                "precision float64 is the oracle and runs on the CPU: set "
+                "JAX_PLATFORMS=cpu or another precision."
+            )
+    if config.train.deterministic:
+        use_deterministic_kernels()
+
+
 def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:
     """The config as it will run, with notes for the log, from all but the text.
 
@@ -230,11 +251,15 @@ def _get(config: Any, path: str) -> Any:
 
 def first_state(run: Run, init_from: str, say: Say) -> TrainState:
     """The newest good checkpoint of the workdir, else other weights, else a fresh state."""
-    shardings = state_shardings(run.model, run.optimizer, run.mesh)
     step = run.checkpoints.latest_good(say)
     if step is not None:
         say(f"resuming from step {step}")
-        return _restored(run, step, shardings)
+        return restored_state(run, step, say)
+    return fresh_state(run, init_from, say)
+
+
+def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
+    """What a run begins with: other weights, else new ones."""
     weights: dict[str, Any] = {}
     if init_from:
         say(f"starting from the weights in {init_from}")
@@ -250,10 +275,22 @@ def _disk_target(run: Run) -> dict[str, Any]:
     return to_disk(target, flat.layout)
 
 
-def _restored(run: Run, step: int, shardings: TrainState) -> TrainState:
-    tree = run.checkpoints.restore(step, _disk_target(run))
+def restored_state(run: Run, step: int, say: Say) -> TrainState:
+    """The checkpoint of `step`, which verifies, on the run's mesh."""
+    target, guard = _disk_target(run), None
+    if not any(name.startswith("guard/") for name in run.checkpoints.describe(step)):
+        say("the checkpoint is older than the step guard: its running means start anew")
+        del target["guard"]
+        fresh = jax.jit(
+            lambda: first_guard(param_dtype(run.model.dtype), step),
+            out_shardings=everywhere(run.mesh),
+        )
+        guard = fresh()
+    tree = run.checkpoints.restore(step, target)
+    tree = tree if guard is None else tree | {"guard": guard}
     if not run.model.layout.repeats:
         return from_disk(tree, run.model.layout)
+    shardings = state_shardings(run.model, run.optimizer, run.mesh)
     return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)
 
 

@@ -1,6 +1,7 @@
 """What a run carries from step to step, where it lies on the mesh, and its form on disk."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,16 +16,18 @@ from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, init_on, is_axes
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
+from moe_jax.train.guard import first_guard
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router state."""
+    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router, guard."""
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
     params: Any
     optimizer: Any
     router: Any  # name -> [MoE layers, ...]; empty for most routers
+    guard: Any  # name -> scalar (guard.py)
 
 
 jax.tree_util.register_dataclass(TrainState)
@@ -43,11 +46,12 @@ def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array)
     params = init_on(model, key, where.params)
 
     def rest(params):
-        return jnp.zeros((), jnp.int32), optimizer.init(params), _first_router_state(model)
+        step, guard = jnp.zeros((), jnp.int32), first_guard(param_dtype(model.dtype))
+        return step, optimizer.init(params), _first_router_state(model), guard
 
-    places = (where.step, where.optimizer, where.router)
-    step, moments, router = jax.jit(rest, out_shardings=places)(params)
-    return TrainState(step, params, moments, router)
+    places = (where.step, where.optimizer, where.router, where.guard)
+    step, moments, router, guard = jax.jit(rest, out_shardings=places)(params)
+    return TrainState(step, params, moments, router, guard)
 
 
 def _first_router_state(model: ModelDef) -> dict[str, jax.Array]:
@@ -61,7 +65,9 @@ def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     """Shapes and dtypes of the state; allocates nothing."""
     optimizer_state = jax.eval_shape(optimizer.init, model.abstract)
     router = jax.eval_shape(lambda: _first_router_state(model))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.abstract, optimizer_state, router)
+    guard = jax.eval_shape(lambda: first_guard(param_dtype(model.dtype)))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, model.abstract, optimizer_state, router, guard)
 
 
 def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -93,7 +99,8 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
         return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else whole, leaves)
 
     moments = jax.tree.map(beside, state.params, params, state.optimizer)
-    return TrainState(whole, params, moments, jax.tree.map(lambda _: whole, state.router))
+    router, guard = jax.tree.map(lambda _: whole, (state.router, state.guard))
+    return TrainState(whole, params, moments, router, guard)
 
 
 def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
@@ -107,6 +114,7 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
         "params": to_layers(state.params, layout),
         "optimizer": to_layers(state.optimizer, layout),
         "router": state.router,
+        "guard": state.guard,
     }
 
 
@@ -117,4 +125,22 @@ def from_disk(tree: dict[str, Any], layout: Layout) -> TrainState:
         to_stacked(tree["params"], layout),
         to_stacked(tree["optimizer"], layout),
         tree["router"],
+        tree["guard"],
     )
+
+
+def all_finite(state: TrainState, mesh: Mesh) -> bool:
+    """Whether every number of the state is finite; waits for it.
+
+    A step whose loss and gradient are finite can still overflow what it updates.
+    """
+    return bool(_finite_check(mesh)(state))
+
+
+@functools.cache
+def _finite_check(mesh: Mesh) -> jax.stages.Wrapped:
+    def check(state: TrainState) -> jax.Array:
+        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+    return jax.jit(check, out_shardings=everywhere(mesh))

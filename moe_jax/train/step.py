@@ -19,6 +19,7 @@ from moe_jax.model.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
+from moe_jax.train.guard import Guard, judge, next_guard
 from moe_jax.train.state import TrainState, everywhere, state_shardings
 
 
@@ -30,7 +31,9 @@ class StepMetrics:
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
     tokens: Float[Array, ""]  # real tokens
-    skipped: Bool[Array, ""]  # not finite: the state is as it was, but for the step counter
+    skipped: Bool[Array, ""]  # refused: the state is as it was, but for step counter and guard
+    spike: Bool[Array, ""]  # refused though finite: far above the running means
+    guard: Guard  # after the step; a refused one leaves the means it was compared with
     moe: MoEAux | None  # summed over microbatches, one entry a MoE layer
 
 
@@ -44,14 +47,21 @@ class StepOptions:
     seed: int
     group_rows: int
     clip_norm: float  # 0: no clipping
+    spike_factor: float  # 0: finite steps are never refused
     num_sources: int  # of the data, for the ledger
     debug: bool  # assert conservation inside the step
 
     @classmethod
     def of(cls, config: Config, num_sources: int = 1) -> "StepOptions":
         """What the train step takes from a resolved config."""
-        moe, clip = config.model.moe, config.optimizer.clip_norm
-        return cls(config.seed, moe.group_rows, clip, num_sources, config.train.debug)
+        return cls(
+            seed=config.seed,
+            group_rows=config.model.moe.group_rows,
+            clip_norm=config.optimizer.clip_norm,
+            spike_factor=config.train.spike_factor,
+            num_sources=num_sources,
+            debug=config.train.debug,
+        )
 
 
 def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
@@ -122,9 +132,10 @@ def make_train_step(
                 grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             params, moments = optimizer.update(grads, state.optimizer, state.params, state.step)
             router = _next_router_state(model, state.router, sums.moe)
-            new = TrainState(state.step, params, moments, router)
-            finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            new = TrainState(state.step, params, moments, router, state.guard)
+            verdict = judge(state.guard, loss.total, norm, options.spike_factor)
+            new = jax.tree.map(lambda new, old: jnp.where(verdict.accepted, new, old), new, state)
+            guard = next_guard(state.guard, verdict, loss.total, norm, state.step + 1)
         if options.debug and sums.moe is not None:
             jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
         metrics = StepMetrics(
@@ -132,10 +143,12 @@ def make_train_step(
             grad_norm=norm,
             learning_rate=jnp.asarray(optimizer.schedule(state.step)),
             tokens=counts.tokens,
-            skipped=~finite,
+            skipped=~verdict.accepted,
+            spike=verdict.spike,
+            guard=guard,
             moe=sums.moe,
         )
-        return dataclasses.replace(new, step=state.step + 1), metrics
+        return dataclasses.replace(new, step=state.step + 1, guard=guard), metrics
 
     return train_step
 

@@ -10,28 +10,36 @@ import numpy as np
 from moe_jax.metrics import ledger_row, moe_row
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.chips import peak_tflops
+from moe_jax.train.flight import FlightRecorder
 from moe_jax.train.report import Reporter
 from moe_jax.train.setup import Run
 from moe_jax.train.step import StepMetrics
 
 
 class StepLog:
-    """Waits for steps, times them, logs them and counts those that were not finite.
+    """Waits for steps, times them, logs them and counts those that the guard refused.
 
     A step is started before the one in front of it is waited for: the host's work of starting one
     would otherwise leave the device idle (on an H200 7.8 ms of a step, 4.1 this way).
 
+    Args:
+      start: the step that the run goes on from.
+      changed: the last step that changed the parameters, as the state has it: `start`, or an
+        earlier one where the run was stopped among refused steps.
+
     Attributes:
-      diverged: why the run must end, once too many steps in a row were not finite; else "".
+      diverged: why the run cannot go on, once too many steps in a row were refused; else "".
       changed: the last step that changed the parameters.
+      last: the last step that was logged; after `diverged`, the last of those refused.
     """
 
-    def __init__(self, run: Run, reporter: Reporter, start: int):
-        self.diverged, self.changed = "", start
-        self._run, self._reporter, self._start = run, reporter, start
+    def __init__(
+        self, run: Run, reporter: Reporter, flight: FlightRecorder, start: int, changed: int
+    ):
+        self.diverged, self.changed, self.last = "", changed, start
+        self._run, self._reporter, self._flight, self._start = run, reporter, flight, start
         self._clock = Clock(run)
         self._running: tuple[int, StepMetrics, float] | None = None
-        self._skipped = 0
 
     def started(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
         """`step` was started and its successor's batch waited for; the step before is finished."""
@@ -54,29 +62,50 @@ class StepLog:
         train = self._run.config.train
         return train.ledger_every > 0 and (step % train.ledger_every == 0 or step == train.steps)
 
+    def overflowed(self) -> None:
+        """What was to be saved after the step logged last is not finite."""
+        why = "the parameters or the optimizer's moments are not finite"
+        self._flight.write(why)
+        self.diverged = f"step {self.last} diverged ({why}) and is not saved"
+
     def _finish(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
-        jax.block_until_ready(metrics)
+        metrics = jax.device_get(metrics)  # all of it small, and once
+        if self.diverged:  # one more step was under way
+            return
         self._clock.stepped(data_wait)
-        train, say = self._run.config.train, self._reporter.say
-        self._skipped = self._skipped + 1 if metrics.skipped else 0
-        self.changed = self.changed if metrics.skipped else step
+        train, self.last = self._run.config.train, step
+        self._flight.saw(step, metrics)
+        if not metrics.skipped:
+            self.changed = step
+        refused = step - self.changed  # in a row
         due = step % train.log_every == 0 or step in (self._start + 1, train.steps)
-        if due or self._skipped:
+        if due or refused:
             self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
-        if self._ledger_due(step) and not self._skipped:  # what is left out counts nowhere
-            row = ledger_row(jax.tree.map(np.asarray, metrics.moe), self._run.store.sources)
-            self._reporter.ledger({"step": step, **row})
-        if self._skipped > train.max_skipped:
-            self.diverged = self.diverged or _diverged(step, self._skipped)
-        elif self._skipped:
-            say(f"step {step} is left out: its loss or gradient is not finite")
+        if self._ledger_due(step) and not refused:  # what is left out counts nowhere
+            self._reporter.ledger(
+                {"step": step, **ledger_row(metrics.moe, self._run.store.sources)}
+            )
+        if refused:
+            self._refused(step, refused, why_refused(metrics, train.spike_factor))
+
+    def _refused(self, step: int, refused: int, why: str) -> None:
+        over = refused > self._run.config.train.max_skipped
+        if over:
+            several = f"{refused} steps in a row were refused; of the last " if refused > 1 else ""
+            self.diverged = f"step {step} diverged ({several}{why}) and is not saved"
+        else:
+            self._reporter.say(f"step {step} is left out: {why}")
+        if over or refused == 1:
+            self._flight.write(why)
 
 
-def _diverged(step: int, skipped: int) -> str:
-    what = "its loss or gradient is not finite"
-    if skipped > 1:
-        what = f"the loss or gradient of {skipped} steps in a row is not finite"
-    return f"step {step} diverged ({what}) and is not saved"
+def why_refused(metrics: StepMetrics, factor: float) -> str:
+    """Why the guard refused a step; empty where it did not."""
+    if not metrics.skipped:
+        return ""
+    if metrics.spike:
+        return f"the loss or gradient norm is more than {factor:g} times its running mean"
+    return "the loss or gradient is not finite"
 
 
 def way_on(saved: Sequence[int], changed: int) -> str:
@@ -96,7 +125,7 @@ def way_on(saved: Sequence[int], changed: int) -> str:
 
 
 def step_row(metrics: StepMetrics) -> dict[str, Any]:
-    """A step's numbers, read from the devices."""
+    """A step's numbers, read from the devices if they are still there."""
     host: StepMetrics = jax.tree.map(np.asarray, metrics)
     return {
         "loss": float(host.loss.total),
@@ -108,6 +137,11 @@ def step_row(metrics: StepMetrics) -> dict[str, Any]:
         "learning_rate": float(host.learning_rate),
         "step_tokens": int(host.tokens),
         "skipped": int(host.skipped),
+        "spike": int(host.spike),
+        "mean_loss": float(host.guard["loss"]),
+        "mean_grad_norm": float(host.guard["grad_norm"]),
+        "skipped_not_finite": int(host.guard["not_finite"]),
+        "skipped_spikes": int(host.guard["spikes"]),
         **moe_row(host.moe),
     }
 

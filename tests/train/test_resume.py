@@ -1,5 +1,6 @@
 """A run that is stopped and started again is the run that was never stopped."""
 
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -39,7 +40,7 @@ OVERRIDES = {
     "eval.samples": 0,
 }
 PIPE = 4096  # bytes of a pipe: far fewer lines than a run of STEPS prints
-NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens")
+NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens", "mean_loss")
 
 
 class Process:
@@ -271,7 +272,7 @@ def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
     distinct = jax.tree.map(
         lambda x: x + np.arange(x.size, dtype=x.dtype).reshape(x.shape), state.optimizer
     )
-    state = TrainState(state.step + 3, state.params, distinct, state.router)
+    state = dataclasses.replace(state, step=state.step + 3, optimizer=distinct)
     save(first, state, 3)
     first.checkpoints.close()
     write_run_record(str(first.workdir), to_json(first.config), {}, first.store.fingerprint)

@@ -170,10 +170,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter(compiled):
     assert metrics.skipped and not np.isfinite(metrics.loss.total)
     assert len(set(np.asarray(metrics.moe.load_E)[0])) > 1  # the bias had a reason to move
     after = host(state)
-    assert after.step == before.step + 1
+    counted = {**before.guard, "not_finite": before.guard["not_finite"] + 1}
     jax.tree.map(
-        np.testing.assert_array_equal, dataclasses.replace(after, step=before.step), before
+        np.testing.assert_array_equal,
+        after,
+        dataclasses.replace(before, step=before.step + 1, guard=counted),
     )
+    assert counted["not_finite"] == 1 == before.guard["changed"] == before.guard["accepted"]
 
 
 def test_it_is_saved_and_restored(tmp_path, one_device):

@@ -8,6 +8,7 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.losses import LossValues
 from moe_jax.train import step_log
+from moe_jax.train.guard import first_guard
 from moe_jax.train.step import StepMetrics
 
 ZERO = jnp.zeros(())
@@ -15,24 +16,26 @@ ZERO = jnp.zeros(())
 
 @pytest.fixture
 def logged(monkeypatch):
-    """(StepLog, rows, ledger rows, lines) of a run that bears two steps in a row."""
+    """(StepLog, rows, ledger, lines, flight records) of a run that bears two steps in a row."""
     clock = SimpleNamespace(stepped=lambda wait: None, read=lambda step: {})
     monkeypatch.setattr(step_log, "Clock", lambda run: clock)
-    rows, ledger, lines = [], [], []
+    rows, ledger, lines, records = [], [], [], []
     reporter = SimpleNamespace(log=rows.append, ledger=ledger.append, say=lines.append)
     train = TrainConfig(steps=99, log_every=50, ledger_every=1, max_skipped=2)
     config = SimpleNamespace(train=train)
     run = SimpleNamespace(config=config, store=SimpleNamespace(sources=("a",)))
-    return step_log.StepLog(run, reporter, 0), rows, ledger, lines
+    flight = SimpleNamespace(saw=lambda step, metrics: None, write=records.append)
+    return step_log.StepLog(run, reporter, flight, 0, 0), rows, ledger, lines, records
 
 
-def take(log, step, skipped):
-    loss = LossValues(*[ZERO] * 5)
-    log.started(step, StepMetrics(loss, ZERO, ZERO, ZERO, jnp.asarray(skipped), None), 0.0)
+def take(log, step, skipped, spike=False):
+    loss, guard = LossValues(*[ZERO] * 5), first_guard(jnp.float32)
+    refused, far = jnp.asarray(skipped), jnp.asarray(spike)
+    log.started(step, StepMetrics(loss, ZERO, ZERO, ZERO, refused, far, guard, None), 0.0)
 
 
 def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
-    log, rows, ledger, lines = logged
+    log, rows, ledger, lines, records = logged
     for step, skipped in enumerate([False, True, True, False, True, True, True], 1):
         take(log, step, skipped)
         assert not log.diverged  # one step behind
@@ -42,8 +45,26 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
     assert [line.split(" is left out")[0] for line in lines] == [
         f"step {step}" for step in (2, 3, 5, 6)
     ]
-    assert "step 7 diverged (the loss or gradient of 3 steps in a row" in log.diverged
-    assert log.changed == 4
+    assert "step 7 diverged (3 steps in a row were refused" in log.diverged
+    assert (log.changed, log.last) == (4, 7)
+    assert len(records) == 3  # of the first of each row, and of the one too many
+
+
+def test_a_run_that_was_stopped_among_refused_steps_counts_on(logged):
+    log, *_, records = logged
+    log.changed = 4  # as the state of step 6 has it
+    take(log, 7, True, spike=True)
+    log.flush()
+    assert "more than 100 times its running mean" in log.diverged
+    assert (log.changed, log.last, len(records)) == (4, 7, 1)
+
+
+def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
+    log, rows, *_ = logged
+    for step, skipped in enumerate([False, True, True, True, False], 1):
+        take(log, step, skipped)
+    log.flush()
+    assert (log.changed, log.last, rows[-1]["step"]) == (1, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""Going back past batches that broke the run: which data a step then takes, and the record of it.
+
+WORKDIR/rewinds.jsonl has a line for each time the run went back.  Data stays a pure function of
+the step: that of the file's lines and the step's number (`data_step`).
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.data.feed import RowsFn
+from moe_jax.data.pipeline import Batches
+from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import lead
+from moe_jax.train.workdir import Folder
+
+REWINDS = "rewinds.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewind:
+    """One line of the file.  Step n of the data is what the step after n others takes."""
+
+    step: int  # of the checkpoint that the run went back to
+    data_step: int  # what the step after it takes instead of its own data
+    refused: tuple[int, int]  # first and last of the steps that made it necessary, as logged
+    skipped: tuple[int, int]  # first and last step of the data that are left out
+    why: str
+    time: str  # UTC
+    settled: bool  # later checkpoints are in quarantine; False only after a kill
+
+
+def data_step(rewinds: Sequence[Rewind], step: int) -> int:
+    """Which step of the data the step after `step` others takes."""
+    for rewind in reversed(rewinds):
+        if rewind.step <= step:
+            return step - rewind.step + rewind.data_step
+    return step
+
+
+def ordered_rows(batches: Batches, rewinds: Sequence[Rewind]) -> RowsFn:
+    """The run's rows, for a feed: those of step n are those of `data_step(rewinds, n)`."""
+    return lambda step, row_ids: batches.rows(data_step(rewinds, step), row_ids)
+
+
+class Rewinds:
+    """The way back of a run.  Every process holds one; process 0 decides, writes and tells.
+
+    Opening it finishes what a killed process began: checkpoints later than the last line's step
+    go to quarantine.  So do that before any checkpoint is loaded.  The checkpoints that the run
+    went back to are kept, so that the steps after them can be replayed.
+
+    Attributes:
+      history: lines of the file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+
+    def __init__(self, workdir: Folder, checkpoints: Checkpoints, say: Callable[[str], None]):
+        self._path, self._checkpoints, self._say = workdir / REWINDS, checkpoints, say
+        self.history = tuple(_parse(_from_lead(lambda: _text(self._path)), self._path))
+        for rewind in self.history:
+            checkpoints.pin(rewind.step)
+        if self.history and not self.history[-1].settled:
+            self._settle()
+
+    def data_step(self, step: int) -> int:
+        """See `data_step`."""
+        return data_step(self.history, step)
+
+    def rows(self, batches: Batches) -> RowsFn:
+        """See `ordered_rows`."""
+        return ordered_rows(batches, self.history)
+
+    def go_back(self, changed: int, last: int, why: str) -> int | None:
+        """Leaves out the batches up to that of step `last`; returns the step to go on from.
+
+        That is the newest good checkpoint before step `changed`, the last that changed the
+        parameters: those written since hold the very parameters that diverge.  None, and nothing
+        is changed, where there is no such checkpoint.  All processes must call this.
+
+        A kill before the file is replaced leaves the run as it was before; after that, the next
+        start ends what is missing.
+        """
+        step = self._checkpoints.latest_good_before(changed)
+        if step is None:
+            return None
+        past = self.data_step(last - 1)
+        rewind = Rewind(
+            step=step,
+            data_step=past + 1,
+            refused=(changed + 1, last),
+            skipped=(self.data_step(step), past),
+            why=why,
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            settled=False,
+        )
+        self._write((*self.history, rewind))
+        self._settle()
+        return step
+
+    def _settle(self) -> None:
+        *before, last = self.history
+        self._checkpoints.pin(last.step)
+        self._checkpoints.set_aside_after(last.step, self._say)
+        self._write((*before, dataclasses.replace(last, settled=True)))
+
+    def _write(self, history: tuple[Rewind, ...]) -> None:
+        if lead():
+            self._replace(history)
+        self.history = history
+
+    def _replace(self, history: tuple[Rewind, ...]) -> None:
+        text = "".join(f"{json.dumps(dataclasses.asdict(rewind))}\n" for rewind in history)
+        unfinished = self._path.with_name(f"{REWINDS}.new")
+        try:
+            unfinished.write_text(text)
+            unfinished.replace(self._path)
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
+                f"the same command again."
+            ) from None
+
+
+def read_rewinds(workdir: Folder) -> tuple[Rewind, ...]:
+    """The lines of a workdir's file, read by this process alone; raises UserError as `Rewinds`."""
+    return tuple(_parse(_text(workdir / REWINDS), workdir / REWINDS))
+
+
+def _text(path: Folder) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}).") from None
+
+
+def _from_lead(read: Callable[[], str]) -> str:
+    """What process 0 reads, on every process: file systems may show them different files."""
+    if jax.process_count() == 1:
+        return read()
+    data = np.frombuffer(read().encode(), np.uint8) if lead() else np.zeros(0, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    whole = data if lead() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes().decode()
+
+
+def _parse(text: str, path: Folder) -> list[Rewind]:
+    rewinds = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rewinds.append(_rewind(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(
+                f"{path}, which says what data the steps of this run take, is damaged in line "
+                f"{number}: bring it back, or use another --workdir."
+            ) from None
+    return rewinds
+
+
+def _rewind(row: dict) -> Rewind:
+    """Raises TypeError or ValueError for a row that no run wrote."""
+    rewind = Rewind(**row)
+    numbers = (rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped)
+    if len(numbers) != 6 or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(row)
+    if not isinstance(rewind.why, str) or type(rewind.settled) is not bool:
+        raise ValueError(row)
+    return dataclasses.replace(rewind, refused=tuple(rewind.refused), skipped=tuple(rewind.skipped))

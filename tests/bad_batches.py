@@ -1,0 +1,84 @@
+"""Trainers that meet bad batches: the gradient of some steps of the data is not what it should be.
+
+`python -m bad_batches PLAN ARGUMENTS` is moe_jax.train with the bad batches of PLAN, a JSON object:
+`factors` maps steps of the data to what their gradients are multiplied by ("nan" or a number), and
+`kill` names a method that ends the process with SIGKILL instead of being called the n-th time.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moe_jax.train.__main__
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.data.pipeline import Batch, Batches
+from moe_jax.train import step as step_module
+from moe_jax.train.control import Control
+from moe_jax.train.report import Reporter
+from moe_jax.train.rewind import Rewinds
+
+METHODS = {
+    "write": (Rewinds, "_write"),
+    "quarantine": (Checkpoints, "_quarantine"),
+    "truncate": (Reporter, "rewind"),
+    "step": (Control, "after"),
+}
+
+
+def patches(factors: Mapping[int, float], asked: list[int]) -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value) to set; the steps of the data that are read go to `asked`.
+
+    The factor travels in `bytes_BT`, which training does not look at, and the step stays one
+    program for good and bad batches.
+    """
+    rows, make_gradients = Batches.rows, step_module.make_gradients
+
+    def marked(self: Batches, step: int, row_ids: np.ndarray) -> Batch:
+        asked.append(step)
+        batch = rows(self, step, row_ids)
+        factor = np.float32(factors.get(step, 1.0))
+        return batch._replace(bytes_BT=np.full_like(batch.bytes_BT, factor.view(np.int32)))
+
+    def multiplied(*arguments: Any) -> Any:
+        gradients = make_gradients(*arguments)
+
+        def bad(params: Any, router: Any, batch: Batch, step: jax.Array) -> Any:
+            grads, sums, counts = gradients(params, router, batch, step)
+            bits = batch.bytes_BT.reshape(-1)[0]
+            factor = jax.lax.bitcast_convert_type(bits, jnp.float32)
+            return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), sums, counts
+
+        return bad
+
+    return [(Batches, "rows", marked), (step_module, "make_gradients", multiplied)]
+
+
+def kill_at(name: str, times: int) -> None:
+    """Ends the process with SIGKILL in place of the n-th call, counted from 1."""
+    owner, attribute = METHODS[name]
+    method, calls = getattr(owner, attribute), []
+
+    def mortal(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments)
+
+    setattr(owner, attribute, mortal)
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv.pop(1))
+    for owner, name, value in patches({int(k): float(v) for k, v in plan["factors"].items()}, []):
+        setattr(owner, name, value)
+    for name, times in plan.get("kill", {}).items():
+        kill_at(name, times)
+    sys.argv[0] = "moe_jax.train"
+    moe_jax.train.__main__.cli()
