@@ -42,6 +42,9 @@ class TrainConfig:
     spike_factor: float = 100.0  # refuse a loss or gradient so many times its mean; 0: never
     max_rewinds: int = 2  # times the whole run may go back and leave out batches; 0: it ends
     ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
+    # Steps between comparisons of the state's copies on several devices, each also compared before
+    # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
+    replica_check_every: int = 1000
     debug: bool = False  # assert inside the step that no assignment is lost or counted twice
 
     def __post_init__(self):
@@ -53,7 +56,7 @@ class TrainConfig:
                 f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
                 f"({self.accumulation}): change one of them."
             )
-        for name in ("max_skipped", "max_rewinds", "ledger_every"):
+        for name in ("max_skipped", "max_rewinds", "ledger_every", "replica_check_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}: set 0 or more.")
         if self.spike_factor != 0 and not self.spike_factor > 1:

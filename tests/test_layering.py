@@ -58,6 +58,7 @@ RANKS = {
     "moe_jax.checkpoint.__main__": 18,
     "moe_jax.bench": 18,
     "moe_jax.ledger": 18,
+    "moe_jax.goodput": 18,
     "moe_jax.replay": 18,
     "moe_jax.results": 18,
     "moe_jax.plan": 18,

@@ -15,10 +15,12 @@ from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, start_lowering, train
+from moe_jax.train.phases import Phases
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.setup import Run, first_state, prepare, set_numerics
+from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
 from moe_jax.train.workdir import is_remote, locate
 
@@ -51,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
     grace = LEAD_GRACE if distributed.lead() and jax.process_count() > 1 else 0.0
     with (
         alone_in(workdir) if distributed.lead() else contextlib.nullcontext(),
-        Watchdog(config.watchdog, stacks, grace) as watch,
+        Watchdog(config.watchdog, stacks, grace) as watchdog,
+        Timekeeper(workdir, distributed.lead()) as timekeeper,
     ):
+        watch = Phases(watchdog, timekeeper)
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
@@ -61,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
             jax.block_until_ready(state.params)
         _say(f"state ready in {time.perf_counter() - began:.1f} s")
         start = int(state.step)
+        watch.resumed(start)
         if distributed.lead():
             write_run_record(
                 str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
@@ -74,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         ):
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
+        timekeeper.ended(code)
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
@@ -81,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _last_save(run: Run, watch: Watchdog) -> Iterator[None]:
+def _last_save(run: Run, watch: Phases) -> Iterator[None]:
     """Waits for the save under way, also where an error ends the run: its step is a good one.
 
     Python ends without waiting, and Orbax then fails.  Of several processes none waits for its

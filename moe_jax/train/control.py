@@ -23,6 +23,7 @@ class Stop(enum.Enum):
     PREEMPTED = 2  # SIGTERM
     ASKED = 3  # the file WORKDIR/STOP
     DIVERGED = 4  # more refused steps in a row than train.max_skipped
+    DIFFER = 5  # devices hold unequal copies of the state
 
 
 class Control:

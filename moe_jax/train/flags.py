@@ -45,6 +45,7 @@ PROCESS_FLAGS = (
     Flag("process_count", 0, "How many processes; 1 ignores what the environment says."),
     Flag("process_id", -1, "Which process this is, from 0."),
 )
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _COMMON = (
     Flag("workdir", "", "Folder of the run."),
     Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
@@ -141,12 +142,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code = FIX
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         traceback.print_exc()
-        code = FIX
-        if lost_peer(error):
-            code = AGAIN
+        code = exit_code(error)
+        if code == AGAIN:
             print(f"Another process of this run is gone: exit code {code}.", file=sys.stderr)
     waits = any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
     if failed and (waits or jax.distributed.is_initialized()):
@@ -156,6 +156,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """With which code `run` ends the process after `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return AGAIN if not isinstance(error, UserError) and lost_peer(error) else FIX
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:

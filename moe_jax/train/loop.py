@@ -11,14 +11,15 @@ from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.flight import FlightRecorder
+from moe_jax.train.phases import Phases
 from moe_jax.train.profile import Profiler
+from moe_jax.train.replica_check import ReplicaCheck
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.setup import Run, restored_state
 from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
 from moe_jax.train.step import abstract_batch, jit_train_step
 from moe_jax.train.step_log import StepLog, step_row, way_on
-from moe_jax.train.watchdog import Watchdog
 
 SAMPLES = "samples.txt"
 
@@ -29,7 +30,7 @@ def train(
     lowered: Future[jax.stages.Lowered],
     reporter: Reporter,
     preemption: Preemption,
-    watch: Watchdog,
+    watch: Phases,
     rewinds: Rewinds,
 ) -> int:
     """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
@@ -57,9 +58,14 @@ def train(
                 return DIVERGED
             state = restored_state(run, step, reporter.say)
             jax.block_until_ready(state.params)
+        watch.resumed(step)
         reporter.rewind(step)
         stop, now = steps.take(state)
     steps.profiler.close()
+    if stop is Stop.DIFFER:
+        with watch("checkpoint"):
+            steps.replicas.give_up()
+        return AGAIN
 
     # ---- end
     assert now is not None
@@ -81,6 +87,7 @@ class _Steps:
 
     Attributes:
       log: of the steps taken last.
+      replicas: whether the state's copies are equal.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class _Steps:
         lowered: Future[jax.stages.Lowered],
         reporter: Reporter,
         preemption: Preemption,
-        watch: Watchdog,
+        watch: Phases,
         rewinds: Rewinds,
         evaluate: Evaluator,
     ):
@@ -120,6 +127,7 @@ class _Steps:
                 with watch("step"):
                     state, metrics = step_fn(state, batch)
                 done = step_number + 1
+                watch.started(done, metrics)
                 if done < total:
                     with watch("data"):
                         step_number, batch = next(feed)
@@ -134,6 +142,9 @@ class _Steps:
                         log.overflowed()
                 if log.diverged:
                     return Stop.DIVERGED, None
+                with watch("step"):
+                    if self.replicas.differ(done, state, save_now):
+                        return Stop.DIFFER, None
                 if evaluate_now:
                     with watch("evaluation"):
                         reporter.log({"step": done, **self._evaluate(state)})
@@ -149,6 +160,7 @@ class _Steps:
             began = time.perf_counter()
             with self._watch("compile"):
                 self._step_fn = self._lowered.result().compile()
+                self.replicas = ReplicaCheck(self._run, self._reporter.say)
             self._reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return self._step_fn
 
@@ -198,7 +210,7 @@ def save(run: Run, state: TrainState, step: int) -> None:
 
 
 def _finish(
-    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Watchdog
+    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases
 ) -> None:
     """The last evaluation and the samples; the last checkpoint is written meanwhile."""
     step = int(state.step)

@@ -1,7 +1,6 @@
 """What a person sees of a run: JSON lines, TensorBoard, a progress bar or plain lines."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import rich.progress
 
 from moe_jax import json_files
 from moe_jax.errors import UserError
+from moe_jax.train.lines import Lines
 from moe_jax.train.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
@@ -151,26 +151,12 @@ class Reporter:
         self.close()
 
 
-class _Lines:
+class _Lines(Lines):
     """A file of JSON lines that a resumed run continues after its restored step."""
 
     def __init__(self, path: pathlib.Path, resumed_step: int | None):
         truncate(path, resumed_step)
-        self._path = path
-        # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
-                f"the same command again."
-            ) from None
-
-    def close(self) -> None:
-        self._file.close()
+        super().__init__(path)
 
 
 class _Screen:

@@ -14,6 +14,7 @@ from moe_jax.parallel.distributed import Preemption
 from moe_jax.train.control import STOP_FILE, Control, Stop
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import Reporter, has_eval
+from moe_jax.train.timekeeper import GOODPUT, Timekeeper
 from moe_jax.train.workdir import Mirror, is_remote, locate
 
 
@@ -159,3 +160,13 @@ def test_a_store_that_cannot_be_used_is_one_sentence(bucket, monkeypatch):
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     with pytest.raises(UserError, match="pip install gcsfs"):
         locate("gs://bucket/one")
+
+
+def test_every_attempt_adds_to_one_object(bucket):
+    workdir = locate("gs://bucket/runs/one")
+    for step in (0, 4):
+        with Timekeeper(workdir, True) as keeper:
+            keeper.resumed(step)
+            keeper.ended(42)
+    found = [json.loads(line) for line in (workdir / GOODPUT).read_text().splitlines()]
+    assert [row["from"] for row in found if row.get("end") == 42] == [0, 4]
