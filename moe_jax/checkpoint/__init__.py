@@ -4,7 +4,8 @@ WORKDIR/checkpoints/<step>/ holds what Orbax writes and manifest.json; a step th
 is moved to WORKDIR/checkpoints/quarantine/.
 """
 
-from moe_jax.checkpoint.store import QUARANTINE, Checkpoints
+from moe_jax.checkpoint.folder import QUARANTINE
+from moe_jax.checkpoint.store import Checkpoints
 from moe_jax.checkpoint.tree import array_digest, check_disk, disk_needed, named_leaves
 
 __all__ = [

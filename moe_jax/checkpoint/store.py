@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from etils import epath
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
 from moe_jax.checkpoint.causes import cause_of, quiet_orbax
+from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.checkpoint.tree import (
     Leaf,
     abstract,
@@ -28,12 +28,6 @@ from moe_jax.checkpoint.tree import (
 )
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lost_peer
-
-QUARANTINE = "quarantine"
-_DOOMED = ".doomed"  # suffix of a step that retention is deleting
-# Of saves and deletions that were killed.
-_LEFTOVER = re.compile(rf"\d+(\.orbax-checkpoint-tmp.*|{re.escape(_DOOMED)})")
-
 
 Report = Callable[[str], None]
 
@@ -72,14 +66,10 @@ class Checkpoints:
     """
 
     def __init__(self, root: os.PathLike[str] | str, keep_last: int = 3, keep_every: int = 0):
-        root = os.fspath(root)
-        # Orbax saves under a relative root and then cannot load from it.
-        self.root = epath.Path(root if "://" in root else os.path.abspath(root))
-        self._keep_last, self._keep_every = keep_last, keep_every
-        self._pinned: set[int] = set()
+        self._folder = StepFolder(root, keep_last, keep_every)
+        self.root = self._folder.root
         self._saving: int | None = None  # the step being written
         self._needed = 0  # bytes of its arrays
-        self._swept = False
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
         # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step stays at a few
         # files however many leaves and devices there are.
@@ -89,24 +79,23 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""
-        return [step for step in self._numbered() if manifest.committed(self._path(step))]
+        return self._folder.steps()
 
     def incomplete(self, step: int) -> str | None:
         """None if `step` has all its files in their sizes, else why not; reads none of them."""
-        return manifest.incomplete(self._path(step))
+        return manifest.incomplete(self._folder.path(step))
 
     def verify(self, step: int) -> str | None:
         """None if `step` is as it was written, else why not; reads every byte."""
-        return manifest.verify(self._path(step))
+        return manifest.verify(self._folder.path(step))
 
     def quarantined(self) -> list[str]:
         """Names of the steps that were set aside, as they stand in quarantine/."""
-        aside = self.root / QUARANTINE
-        return sorted(path.name for path in aside.iterdir()) if aside.exists() else []
+        return self._folder.quarantined()
 
     def size(self, step: int) -> int:
         """Bytes of `step` on disk."""
-        return manifest.size(self._path(step))
+        return manifest.size(self._folder.path(step))
 
     def latest_good(self, report: Report = lambda text: None) -> int | None:
         """The newest step that verifies; None if nothing was ever saved here.
@@ -167,7 +156,7 @@ class Checkpoints:
     def _verify_share(self, step: int) -> str | None:
         """As `verify`, of the files that fall to this process."""
         share = (jax.process_index(), jax.process_count())
-        return manifest.verify(self._path(step), share)
+        return manifest.verify(self._folder.path(step), share)
 
     def _walk_back(self, attempt: Callable[[int], str | None], report: Report) -> int | None:
         """The newest step that `attempt` finds nothing wrong with, on every process."""
@@ -179,7 +168,7 @@ class Checkpoints:
 
         def set_aside() -> None:
             for worse, why in bad.items():
-                aside = self._quarantine(worse)
+                aside = self._folder.set_aside(worse)
                 report(f"Checkpoint of step {worse} is bad ({why}); moved to {aside}.")
 
         while (step := lead_decides(newest)) is not None:
@@ -197,7 +186,7 @@ class Checkpoints:
 
     def pin(self, step: int) -> None:
         """Retention leaves `step` alone for as long as this object lives."""
-        self._pinned.add(step)
+        self._folder.pin(step)
 
     def latest_good_before(self, step: int) -> int | None:
         """The newest step below `step` that verifies; None where there is none.  Moves nothing."""
@@ -215,7 +204,7 @@ class Checkpoints:
 
         def move() -> None:
             for later in reversed([found for found in self.steps() if found > step]):
-                report(f"Checkpoint of step {later} moved to {self._quarantine(later)}.")
+                report(f"Checkpoint of step {later} moved to {self._folder.set_aside(later)}.")
 
         lead_decides(move)
 
@@ -242,20 +231,14 @@ class Checkpoints:
 
         def prepare() -> int | None:
             with self._writing(step):
-                self._sweep()
-                if step in self.steps():
-                    return None
-                if self._path(step).exists() and any(self._path(step).iterdir()):
-                    self._quarantine(step)  # somebody's files under the name of a step
-                self.root.mkdir(parents=True, exist_ok=True)
-            return step
+                return step if self._folder.make_room(step) else None
 
         if lead_decides(prepare) is None:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
         item = nested(arrays)
         with self._writing(step):
-            self._orbax.save(self._path(step), args=_Save(item), force=True)
+            self._orbax.save(self._folder.path(step), args=_Save(item), force=True)
         self._saving = step
         return True
 
@@ -271,7 +254,7 @@ class Checkpoints:
         with self._writing(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                self._retain()
+                self._folder.retain()
 
     def close(self) -> None:
         """`wait`, then release Orbax's threads."""
@@ -283,7 +266,7 @@ class Checkpoints:
     def describe(self, step: int) -> dict[str, Leaf]:
         """Shape and dtype of every leaf of `step` by name, without reading any array."""
         with self._reading(step):
-            tree = self._handler.metadata(self._path(step)).tree
+            tree = self._handler.metadata(self._folder.path(step)).tree
         return {
             name: Leaf(leaf.shape, np.dtype(leaf.dtype))
             for name, leaf in named_leaves(tree).items()
@@ -318,7 +301,7 @@ class Checkpoints:
     def _restore(self, step: int, prefix: str, tree: Any) -> Any:
         wanted = {f"{prefix}{k}": abstract(v) for k, v in named_leaves(tree).items()}
         saved = {k: v for k, v in self.describe(step).items() if k.startswith(prefix)}
-        check_same(os.fspath(self._path(step)), saved, wanted)
+        check_same(os.fspath(self._folder.path(step)), saved, wanted)
         loaded = self._load(step, wanted) if wanted else {}  # Orbax refuses an empty tree
         return jax.tree.unflatten(jax.tree.structure(tree), [loaded[name] for name in wanted])
 
@@ -338,49 +321,7 @@ class Checkpoints:
         with self._reading(step):
             # Not through the checkpointer: there all processes wait for each other, also for one
             # that could not read its part.
-            return named_leaves(self._handler.restore(self._path(step), args=args))
-
-    def _path(self, step: int) -> epath.Path:
-        return self.root / str(step)
-
-    def _numbered(self) -> list[int]:
-        if not self.root.exists():
-            return []
-        names = (path.name for path in self.root.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
-
-    def _quarantine(self, step: int) -> epath.Path:
-        """Moves `step` aside under a name that is still free."""
-        folder = self.root / QUARANTINE
-        target, count = folder / str(step), 1
-        while target.exists():
-            target, count = folder / f"{step}.{count}", count + 1
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return self._path(step).rename(target)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint {self._path(step)} cannot be moved to {target} "
-                f"({cause_of(error)}): move it yourself, then run the same command again."
-            ) from error
-
-    def _retain(self) -> None:
-        steps = self.steps()
-        for step in steps[: -self._keep_last]:
-            for_good = self._keep_every and step % self._keep_every == 0
-            if not for_good and step not in self._pinned:
-                # Renamed first: a kill half way leaves nothing that looks like a step.
-                doomed = self.root / f"{step}{_DOOMED}"
-                self._path(step).rename(doomed)
-                _remove(doomed)
-
-    def _sweep(self) -> None:
-        """Before the first save: removes what killed saves and deletions left behind."""
-        if not self._swept and jax.process_index() == 0:
-            for path in self.root.iterdir() if self.root.exists() else ():
-                if _LEFTOVER.fullmatch(path.name):
-                    _remove(path)
-        self._swept = True
+            return named_leaves(self._handler.restore(self._folder.path(step), args=args))
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -390,15 +331,14 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if lost_peer(error):  # no matter of the disk: nobody has to mend anything
                 raise
-            self._swept = False
             with contextlib.suppress(OSError):  # what is unfinished only takes room
-                self._sweep()
+                self._folder.sweep(again=True)
             free = free_bytes(self.root)
             there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
             raise UserError(
-                f"The checkpoint {self._path(step)} cannot be written ({cause_of(error)}; it needs "
-                f"{self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, then "
-                f"run the same command again."
+                f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; it "
+                f"needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, "
+                f"then run the same command again."
             ) from error
 
     @contextlib.contextmanager
@@ -409,16 +349,8 @@ class Checkpoints:
             if lost_peer(error):
                 raise
             raise UserError(
-                f"The checkpoint {self._path(step)} cannot be read ({cause_of(error)})."
+                f"The checkpoint {self._folder.path(step)} cannot be read ({cause_of(error)})."
             ) from error
-
-
-def _remove(path: epath.Path) -> None:
-    """Removes a folder with all that is in it; of a link, the link alone."""
-    if os.path.islink(path):
-        path.unlink()
-    else:
-        path.rmtree()
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from moe_jax.config import from_config_dict, to_json
+from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
