@@ -336,8 +336,8 @@ class Checkpoints:
             free = free_bytes(self.root)
             there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
             raise UserError(
-                f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; it "
-                f"needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, "
+                f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; "
+                f"it needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, "
                 f"then run the same command again."
             ) from error
 
