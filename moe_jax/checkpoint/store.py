@@ -337,8 +337,8 @@ class Checkpoints:
             there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
             raise UserError(
                 f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; "
-                f"it needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the permissions, "
-                f"then run the same command again."
+                f"it needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the "
+                f"permissions, then run the same command again."
             ) from error
 
     @contextlib.contextmanager
