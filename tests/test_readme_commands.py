@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 def typed(line: str, folder, more_steps: int) -> list[str]:
     """The arguments after `python -m`, shrunk: what the README sets itself stays."""
     words = [word.replace("/path/", f"{folder}/path/") for word in shlex.split(line)[2:]]
-    if words[0] == "moe_jax.checkpoint":
+    if words[0] in ("moe_jax.checkpoint", "moe_jax.goodput"):
         return words
     if words[0] == "moe_jax.results":  # of a sweep that this test does not run
         return [word.replace("runs/dense", "runs") for word in words]
