@@ -6,7 +6,6 @@ all of it equals, bit for bit, what the run wrote down, else 1 with one sentence
 not logged is judged by the next one that was.  Nothing in the workdir is moved or written.
 """
 
-import json
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from moe_jax.config import Config, fingerprint, from_json
+from moe_jax import json_files
+from moe_jax.config import Config, fingerprint, read_config
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
@@ -141,24 +141,19 @@ def describe(row: Row) -> str:
 def _config(workdir: Folder) -> Config:
     path = workdir / "config.json"
     try:
-        return from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"{path} cannot be read ({why}): name the workdir of a run.") from None
+        return read_config(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: name the workdir of a run.") from None
 
 
 def _logged(workdir: Folder, rewinds: tuple[Rewind, ...]) -> Past:
     """The run as metrics.jsonl has it."""
     path = workdir / METRICS
     rows = {}
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-    for line in lines:
+    for line in json_files.read_lines(path) if path.exists() else []:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # torn by a kill
+            row = json_files.parse(line)
+        except ValueError:  # torn by a kill
             continue
         if isinstance(row, dict) and type(row.get("step")) is int and "loss" in row:
             rows[row["step"]] = row
@@ -169,12 +164,12 @@ def _flown(workdir: Folder, step: int, rewinds: tuple[Rewind, ...], config: Conf
     """The run as the flight record of `step` has it, which may lie before it went back."""
     path = record_path(workdir, step)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json_files.load(path)
         rows = {row["step"]: row for row in record["history"]}
         in_force, written_with = record["rewinds"], record["config"]
         if step not in rows or type(in_force) is not int or not 0 <= in_force <= len(rewinds):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: add --noflight, or bring it back.") from None
     if written_with != fingerprint(config):
         _say("config.json has changed since the flight record was written")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from moe_jax.checkpoint.store import QUARANTINE, Checkpoints
+from moe_jax.checkpoint import QUARANTINE, Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import DONE, FIX
 from moe_jax.train import flags

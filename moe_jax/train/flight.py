@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import json_files
 from moe_jax.config import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lead
@@ -116,6 +117,6 @@ def _batch(run: Run, data_step: int) -> Row:
 
 def _data_step(path: Folder) -> int | None:
     try:
-        return json.loads(path.read_text())["data_step"]
+        return json_files.load(path)["data_step"]
     except (ValueError, TypeError, KeyError):
         return None

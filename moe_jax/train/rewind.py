@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
@@ -156,8 +157,8 @@ def _parse(text: str, path: Folder) -> list[Rewind]:
     rewinds = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            rewinds.append(_rewind(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
+            rewinds.append(_rewind(json_files.parse(line)))
+        except (ValueError, TypeError):
             raise UserError(
                 f"{path}, which says what data the steps of this run take, is damaged in line "
                 f"{number}: bring it back, or use another --workdir."

@@ -33,20 +33,17 @@ _IMPORTED = time.monotonic()
 class Timekeeper:
     """Adds up seconds by phase and writes them down; a context manager.
 
-    All before `resumed` is init.  Waiting for data counts as step while the devices still work on
-    a step: nothing is lost by it.
+    All before `resumed` is init, and nothing is written before it: a command that is refused leaves
+    no trace.  Waiting for data counts as step while the devices still work on a step: nothing is
+    lost by it.
 
     A row has `attempt` (a name of its own), `began` and `time` (seconds since 1970), `from` (the
-    restored step; None until it is known), `step` (the last that is done), `seconds` by phase and,
-    if it is the attempt's last word, `end` (exit code).
+    restored step), `step` (the last that is done), `seconds` by phase and, if it is the attempt's
+    last word, `end` (exit code).
     """
 
     def __init__(self, workdir: Folder, lead: bool, beat: float = BEAT):
-        """Writes the first row; on any process but the lead nothing is counted or written.
-
-        Raises:
-          UserError: the file cannot be written.
-        """
+        """On any process but the lead nothing is counted or written."""
         self._on = lead
         if not lead:
             return
@@ -60,19 +57,19 @@ class Timekeeper:
         self._beat, self._written, self._over = beat, 0.0, False
         self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._mirror = Mirror(workdir)
+        self._workdir = workdir
+
+    def _open(self) -> None:
+        self._mirror = Mirror(self._workdir)
         try:
             self._mirror.folder.mkdir(parents=True, exist_ok=True)
             self._mirror.fetch(GOODPUT)
             self._lines = Lines(self._mirror.folder / GOODPUT)
         except OSError as error:
             raise UserError(
-                f"{workdir / GOODPUT} cannot be written ({error.strerror or error}): change its "
-                f"permissions or choose another --workdir."
+                f"{self._workdir / GOODPUT} cannot be written ({error.strerror or error}): change "
+                f"its permissions or choose another --workdir."
             ) from None
-        self._write()
-        self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> "Timekeeper":
         return self
@@ -96,12 +93,22 @@ class Timekeeper:
                 self._write()
 
     def resumed(self, step: int) -> None:
-        """The state is there; training goes on after `step`."""
+        """The state is there; training goes on after `step`.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
         if not self._on:
             return
+        first = self._from is None
+        if first:
+            self._open()
         self._turn_to("")
         self._from = self._started = self._step = step
         self._write()
+        if first:
+            self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
+            self._thread.start()
 
     def started(self, step: int, outputs: Any) -> None:
         """`step` was handed to the devices; it is done once `outputs` are there."""
@@ -111,7 +118,7 @@ class Timekeeper:
 
     def ended(self, code: int) -> None:
         """The last row: the process is about to end with exit code `code`."""
-        if not self._on:
+        if not self._on or self._from is None:
             return
         self._outputs.put(None)
         self._thread.join(_LEAVE)
@@ -149,7 +156,7 @@ class Timekeeper:
                 "began": self._began,
                 "time": time.time(),
                 "from": self._from,
-                "step": None if self._from is None else self._step,
+                "step": self._step,
                 "seconds": self._seconds,
                 **more,
             }

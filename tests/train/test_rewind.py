@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.errors import UserError
 from moe_jax.train.rewind import REWINDS, Rewind, Rewinds, data_step, read_rewinds
 
@@ -90,7 +91,7 @@ def test_a_kill_between_any_two_writes(saved, monkeypatch, survives):
         return act
 
     monkeypatch.setattr(Rewinds, "_write", mortal(Rewinds._write))
-    monkeypatch.setattr(Checkpoints, "_quarantine", mortal(Checkpoints._quarantine))
+    monkeypatch.setattr(StepFolder, "set_aside", mortal(StepFolder.set_aside))
     with pytest.raises(KeyboardInterrupt):
         opened(saved).go_back(changed=9, last=13, why="NaN")
     monkeypatch.undo()

@@ -117,9 +117,16 @@ def test_the_next_attempt_adds_to_the_file_also_after_a_torn_line(tmp_path, cloc
     [(UserError("x"), 1), (ValueError("x"), 1), (KeyboardInterrupt(), 130)],
 )
 def test_an_error_is_the_last_word(tmp_path, error, code):
-    with pytest.raises(type(error)), Timekeeper(tmp_path, True):
+    with pytest.raises(type(error)), Timekeeper(tmp_path, True) as keeper:
+        keeper.resumed(0)
         raise error
     assert rows(tmp_path)[-1]["end"] == code
+
+
+def test_a_command_that_is_refused_writes_nothing(tmp_path):
+    with pytest.raises(UserError), Timekeeper(tmp_path, True) as keeper, keeper("checkpoint"):
+        raise UserError("x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -133,6 +140,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock, monkeypatch):
     with Timekeeper(tmp_path, True, NEVER) as keeper:
+        keeper.resumed(0)
         before = len(rows(tmp_path))
         with monkeypatch.context() as patch:
 
