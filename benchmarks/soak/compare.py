@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoints
@@ -20,6 +21,7 @@ def differences(expected: Path, found: Path, steps: int) -> list[str]:
     Every leaf of the checkpoint of step `steps`, bit by bit; every row of both logs, clocks aside;
     the sample texts; every byte of the stores beside the two workdirs.
     """
+    jax.config.update("jax_platforms", "cpu")  # where the runs were
     return [
         *_of_checkpoints(expected / "checkpoints", found / "checkpoints", steps),
         *itertools.chain.from_iterable(_of_rows(expected, found, name) for name in _ROWS),
