@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import moe_jax.train.__main__
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.data.pipeline import Batch, Batches
 from moe_jax.train import step as step_module
 from moe_jax.train.control import Control
@@ -26,7 +26,7 @@ from moe_jax.train.rewind import Rewinds
 
 METHODS = {
     "write": (Rewinds, "_write"),
-    "quarantine": (Checkpoints, "_quarantine"),
+    "quarantine": (StepFolder, "set_aside"),
     "truncate": (Reporter, "rewind"),
     "step": (Control, "after"),
 }

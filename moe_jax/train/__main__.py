@@ -64,9 +64,9 @@ def main(argv: Sequence[str]) -> int:
             rewinds = Rewinds(workdir, run.checkpoints, _say)
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
-        _say(f"state ready in {time.perf_counter() - began:.1f} s")
         start = int(state.step)
         watch.resumed(start)
+        _say(f"state ready in {time.perf_counter() - began:.1f} s")
         if distributed.lead():
             write_run_record(
                 str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
