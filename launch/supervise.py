@@ -34,6 +34,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python launch/supervise.py
+
 from launch.job import AGAIN
 from launch.shell import (
     LaunchError,

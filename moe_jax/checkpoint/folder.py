@@ -98,7 +98,7 @@ class StepFolder:
         if not self.root.exists():
             return []
         names = (path.name for path in self.root.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,8}", name))
 
 
 def _remove(path: epath.Path) -> None:

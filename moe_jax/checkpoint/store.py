@@ -136,7 +136,7 @@ class Checkpoints:
                 return reason
             # The bytes are what was saved: what is wrong now, a person has to mend.
             error = back if isinstance(back, Exception) else None
-            wrong = first_of_all(str(error) if error else None)
+            wrong = first_of_all((str(error) or repr(error)) if error else None)
             if wrong is not None:
                 raise error or UserError(f"Another process says: {wrong}")
             loaded[step] = (

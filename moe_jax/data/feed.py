@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 
 from moe_jax.data.pipeline import Batch
 
+LEAVE = 5.0  # seconds to wait for a read that is under way when nobody wants it any more
 RowsFn = Callable[[int, np.ndarray], Batch]
 
 
@@ -80,10 +81,10 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         raise self._end
 
     def close(self) -> None:
-        """Stop and join the thread; batches held ready are dropped."""
+        """Stop the thread; batches held ready are dropped.  A read that hangs is left behind."""
         self._closed.set()
         self._free.release()
-        self._thread.join()
+        self._thread.join(LEAVE)
         self._end = self._end or StopIteration()
 
     def __enter__(self) -> "DeviceFeed":

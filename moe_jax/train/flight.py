@@ -55,14 +55,18 @@ class FlightRecorder:
         """The metrics of `step`, read from the devices."""
         self._steps.append((step, metrics))
 
-    def write(self, why: str) -> None:
-        """A record of the step seen last.  Where that cannot be written the run goes on."""
+    def write(self, why: str, last: bool = False) -> None:
+        """A record of the step seen last, also where there are many if that is the `last` refused.
+
+        Where it cannot be written the run goes on.
+        """
         if not lead():
             return
         step, _ = self._steps[-1]
         folder = self._run.workdir / FLIGHT
         try:
-            if len(list(folder.glob("*/record*.json"))) >= MOST:
+            if len(list(folder.glob("*/record*.json"))) >= MOST and not last:
+                self._say(f"no flight record of step {step}: {folder} holds {MOST}, move some away")
                 return
             self._replace(record_path(self._run.workdir, step), self._record(step, why))
         except (OSError, UserError) as error:

@@ -149,8 +149,8 @@ class _Steps:
                     with watch("evaluation"):
                         reporter.log({"step": done, **self._evaluate(state)})
                 if save_now:
-                    reporter.flush()
                     with watch("checkpoint"):
+                        reporter.flush()
                         save(run, state, done)
                 log.restart_clock(evaluate_now or control.save_now)
         return stop, state

@@ -22,6 +22,7 @@ from moe_jax.parallel.distributed import lead
 from moe_jax.train.workdir import Folder
 
 REWINDS = "rewinds.jsonl"
+LARGEST = 2**40  # no step counts further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,9 @@ def _rewind(row: dict) -> Rewind:
     """Raises TypeError or ValueError for a row that no run wrote."""
     rewind = Rewind(**row)
     numbers = (rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped)
-    if len(numbers) != 6 or any(type(number) is not int or number < 0 for number in numbers):
+    if len(numbers) != 6 or any(type(n) is not int or not 0 <= n < LARGEST for n in numbers):
+        raise ValueError(row)
+    if rewind.data_step != rewind.skipped[1] + 1:
         raise ValueError(row)
     if not isinstance(rewind.why, str) or type(rewind.settled) is not bool:
         raise ValueError(row)

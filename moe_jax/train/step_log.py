@@ -65,7 +65,7 @@ class StepLog:
     def overflowed(self) -> None:
         """What was to be saved after the step logged last is not finite."""
         why = "the parameters or the optimizer's moments are not finite"
-        self._flight.write(why)
+        self._flight.write(why, last=True)
         self.diverged = f"step {self.last} diverged ({why}) and is not saved"
 
     def _finish(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
@@ -96,7 +96,7 @@ class StepLog:
         else:
             self._reporter.say(f"step {step} is left out: {why}")
         if over or refused == 1:
-            self._flight.write(why)
+            self._flight.write(why, last=over)
 
 
 def why_refused(metrics: StepMetrics, factor: float) -> str:

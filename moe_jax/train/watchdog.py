@@ -17,6 +17,7 @@ from moe_jax.config import WatchdogConfig
 from moe_jax.parallel.distributed import AGAIN
 
 TICK = 1.0  # seconds between two looks
+BARK = 10.0  # seconds for saying where each thread stands
 # The lead process holds JAX's coordination service: where it leaves first, all others are aborted
 # (134) before they have said where they stand.
 LEAD_GRACE = 5.0
@@ -77,6 +78,10 @@ class Watchdog:
                 return
 
     def _bark(self, phase: str, limit: float) -> None:
+        # Whoever reads standard error may have stopped, and the disk may hang.
+        last_word = threading.Timer(BARK, self._end, [AGAIN])
+        last_word.daemon = True
+        last_word.start()
         where = self._folder / f"stacks-{os.getpid()}.txt" if self._folder else None
         print(
             f"Error: {phase} has taken more than {limit:g} s (watchdog.{phase}), so this process "
@@ -87,6 +92,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         if where:
-            with contextlib.suppress(OSError), where.open("w") as file:  # perhaps the disk hangs
+            with contextlib.suppress(OSError), where.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        last_word.cancel()
         self._end(AGAIN)

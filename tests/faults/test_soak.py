@@ -18,7 +18,6 @@ from moe_jax.train.report import eval_line, train_line
 from moe_jax.train.resolve import describe
 
 
-@pytest.mark.full
 def test_three_kills(tmp_path, monkeypatch, cli_env):
     """One in the store build, one of a run that has begun, one at the end."""
     for name, value in cli_env.items():

@@ -24,7 +24,9 @@ def logged(monkeypatch):
     train = TrainConfig(steps=99, log_every=50, ledger_every=1, max_skipped=2)
     config = SimpleNamespace(train=train)
     run = SimpleNamespace(config=config, store=SimpleNamespace(sources=("a",)))
-    flight = SimpleNamespace(saw=lambda step, metrics: None, write=records.append)
+    flight = SimpleNamespace(
+        saw=lambda step, metrics: None, write=lambda why, last: records.append(why)
+    )
     return step_log.StepLog(run, reporter, flight, 0, 0), rows, ledger, lines, records
 
 
