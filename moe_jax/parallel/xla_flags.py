@@ -27,8 +27,8 @@ def use_deterministic_kernels() -> None:
     """NVIDIA only: no kernel that adds in no fixed order, and none chosen by measuring.
 
     XLA then takes the first kernel that fits an operation, the same one after a restart, so there
-    is no choice to keep.  (With `xla_gpu_per_fusion_autotune_cache_dir` beside it, jax 0.11.2 ends
-    the compilation: "IndexError: raw_hash_map<>::at".)
+    is no choice to keep.  What this does to cuDNN's attention in models of several layers, and the
+    way round it, stands in ops/attention.py.
     """
     add_xla_flag("xla_gpu_deterministic_ops", "true")
 
