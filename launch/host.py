@@ -1,4 +1,4 @@
-"""Shell scripts for a TPU host: prepare it, train and train again, stop, show.
+"""Shell scripts for a TPU host: prepare it, train under launch/supervise.py, stop, show.
 
 Everything of a host lies in one folder, which MOE_JAX_HOME may move: the environment, the source,
 run.log, and exit_code once the run has ended.
@@ -7,7 +7,7 @@ run.log, and exit_code once the run has ended.
 import shlex
 from collections.abc import Sequence
 
-from launch.job import AGAIN
+from launch.job import supervised
 
 FOLDER = "/var/lib/moe_jax"
 _HOME = f'home="${{MOE_JAX_HOME:-{FOLDER}}}"'
@@ -32,24 +32,19 @@ mkdir -p "$home"
 exec 9>"$home/lock"
 flock --wait 2 9 || {{ echo "busy already; output: $home/run.log"; exit 0; }}
 exec > >(tee -a "$home/run.log" 9>&-) 2>&1
-rm -f "$home/exit_code" "$home/stop"
+rm -f "$home/exit_code"
 fail() {{ echo "this host is not ready to train"; echo 1 >"$home/exit_code"; exit 1; }}
 """
 
 _TRAIN = """\
 cd {directory} || fail
 train() {{
-  local restart code
-  for ((restart = 0; restart <= {max_restarts}; restart++)); do
-    echo "$(date -Is) restart $restart of this boot"
-    {command} &
-    echo $! >"$home/pid"
-    wait $!
-    code=$?
-    echo "$(date -Is) exit code $code"
-    if [ -e "$home/stop" ]; then break; fi
-    case "$code" in {again}) sleep 10 ;; *) break ;; esac
-  done
+  local code
+  {command} &
+  echo $! >"$home/pid"
+  wait $!
+  code=$?
+  echo "$(date -Is) exit code $code"
   echo "$code" >"$home/exit_code"
 }}
 echo "training; output: $home/run.log"
@@ -74,13 +69,11 @@ def prepare_with(script: str) -> str:
     return f"bash -c {shlex.quote(script)} || fail\n"
 
 
-def train(python: str, directory: str, arguments: Sequence[str], max_restarts: int) -> str:
-    """Trains in the background, and again after an exit code that asks for it; once at a time."""
+def train(python: str, directory: str, arguments: Sequence[str], max_stuck: int) -> str:
+    """Trains in the background of a checkout, under a supervisor; once at a time."""
     return _TRAIN.format(
         directory=shlex.quote(directory),
-        command=shlex.join([python, "-m", "moe_jax.train", *arguments]),
-        again="|".join(map(str, AGAIN)),
-        max_restarts=max_restarts,
+        command=shlex.join(supervised(python, arguments, max_stuck)),
     )
 
 
@@ -96,9 +89,7 @@ def as_root(text: str) -> str:
 
 def stop() -> str:
     """Ends the run with a checkpoint; it stays ended."""
-    return as_root(
-        f'{_HOME}; touch "$home/stop" && kill -TERM "$(cat "$home/pid")" && echo "stopping"'
-    )
+    return as_root(f'{_HOME}; kill -TERM "$(cat "$home/pid")" && echo "stopping"')
 
 
 _PROGRESS = f"""\

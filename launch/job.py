@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from launch.shell import LaunchError
 
@@ -22,3 +23,9 @@ class Job:
             raise LaunchError(
                 f"--name={self.name} cannot name a job: use lower-case letters, digits and '-'."
             )
+
+
+def supervised(python: str, arguments: Sequence[str], max_stuck: int) -> list[str]:
+    """Command of one process of a run: the trainer under launch/supervise.py, from a checkout."""
+    supervisor = [python, "-m", "launch.supervise", f"--max_stuck={max_stuck}", "--"]
+    return [*supervisor, python, "-m", "moe_jax.train", *arguments]

@@ -1,8 +1,9 @@
 """Slurm: python -m launch.slurm --name=NAME [OPTIONS] -- ARGUMENTS OF python -m moe_jax.train
 
 Writes a batch script, submits it and prints the job's id.  The processes find each other through
-Slurm.  A run that is stopped with a checkpoint, or loses a process, is put back into the queue and
-goes on from its workdir, which every node must see.
+Slurm.  Each runs under launch/supervise.py: a process that is lost is started again where it was.
+A run that is stopped with a checkpoint, at the time limit say, or loses a node is put back into the
+queue.  Both go on from the workdir, which every node must see.
 
   python -m launch.slurm --name=olmoe --nodes=4 --gpus_per_node=8 --time=12:00:00 -- \\
       --config=configs/olmoe_1b_7b.py --workdir=/shared/runs/olmoe
@@ -13,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.job import AGAIN, Job
+from launch.job import AGAIN, Job, supervised
 from launch.shell import (
     LaunchError,
     Shell,
@@ -41,14 +42,15 @@ class SlurmOptions:
     sbatch: tuple[str, ...] = option((), "Any other flag of sbatch, as --sbatch=--qos=low.")
     at_once: int = option(0, "Jobs of an array that may run at once; 0: all.")
     python: str = option("python", "The Python that has moe_jax, on every node.")
-    directory: str = option(".", "Where the trainer runs, on every node.")
+    directory: str = option(".", "Checkout in which the trainer runs, on every node.")
     logs: str = option("runs/slurm", "Folder for scripts and output, shared by all nodes.")
     max_restarts: int = option(100, "How often a job goes back into the queue.")
+    max_stuck: int = option(3, "Restarts of a process in a row without a later checkpoint.", least=1)
 
 
-# One process.  Slurm sends SIGTERM to this bash as well: with a trap it waits for the trainer.
+# One process.  Slurm sends SIGTERM to this bash as well: with a trap it waits for the supervisor.
 # Each exit code is written down, because srun reports only the largest: a process that must not
-# be run again (1, 3) would hide behind the survivors that its end aborts (134).
+# be run again (1, 3) would hide behind the others, which wait for it until srun kills them (137).
 _PROCESS = (
     'trap : TERM; folder=$1; shift; "$@"; code=$?; '
     'echo "$code" >"$folder/$SLURM_PROCID"; exit "$code"'
@@ -58,8 +60,9 @@ _RUN = """\
 restarts="${{SLURM_RESTART_COUNT:-0}}"
 echo "$(date -Is) $name: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts"
 codes="$(mktemp -d {logs}/codes.XXXXXX)" || exit 1
-# The first process to end is the last sign of life of some others: they get five minutes.
-srun --wait=300 bash -c {process} process "$codes" {python} -m moe_jax.train "${{arguments[@]}}"
+# Whose supervisor has ended does not come back: two minutes later the others wait for it in vain.
+srun --label --kill-on-bad-exit=0 --wait=120 \\
+  bash -c {process} process "$codes" {supervised} "${{arguments[@]}}"
 code=$?
 fatal="$(cat "$codes"/* 2>/dev/null | grep -vxE '0|{again}' | head -n 1)"
 rm -rf "$codes"
@@ -90,7 +93,7 @@ def script(jobs: Sequence[Job], options: SlurmOptions) -> str:
     run = _RUN.format(
         logs=shlex.quote(str(logs)),
         process=shlex.quote(_PROCESS),
-        python=shlex.quote(options.python),
+        supervised=shlex.join(supervised(options.python, (), options.max_stuck)),
         again="|".join(map(str, AGAIN)),
         max_restarts=options.max_restarts,
     )

@@ -6,7 +6,7 @@ COMMAND is run again after exit codes 42, 134, 137 and 143 and after a death by 
 each time; a signal of any kind counts, a crash in native code included.  After any other code,
 0, 1 (to be fixed) and 3 (diverged) among them, the supervisor ends with that code.  It ends with 1
 when --max_stuck restarts in a row brought no later checkpoint: steps that are lost again are no
-progress.
+progress.  Where the trainer went back past bad batches (rewinds.jsonl) the count starts over.
 
 SIGTERM and Ctrl-C reach COMMAND as one SIGTERM, to save a checkpoint; the supervisor waits for it
 and ends with its code.  COMMAND runs in a session of its own, so that a terminal's Ctrl-C does not
@@ -104,17 +104,17 @@ class Supervisor:
 
     def _run(self) -> int:
         options = self._options
-        best = stuck = restart = 0
+        best, stuck, restart = (0, 0), 0, 0
         while True:
             code = self._once()
             if self._stopping or not (code < 0 or code in AGAIN):
                 return _handed_on(code)
 
             # ---- was it worth it?
-            kept, reached = kept_step(self._workdir), reached_step(self._workdir)
-            reached = max(kept, reached)
-            if kept > best:
-                best, stuck = kept, 0
+            backs, kept = progress(self._workdir)
+            reached = max(kept, reached_step(self._workdir))
+            if (backs, kept) > best:
+                best, stuck = (backs, kept), 0
             what = f"{reason(code)}; reached step {reached}"
             if stuck == options.max_stuck:
                 _say(f"giving up: {what}, no later checkpoint in {stuck} restarts in a row")
@@ -180,6 +180,19 @@ def reached_step(workdir: Any) -> int:
         if isinstance(step, int):
             return step
     return 0
+
+
+def progress(workdir: Any) -> tuple[int, int]:
+    """How often the run went back, and the step it goes on from: the greater pair is further on."""
+    kept = kept_step(workdir)
+    try:
+        # As moe_jax/train/rewind.py has it.
+        lines = (workdir / "rewinds.jsonl").read_text(encoding="utf-8").splitlines()
+        last = json.loads(lines[-1])
+        # Where it was killed on its way back, the next start sets later checkpoints aside.
+        return len(lines), kept if last["settled"] else min(kept, int(last["step"]))
+    except Exception:  # there is none, it is damaged, or of whichever client the store has
+        return 0, kept
 
 
 def kept_step(workdir: Any) -> int:

@@ -11,7 +11,8 @@
   delete    give the VM back
 
 The run lives in the start-up script: a VM that comes back goes on by itself, from a workdir that
-must outlive it (gs://).
+must outlive it (gs://).  On each host it is under launch/supervise.py: a trainer that is lost is
+started again there.
 
   python -m launch.tpu_vm run --name=mixtral --zone=us-east5-a --accelerator_type=v5p-256 --spot \\
       --runtime_version=v2-alpha-tpuv5 --repository=https://github.com/ME/moe_jax -- \\
@@ -60,11 +61,11 @@ class TpuOptions:
     revision: str = option("main", "Branch, tag or, so that no restart changes it, commit.")
     prepare: str = option("", "Own script (a file) that prepares a host, instead of --repository.")
     python: str = option(f"{host.FOLDER}/venv/bin/python", "The Python on a host.")
-    directory: str = option(f"{host.FOLDER}/source", "Where the trainer runs on a host.")
+    directory: str = option(f"{host.FOLDER}/source", "Checkout in which a host trains.")
     wait_minutes: float = option(60.0, "How long to wait for a VM.")
     poll_seconds: float = option(30.0, "Between two questions to Cloud TPU.")
     recreate: int = option(10, "How often to ask again for a VM that was taken away.")
-    max_restarts: int = option(100, "How often a host starts the trainer again.")
+    max_stuck: int = option(3, "Restarts of a host in a row without a later checkpoint.", least=1)
     scripts: str = option("runs/tpu_vm", "Folder for start-up scripts, on this machine.")
 
 
@@ -213,7 +214,7 @@ def _startup(job: Job, options: TpuOptions) -> str:
     parts = [_prepare(options)]
     if job.arguments:
         parts.append(
-            host.train(options.python, options.directory, job.arguments, options.max_restarts)
+            host.train(options.python, options.directory, job.arguments, options.max_stuck)
         )
     return host.script(*parts)
 

@@ -24,6 +24,10 @@ with open(workdir / "starts", "a+") as file:
     file.write("x")
     file.seek(0)
     now = plan[len(file.read()) - 1]
+for step in now.get("aside", []):
+    (workdir / "checkpoints" / str(step)).rename(workdir / f"aside-{step}")
+if "back" in now:
+    (workdir / "rewinds.jsonl").write_text("".join(f"{json.dumps(row)}\\n" for row in now["back"]))
 for step in now.get("saved", []):
     folder = workdir / "checkpoints" / str(step)
     folder.mkdir(parents=True)
@@ -138,6 +142,24 @@ def test_checkpoints_of_before_are_no_progress(tmp_path, waits):
         (step / name).touch()
     assert supervise.main(arguments([{"end": 42}] * 9, tmp_path, "--max_stuck=1")) == 1
     assert starts(tmp_path) == 2
+
+
+def test_going_back_past_bad_batches_starts_the_count_over(tmp_path, waits, capfd):
+    """The steps before the one it went back from are progress again."""
+    half_way = {"step": 20, "settled": False}
+    plan = [
+        {"end": 137, "saved": [10, 20, 30]},
+        {"end": 137},
+        {"end": 137, "back": [half_way]},  # killed before 30 was set aside
+        {"end": 137, "aside": [30], "back": [half_way | {"settled": True}]},
+        {"end": 137, "saved": [25]},
+        {"end": 137},
+        {"end": 137},
+    ]
+    assert supervise.main(arguments(plan, tmp_path, "--max_stuck=2")) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert re.findall(r"goes on from (\d+)", "\n".join(lines)) == "30 30 20 20 25 25".split()
+    assert (starts(tmp_path), len(lines)) == (7, 7)
 
 
 @pytest.mark.parametrize(
