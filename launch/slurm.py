@@ -45,7 +45,7 @@ class SlurmOptions:
     directory: str = option(".", "Checkout in which the trainer runs, on every node.")
     logs: str = option("runs/slurm", "Folder for scripts and output, shared by all nodes.")
     max_restarts: int = option(100, "How often a job goes back into the queue.")
-    max_stuck: int = option(3, "Restarts of a process in a row without a later checkpoint.", least=1)
+    max_stuck: int = option(3, "Restarts in place without a later checkpoint.", least=1)
 
 
 # One process.  Slurm sends SIGTERM to this bash as well: with a trap it waits for the supervisor.

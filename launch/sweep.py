@@ -1,10 +1,12 @@
-"""Runs of a sweep file: checked together, then started, each in a folder of its own.
+"""Runs of a sweep file: all checked, then the good ones started, each in a folder of its own.
 
   python -m launch.sweep --sweep=configs/sweeps/capacity.py --workdir=DIR
       [--backend=local|slurm|tpu_vm] [--dry_run] [OPTIONS OF THE BACKEND]
 
-Run it again to go on: runs at their end are skipped, the others resume.  Exit codes: 0 all runs
-are at their end or handed to the cluster, 1 something to fix, 42 stopped by a signal: run it again.
+Run it again to go on: runs at their end are skipped, the others resume.  A run that the trainer
+would refuse is named, with its reason, before the first one starts and again in the last lines.
+Exit codes: 0 all runs are at their end or handed to the cluster, 1 something to fix, a refused run
+among it, 42 stopped by a signal: run it again.
 A sweep file defines get_hyper(hyper), see launch/hyper.py and configs/sweeps/.
 """
 
@@ -39,36 +41,38 @@ def main(argv: Sequence[str]) -> int:
 
     # ---- every config, before the first run starts
     shell.say(f"{given.sweep}: checking {len(jobs)} runs")
-    done = finished(jobs, given.devices)
+    answers = check(jobs, given.devices)
+    refused = {name: a["problem"] for name, a in answers.items() if a["problem"]}
+    done = {name: a["changed"] for name, a in answers.items() if a["finished"]}
+    for name, problem in refused.items():
+        shell.say(f"{name} is refused: {problem}")
     for name, changed in done.items():
         since = f", though {', '.join(changed)} changed since (delete it to run it again)"
         shell.say(f"{name} is at its end: skipped{since if changed else ''}")
-    todo = [job for job in jobs if job.name not in done]
-    if not given.dry_run and "://" not in given.workdir:
+    todo = [job for job in jobs if job.name not in refused and job.name not in done]
+    if not given.dry_run and "://" not in given.workdir and len(refused) < len(jobs):
         _write_record(Path(given.workdir), named)
 
     # ---- start
-    if not todo:
-        return 0
-    if not local:
-        _backend(given.backend)[1](todo, options, shell)
-        return 0
-    if given.dry_run:
-        for job in todo:
-            shell.say(f"+ {shlex.join(command(job))}")
-        return 0
-    return _run_here(todo, Path(given.workdir), given, shell)
+    try:
+        code = _start(todo, given, options, shell) if todo else 0
+    finally:  # the last lines, whatever became of the others
+        if refused:
+            shell.say(f"{len(refused)} of {len(jobs)} runs refused: mend the sweep file")
+        for name, problem in refused.items():
+            shell.say(f"  {name}: {problem}")
+    return code or int(bool(refused))
 
 
-def finished(jobs: Sequence[Job], devices: int) -> dict[str, list[str]]:
-    """Names of the jobs that are at their end -> config keys that were otherwise when they ran.
+def check(jobs: Sequence[Job], devices: int) -> dict[str, dict[str, Any]]:
+    """For each job by name what `moe_jax.train.check` answers: problem, finished, changed.
 
     Args:
       jobs: all of the sweep.
       devices: that each will have; 0: those of this machine.
 
     Raises:
-      LaunchError: the trainer would refuse one of them; each is printed with its reason.
+      LaunchError: they could not be checked.
     """
     lines = "".join(json.dumps(_without_devices(job.arguments)) + "\n" for job in jobs)
     process = subprocess.run(
@@ -80,24 +84,23 @@ def finished(jobs: Sequence[Job], devices: int) -> dict[str, list[str]]:
             f"The configs could not be checked ({shlex.join(_CHECK)} ended with exit code "
             f"{process.returncode}): its message is above."
         )
-    wrong = [(job, answer["problem"]) for job, answer in zip(jobs, answers, strict=True)]
-    wrong = [(job, problem) for job, problem in wrong if problem]
-    for job, problem in wrong:
-        print(f"{job.name}: {problem}", file=sys.stderr)
-    if wrong:
-        raise LaunchError(
-            f"{len(wrong)} of {len(jobs)} runs cannot start, so none was started: mend the sweep "
-            f"file."
-        )
-    return {
-        job.name: answer["changed"]
-        for job, answer in zip(jobs, answers, strict=True)
-        if answer["finished"]
-    }
+    return {job.name: answer for job, answer in zip(jobs, answers, strict=True)}
 
 
 def _without_devices(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if not argument.startswith("--devices=")]
+
+
+def _start(jobs: Sequence[Job], given: Any, options: Any, shell: Shell) -> int:
+    """Runs the jobs here, or hands them to a cluster; under dry_run prints them."""
+    if given.backend != "local":
+        _backend(given.backend)[1](jobs, options, shell)
+        return 0
+    if given.dry_run:
+        for job in jobs:
+            shell.say(f"+ {shlex.join(command(job))}")
+        return 0
+    return _run_here(jobs, Path(given.workdir), given, shell)
 
 
 def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> int:
@@ -105,7 +108,8 @@ def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> i
     local = Local(workdir, given.jobs, shell.say)
     codes = local.run(jobs)
     ended = [job for job in jobs if codes[job.name] == 0]
-    done = finished(ended, given.devices) if ended else {}
+    answers = check(ended, given.devices) if ended else {}
+    done = {name for name, answer in answers.items() if answer["finished"]}
     failed = {name: code for name, code in codes.items() if name not in done}
     shell.say(f"{len(done)} of {len(jobs)} runs have come to their end")
     for name, code in failed.items():

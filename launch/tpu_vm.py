@@ -65,7 +65,7 @@ class TpuOptions:
     wait_minutes: float = option(60.0, "How long to wait for a VM.")
     poll_seconds: float = option(30.0, "Between two questions to Cloud TPU.")
     recreate: int = option(10, "How often to ask again for a VM that was taken away.")
-    max_stuck: int = option(3, "Restarts of a host in a row without a later checkpoint.", least=1)
+    max_stuck: int = option(3, "Restarts in place without a later checkpoint.", least=1)
     scripts: str = option("runs/tpu_vm", "Folder for start-up scripts, on this machine.")
 
 

@@ -1,10 +1,10 @@
 """Runs that launchers start: their flags, and what they leave behind."""
 
+import contextlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from small_run import flags
@@ -45,7 +45,21 @@ def digest(workdir: Path, env: dict[str, str]) -> str:
     return found
 
 
-@contextmanager
+def trainer(workdir: Path, variable: str) -> int:
+    """The process id of a run's trainer, of the one with NAME=VALUE in its environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            words = (process / "cmdline").read_text().split("\0")
+            variables = (process / "environ").read_text().split("\0")
+            trains = words[1:3] == ["-m", "moe_jax.train"] and f"--workdir={workdir}" in words
+            if trains and variable in variables:
+                found.append(int(process.name))
+    [pid] = found
+    return pid
+
+
+@contextlib.contextmanager
 def following(path: Path) -> Iterator["Follower"]:
     """The lines of a file that another process writes, as they come; it need not exist yet."""
     process = subprocess.Popen(

@@ -1,7 +1,6 @@
 """Check 25 with the trainer itself: a bad override, a crash, and what a rerun does again."""
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -32,23 +31,23 @@ def test_six_runs_one_bad_one_that_crashes(tmp_path, corpus, run_cli):
     bad = RUN | {"data.files": corpus, "model.moe.top_k": 9}
     arguments = ["launch.sweep", f"--sweep={tmp_path / 'six.py'}", "--workdir=runs", "--jobs=2"]
 
-    # ---- the bad one is refused by name, and nothing starts
     path = sweep_of(tmp_path, [*good, crashes, bad])
-    *_, name = expand(str(path))
-    done = run_cli(arguments, cwd=tmp_path)
-    assert done.code == 1 and "1 of 6 runs cannot start, so none was started" in done.err
-    assert re.search(rf"^{re.escape(name)}: .*top_k is 9 with 8 experts", done.err, re.MULTILINE)
-    assert not (tmp_path / "runs").exists()
-
-    # ---- mended: the crash costs no other run
-    path = sweep_of(tmp_path, [*good, crashes, RUN | {"data.files": corpus, "seed": 5}])
     names = list(expand(str(path)))
     metrics = [tmp_path / "runs" / name / "metrics.jsonl" for name in names]
+
+    # ---- the bad one is refused before anything starts; neither it nor the crash costs another run
     done = run_cli(arguments, cwd=tmp_path)
-    assert done.code == 1 and "5 of 6 runs have come to their end" in done.out, done.out
-    assert f"{names[4]}: exit code 1" in done.out
-    assert [file.exists() for file in metrics] == [True] * 4 + [False, True]
-    times = [file.stat().st_mtime_ns for file in metrics if file.exists()]
+    first = next(line for line in done.out.splitlines() if line.startswith("[1/5] + "))
+    before, after = done.out.split(first)
+    assert f"{names[5]} is refused: " in before and "top_k is 9 with 8 experts" in before
+    assert done.code == 1 and "4 of 5 runs have come to their end" in after, done.out
+    assert f"{names[4]}: exit code 1" in after
+    *_, last, reason = after.splitlines()
+    assert last == "1 of 6 runs refused: mend the sweep file"
+    assert reason.startswith(f"  {names[5]}: ")
+    assert [file.exists() for file in metrics] == [True] * 4 + [False] * 2
+    assert not metrics[5].parent.exists()
+    times = [file.stat().st_mtime_ns for file in metrics[:4]]
 
     # ---- two live runs on one workdir
     os.symlink(Path(corpus).parent, late)
@@ -56,9 +55,11 @@ def test_six_runs_one_bad_one_that_crashes(tmp_path, corpus, run_cli):
         done = run_cli(arguments, cwd=tmp_path)
     assert done.code == 1 and "is in use by process" in done.out, done.out
 
-    # ---- again: only what has failed
+    # ---- again, the bad one mended: only what has not come to its end
+    path = sweep_of(tmp_path, [*good, crashes, RUN | {"data.files": corpus, "seed": 5}])
+    mended = tmp_path / "runs" / list(expand(str(path)))[5] / "metrics.jsonl"
     done = run_cli(arguments, cwd=tmp_path)
-    assert done.code == 0, done.out
-    assert done.out.count("is at its end: skipped") == 5
-    assert metrics.pop(4).exists()
-    assert [file.stat().st_mtime_ns for file in metrics] == times
+    assert done.code == 0 and "2 of 2 runs have come to their end" in done.out, done.out
+    assert done.out.count("is at its end: skipped") == 4
+    assert metrics[4].exists() and mended.exists()
+    assert [file.stat().st_mtime_ns for file in metrics[:4]] == times

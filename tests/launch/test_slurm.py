@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
-from launch_runs import ROOT, digest, following, two_process_flags
+from launch_runs import ROOT, digest, following, trainer, two_process_flags
 from small_run import SMALL, train_rows, write_corpus
 
 from launch import sweep
@@ -15,6 +16,7 @@ from launch.job import Job
 from launch.shell import LaunchError, Shell
 from launch.slurm import SlurmOptions, main, script, submit
 
+SUPERVISED = ["-m", "launch.supervise", "--max_stuck=7", "--", "trainer", "-m", "moe_jax.train"]
 AWKWARD = ("--a=two words", "--b='\"$HOME`id`", "--c=line\nbreak", "--d=")
 
 
@@ -27,7 +29,7 @@ def run_script(tmp_path, jobs, codes, **environment):
         for index, code in enumerate(codes)
     )
     programs = {
-        "srun": f"shift; worst=0\n{tasks}\nexit {max(codes)}",
+        "srun": f"shift 3; worst=0\n{tasks}\nexit {max(codes)}",
         "scontrol": 'echo "scontrol $*"',
         "trainer": 'for last; do :; done; printf "%s\\0" "$@" >"$SEEN"; exit "$last"',
     }
@@ -35,7 +37,7 @@ def run_script(tmp_path, jobs, codes, **environment):
         path = folder / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
-    options = SlurmOptions(python="trainer", directory=str(tmp_path), logs="my logs")
+    options = SlurmOptions(python="trainer", directory=str(tmp_path), logs="my logs", max_stuck=7)
     (tmp_path / "my logs").mkdir(exist_ok=True)
     text = script(jobs, options)
     seen = tmp_path / "seen"
@@ -52,10 +54,10 @@ def run_script(tmp_path, jobs, codes, **environment):
 
 def test_arguments_arrive_as_they_were_given(tmp_path):
     _, seen = run_script(tmp_path, [Job("one", AWKWARD)], [0])
-    assert seen == ["-m", "moe_jax.train", *AWKWARD, "0"]
+    assert seen == [*SUPERVISED, *AWKWARD, "0"]
     jobs = [Job("one", ("--x=1",)), Job("two", AWKWARD)]
     _, seen = run_script(tmp_path, jobs, [0], SLURM_ARRAY_TASK_ID="1")
-    assert seen == ["-m", "moe_jax.train", *AWKWARD, "0"]
+    assert seen == [*SUPERVISED, *AWKWARD, "0"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,32 @@ def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, la
         output.until("restart 2")
         output.until("exit code 0")
     assert digest(tmp_path / "two", cli_env) == digest(tmp_path / "one", cli_env)
+
+
+@pytest.mark.full
+@pytest.mark.slurm
+def test_a_trainer_that_is_killed_is_started_again_in_place(tmp_path, cli_env, launch):
+    files = write_corpus(tmp_path / "text")
+    ends = {}
+    for name in ("undisturbed", "killed"):
+        job = Job(name, two_process_flags(tmp_path / name, files))
+        number, logs = launch([job], processes_per_node=2)
+        with following(logs / f"{name}-{number}.out") as output:
+            if name == "killed":
+                output.until("step 70/200")
+                os.kill(trainer(tmp_path / name, "SLURM_PROCID=1"), signal.SIGKILL)
+            output.until("exit code 0$")
+        ends[name] = digest(tmp_path / name, cli_env)
+    assert ends["killed"] == ends["undisturbed"]
+    text = "".join(output.lines)
+    lost = r"reached step \d+, goes on from \d+, \d+ steps lost, waiting"
+    for task, why in (
+        ("1", "killed by SIGKILL"),
+        ("0", "(asked to be run again|killed by SIGABRT)"),
+    ):
+        assert re.search(rf"^{task}: \S+ restart 1: {why}.*; {lost}", text, re.MULTILINE), text
+    assert "resuming from step 50" in text
+    assert len(re.findall(r"killed: job \d+ on .*, restart", text)) == 1  # not through the queue
 
 
 SWEEP = """

@@ -80,13 +80,30 @@ def trainer(place, monkeypatch):
 # ---- before the first run
 
 
-def test_a_bad_last_run_stops_all(place, trainer, capfd):
-    bad = "{'config': 'configs/tiny.py', 'config.model.moe.top_k': 9}"
-    path = seeds(place, 0, 3, last=bad)
-    with pytest.raises(LaunchError, match=r"1 of 3 runs cannot start, so none was started"):
-        sweep.main([f"--sweep={path}", "--workdir=runs"])
-    name, _, problem = capfd.readouterr().err.partition(": ")
-    assert name == list(expand(path))[-1] and "top_k is 9 with 8 experts" in problem
+BAD = "{'config': 'configs/tiny.py', 'config.model.moe.top_k': 9}"
+
+
+def test_a_bad_run_is_refused_by_name_and_the_others_run(place, trainer, capsys):
+    path = seeds(place, 0, 3, last=BAD)
+    bad = list(expand(path))[-1]
+    assert sweep.main([f"--sweep={path}", "--workdir=runs"]) == 1
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs have come to their end" in printed
+    assert_names_the_refused(printed, bad, 3)
+    assert trainer() == [0, 3] and not (place / "runs" / bad).exists()
+
+
+def assert_names_the_refused(printed: str, name: str, runs: int) -> None:
+    """Before the first run, and in the last lines."""
+    before, *_ = re.split(r"^(?:\[1/\d\] )?\+ ", printed, maxsplit=1, flags=re.MULTILINE)
+    assert re.search(rf"^{name} is refused: .*top_k is 9 with 8 experts", before, re.MULTILINE)
+    *_, last, reason = printed.splitlines()
+    assert last == f"1 of {runs} runs refused: mend the sweep file"
+    assert reason.startswith(f"  {name}: ") and "top_k is 9 with 8 experts" in reason
+
+
+def test_where_all_are_refused_nothing_is_written(place, trainer, capsys):
+    assert sweep.main([f"--sweep={sweep_file(place, f'[{BAD}]')}", "--workdir=runs"]) == 1
     assert not (place / "runs").exists() and trainer() == []
 
 
@@ -99,10 +116,12 @@ def test_devices_are_those_of_the_run(place, trainer, capsys):
 
 
 def test_dry_run_starts_and_writes_nothing(place, trainer, capsys):
-    path = seeds(place, 0, 3)
-    assert sweep.main([f"--sweep={path}", "--workdir=runs", "--dry_run"]) == 0
-    printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("+ ")]
-    names = list(expand(path))
+    path = seeds(place, 0, 3, last=BAD)
+    assert sweep.main([f"--sweep={path}", "--workdir=runs", "--dry_run"]) == 1
+    out = capsys.readouterr().out
+    printed = [line[2:] for line in out.splitlines() if line.startswith("+ ")]
+    *names, bad = expand(path)
+    assert_names_the_refused(out, bad, 3)
     assert [shlex.split(line)[3:] for line in printed] == [
         list(job(name, expand(path)[name], "runs").arguments) for name in names
     ]
@@ -238,12 +257,13 @@ def test_slurm_gets_one_array_of_what_is_left(place, trainer, cluster, capsys):
     assert "squeue -j 77" in capsys.readouterr().out
 
 
-def test_tpu_vms_get_one_job_each(place, cluster):
-    path = seeds(place, 0, 3)
+def test_tpu_vms_get_one_job_each(place, cluster, capsys):
+    path = seeds(place, 0, 3, last=BAD)
     arguments = [f"--sweep={path}", "--workdir=runs", "--devices=4", "--dry_run"]
-    assert sweep.main([*arguments, "--backend=tpu_vm"]) == 0
-    expected = [job(name, run, "runs") for name, run in expand(path).items()]
+    assert sweep.main([*arguments, "--backend=tpu_vm"]) == 1
+    *expected, bad = [job(name, run, "runs") for name, run in expand(path).items()]
     assert cluster == [([each], 1, True) for each in expected]
+    assert_names_the_refused(capsys.readouterr().out, bad.name, 3)
 
 
 def test_a_refused_vm_stops_no_other(place, cluster, monkeypatch, capsys):
