@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch_runs import ROOT, digest, following, two_process_flags
+from launch_runs import ROOT, digest, following, trainer, two_process_flags
 from small_run import write_corpus
 
 from launch import host, tpu_vm
@@ -77,6 +79,30 @@ def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, cli_env, 
         assert ("resuming from step" in log) == (number == 0), log  # the lead says it
 
 
+@pytest.mark.full
+def test_a_trainer_that_is_killed_is_started_again_on_its_host(tmp_path, cloud, cli_env):
+    files = write_corpus(tmp_path / "text")
+    ends, chosen = {}, options(tmp_path)
+    for name in ("undisturbed", "killed"):
+        tpu_vm.launch(Job(name, two_process_flags(tmp_path / name, files)), chosen, Shell())
+        assert tpu_vm.wait(name, chosen, Shell())
+        hosts = [cloud / name / "hosts" / str(number) for number in range(2)]
+        with following(hosts[0] / "run.log") as output:
+            if name == "killed":
+                output.until("step 70/200")
+                os.kill(trainer(tmp_path / name, "MOE_JAX_PROCESS_ID=1"), signal.SIGKILL)
+            output.until("exit code 0$", unless=r"exit code \d+$")
+        ends[name] = digest(tmp_path / name, cli_env)
+    assert ends["killed"] == ends["undisturbed"]
+    subprocess.run(["flock", str(hosts[1] / "lock"), "true"], check=True)  # until it has ended
+    survivor, victim = ((folder / "run.log").read_text() for folder in hosts)
+    lost = r"reached step \d+, goes on from \d+, \d+ steps lost, waiting"
+    assert re.search(rf" restart 1: killed by SIGKILL; {lost} 5 s$", victim, re.MULTILINE), victim
+    assert re.search(rf" restart 1: (asked to be|killed by SIGABRT).*; {lost}", survivor), survivor
+    assert "resuming from step 50" in survivor
+    assert len(calls(cloud, "create")) == 2  # the VM was not asked for again
+
+
 def test_arguments_arrive_as_they_were_given(tmp_path):
     seen = tmp_path / "seen"
     program = tmp_path / "a trainer"
@@ -93,33 +119,11 @@ def test_arguments_arrive_as_they_were_given(tmp_path):
         # The next script waits for nothing: hold the lock until the run is over.
         lock = str(tmp_path / "home of host" / "lock")
         subprocess.run(["flock", lock, "true"], check=True)
-        assert seen.read_text().split("\0")[:-1] == ["-m", "moe_jax.train", *AWKWARD]
+        supervised = ["-m", "launch.supervise", "--max_stuck=5", "--", str(program)]
+        given = seen.read_text().split("\0")[:-1]
+        assert given == [*supervised, "-m", "moe_jax.train", *AWKWARD]
         assert (tmp_path / "home of host" / "exit_code").read_text() == "3\n"
         seen.unlink()
-
-
-@pytest.mark.parametrize(
-    ("codes", "ends", "starts"),
-    [([42, 134, 137, 143, 0], "0", 5), ([1], "1", 1), ([42, 3], "3", 2), ([42] * 9, "42", 6)],
-)
-def test_a_host_trains_again_after_codes_that_ask_for_it(tmp_path, codes, ends, starts):
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    programs = {
-        "trainer": f'read -r code <{tmp_path}/codes; sed -i 1d {tmp_path}/codes; exit "$code"',
-        "sleep": "exit 0",
-    }
-    for name, body in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    home = tmp_path / "home"
-    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "MOE_JAX_HOME": str(home)}
-    text = host.script(host.train("trainer", str(tmp_path), (), max_restarts=5))
-    subprocess.run(["bash", "-c", text], env=env, check=True, capture_output=True)
-    subprocess.run(["flock", str(home / "lock"), "true"], check=True)
-    assert (home / "exit_code").read_text() == f"{ends}\n"
-    assert (home / "run.log").read_text().count("of this boot") == starts
 
 
 def test_a_host_that_cannot_be_prepared_says_so(tmp_path, cloud):
@@ -194,7 +198,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     for home in homes:
         subprocess.run(["flock", "--wait=8", str(home / "lock"), "true"], check=True)
         assert (home / "exit_code").read_text() == "143\n"
-        assert (home / "run.log").read_text().count("restart") == 1
+        assert (home / "run.log").read_text().count("exit code") == 1
     assert main(["logs", *own]) == 0
     assert "exit code 143" in capfd.readouterr().out
     assert main(["delete", *own]) == 0
@@ -202,16 +206,18 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
 
 
 def test_a_run_on_a_vm_that_is_there(tmp_path, cloud):
-    trainer = tmp_path / "trainer"
-    trainer.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/seen\nexit 3\n')
-    trainer.chmod(0o755)
-    chosen = options(tmp_path, python=str(trainer))
+    program = tmp_path / "trainer"
+    program.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/seen\nexit 3\n')
+    program.chmod(0o755)
+    chosen = options(tmp_path, python=str(program))
     tpu_vm.launch(Job("one", ()), chosen, Shell())  # its start-up script runs nothing
     job = Job("one", ("--workdir=gs://b/c",))
     assert tpu_vm.run(job, chosen, Shell()) == 3
     for home in (cloud / "one" / "hosts").iterdir():
         subprocess.run(["flock", str(home / "lock"), "true"], check=True)
-    assert (tmp_path / "seen").read_text() == "-m moe_jax.train --workdir=gs://b/c\n" * 2
+    seen = (tmp_path / "seen").read_text().splitlines()
+    command = f"-m launch.supervise --max_stuck=3 -- {program} -m moe_jax.train --workdir=gs://b/c"
+    assert seen == [command, command]
 
 
 @pytest.mark.parametrize(
