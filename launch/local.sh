@@ -64,8 +64,33 @@ case "$code" in
 esac
 
 q() { printf '%q' "$1"; }  # as a shell would have to read it
+
+# The arguments after --, as a shell would have to read them, without the flags named before it.
+without() {
+  local names=" " value="" argument name
+  while [ "$1" != -- ]; do
+    names="$names$1 "
+    shift
+  done
+  shift
+  for argument in "$@"; do
+    name="${argument%%=*}"
+    name="${name#-}"
+    if [ -n "$value" ]; then
+      value=""  # of a flag that is left out
+    elif [ "${argument#-}" != "$argument" ] && [ "${names#* "${name#-}" }" != "$names" ]; then
+      [ "${argument#*=}" != "$argument" ] || value=1
+    else
+      printf ' %q' "$argument"
+    fi
+  done
+}
+
 python="$(q "${prefix}.venv/bin/python")"
-train="$python -m moe_jax.train$(printf ' %q' "$@")"  # of a flag given twice the last one counts
+train="$python -m moe_jax.train"
+again="$(without config.train.steps -- "$@")"
+mesh="$(without workdir init_from devices config.mesh.expert -- "$@")"
+text="$(without workdir config.data.source config.data.files -- "$@")"
 steps=$("$VENV_PYTHON" -c '
 import json, sys
 print(2 * json.load(open(sys.argv[1]))["train"]["steps"])' "$workdir/config.json")
@@ -75,7 +100,7 @@ Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
 Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$(q "$workdir"))
 Samples:      $workdir/samples.txt
 
-Go on:        bash $(q "${prefix}launch/local.sh")$(printf ' %q' "$@") --config.train.steps=$steps
-Other mesh:   $train --workdir=$(q "$workdir-experts") --init_from=$(q "$workdir") --devices=8 --config.mesh.expert=8
-Own text:     $train --workdir=$(q "$workdir-text") --config.data.source=text --config.data.files='/path/*.txt'
+Go on:        bash $(q "${prefix}launch/local.sh")$again --config.train.steps=$steps
+Other mesh:   $train$mesh --workdir=$(q "$workdir-experts") --init_from=$(q "$workdir") --devices=8 --config.mesh.expert=8
+Own text:     $train$text --workdir=$(q "$workdir-text") --config.data.source=text --config.data.files='/path/*.txt'
 END
