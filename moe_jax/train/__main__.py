@@ -41,23 +41,25 @@ def main(argv: Sequence[str]) -> int:
     heartbeat = config.watchdog.heartbeat
     distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
     preemption = distributed.Preemption()
-    set_numerics(config)
-    workdir = locate(given.workdir)
+    with contextlib.ExitStack() as held:
+        watchdog = held.enter_context(Watchdog(config.watchdog))
 
-    # ---- everything that can be wrong is found out here, before anything is compiled
-    run = prepare(config, workdir, _say)
-    for line in _describe(run):
-        _say(line)
-
-    # ---- from here on the workdir belongs to this process
-    stacks = None if is_remote(workdir) else pathlib.Path(workdir)
-    grace = LEAD_GRACE if distributed.lead() and jax.process_count() > 1 else 0.0
-    with (
-        alone_in(workdir) if distributed.lead() else contextlib.nullcontext(),
-        Watchdog(config.watchdog, stacks, grace) as watchdog,
-        Timekeeper(workdir, distributed.lead()) as timekeeper,
-    ):
+        # ---- everything that can be wrong is found out here, before anything is compiled
+        with watchdog("start"):
+            set_numerics(config)
+            workdir = locate(given.workdir)
+            watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
+            lead = distributed.lead()
+            watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
+            run = prepare(config, workdir, _say, alive=watchdog.alive)
+            for line in _describe(run):
+                _say(line)
+            # From here on the workdir belongs to this process.
+            if lead:
+                held.enter_context(alone_in(workdir))
+        timekeeper = held.enter_context(Timekeeper(workdir, lead))
         watch = Phases(watchdog, timekeeper)
+
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
@@ -65,19 +67,16 @@ def main(argv: Sequence[str]) -> int:
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
         start = int(state.step)
-        watch.resumed(start)
-        _say(f"state ready in {time.perf_counter() - began:.1f} s")
-        if distributed.lead():
-            write_run_record(
-                str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
-            )
+        with watchdog("start"):
+            watch.resumed(start)
+            _say(f"state ready in {time.perf_counter() - began:.1f} s")
+            if lead:
+                resolved = to_json(run.config)
+                write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
+            reporter = Reporter(workdir, config.train.steps, lead, start if start else None)
 
         # ---- train
-        resumed = start if start else None
-        with (
-            _last_save(run, watch),
-            Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter,
-        ):
+        with _last_save(run, watch), reporter:
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
         timekeeper.ended(code)
