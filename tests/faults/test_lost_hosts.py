@@ -31,13 +31,19 @@ def main(argv):
     multihost_utils.sync_global_devices("here")
     if argv[2] == "1" and argv[3] == "raises":
         raise ZeroDivisionError("planted")
-    if argv[2] == "1":
+    if argv[2] == "1" and argv[3] == "stops":
         print("stops", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     multihost_utils.sync_global_devices("never")
 
 flags.run(main)
 """
+# The same, with a host that is killed once Python has run all that was to be done at its exit.
+ENDS = """
+import atexit, os, signal, sys
+if sys.argv[2] == "1":
+    atexit.register(os.kill, os.getpid(), signal.SIGKILL)  # the first to come is the last to go
+""" + MEETS.replace("never", "here again")
 # The save of step 4 takes until after the exception; so long must the one that fails wait.
 RAISES = """
 import sys, threading
@@ -78,6 +84,13 @@ def test_a_host_that_is_gone_ends_the_other(trainers, fault):
         assert first.finish(GONE_IN) in GONE, first.text
         second.process.send_signal(signal.SIGCONT)
         assert second.finish(GONE_IN) in GONE, second.text
+
+
+def test_hosts_that_have_met_at_the_end_are_done(trainers):
+    """A kill after that would leave one to be run again without the other."""
+    program, address = [sys.executable, "-c", ENDS], f"localhost:{free_port()}"
+    pair = [trainers([address, str(i), "ends"], program=program) for i in range(2)]
+    assert [host.finish() for host in pair] == [DONE, DONE], pair[1].text
 
 
 @pytest.mark.full
