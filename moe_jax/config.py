@@ -121,6 +121,7 @@ class WatchdogConfig:
     data: float = 1800.0  # a batch
     checkpoint: float = 7200.0  # copying one to the host, waiting for one that is written, loading
     evaluation: float = 7200.0  # a whole one, its compilation included
+    start: float = 1800.0  # before the first step, without a document read or stored meanwhile
     # Another process that gives no sign of life: JAX then aborts all others (exit code 134).
     heartbeat: int = 100
 

@@ -72,6 +72,7 @@ MODEL = {
     "eval.sample_tokens": 8,
     "checkpoint.every_steps": SAVE_EVERY,
     "checkpoint.every_minutes": 0,
+    "watchdog.start": 60,
     "watchdog.compile": 200,
     "watchdog.step": 60,
     "watchdog.data": 60,

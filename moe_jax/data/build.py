@@ -8,7 +8,6 @@ that was never stopped.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -39,8 +38,8 @@ from moe_jax.data.store import (
     sealed,
 )
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.turn import Turn
 from moe_jax.errors import UserError
-from moe_jax.links import check_link, check_links
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
 SHARD_TOKENS = 1 << 22  # one file
@@ -62,6 +61,7 @@ def build(
     root: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
     layout: Layout = Layout(),
+    alive: Callable[[], None] = lambda: None,
 ) -> Store:
     """The store of `config` under `root`: opened if it is there, else built (or finished).
 
@@ -73,6 +73,7 @@ def build(
       root: folder of all stores, local or gs://.
       progress: called with a line of text now and then.
       layout: chunk and shard sizes.
+      alive: called whenever some text was read, here or by the process that builds meanwhile.
 
     Raises:
       UserError: input that cannot be used (see corpora.py, tokenizers.py), or a corpus too small
@@ -80,12 +81,13 @@ def build(
     """
     say = progress or (lambda line: None)
     tokenizer = load_tokenizer(config.tokenizer)
-    streams = find_streams(config)
+    turn = Turn(alive)
+    streams = find_streams(config, turn.alive)
     weights = [stream.weight for stream in streams]
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)
     path = epath.Path(root) / fingerprint[:16]
     if read_manifest(path) is None:  # a finished store may lie where nobody can write
-        with _lock(epath.Path(root), fingerprint[:16]):
+        with turn(epath.Path(root), fingerprint[:16]):
             if read_manifest(path) is None:  # nobody built it while this process waited
                 say(f"building the store {path}")
                 _write(path, config, streams, tokenizer, layout, fingerprint, say)
@@ -118,27 +120,6 @@ def store_fingerprint(
         ],
     }
     return hashlib.sha256(json.dumps(payload).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _lock(root: epath.Path, name: str) -> Iterator[None]:
-    """Held by one process of a machine at a time and released when it dies; none on gs://."""
-    if "://" in os.fspath(root):
-        yield
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        file = os.fdopen(os.open(root / f"{name}.lock", flags, 0o666), "w")
-    except OSError as error:
-        raise UserError(
-            f"The store cannot be written to {root} ({error.strerror}): set data.store."
-        ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        check_link(root / name, root)
-        check_links(root / name)
-        yield
 
 
 class HoldOut:

@@ -36,6 +36,10 @@ class SourceFile(NamedTuple):
     source: str  # label that losses are reported under
 
 
+def _nobody_waits() -> None:
+    pass
+
+
 class Document(NamedTuple):
     """One document; `source` is its label."""
 
@@ -53,6 +57,7 @@ class Stream:
     field: str  # JSONL field or Parquet column
     weight: float
     files: tuple[SourceFile, ...]
+    alive: Callable[[], None] = _nobody_waits  # called for each document or block that was read
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -71,6 +76,7 @@ class Stream:
         for file in self.files:
             with _reading(file.path):
                 for number, text in enumerate(read(file.path, self.field)):
+                    self.alive()
                     if text:
                         yield Document(f"{file.name}#{number}", file.source, text)
 
@@ -81,11 +87,14 @@ class Stream:
             with _reading(file.path), file.path.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     sha.update(block)
+                    self.alive()
             yield file.name, sha.hexdigest()
 
 
-def find_streams(config: DataConfig) -> tuple[Stream, ...]:
-    """The corpus that `config` describes.
+def find_streams(
+    config: DataConfig, alive: Callable[[], None] = _nobody_waits
+) -> tuple[Stream, ...]:
+    """The corpus that `config` describes; `alive` is called while it is read.
 
     Raises:
       UserError: a glob that matches no file.
@@ -94,7 +103,7 @@ def find_streams(config: DataConfig) -> tuple[Stream, ...]:
         files = _find_files(config.source, config.files, "data")
         if config.source != "stdlib":
             files = _label(files, config.source)
-        return (Stream(config.source, config.source, config.field, 1.0, files),)
+        return (Stream(config.source, config.source, config.field, 1.0, files, alive),)
     streams = []
     for name, part in config.mixture.items():
         where = f"data.mixture.{name}"
@@ -102,7 +111,7 @@ def find_streams(config: DataConfig) -> tuple[Stream, ...]:
         files = _find_files(kind, part.get("files", ""), where)
         files = tuple(file._replace(source=name) for file in files)
         weight = float(part.get("weight", 1.0))
-        streams.append(Stream(name, kind, part.get("field", "text"), weight, files))
+        streams.append(Stream(name, kind, part.get("field", "text"), weight, files, alive))
     return tuple(streams)
 
 

@@ -3,15 +3,18 @@
 import contextlib
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
+from moe_jax.parallel.distributed import lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
 from moe_jax.train.lock import alone_in
@@ -25,6 +28,8 @@ from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
 from moe_jax.train.workdir import is_remote, locate
 
+# Seconds that a process with an error waits for the save it has a part in: after 30 all have ended.
+SAVE_GRACE = 10.0
 _FLAGS = (
     flags.Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
     *flags.PROCESS_FLAGS,
@@ -41,23 +46,25 @@ def main(argv: Sequence[str]) -> int:
     heartbeat = config.watchdog.heartbeat
     distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
     preemption = distributed.Preemption()
-    set_numerics(config)
-    workdir = locate(given.workdir)
+    with contextlib.ExitStack() as held:
+        watchdog = held.enter_context(Watchdog(config.watchdog))
 
-    # ---- everything that can be wrong is found out here, before anything is compiled
-    run = prepare(config, workdir, _say)
-    for line in _describe(run):
-        _say(line)
-
-    # ---- from here on the workdir belongs to this process
-    stacks = None if is_remote(workdir) else pathlib.Path(workdir)
-    grace = LEAD_GRACE if distributed.lead() and jax.process_count() > 1 else 0.0
-    with (
-        alone_in(workdir) if distributed.lead() else contextlib.nullcontext(),
-        Watchdog(config.watchdog, stacks, grace) as watchdog,
-        Timekeeper(workdir, distributed.lead()) as timekeeper,
-    ):
+        # ---- everything that can be wrong is found out here, before anything is compiled
+        with watchdog("start"):
+            set_numerics(config)
+            workdir = locate(given.workdir)
+            watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
+            lead = distributed.lead()
+            watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
+            run = prepare(config, workdir, _say, alive=watchdog.alive)
+            for line in _describe(run):
+                _say(line)
+            # From here on the workdir belongs to this process.
+            if lead:
+                held.enter_context(alone_in(workdir))
+        timekeeper = held.enter_context(Timekeeper(workdir, lead))
         watch = Phases(watchdog, timekeeper)
+
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint"):
@@ -65,19 +72,16 @@ def main(argv: Sequence[str]) -> int:
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
         start = int(state.step)
-        watch.resumed(start)
-        _say(f"state ready in {time.perf_counter() - began:.1f} s")
-        if distributed.lead():
-            write_run_record(
-                str(workdir), to_json(run.config), parsed.overrides, run.store.fingerprint
-            )
+        with watchdog("start"):
+            watch.resumed(start)
+            _say(f"state ready in {time.perf_counter() - began:.1f} s")
+            if lead:
+                resolved = to_json(run.config)
+                write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
+            reporter = Reporter(workdir, config.train.steps, lead, start if start else None)
 
         # ---- train
-        resumed = start if start else None
-        with (
-            _last_save(run, watch),
-            Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter,
-        ):
+        with _last_save(run, watch), reporter:
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
         timekeeper.ended(code)
@@ -91,18 +95,31 @@ def main(argv: Sequence[str]) -> int:
 def _last_save(run: Run, watch: Phases) -> Iterator[None]:
     """Waits for the save under way, also where an error ends the run: its step is a good one.
 
-    Python ends without waiting, and Orbax then fails.  Of several processes none waits for its
-    save after an error: the others may not come.
+    Python ends without waiting, and Orbax then fails.  Of several processes the one with the error
+    waits a while only: the others finish a save that was begun everywhere, but may have no part in
+    this one.  Where another process is gone nobody waits.
     """
     try:
         yield
-    except Exception:
+    except Exception as error:
         if jax.process_count() == 1:
             with watch("checkpoint"), contextlib.suppress(UserError):
                 run.checkpoints.close()
+        elif not lost_peer(error):
+            _wait_a_while(run.checkpoints)
         raise
     with watch("checkpoint"):
         run.checkpoints.close()
+
+
+def _wait_a_while(checkpoints: Checkpoints) -> None:
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to be told
+            checkpoints.wait()
+
+    waits = threading.Thread(target=wait, daemon=True)
+    waits.start()
+    waits.join(SAVE_GRACE)
 
 
 def _say(line: str) -> None:

@@ -131,11 +131,14 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: its result (None: 0), or 1 after an exception.
 
     A UserError is printed as its one sentence, any other exception with its traceback.  42 where
-    an exception says that another process is gone.
+    an exception says that another process is gone.  Several processes end together: one that is
+    lost before that takes the others with it, and all of them are run again.
     """
-    failed = True
+    failed, together = True, False
     try:
         code = main(sys.argv) or 0
+        together = jax.distributed.is_initialized()
+        jax.distributed.shutdown()  # waits for the others; alone it does nothing
         failed = False
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -149,9 +152,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if code == AGAIN:
             print(f"Another process of this run is gone: exit code {code}.", file=sys.stderr)
     waits = any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
-    if failed and (waits or jax.distributed.is_initialized()):
-        # An orderly exit waits for the other processes, and they wait for this one: for minutes.
-        # So do threads of Orbax for a save that could not begin.
+    if together or (failed and (waits or jax.distributed.is_initialized())):
+        # Where all have met at the end, one that is killed while Python takes itself apart would be
+        # run again, and wait in vain for the others.  After a failure an orderly exit waits for the
+        # other processes, and they wait for this one: for minutes.  So do threads of Orbax for a
+        # save that could not begin.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -91,7 +91,13 @@ class Run:
         return StepOptions.of(self.config, len(self.store.sources))
 
 
-def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | None = None) -> Run:
+def prepare(
+    config: Config,
+    workdir: Folder,
+    say: Say,
+    devices: Sequence[Any] | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
     Args:
@@ -99,6 +105,7 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
       workdir: folder of the run; nothing is written to it here.
       say: called with lines for the start-up log.
       devices: to run on; None: every device of every process.
+      alive: called whenever some of the text was read or stored, which may take hours.
 
     Raises:
       UserError: anything the user has to change, before anything is compiled.
@@ -112,7 +119,7 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
         config.data.sequence_length,
         jnp.dtype(config.precision),
     )
-    store = build(config.data, store_root(config.data, workdir), progress=say)
+    store = build(config.data, store_root(config.data, workdir), progress=say, alive=alive)
     store.check_vocabulary(config.model.vocab_size)
     if _saved_config(workdir) is not None:
         _check_same_text(store, workdir)

@@ -28,23 +28,23 @@ class Watchdog:
 
     Only time in which this process could run counts: one that is stopped and continued, as by
     ctrl-Z, has not hung.
+
+    Attributes:
+      folder: gets the stacks, too.
+      grace: seconds on top of every limit.
     """
 
     def __init__(
         self,
         limits: WatchdogConfig,
-        folder: Path | None,
-        grace: float = 0.0,
+        folder: Path | None = None,
         end: Callable[[int], None] = os._exit,
         tick: float = TICK,
     ):
-        """`folder` gets the stacks beside standard error; `end` is what hangs cannot stop.
-
-        `grace`: seconds on top of every limit.
-        """
-        self._limits, self._folder, self._grace = limits, folder, grace
-        self._end, self._tick = end, tick
-        self._phase, self._seconds = "", 0.0
+        """`folder` gets the stacks beside standard error; `end` is what hangs cannot stop."""
+        self.folder, self.grace = folder, 0.0
+        self._limits, self._end, self._tick = limits, end, tick
+        self._phase, self._seconds, self._spent = "", 0.0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._count, name="watchdog", daemon=True)
 
@@ -59,12 +59,16 @@ class Watchdog:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """While the body runs, `watchdog.<phase>` is the limit; phases do not nest."""
-        self._seconds = 0.0
+        self._seconds, self._spent = 0.0, "taken"
         self._phase = phase
         try:
             yield
         finally:
             self._phase = ""
+
+    def alive(self) -> None:
+        """The phase has got on: its limit counts from here anew."""
+        self._seconds, self._spent = 0.0, "not got on for"
 
     def _count(self) -> None:
         last = time.monotonic()
@@ -73,7 +77,7 @@ class Watchdog:
             self._seconds += min(now - last, 2 * self._tick)
             last, phase = now, self._phase
             limit = getattr(self._limits, phase) if phase else 0.0
-            if limit and self._seconds > limit + self._grace:
+            if limit and self._seconds > limit + self.grace:
                 self._bark(phase, limit)
                 return
 
@@ -82,17 +86,19 @@ class Watchdog:
         last_word = threading.Timer(BARK, self._end, [AGAIN])
         last_word.daemon = True
         last_word.start()
-        where = self._folder / f"stacks-{os.getpid()}.txt" if self._folder else None
+        where = self.folder / f"stacks-{os.getpid()}.txt" if self.folder else None
         print(
-            f"Error: {phase} has taken more than {limit:g} s (watchdog.{phase}), so this process "
-            f"ends with exit code {AGAIN}: run the same command again.  Where each thread stands"
-            f"{f', also in {where}' if where else ''}:",
+            f"Error: {phase} has {self._spent} more than {limit:g} s (watchdog.{phase}), so this "
+            f"process ends with exit code {AGAIN}: run the same command again.  Where each thread "
+            f"stands{f', also in {where}' if where else ''}:",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         if where:
-            with contextlib.suppress(OSError), where.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+            with contextlib.suppress(OSError):
+                where.parent.mkdir(parents=True, exist_ok=True)
+                with where.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
         last_word.cancel()
         self._end(AGAIN)

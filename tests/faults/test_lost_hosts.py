@@ -1,6 +1,7 @@
 """Checks 22 and 23: an exception on one host, and hosts that die or freeze."""
 
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from trainer import OVERRIDES, assert_same_end, checkpoints, free_port, peers
 from moe_jax.parallel.distributed import AGAIN, DONE, FIX
 
 HEARTBEAT = 5  # seconds
+GONE_IN = HEARTBEAT + 5  # seconds after the fault
+ALL_GONE_IN = 30  # seconds after an exception
 # What a survivor ends with: its collective fails, or JAX's coordination service aborts it.
 GONE = (AGAIN, -signal.SIGABRT)
 STEPS = int(str(OVERRIDES["train.steps"]))
@@ -28,25 +31,38 @@ def main(argv):
     multihost_utils.sync_global_devices("here")
     if argv[2] == "1" and argv[3] == "raises":
         raise ZeroDivisionError("planted")
-    if argv[2] == "1":
+    if argv[2] == "1" and argv[3] == "stops":
+        print("stops", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     multihost_utils.sync_global_devices("never")
 
 flags.run(main)
 """
+# The same, with a host that is killed once Python has run all that was to be done at its exit.
+ENDS = """
+import atexit, os, signal, sys
+if sys.argv[2] == "1":
+    atexit.register(os.kill, os.getpid(), signal.SIGKILL)  # the first to come is the last to go
+""" + MEETS.replace("never", "here again")
+# The save of step 4 takes until after the exception; so long must the one that fails wait.
 RAISES = """
-import sys
+import sys, threading
+from moe_jax.checkpoint import manifest
 from moe_jax.train.__main__ import cli
 from moe_jax.train.control import Control
 
-after = Control.after
+after, write = Control.after, manifest.write
+
+def write_slowly(directory):
+    threading.Event().wait(3)
+    write(directory)
 
 def raise_after(self, done, preemption):
     if done == 5 and "--process_id=1" in sys.argv:
         raise ZeroDivisionError("planted")
     return after(self, done, preemption)
 
-Control.after = raise_after
+Control.after, manifest.write = raise_after, write_slowly
 sys.argv[0] = "moe_jax.train"
 cli()
 """
@@ -58,27 +74,38 @@ def test_a_host_that_is_gone_ends_the_other(trainers, fault):
     program = [sys.executable, "-c", MEETS]
     address = f"localhost:{free_port()}"
     first, second = (trainers([address, str(i), fault], program=program) for i in range(2))
-    assert first.finish(60) in GONE, first.text
     if fault == "raises":
-        assert second.finish(60) == FIX
+        second.wait_for("^Traceback")
+        assert first.finish(ALL_GONE_IN) in GONE, first.text
+        assert second.finish(ALL_GONE_IN) == FIX
         assert second.lines[-1] == "ZeroDivisionError: planted"
     else:
+        second.wait_for("^stops")
+        assert first.finish(GONE_IN) in GONE, first.text
         second.process.send_signal(signal.SIGCONT)
-        assert second.finish(60) in GONE, second.text
+        assert second.finish(GONE_IN) in GONE, second.text
+
+
+def test_hosts_that_have_met_at_the_end_are_done(trainers):
+    """A kill after that would leave one to be run again without the other."""
+    program, address = [sys.executable, "-c", ENDS], f"localhost:{free_port()}"
+    pair = [trainers([address, str(i), "ends"], program=program) for i in range(2)]
+    assert [host.finish() for host in pair] == [DONE, DONE], pair[1].text
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_exception_on_one_host_of_a_run(tmp_path, corpus, trainers, failing):
+    """The save that is under way is committed before the host that fails ends."""
     program = [sys.executable, "-c", RAISES.replace("=1", f"={failing}")]
     command = flags(tmp_path / "run", corpus, **RUN)
     hosts = [trainers([*command, *own], program=program) for own in peers(2, 1)]
     hosts[0].wait_for("^step 4/")
-    assert hosts[failing].finish(30) == FIX
+    assert hosts[failing].finish(ALL_GONE_IN) == FIX
     assert hosts[failing].lines[-1] == "ZeroDivisionError: planted"
-    assert hosts[1 - failing].finish(30) in GONE, hosts[1 - failing].text
+    assert hosts[1 - failing].finish(ALL_GONE_IN) in GONE, hosts[1 - failing].text
     saved = checkpoints(tmp_path / "run")
-    assert saved.latest_good() in (2, 4) and saved.quarantined() == []
+    assert saved.latest_good() == 4 and saved.quarantined() == []
 
 
 def child_of(pid: int) -> int:
@@ -105,9 +132,12 @@ def test_supervisors_bring_a_run_to_its_end(tmp_path, corpus, trainers, straight
     command = flags(tmp_path / "run", corpus, **RUN)
     pair = [trainers([*command, *own], program=program) for own in peers(2, 1)]
     pair[0].wait_for("^step 5/")
-    pid = child_of(pair[victim].process.pid)
+    pid, survivor = (child_of(pair[i].process.pid) for i in (victim, 1 - victim))
+    ended = os.pidfd_open(survivor)
     os.kill(pid, fault)
-    # The survivor: at the latest when the heartbeats have stayed away.
+    # At the latest when the heartbeats have stayed away.
+    assert select.select([ended], [], [], GONE_IN)[0], pair[1 - victim].text
+    os.close(ended)
     pair[1 - victim].wait_for(r" restart 1: (asked to be run again|killed by SIGABRT|ended by SIG)")
     if fault == signal.SIGSTOP:
         os.kill(pid, signal.SIGCONT)

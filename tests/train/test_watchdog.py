@@ -56,6 +56,20 @@ def test_each_phase_counts_by_itself_and_nothing_between_them():
     assert codes == []
 
 
+def test_a_phase_that_gets_on_counts_anew_and_one_that_stops_does_not(capfd):
+    watch, over, codes = watched(WatchdogConfig(start=1000 * TICK))
+    with watch, watch("start"):
+        for _ in range(3):
+            watch._seconds = 999 * TICK  # nearly over
+            watch.alive()
+            assert not over.wait(3 * TICK)
+        watch._seconds = 1000 * TICK
+        assert over.wait(30)
+    assert codes == [42]
+    said = capfd.readouterr().err
+    assert said.startswith("Error: start has not got on for more than 5 s (watchdog.start), so")
+
+
 def test_no_limit_and_a_phase_without_one():
     watch, over, codes = watched(WatchdogConfig(compile=0.0, step=TICK))
     with watch, watch("compile"):

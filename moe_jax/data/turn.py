@@ -1,0 +1,80 @@
+"""One process of a machine builds a store; those that wait for it see whether it gets on."""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+from moe_jax.errors import UserError
+from moe_jax.links import check_link, check_links
+
+LOOK = 0.25  # seconds between two looks at who builds
+TELL = 1.0  # seconds between two signs of life of who builds
+
+
+class Turn:
+    """The turn to write a store, and the signs of life of whoever has it.
+
+    The builder holds a kernel lock on ROOT/NAME.lock and sets that file's time whenever it has got
+    on; the others look at it.  So a process that waits is alive exactly while the builder is.
+
+    Args:
+      report: called whenever a build has got on, here or in the process that is waited for.
+    """
+
+    def __init__(self, report: Callable[[], None]):
+        self._report = report
+        self._held: BinaryIO | None = None
+        self._due = 0.0
+
+    def alive(self) -> None:
+        """This process has got on with its text or its store."""
+        self._report()
+        if self._held is not None and time.monotonic() >= self._due:
+            os.utime(self._held.fileno())
+            self._due = time.monotonic() + TELL
+
+    @contextlib.contextmanager
+    def __call__(self, root: epath.Path, name: str) -> Iterator[None]:
+        """Waits for the turn at ROOT/NAME, which ends with the process; nobody waits on gs://.
+
+        Raises:
+          UserError: `root` cannot be written, or a link in the store leads out of it.
+        """
+        if "://" in os.fspath(root):
+            yield
+            return
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            file = os.fdopen(os.open(root / f"{name}.lock", flags, 0o666), "wb")
+        except OSError as error:
+            raise UserError(
+                f"The store cannot be written to {root} ({error.strerror}): set data.store."
+            ) from None
+        with file:
+            self._wait(file)
+            check_link(root / name, root)
+            check_links(root / name)
+            self._held = file
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def _wait(self, file: BinaryIO) -> None:
+        seen = os.fstat(file.fileno()).st_mtime_ns
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(LOOK)
+            told = os.fstat(file.fileno()).st_mtime_ns
+            if told != seen:
+                seen = told
+                self._report()
