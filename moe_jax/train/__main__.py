@@ -20,6 +20,7 @@ from moe_jax.train.phases import Phases
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.rewind import Rewinds
+from moe_jax.train.settings import note_settings
 from moe_jax.train.setup import Run, first_state, prepare, set_numerics
 from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
@@ -64,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
             rewinds = Rewinds(workdir, run.checkpoints, _say)
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
-        start = int(state.step)
+            start = int(state.step)
+            if start:
+                rewinds.check(start)
         watch.resumed(start)
         _say(f"state ready in {time.perf_counter() - began:.1f} s")
         if distributed.lead():
@@ -78,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
             _last_save(run, watch),
             Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter,
         ):
+            if distributed.lead():
+                note_settings(run, start)  # after later rows are set aside
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
         timekeeper.ended(code)

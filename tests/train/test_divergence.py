@@ -21,6 +21,7 @@ from moe_jax.parallel.distributed import DONE
 from moe_jax.train import guard
 from moe_jax.train.__main__ import main
 from moe_jax.train.rewind import REWINDS, read_rewinds
+from moe_jax.train.settings import SETTINGS
 from moe_jax.train.setup import prepare, restored_state
 from moe_jax.train.state import to_disk
 
@@ -169,7 +170,7 @@ def test_replay_compares_every_number():
     ("step", "sentence"),
     [
         ("15", "--step=15: the run has steps 1 to 14"),
-        ("0", "--step=0: the run has"),
+        ("0", "--step=0: steps are counted from 1"),
         ("1", "No good checkpoint before step 1 is left in .* or add --from_beginning"),
     ],
 )
@@ -185,15 +186,17 @@ def test_replay_refuses(bad, step, sentence):
         "[" * 100_000,
         "[]",
         '{"history": 7}',
-        '{"history": [{"step": 3}], "rewinds": 9, "config": ""}',
-        '{"history": [{"step": 4}], "rewinds": 0, "config": ""}',
+        '{"history": [{"step": 3}], "rewinds": 9, "settings": 1}',
+        '{"history": [{"step": 3}], "rewinds": 0, "settings": 9}',
+        '{"history": [{"step": 3}], "rewinds": 0}',
+        '{"history": [{"step": 4}], "rewinds": 0, "settings": 1}',
     ],
 )
 def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
-    shutil.copy(bad.workdir / "config.json", tmp_path)
+    shutil.copy(bad.workdir / SETTINGS, tmp_path)
     (tmp_path / "flight" / "3").mkdir(parents=True)
     (tmp_path / "flight" / "3" / "record.json").write_text(text)
-    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged: add --noflight"):
+    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged or .*: add --noflight"):
         replay.main(["replay", f"--workdir={tmp_path}", "--step=3"])
 
 
