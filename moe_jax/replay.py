@@ -20,7 +20,6 @@ from etils import epath
 
 from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import from_config_dict
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
@@ -46,6 +45,7 @@ from moe_jax.train.step_log import step_row, why_refused
 from moe_jax.train.workdir import Folder
 
 Row = dict[str, Any]
+MOST_VIRTUAL = 1024  # devices that are made without being asked for
 
 _FLAGS = (
     flags.Flag("step", 0, "The step, counted from 1 as in metrics.jsonl."),
@@ -98,8 +98,9 @@ def main(argv: Sequence[str]) -> int:
     settings = settings_of(past.settings, step)
     if settings.platform == "cpu" and not given.devices and not jax.distributed.is_initialized():
         # A step on some of them is, bit for bit, one on as many that are all there are.
-        flags.use_virtual_devices(max(other.devices for other in past.settings))
-    set_numerics(from_config_dict(settings.config))
+        most = max(other.devices for other in past.settings)
+        flags.use_virtual_devices(min(most, MOST_VIRTUAL))
+    set_numerics(settings.typed())
     checkpoints = Checkpoints(workdir / "checkpoints")
     start = _start(checkpoints, step, past, given.from_beginning)
     if start:
@@ -245,8 +246,7 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
-    config = from_config_dict(settings.config)
-    return prepare(config, workdir, lambda line: None, jax.devices()[:needed])
+    return prepare(settings.typed(), workdir, lambda line: None, jax.devices()[:needed])
 
 
 def _devices(count: int) -> str:
@@ -292,7 +292,7 @@ def _judge(past: Past, start: int, step: int) -> int:
 def _excuse(legs: Sequence[Leg]) -> str:
     """What makes a difference no surprise; empty where there is no such thing."""
     for settings, last in legs:
-        if settings.platform == "gpu" and not from_config_dict(settings.config).train.deterministic:
+        if settings.platform == "gpu" and not settings.typed().train.deterministic:
             return " (on NVIDIA only train.deterministic=true repeats bit for bit)"
         if settings.processes != jax.process_count():
             return (

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from moe_jax import json_files
-from moe_jax.config import to_dict
+from moe_jax.config import Config, from_config_dict, to_dict
 from moe_jax.errors import UserError
 from moe_jax.train.record import versions
 from moe_jax.train.setup import Run
@@ -34,6 +34,13 @@ class Settings:
     processes: int
     xla_flags: str
     versions: dict[str, Any]  # as in versions.json
+
+    def typed(self) -> Config:
+        """Its config; raises UserError where that is damaged or of another version."""
+        try:
+            return from_config_dict(self.config)
+        except UserError as error:
+            raise UserError(f"{SETTINGS} is damaged or of another version: {error}") from None
 
 
 def note_settings(run: Run, step: int) -> None:
