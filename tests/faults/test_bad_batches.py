@@ -109,17 +109,17 @@ def test_killed_at_every_turn_it_takes_the_same_data(tmp_path, start):
     assert saved[0].quarantined() == saved[1].quarantined() == ["10"]
 
 
-def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start):
-    """Both sides of the turn can be replayed."""
+def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, monkeypatch):
+    """Stopped and gone on with among the refused steps: all can be replayed as they were taken."""
     workdir = tmp_path / "run"
-    command = flags(workdir, write_corpus(tmp_path / "text"), **OVERRIDES)
-    process = start(command, {"step": 11}, "--config.optimizer.schedule=constant")
-    assert process.wait(timeout=240) == -signal.SIGKILL, process.communicate()
-    process = start(command, {})
-    assert process.wait(timeout=240) == DONE, process.communicate()[1]
+    files = write_corpus(tmp_path / "text")
+    for steps in (10, 16):
+        process = start(flags(workdir, files, **OVERRIDES | {"train.steps": steps}), {})
+        assert process.wait(timeout=240) == DONE, process.communicate()[1]
     assert [settings.after for settings in read_settings(workdir)] == [0, 10, 8]
-    schedules = {settings.config["optimizer"]["schedule"] for settings in read_settings(workdir)}
-    assert len(schedules) == 2
+    assert [s.config["train"]["steps"] for s in read_settings(workdir)] == [10, 16, 16]
+    for change in patches({step: float(factor) for step, factor in BAD.items()}, []):
+        monkeypatch.setattr(*change)
     for step in (6, 9, 13):
         assert replay.main(["replay", f"--workdir={workdir}", f"--step={step}", "--devices=8"]) == 0
 
