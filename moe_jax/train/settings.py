@@ -68,7 +68,7 @@ def note_settings(run: Run, step: int) -> None:
 def settings_go_back(workdir: Folder, step: int) -> None:
     """The process that wrote the last line takes the steps after `step` again."""
     before = read_settings(workdir)
-    if before[-1].after > step:
+    if before and before[-1].after > step:
         _write(workdir, (*before, dataclasses.replace(before[-1], after=step)))
 
 
