@@ -97,9 +97,7 @@ def main(argv: Sequence[str]) -> int:
     distributed.start(given.coordinator, given.process_count, given.process_id)
     settings = settings_of(past.settings, step)
     if settings.platform == "cpu" and not given.devices and not jax.distributed.is_initialized():
-        # A step on some of them is, bit for bit, one on as many that are all there are.
-        most = max(other.devices for other in past.settings)
-        flags.use_virtual_devices(min(most, MOST_VIRTUAL))
+        flags.use_virtual_devices(min(settings.devices, MOST_VIRTUAL))
     set_numerics(settings.typed())
     checkpoints = Checkpoints(workdir / "checkpoints")
     start = _start(checkpoints, step, past, given.from_beginning)
@@ -240,13 +238,13 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)} of kind {settings.platform} and this is "
             f"{platform}, which rounds otherwise: replay it on such a machine."
         )
-    some = platform == "cpu" and jax.process_count() == 1  # may be left out
-    if here < needed or (here > needed and not some):
+    # Not some of them either: XLA's threads on the CPU, and so its sums, follow the number of all.
+    if here != needed:
         raise UserError(
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
-    return prepare(settings.typed(), workdir, lambda line: None, jax.devices()[:needed])
+    return prepare(settings.typed(), workdir, lambda line: None)
 
 
 def _devices(count: int) -> str:
@@ -254,9 +252,21 @@ def _devices(count: int) -> str:
 
 
 def _legs(history: Sequence[Settings], start: int, last: int) -> list[Leg]:
-    """With what the steps after `start` were taken, up to `last`."""
-    legs = itertools.groupby(range(start + 1, last + 1), lambda step: settings_of(history, step))
-    return [Leg(settings, max(steps)) for settings, steps in legs]
+    """With what the steps after `start` were taken, up to `last`.
+
+    Raises:
+      UserError: not with as many devices all the way, and one process has as many as it has.
+    """
+    grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_of(history, step))
+    legs = [Leg(settings, max(steps)) for settings, steps in grouped]
+    for leg, after in itertools.pairwise(legs):
+        if leg.settings.devices != after.settings.devices:
+            raise UserError(
+                f"Step {leg.last} was taken with {_devices(leg.settings.devices)}, the next with "
+                f"{_devices(after.settings.devices)}, and no good checkpoint is left between step "
+                f"{leg.last} and step {last}: ask for another step."
+            )
+    return legs
 
 
 def _start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: bool) -> int:
@@ -277,16 +287,21 @@ def _start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: bool
 
 def _judge(past: Past, start: int, step: int) -> int:
     """The step to compare: `step`, else the next that was written down, else the one before."""
-    after = [found for found in past.rows if found >= step]
+    devices = settings_of(past.settings, step).devices
+    there = [
+        found
+        for found in past.rows
+        if found > start and settings_of(past.settings, found).devices == devices
+    ]
+    after = [found for found in there if found >= step]
     if after:
         return min(after)
-    before = [found for found in past.rows if start < found]
-    if not before:
+    if not there:
         raise UserError(
             f"{past.source} has no step after {start}, from which step {step} is replayed: there "
             f"is nothing to hold it against."
         )
-    return max(before)
+    return max(there)
 
 
 def _excuse(legs: Sequence[Leg]) -> str:

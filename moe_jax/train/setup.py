@@ -285,7 +285,7 @@ def restored_state(run: Run, step: int, say: Say) -> TrainState:
 
 
 def moved_state(state: TrainState, old: Run, new: Run, say: Say) -> TrainState:
-    """The state of `old` as `new` has it, on other devices or with other layers stacked."""
+    """The state of `old` as `new` has it: on its mesh, its layers stacked as that model's are."""
     where = jax.tree.map(lambda leaf: leaf.sharding, _disk_target(new))
     tree = jax.device_put(to_disk(state, old.model.layout), where)
     return _placed(new, int(state.step), tree, say)

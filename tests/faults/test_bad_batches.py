@@ -114,14 +114,15 @@ def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, mon
     workdir = tmp_path / "run"
     files = write_corpus(tmp_path / "text")
     for steps in (10, 16):
-        process = start(flags(workdir, files, **OVERRIDES | {"train.steps": steps}), {})
+        command = flags(workdir, files, **OVERRIDES | {"train.steps": steps})
+        process = start(command, {}, "--devices=8")
         assert process.wait(timeout=240) == DONE, process.communicate()[1]
     assert [settings.after for settings in read_settings(workdir)] == [0, 10, 8]
     assert [s.config["train"]["steps"] for s in read_settings(workdir)] == [10, 16, 16]
     for change in patches({step: float(factor) for step, factor in BAD.items()}, []):
         monkeypatch.setattr(*change)
     for step in (6, 9, 13):
-        assert replay.main(["replay", f"--workdir={workdir}", f"--step={step}", "--devices=8"]) == 0
+        assert replay.main(["replay", f"--workdir={workdir}", f"--step={step}"]) == 0
 
 
 def test_two_processes_go_back_together(tmp_path, start):

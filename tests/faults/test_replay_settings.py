@@ -19,16 +19,18 @@ RUN = OVERRIDES | {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus, cli_env):
-    """Steps 1 to 4 on eight devices, 5 to 8 on four with an expert axis, on a longer schedule."""
+    """Steps 1 to 4 on eight devices, 5 to 8 on four with an expert axis, 9 and 10 without; each
+    part on a longer schedule."""
     workdir = tmp_path_factory.mktemp("replay") / "run"
     for steps, devices, mesh in (
         (4, 8, {"mesh.data": 8}),
         (8, 4, {"mesh.data": 2, "mesh.expert": 2}),
+        (10, 4, {"mesh.data": 4}),
     ):
         command = flags(workdir, corpus, **RUN | mesh, train__steps=steps)
         part = Trainer([*command, f"--devices={devices}"], cli_env)
         assert part.finish() == DONE, part.text
-    assert [row["step"] for row in train_rows(workdir)] == list(range(1, 9))
+    assert [row["step"] for row in train_rows(workdir)] == list(range(1, 11))
     return workdir
 
 
@@ -40,7 +42,7 @@ def replayed(run_cli, run):
     return again
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [3, 7, 10])
 def test_a_step_of_each_part_bit_for_bit(replayed, step):
     """Nobody says how many devices: the command makes them."""
     done = replayed(step)
@@ -50,11 +52,14 @@ def test_a_step_of_each_part_bit_for_bit(replayed, step):
 
 def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
-    for step in (4, 6):
+    for step in (4, 8):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    done = replayed(7, workdir=workdir)
+    done = replayed(9, workdir=workdir)  # another mesh of as many devices
     assert done.code == DONE, done
-    assert "replaying steps 3 to 7" in done.out and "Step 7 is bit for bit" in done.out
+    assert "replaying steps 7 to 9" in done.out and "Step 9 is bit for bit" in done.out
+    done = replayed(5, workdir=workdir)
+    assert done.code == FIX and "Traceback" not in done.err
+    assert "Step 4 was taken with 8 devices, the next with 4 devices, and no good" in done.err
 
 
 def test_too_few_devices_are_one_sentence(replayed):

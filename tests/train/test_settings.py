@@ -65,9 +65,11 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
     settings_go_back(tmp_path, 14)
     assert len(read_settings(tmp_path)) == 6
 
-    legs = replay._legs(read_settings(tmp_path), 2, 11)
-    found = [(leg.settings.devices, leg.settings.config["train"]["steps"]) for leg in legs]
-    assert (found, [leg.last for leg in legs]) == ([(8, 200), (4, 300), (8, 200)], [3, 9, 11])
+    begins(14, 8, 300)
+    history = read_settings(tmp_path)
+    assert [leg.last for leg in replay._legs(history, 9, 17)] == [14, 17]
+    with pytest.raises(UserError, match="Step 3 was taken with 8 devices, the next with 4"):
+        replay._legs(history, 2, 11)
 
 
 def test_a_run_that_an_older_version_began(tmp_path, begins):
