@@ -3,10 +3,14 @@
 Restores the newest good checkpoint before step N, takes the steps to N with the data they had, and
 prints loss, gradient norm, whether the step was refused, and each layer's routing.  Exits 0 where
 all of it equals, bit for bit, what the run wrote down, else 1 with one sentence.  A step that was
-not logged is judged by the next one that was.  Nothing in the workdir is moved or written.
+not logged is judged by the next one that was.  Each step is taken with the config, the mesh and as
+many devices as it was then (settings.jsonl); on the CPU virtual devices are made for it.  Nothing
+in the workdir is moved or written.
 """
 
+import itertools
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +19,7 @@ import jax
 from etils import epath
 
 from moe_jax import json_files
-from moe_jax.config import Config, fingerprint, read_config
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
@@ -24,14 +28,24 @@ from moe_jax.train import flags
 from moe_jax.train.evaluate import batch_shardings
 from moe_jax.train.flight import record_path
 from moe_jax.train.loop import compile_step
+from moe_jax.train.record import versions
 from moe_jax.train.report import METRICS, plain
-from moe_jax.train.rewind import Rewind, ordered_rows, read_rewinds
-from moe_jax.train.setup import Run, fresh_state, prepare, restored_state, set_numerics
+from moe_jax.train.rewind import REWINDS, Rewind, check_rewinds, ordered_rows, read_rewinds
+from moe_jax.train.settings import SETTINGS, Settings, read_settings, settings_of
+from moe_jax.train.setup import (
+    Run,
+    fresh_state,
+    moved_state,
+    prepare,
+    restored_state,
+    set_numerics,
+)
 from moe_jax.train.state import TrainState
 from moe_jax.train.step_log import step_row, why_refused
 from moe_jax.train.workdir import Folder
 
 Row = dict[str, Any]
+MOST_VIRTUAL = 1024  # devices that are made without being asked for
 
 _FLAGS = (
     flags.Flag("step", 0, "The step, counted from 1 as in metrics.jsonl."),
@@ -58,35 +72,47 @@ class Past(NamedTuple):
     rows: Mapping[int, Row]  # by step
     source: str  # where they stand
     rewinds: tuple[Rewind, ...]  # in force then
+    settings: tuple[Settings, ...]  # the same
     usable: float  # the last checkpoint that is of this past
+
+
+class Leg(NamedTuple):
+    """Steps in a row that were taken alike."""
+
+    settings: Settings
+    last: int
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the step; returns 1 where it is not what was written down."""
     given = flags.parse(argv, extra=_FLAGS, config=False).flags
     workdir, step = epath.Path(given.workdir), given.step
+    if step < 1:
+        raise UserError(f"--step={step}: steps are counted from 1.")
     # ---- what is known
-    config = _config(workdir)
-    rewinds = read_rewinds(workdir)
-    past = _logged(workdir, rewinds)
+    past = _logged(workdir)
     if given.flight and record_path(workdir, step).exists():
-        past = _flown(workdir, step, rewinds, config)
-    # ---- the run as it was
+        past = _flown(workdir, step, past)
+    # ---- the machine as it was
     distributed.start(given.coordinator, given.process_count, given.process_id)
-    set_numerics(config)
-    _check_devices(config)
-    run = prepare(config, workdir, lambda line: None)
-    start = _start(run, step, past, given.from_beginning)
+    settings = settings_of(past.settings, step)
+    if settings.platform == "cpu" and not given.devices and not jax.distributed.is_initialized():
+        flags.use_virtual_devices(min(settings.devices, MOST_VIRTUAL))
+    set_numerics(settings.typed())
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    start = _start(checkpoints, step, past, given.from_beginning)
+    if start:
+        check_rewinds(past.rewinds, start, checkpoints, workdir / REWINDS)
     judge = _judge(past, start, step)
-    state = restored_state(run, start, _say) if start else fresh_state(run, given.init_from, _say)
+    legs = _legs(past.settings, start, max(step, judge))
     # ---- the steps, and what they are held against
     _say(f"replaying steps {start + 1} to {max(step, judge)}")
-    rows = replay(run, state, past.rewinds, {step, judge})
+    rows = replay(workdir, start, legs, past.rewinds, {step, judge}, given.init_from)
     _say(describe(rows[step]))
     different = differences(rows[judge], past.rows[judge])
     if different:
-        names = ", ".join(different)
-        _say(f"Step {judge} is not what {past.source} has: {names} differ{_excuse(run)}.")
+        names, why = ", ".join(different), _excuse(legs)
+        _say(f"Step {judge} is not what {past.source} has: {names} differ{why}.")
         return 1
     unlogged = "" if judge == step else f" (step {step} is not in {past.source})"
     _say(f"Step {judge} is bit for bit what {past.source} has{unlogged}.")
@@ -94,25 +120,47 @@ def main(argv: Sequence[str]) -> int:
 
 
 def replay(
-    run: Run, state: TrainState, rewinds: Sequence[Rewind], wanted: Collection[int]
+    workdir: Folder,
+    start: int,
+    legs: Sequence[Leg],
+    rewinds: Sequence[Rewind],
+    wanted: Collection[int],
+    init_from: str = "",
 ) -> dict[int, Row]:
-    """Rows of the steps `wanted`, from `state`, which is used up, with the data of `rewinds`."""
-    start, stop = int(state.step), max(wanted)
+    """Rows of the steps `wanted`, from the checkpoint of `start`, with the data of `rewinds`.
+
+    0 is no checkpoint: the steps then begin with `fresh_state(run, init_from)`.
+    """
+    run = state = None
+    found = {}
+    for settings, last in legs:
+        before, run = run, _prepared(settings, workdir)
+        if state is not None and before is not None:
+            state = moved_state(state, before, run, _say)
+        else:
+            state = restored_state(run, start, _say) if start else fresh_state(run, init_from, _say)
+        state, rows = _taken(run, state, rewinds, last, wanted)
+        found |= rows
+    return found
+
+
+def _taken(
+    run: Run, state: TrainState, rewinds: Sequence[Rewind], last: int, wanted: Collection[int]
+) -> tuple[TrainState, dict[int, Row]]:
+    """`state`, which is used up, after step `last`, and the rows of steps `wanted` until then."""
     rows_fn, found, step_fn = ordered_rows(run.batches, rewinds), {}, None
-    with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run), start, stop) as feed:
+    start = int(state.step)
+    with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run), start, last) as feed:
         for number, batch in feed:
             step_fn = step_fn or compile_step(run)
             state, metrics = step_fn(state, batch)
             if number + 1 in wanted:
                 refused = why_refused(metrics, run.config.train.spike_factor)
-                found[number + 1] = {
-                    "step": number + 1,
-                    "refused": refused,
-                    **plain(step_row(metrics)),
-                }
+                row = plain(step_row(metrics))
+                found[number + 1] = {"step": number + 1, "refused": refused, **row}
             else:
                 jax.block_until_ready(metrics)  # the device may not run far ahead of the data
-    return found
+    return state, found
 
 
 def differences(new: Row, old: Row) -> list[str]:
@@ -138,16 +186,11 @@ def describe(row: Row) -> str:
     return f"{line}\n{table([['MoE layer', *columns], *body], 1)}"
 
 
-def _config(workdir: Folder) -> Config:
-    path = workdir / "config.json"
-    try:
-        return read_config(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}: name the workdir of a run.") from None
-
-
-def _logged(workdir: Folder, rewinds: tuple[Rewind, ...]) -> Past:
+def _logged(workdir: Folder) -> Past:
     """The run as metrics.jsonl has it."""
+    settings = read_settings(workdir)
+    if not settings:
+        raise UserError(f"There is no {workdir / SETTINGS}: name the workdir of a run.")
     path = workdir / METRICS
     rows = {}
     for line in json_files.read_lines(path) if path.exists() else []:
@@ -157,52 +200,86 @@ def _logged(workdir: Folder, rewinds: tuple[Rewind, ...]) -> Past:
             continue
         if isinstance(row, dict) and type(row.get("step")) is int and "loss" in row:
             rows[row["step"]] = row
-    return Past(rows, METRICS, rewinds, math.inf)
+    return Past(rows, METRICS, read_rewinds(workdir), settings, math.inf)
 
 
-def _flown(workdir: Folder, step: int, rewinds: tuple[Rewind, ...], config: Config) -> Past:
+def _flown(workdir: Folder, step: int, now: Past) -> Past:
     """The run as the flight record of `step` has it, which may lie before it went back."""
     path = record_path(workdir, step)
     try:
         record = json_files.load(path)
         rows = {row["step"]: row for row in record["history"]}
-        in_force, written_with = record["rewinds"], record["config"]
-        if step not in rows or type(in_force) is not int or not 0 <= in_force <= len(rewinds):
+        rewinds, settings = (
+            _first(getattr(now, name), record[name]) for name in ("rewinds", "settings")
+        )
+        if step not in rows:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: add --noflight, or bring it back.") from None
-    if written_with != fingerprint(config):
-        _say("config.json has changed since the flight record was written")
+        raise UserError(
+            f"{path} is damaged or of an older version: add --noflight, or bring it back."
+        ) from None
+    later = [rewind.step for rewind in now.rewinds[len(rewinds) :]]
+    later += [other.after for other in now.settings[len(settings) :]]
     source = path.relative_to(workdir).as_posix()
-    usable = min((later.step for later in rewinds[in_force:]), default=math.inf)
-    return Past(rows, source, rewinds[:in_force], usable)
+    return Past(rows, source, rewinds, settings, min(later, default=math.inf))
 
 
-def _check_devices(config: Config) -> None:
-    mesh = config.mesh
-    needed, here = mesh.batch_shards * mesh.tensor, jax.device_count()
-    if needed != here:
+def _first(lines: tuple[Any, ...], count: Any) -> tuple[Any, ...]:
+    if type(count) is not int or not 0 <= count <= len(lines):
+        raise ValueError(count)
+    return lines[:count]
+
+
+def _prepared(settings: Settings, workdir: Folder) -> Run:
+    """The run as it was; raises UserError where this machine cannot be what it ran on."""
+    here, needed, platform = jax.device_count(), settings.devices, jax.default_backend()
+    if platform != settings.platform:
+        raise UserError(
+            f"The run used {_devices(needed)} of kind {settings.platform} and this is "
+            f"{platform}, which rounds otherwise: replay it on such a machine."
+        )
+    # Not some of them either: XLA's threads on the CPU, and so its sums, follow the number of all.
+    if here != needed:
         raise UserError(
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
+    return prepare(settings.typed(), workdir, lambda line: None)
 
 
 def _devices(count: int) -> str:
     return f"{count} device{'s' if count > 1 else ''}"
 
 
-def _start(run: Run, step: int, past: Past, from_beginning: bool) -> int:
+def _legs(history: Sequence[Settings], start: int, last: int) -> list[Leg]:
+    """With what the steps after `start` were taken, up to `last`.
+
+    Raises:
+      UserError: not with as many devices all the way, and one process has as many as it has.
+    """
+    grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_of(history, step))
+    legs = [Leg(settings, max(steps)) for settings, steps in grouped]
+    for leg, after in itertools.pairwise(legs):
+        if leg.settings.devices != after.settings.devices:
+            raise UserError(
+                f"Step {leg.last} was taken with {_devices(leg.settings.devices)}, the next with "
+                f"{_devices(after.settings.devices)}, and no good checkpoint is left between step "
+                f"{leg.last} and step {last}: ask for another step."
+            )
+    return legs
+
+
+def _start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: bool) -> int:
     """The newest good checkpoint to replay `step` from; 0: the beginning."""
-    saved = run.checkpoints.steps()
+    saved = checkpoints.steps()
     reached = max([*past.rows, *saved], default=0)
-    if not 1 <= step <= reached:
+    if step > reached:
         raise UserError(f"--step={step}: the run has steps 1 to {reached}.")
     early = (found for found in reversed(saved) if found < step and found <= past.usable)
-    start = next((found for found in early if run.checkpoints.verify(found) is None), 0)
+    start = next((found for found in early if checkpoints.verify(found) is None), 0)
     if not start and not from_beginning:
         raise UserError(
-            f"No good checkpoint before step {step} is left in {run.checkpoints.root}: ask for a "
+            f"No good checkpoint before step {step} is left in {checkpoints.root}: ask for a "
             f"later step, or add --from_beginning."
         )
     return start
@@ -210,22 +287,39 @@ def _start(run: Run, step: int, past: Past, from_beginning: bool) -> int:
 
 def _judge(past: Past, start: int, step: int) -> int:
     """The step to compare: `step`, else the next that was written down, else the one before."""
-    after = [found for found in past.rows if found >= step]
+    devices = settings_of(past.settings, step).devices
+    there = [
+        found
+        for found in past.rows
+        if found > start and settings_of(past.settings, found).devices == devices
+    ]
+    after = [found for found in there if found >= step]
     if after:
         return min(after)
-    before = [found for found in past.rows if start < found]
-    if not before:
+    if not there:
         raise UserError(
             f"{past.source} has no step after {start}, from which step {step} is replayed: there "
             f"is nothing to hold it against."
         )
-    return max(before)
+    return max(there)
 
 
-def _excuse(run: Run) -> str:
+def _excuse(legs: Sequence[Leg]) -> str:
     """What makes a difference no surprise; empty where there is no such thing."""
-    if run.mesh.devices.flat[0].platform == "gpu" and not run.config.train.deterministic:
-        return " (on NVIDIA only train.deterministic=true repeats bit for bit)"
+    for settings, last in legs:
+        if settings.platform == "gpu" and not settings.typed().train.deterministic:
+            return " (on NVIDIA only train.deterministic=true repeats bit for bit)"
+        if settings.processes != jax.process_count():
+            return (
+                f" (the run took step {last} with {settings.processes} processes, between which "
+                f"sums may be rounded otherwise: start as many, each with --coordinator, "
+                f"--process_count and --process_id)"
+            )
+        here = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), **versions()}
+        then = {"XLA_FLAGS": settings.xla_flags, **settings.versions}
+        others = [n for n in ("packages", "git", "XLA_FLAGS") if then.get(n) != here[n]]
+        if others:
+            return f" ({' and '.join(others)} are not those of {SETTINGS})"
     return ""
 
 

@@ -5,6 +5,7 @@ exchanged for others (tests/garbage.py).  It may take the file; else it says in 
 file is damaged.  The long form gives it thousands.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from moe_jax.results.group import group
 from moe_jax.results.read import read_run, read_runs
 from moe_jax.results.table import groups_table, runs_table
 from moe_jax.train.report import has_eval, read_row, truncate
+from moe_jax.train.settings import SETTINGS, Settings, read_settings
 from moe_jax.train.setup import _check_same_text, settle
 
 SECONDS = 10  # for one file of a few KiB: longer is a hang
@@ -122,6 +124,24 @@ def test_results_of_a_folder(tmp_path, count):
         text.encode()
 
     fuzz(count, st.one_of([st.tuples(st.just(n), raw) for n, raw in files.items()]), check)
+
+
+@COUNTS
+def test_the_settings(tmp_path, count):
+    versions = {"packages": {"jax": "0.10.2"}, "git": None}
+    line = Settings(0, to_dict(CONFIG), "cpu", 8, 1, "--a=b", versions)
+    rows = [dataclasses.asdict(line), dataclasses.asdict(dataclasses.replace(line, after=4))]
+
+    def read() -> None:
+        for one in read_settings(tmp_path):
+            assert one.devices * one.processes > 0
+            one.typed()
+
+    def check(raw: bytes) -> None:
+        (tmp_path / SETTINGS).write_bytes(raw)
+        refused_or_fine(read, SETTINGS)
+
+    fuzz(count, lines_file(rows), check)
 
 
 @COUNTS

@@ -1,10 +1,11 @@
 """Checkpoints: the one adapter over Orbax."""
 
 import contextlib
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moe_jax import json_files
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
 from moe_jax.checkpoint.causes import cause_of, quiet_orbax
@@ -36,10 +38,17 @@ class _Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's pytree handler that ends a save with the manifest.
 
     `finalize` runs on process 0 after every process has written and before the step is renamed.
+
+    Attributes:
+      beside: file name -> JSON value, for the save under way.
     """
+
+    beside: Mapping[str, Any] = {}
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
+        for name, value in self.beside.items():
+            (directory / name).write_text(json.dumps(value) + "\n")
         manifest.write(directory)
 
 
@@ -208,7 +217,7 @@ class Checkpoints:
 
         lead_decides(move)
 
-    def save(self, step: int, tree: Any) -> bool:
+    def save(self, step: int, tree: Any, beside: Mapping[str, Any] = {}) -> bool:
         """Starts writing `tree` as `step` and returns; the values are those of this moment.
 
         Blocks until an earlier save is done, then applies retention.  A step that is already there
@@ -217,6 +226,8 @@ class Checkpoints:
         Args:
           step: the number of the step.
           tree: any pytree of jax.Arrays, NumPy arrays and Python numbers (see `named_leaves`).
+          beside: file name -> JSON value; the files lie in the step's folder and are verified
+            like all others.
 
         Returns:
           Whether a save was started.
@@ -237,6 +248,7 @@ class Checkpoints:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
         item = nested(arrays)
+        self._handler.beside = beside
         with self._writing(step):
             self._orbax.save(self._folder.path(step), args=_Save(item), force=True)
         self._saving = step
@@ -262,6 +274,17 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+
+    def beside(self, step: int, name: str) -> Any:
+        """The JSON value that was saved beside `step` as `name`; None where there is none.
+
+        Raises:
+          UserError: it cannot be read; not where the step verifies.
+        """
+        try:
+            return json_files.read(self._folder.path(step) / name)
+        except FileNotFoundError:
+            return None
 
     def describe(self, step: int) -> dict[str, Leaf]:
         """Shape and dtype of every leaf of `step` by name, without reading any array."""

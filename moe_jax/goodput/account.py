@@ -34,9 +34,9 @@ class Attempt:
     """One process of a run, and the time before it (`GAPS`) in which there was none."""
 
     began: float  # seconds since 1970
-    resumed: int | None  # the step it went on from; None: it never came so far
-    reached: int | None  # the last step it finished
-    kept: int | None  # the last of its steps that no later attempt took again
+    resumed: int  # the step it went on from
+    reached: int  # the last step it finished
+    kept: int  # the last of its steps that no later attempt took again
     end: int | None  # exit code; None: it did not say (killed, or at work)
     seconds: dict[str, float]  # by category
 
@@ -83,8 +83,8 @@ class _Row(NamedTuple):
     attempt: str
     began: float
     time: float
-    resumed: int | None
-    step: int | None
+    resumed: int
+    step: int
     seconds: dict[str, float]
     end: int | None
 
@@ -93,7 +93,7 @@ class _Span(NamedTuple):
     """What an attempt says of itself; `taken`: (steps done, seconds of steps so far), in order."""
 
     began: float
-    resumed: int | None
+    resumed: int
     seconds: dict[str, float]
     whole: float
     end: int | None
@@ -146,7 +146,7 @@ def account(lines: Sequence[bytes]) -> Account:
         seconds["step"] -= seconds["lost"]
         seconds["other"] = max(0.0, span.whole - math.fsum(span.seconds.values()))
         ended, gap_name = span.began + span.whole, "paused" if span.end == 0 else "restart"
-        reached = span.taken[-1][0] if span.taken else None
+        reached = span.taken[-1][0]
         attempts.append(Attempt(span.began, span.resumed, reached, last, span.end, seconds))
     return Account(attempts, rows.count(None))
 
@@ -155,13 +155,12 @@ def _span(rows: Sequence[_Row]) -> _Span:
     """The rows of one attempt, each of which counts from its start."""
     first, last = rows[0], rows[-1]
     measured = math.fsum(last.seconds.values())
-    taken = [(row.step, row.seconds.get("step", 0.0)) for row in rows if row.step is not None]
-    resumed = next((row.resumed for row in rows if row.resumed is not None), None)
+    taken = [(row.step, row.seconds.get("step", 0.0)) for row in rows]
     whole = max(measured, last.time - first.began)
-    return _Span(first.began, resumed, last.seconds, whole, last.end, taken)
+    return _Span(first.began, first.resumed, last.seconds, whole, last.end, taken)
 
 
-def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int | None]]:
+def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int]]:
     """For each attempt: seconds of steps that were lost, and the last step that was not."""
     found = []
     limit = math.inf  # later attempts took every step beyond it again
@@ -176,9 +175,8 @@ def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int | None]]:
                 lost += seconds * min(1.0, max(0.0, stop - max(start, limit)) / (stop - start))
             elif stop >= limit:  # at work on the step after `stop`
                 lost += seconds
-        found.append((lost, int(min(span.taken[-1][0], before)) if span.taken else None))
-        if span.resumed is not None:
-            limit = min(limit, span.resumed)
+        found.append((lost, int(min(span.taken[-1][0], before))))
+        limit = min(limit, span.resumed)
     return reversed(found)
 
 
@@ -194,7 +192,7 @@ def _parse(line: bytes) -> _Row | None:
             _count(row["from"]),
             _count(row["step"]),
             {name: _time(row["seconds"][name]) for name in known},
-            _count(row.get("end")),
+            None if row.get("end") is None else _count(row["end"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -212,7 +210,7 @@ def _time(value: Any) -> float:
     return float(value)
 
 
-def _count(value: Any) -> int | None:
-    if value is not None and not (isinstance(value, int) and 0 <= value <= _LATEST):
+def _count(value: Any) -> int:
+    if not (isinstance(value, int) and 0 <= value <= _LATEST):
         raise ValueError
     return value

@@ -64,7 +64,8 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
                 str(number),
                 _date(attempt.began),
                 ending(attempt, number == len(attempts)),
-                *("-" if n is None else f"{n:,}" for n in (attempt.resumed, attempt.reached)),
+                f"{attempt.resumed:,}",
+                f"{attempt.reached:,}",
                 f"{lost_steps(attempt):,}",
                 duration(attempt.gap),
                 duration(attempt.own),
@@ -83,9 +84,7 @@ def ending(attempt: Attempt, last: bool) -> str:
 
 def lost_steps(attempt: Attempt) -> int:
     """Steps that it finished and that a later attempt took again."""
-    if attempt.reached is None or attempt.kept is None:
-        return 0
-    return max(0, attempt.reached - max(attempt.kept, attempt.resumed or 0))
+    return max(0, attempt.reached - max(attempt.kept, attempt.resumed))
 
 
 def apportion(parts: Sequence[float], units: int) -> list[int]:

@@ -23,6 +23,7 @@ from moe_jax.train.phases import Phases
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import METRICS, Reporter
 from moe_jax.train.rewind import Rewinds
+from moe_jax.train.settings import note_settings
 from moe_jax.train.setup import Run, first_state, prepare, set_numerics
 from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
@@ -71,7 +72,9 @@ def main(argv: Sequence[str]) -> int:
             rewinds = Rewinds(workdir, run.checkpoints, _say)
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
-        start = int(state.step)
+            start = int(state.step)
+            if start:
+                rewinds.check(start)
         with watchdog("start"):
             watch.resumed(start)
             _say(f"state ready in {time.perf_counter() - began:.1f} s")
@@ -79,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
                 resolved = to_json(run.config)
                 write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
             reporter = Reporter(workdir, config.train.steps, lead, start if start else None)
+            if lead:
+                note_settings(run, start)  # after later rows are set aside
 
         # ---- train
         with _last_save(run, watch), reporter:

@@ -91,7 +91,10 @@ def parse(
     found = SimpleNamespace(**{flag.name: values[flag.name].value for flag in known})
     if workdir and not found.workdir:
         raise UserError("--workdir is missing: name the folder of the run.")
-    _use_virtual_devices(found.devices)
+    if found.devices < 0:
+        raise UserError(f"--devices={found.devices}: give 1 or more, or 0 for the machine's own.")
+    if found.devices:
+        use_virtual_devices(found.devices)
     avoid_command_buffers()
     if not config:
         return Parsed(ConfigDict(), {}, found)
@@ -222,12 +225,10 @@ def _own(values: flags.FlagValues) -> list[str]:
     return [name for name in values if not name.startswith("config.")]
 
 
-def _use_virtual_devices(count: int) -> None:
-    if count < 0:
-        raise UserError(f"--devices={count}: give 1 or more, or 0 for the machine's own.")
-    if count:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+def use_virtual_devices(count: int) -> None:
+    """The CPU, as `count` devices; call it before anything touches a device."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def _print_help(program: str, known: Sequence[Flag], config: bool) -> None:

@@ -16,8 +16,9 @@ from moe_jax.parallel.distributed import lead
 from moe_jax.train.record import versions
 from moe_jax.train.report import plain
 from moe_jax.train.rewind import Rewinds
+from moe_jax.train.settings import read_settings
 from moe_jax.train.setup import Run
-from moe_jax.train.workdir import Folder
+from moe_jax.train.workdir import Folder, replace_text
 
 FLIGHT = "flight"
 MOST = 20  # records of a run
@@ -79,9 +80,7 @@ class FlightRecorder:
             while (aside := path.with_name(f"record.{number}.json")).exists():
                 number += 1
             path.rename(aside)
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.write_text(json.dumps(record, allow_nan=False) + "\n")
-        unfinished.replace(path)
+        replace_text(path, json.dumps(record, allow_nan=False) + "\n")
 
     def _record(self, step: int, why: str) -> Row:
         run, data_step = self._run, self._rewinds.data_step(step - 1)
@@ -92,6 +91,7 @@ class FlightRecorder:
             "row": history[-1],
             "data_step": data_step,
             "rewinds": len(self._rewinds.history),  # lines of rewinds.jsonl that were in force
+            "settings": len(read_settings(run.workdir)),  # and of settings.jsonl
             "batch": _batch(run, data_step),
             "rng": {
                 "seed": run.config.seed,

@@ -1,13 +1,14 @@
 """The run, from its first step to its last."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption
+from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.train.control import Control, Stop
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.flight import FlightRecorder
@@ -16,6 +17,7 @@ from moe_jax.train.profile import Profiler
 from moe_jax.train.replica_check import ReplicaCheck
 from moe_jax.train.report import METRICS, Reporter, has_eval
 from moe_jax.train.rewind import Rewinds
+from moe_jax.train.settings import settings_go_back
 from moe_jax.train.setup import Run, restored_state
 from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
 from moe_jax.train.step import abstract_batch, jit_train_step
@@ -60,6 +62,8 @@ def train(
             jax.block_until_ready(state.params)
         watch.resumed(step)
         reporter.rewind(step)
+        if lead():
+            settings_go_back(run.workdir, step)
         stop, now = steps.take(state)
     steps.profiler.close()
     if stop is Stop.DIFFER:
@@ -151,7 +155,7 @@ class _Steps:
                 if save_now:
                     with watch("checkpoint"):
                         reporter.flush()
-                        save(run, state, done)
+                        save(run, state, done, self._rewinds.beside())
                 log.restart_clock(evaluate_now or control.save_now)
         return stop, state
 
@@ -204,9 +208,12 @@ def compile_step(run: Run) -> jax.stages.Compiled:
     return lower_step(run).compile()
 
 
-def save(run: Run, state: TrainState, step: int) -> None:
-    """Start writing a checkpoint; returns once the values are copied."""
-    run.checkpoints.save(step, to_disk(state, run.model.layout))
+def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {}) -> None:
+    """Start writing a checkpoint; returns once the values are copied.
+
+    `beside`: as `Checkpoints.save` takes it.
+    """
+    run.checkpoints.save(step, to_disk(state, run.model.layout), beside)
 
 
 def _finish(

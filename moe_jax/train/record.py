@@ -13,6 +13,7 @@ from etils import epath
 
 import moe_jax
 from moe_jax.errors import UserError
+from moe_jax.train.workdir import replace_text
 
 DATA_RECORD = "data.json"
 _PACKAGES = (
@@ -54,9 +55,7 @@ def write_run_record(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            unfinished = folder / f"{name}.new"
-            unfinished.write_text(text)
-            unfinished.replace(folder / name)  # a kill leaves the old file or the new one
+            replace_text(folder / name, text)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "

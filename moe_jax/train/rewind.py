@@ -1,13 +1,21 @@
 """Going back past batches that broke the run: which data a step then takes, and the record of it.
 
 WORKDIR/rewinds.jsonl has a line for each time the run went back.  Data stays a pure function of
-the step: that of the file's lines and the step's number (`data_step`).
+the step: that of the file's lines and the step's number (`data_step`).  A checkpoint holds the
+lines that were there when it was saved, so that a file which is lost or altered is noticed.
+
+What is left out begins with the batch after the checkpoint, good ones included, as PaLM did it
+(arXiv 2204.02311, section 5.1: back about 100 steps, and on without 200 to 500 batches).  Taking
+the good ones again would rebuild the very parameters that diverged, bit for bit: refused steps
+changed nothing.
 """
 
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,13 +23,15 @@ from jax.experimental import multihost_utils
 
 from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import to_dict
 from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lead
-from moe_jax.train.workdir import Folder
+from moe_jax.train.workdir import Folder, replace_text
 
 REWINDS = "rewinds.jsonl"
+_IN_CHECKPOINT = "rewinds.json"  # a list of the lines
 LARGEST = 2**40  # no step counts further
 
 
@@ -81,6 +91,14 @@ class Rewinds:
         """See `ordered_rows`."""
         return ordered_rows(batches, self.history)
 
+    def beside(self) -> dict[str, Any]:
+        """What a checkpoint that is saved now must hold, for `check`."""
+        return {_IN_CHECKPOINT: _plain(self.history)}
+
+    def check(self, step: int) -> None:
+        """See `check_rewinds`; for a run that goes on from the checkpoint of `step`."""
+        check_rewinds(self.history, step, self._checkpoints, self._path)
+
     def go_back(self, changed: int, last: int, why: str) -> int | None:
         """Leaves out the batches up to that of step `last`; returns the step to go on from.
 
@@ -120,11 +138,9 @@ class Rewinds:
         self.history = history
 
     def _replace(self, history: tuple[Rewind, ...]) -> None:
-        text = "".join(f"{json.dumps(dataclasses.asdict(rewind))}\n" for rewind in history)
-        unfinished = self._path.with_name(f"{REWINDS}.new")
+        text = "".join(f"{json.dumps(line)}\n" for line in _plain(history))
         try:
-            unfinished.write_text(text)
-            unfinished.replace(self._path)
+            replace_text(self._path, text)
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
@@ -135,6 +151,34 @@ class Rewinds:
 def read_rewinds(workdir: Folder) -> tuple[Rewind, ...]:
     """The lines of a workdir's file, read by this process alone; raises UserError as `Rewinds`."""
     return tuple(_parse(_text(workdir / REWINDS), workdir / REWINDS))
+
+
+def check_rewinds(
+    rewinds: Sequence[Rewind], step: int, checkpoints: Checkpoints, path: Folder
+) -> None:
+    """Checks the lines of the file `path` against those that the checkpoint of `step` knows.
+
+    The file begins with them, and what came later went back to this checkpoint or a later one.
+
+    Raises:
+      UserError: it does not: the steps after the checkpoint would take other data.
+    """
+    saved = checkpoints.beside(step, _IN_CHECKPOINT)
+    if saved is None:  # the checkpoint is older than this check
+        return
+    known = saved if isinstance(saved, list) else [saved]  # what is no line equals none
+    count = len(known)
+    if known != _plain(rewinds[:count]) or any(later.step < step for later in rewinds[count:]):
+        raise UserError(
+            f"{path}, which says what data the steps of this run take, is not the file that the "
+            f"checkpoint of step {step} was saved with (whose lines are in "
+            f"{os.path.join(checkpoints.root, str(step), _IN_CHECKPOINT)}): bring it back, or use "
+            f"another --workdir."
+        )
+
+
+def _plain(rewinds: Sequence[Rewind]) -> list[dict[str, Any]]:
+    return [to_dict(rewind) for rewind in rewinds]
 
 
 def _text(path: Folder) -> str:

@@ -291,6 +291,13 @@ def restored_state(run: Run, step: int, say: Say) -> TrainState:
     return _placed(run, step, run.checkpoints.restore(step, _target(run, step)), say)
 
 
+def moved_state(state: TrainState, old: Run, new: Run, say: Say) -> TrainState:
+    """The state of `old` as `new` has it: on its mesh, its layers stacked as that model's are."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, _disk_target(new))
+    tree = jax.device_put(to_disk(state, old.model.layout), where)
+    return _placed(new, int(state.step), tree, say)
+
+
 def _target(run: Run, step: int) -> dict[str, Any]:
     """`_disk_target`, without the step guard where the checkpoint of `step` is older than that."""
     target = _disk_target(run)

@@ -14,10 +14,12 @@ import pytest
 from bad_batches import patches
 from small_run import ROOT, flags, train_rows, write_corpus
 
+from moe_jax import replay
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.parallel.distributed import DIVERGED, DONE
 from moe_jax.train.__main__ import main
 from moe_jax.train.rewind import Rewind, read_rewinds
+from moe_jax.train.settings import read_settings
 
 pytestmark = pytest.mark.full
 
@@ -105,6 +107,22 @@ def test_killed_at_every_turn_it_takes_the_same_data(tmp_path, start):
     for name in ("params", "optimizer", "guard"):
         assert saved[0].digest(16, name) == saved[1].digest(16, name)
     assert saved[0].quarantined() == saved[1].quarantined() == ["10"]
+
+
+def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, monkeypatch):
+    """Stopped and gone on with among the refused steps: all can be replayed as they were taken."""
+    workdir = tmp_path / "run"
+    files = write_corpus(tmp_path / "text")
+    for steps in (10, 16):
+        command = flags(workdir, files, **OVERRIDES | {"train.steps": steps})
+        process = start(command, {}, "--devices=8")
+        assert process.wait(timeout=240) == DONE, process.communicate()[1]
+    assert [settings.after for settings in read_settings(workdir)] == [0, 10, 8]
+    assert [s.config["train"]["steps"] for s in read_settings(workdir)] == [10, 16, 16]
+    for change in patches({step: float(factor) for step, factor in BAD.items()}, []):
+        monkeypatch.setattr(*change)
+    for step in (6, 9, 13):
+        assert replay.main(["replay", f"--workdir={workdir}", f"--step={step}"]) == 0
 
 
 def test_two_processes_go_back_together(tmp_path, start):

@@ -21,6 +21,7 @@ from moe_jax.parallel.distributed import DONE
 from moe_jax.train import guard
 from moe_jax.train.__main__ import main
 from moe_jax.train.rewind import REWINDS, read_rewinds
+from moe_jax.train.settings import SETTINGS, read_settings
 from moe_jax.train.setup import prepare, restored_state
 from moe_jax.train.state import to_disk
 
@@ -115,6 +116,7 @@ def test_the_flight_record_names_the_batch(bad):
     assert sorted(records) == ["10", "12", "5"]
     record = records["10"]
     assert (record["data_step"], record["rewinds"], record["row"]["spike"]) == (9, 0, 1)
+    assert record["settings"] == len(read_settings(bad.workdir)) == 1
     assert [row["step"] for row in record["history"]] == list(range(1, 11))
     assert len(record["history"][3]["layers"]["load_cv"]) == 1
     run = prepare(small_config(bad.files, **OVERRIDES), bad.workdir, lambda line: None)
@@ -169,7 +171,7 @@ def test_replay_compares_every_number():
     ("step", "sentence"),
     [
         ("15", "--step=15: the run has steps 1 to 14"),
-        ("0", "--step=0: the run has"),
+        ("0", "--step=0: steps are counted from 1"),
         ("1", "No good checkpoint before step 1 is left in .* or add --from_beginning"),
     ],
 )
@@ -185,15 +187,17 @@ def test_replay_refuses(bad, step, sentence):
         "[" * 100_000,
         "[]",
         '{"history": 7}',
-        '{"history": [{"step": 3}], "rewinds": 9, "config": ""}',
-        '{"history": [{"step": 4}], "rewinds": 0, "config": ""}',
+        '{"history": [{"step": 3}], "rewinds": 9, "settings": 1}',
+        '{"history": [{"step": 3}], "rewinds": 0, "settings": 9}',
+        '{"history": [{"step": 3}], "rewinds": 0}',
+        '{"history": [{"step": 4}], "rewinds": 0, "settings": 1}',
     ],
 )
 def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
-    shutil.copy(bad.workdir / "config.json", tmp_path)
+    shutil.copy(bad.workdir / SETTINGS, tmp_path)
     (tmp_path / "flight" / "3").mkdir(parents=True)
     (tmp_path / "flight" / "3" / "record.json").write_text(text)
-    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged: add --noflight"):
+    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged or .*: add --noflight"):
         replay.main(["replay", f"--workdir={tmp_path}", "--step=3"])
 
 
@@ -218,6 +222,28 @@ def test_a_checkpoint_from_before_the_guard(bad, tmp_path):
     assert (guard["changed"], guard["accepted"], guard["loss"]) == (8, 0, 0)
     for name, leaf in leaves.items():
         np.testing.assert_array_equal(leaf, whole[name])
+
+
+def test_replay_refuses_without_the_rewinds_file(bad, tmp_path):
+    shutil.copytree(bad.workdir, tmp_path / "run")
+    (tmp_path / "run" / REWINDS).unlink()
+    with pytest.raises(UserError, match=r"not the file that the checkpoint of step 12 was saved"):
+        replay.main(["replay", f"--workdir={tmp_path / 'run'}", "--step=13"])
+
+
+@pytest.mark.full
+def test_a_run_without_its_rewinds_file_is_refused(bad, tmp_path):
+    """It would go on with the data that was left out."""
+    shutil.copytree(bad.workdir, tmp_path / "run")
+    (tmp_path / "run" / REWINDS).unlink()
+    before = contents(tmp_path / "run" / "checkpoints")
+    with pytest.raises(
+        UserError, match=r"not the file that the checkpoint of step 14 .*bring it b"
+    ):
+        main(["train", *flags(tmp_path / "run", bad.files, **OVERRIDES | {"train.steps": 16})])
+    assert contents(tmp_path / "run" / "checkpoints") == before
+    shutil.copy(bad.workdir / REWINDS, tmp_path / "run")
+    assert main(["train", *flags(tmp_path / "run", bad.files, **OVERRIDES)]) == DONE
 
 
 def test_a_damaged_rewinds_file_stops_the_run(bad, tmp_path):

@@ -1,14 +1,11 @@
 """A copy of the state that changes by one bit ends the run, and nothing doubtful is saved."""
 
-import dataclasses
 import json
 import signal
-from concurrent.futures import Future
 from types import SimpleNamespace
 
-import jax
-import numpy as np
 import pytest
+from faulty_device import corrupts
 from small_run import flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
@@ -33,41 +30,6 @@ OVERRIDES = {
     "checkpoint.every_steps": 4,
     "eval.samples": 0,
 }
-
-
-def one_ulp(x: jax.Array, number: int) -> jax.Array:
-    """`x` whose copy on device `number` has the lowest bit of its first element flipped."""
-    buffers = []
-    for shard in x.addressable_shards:
-        value = np.array(shard.data)
-        if shard.device.id == number:
-            value.reshape(-1).view(np.uint32)[0] ^= 1
-        buffers.append(jax.device_put(value, shard.device))
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, buffers)
-
-
-def corrupts(step: int, number: int):
-    """`start_lowering`, but after `step` device `number` has its own `embed_VD`."""
-    start = program.start_lowering
-
-    def start_lowering(run):
-        lowered, faulty_one = start(run), Future()
-
-        def compiled():
-            step_fn = lowered.result().compile()
-            return lambda state, batch: faulty(step_fn, state, batch)
-
-        def faulty(step_fn, state, batch):
-            state, metrics = step_fn(state, batch)
-            if int(state.step) == step:
-                params = state.params | {"embed_VD": one_ulp(state.params["embed_VD"], number)}
-                state = dataclasses.replace(state, params=params)
-            return state, metrics
-
-        faulty_one.set_result(SimpleNamespace(compile=compiled))
-        return faulty_one
-
-    return start_lowering
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -115,6 +116,37 @@ def test_the_checkpoint_it_went_back_to_outlives_retention(saved):
     assert steps(saved) == [3, 5]
 
 
+def test_a_file_that_does_not_fit_the_checkpoint_is_refused(saved):
+    """Lost, cut, altered, of another run; but a file that has grown since the save fits."""
+    checkpoints = Checkpoints(saved / "checkpoints", keep_last=9)
+    rewinds = Rewinds(saved, checkpoints, lambda text: None)
+    rewinds.check(12)  # saved before there was such a check
+    checkpoints.save(13, {"x": np.zeros(3)}, rewinds.beside())
+    rewinds.go_back(changed=9, last=13, why="NaN")
+    for step in (14, 16):
+        checkpoints.save(step, {"x": np.zeros(3)}, rewinds.beside())
+    checkpoints.wait()
+    rewinds.go_back(changed=16, last=19, why="NaN")
+    checkpoints.save(17, {"x": np.zeros(3)}, rewinds.beside())
+    checkpoints.close()
+
+    good = (saved / REWINDS).read_text()
+    first, second = good.splitlines(keepends=True)
+    for step in (3, 14, 17):
+        opened(saved).check(step)
+    altered = first.replace('"skipped": [3, 12]', '"skipped": [4, 12]')
+    assert altered != first
+    for text in ("", first, second, altered + second, good + first, None):
+        (saved / REWINDS).unlink() if text is None else (saved / REWINDS).write_text(text)
+        with pytest.raises(UserError, match=r"rewinds\.jsonl.*not the file.*17/rewinds\.json"):
+            opened(saved).check(17)
+    (saved / REWINDS).write_text(good)
+    aside = saved / "checkpoints" / "quarantine" / "13"  # of what the run went back from
+    aside.rename(saved / "checkpoints" / "13")
+    with pytest.raises(UserError, match="not the file that the checkpoint of step 13"):
+        opened(saved).check(13)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -144,7 +176,7 @@ def test_a_disk_that_is_full_leaves_the_file_as_it_was(saved, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(saved), "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"rewinds\.jsonl cannot be written .No space left"):
         rewinds.go_back(changed=13, last=15, why="NaN")
     assert (saved / REWINDS).read_text() == before

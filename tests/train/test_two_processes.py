@@ -1,7 +1,7 @@
 """Two processes over gloo train what one process trains."""
 
 import pytest
-from small_run import eval_rows, flags, train_rows, write_corpus
+from small_run import ROOT, eval_rows, flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 
@@ -44,6 +44,7 @@ def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair)
     assert saved.digest(3) != saved.digest(6)
 
 
+FLIPS = (str(ROOT / "tests" / "faulty_device.py"), "4")
 SLEEPS = """
 import sys, threading
 from moe_jax.train.control import Control
@@ -79,45 +80,6 @@ def test_a_host_that_sleeps_in_a_step_ends_every_host_with_42(tmp_path, pair):
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]
 
 
-FLIPS = """
-import dataclasses, sys
-from concurrent.futures import Future
-from types import SimpleNamespace
-import jax, numpy as np
-from moe_jax.train import __main__ as program
-
-start = program.start_lowering
-
-def one_ulp(x, number):
-    buffers = []
-    for shard in x.addressable_shards:
-        value = np.array(shard.data)
-        if shard.device.id == number:
-            value.reshape(-1).view(np.uint32)[0] ^= 1
-        buffers.append(jax.device_put(value, shard.device))
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, buffers)
-
-def start_lowering(run):
-    last = max(device.id for device in jax.devices())
-    lowered, faulty_one = start(run), Future()
-    def compiled():
-        step_fn = lowered.result().compile()
-        return lambda state, batch: faulty(step_fn, state, batch)
-    def faulty(step_fn, state, batch):
-        state, metrics = step_fn(state, batch)
-        if int(state.step) == 4:
-            params = state.params | {"embed_VD": one_ulp(state.params["embed_VD"], last)}
-            state = dataclasses.replace(state, params=params)
-        return state, metrics
-    faulty_one.set_result(SimpleNamespace(compile=compiled))
-    return faulty_one
-
-program.start_lowering = start_lowering
-sys.argv[0] = "moe_jax.train"
-program.cli()
-"""
-
-
 @pytest.mark.full
 def test_a_bit_that_flips_on_one_host_is_named_by_device_and_leaf(tmp_path, pair):
     """All hosts end with 42 before anything is saved; the same command ends the run."""
@@ -126,7 +88,7 @@ def test_a_bit_that_flips_on_one_host_is_named_by_device_and_leaf(tmp_path, pair
         write_corpus(tmp_path / "text"),
         **OVERRIDES | {"train.replica_check_every": 1000},  # only the saves are left to check
     )
-    ended = [(one, *one.communicate(timeout=240)) for one in pair(given, ("-c", FLIPS))]
+    ended = [(one, *one.communicate(timeout=240)) for one in pair(given, FLIPS)]
     assert [process.returncode for process, _, _ in ended] == [42, 42], ended[0][2][-3000:]
     [said] = [line for line in ended[0][1].splitlines() if line.startswith("REPLICAS DIFFER")]
     assert (

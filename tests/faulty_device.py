@@ -1,0 +1,56 @@
+"""A device whose copy of the state loses one bit.
+
+`python faulty_device.py STEP ARGUMENTS` is moe_jax.train whose last device does so after STEP.
+"""
+
+import dataclasses
+import sys
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from moe_jax.train import __main__ as program
+
+
+def one_ulp(x: jax.Array, number: int) -> jax.Array:
+    """`x` whose copy on device `number` has the lowest bit of its first element flipped."""
+    buffers = []
+    for shard in x.addressable_shards:
+        value = np.array(shard.data)
+        if shard.device.id == number:
+            value.reshape(-1).view(np.uint32)[0] ^= 1
+        buffers.append(jax.device_put(value, shard.device))
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, buffers)
+
+
+def corrupts(step: int, number: int = -1):
+    """`start_lowering`, but after `step` device `number` (the last) has its own `embed_VD`."""
+    start = program.start_lowering
+
+    def start_lowering(run):
+        lowered, faulty_one = start(run), Future()
+
+        def compiled():
+            step_fn = lowered.result().compile()
+            return lambda state, batch: faulty(step_fn, state, batch)
+
+        def faulty(step_fn, state, batch):
+            state, metrics = step_fn(state, batch)
+            if int(state.step) == step:
+                device = jax.devices()[number].id
+                params = state.params | {"embed_VD": one_ulp(state.params["embed_VD"], device)}
+                state = dataclasses.replace(state, params=params)
+            return state, metrics
+
+        faulty_one.set_result(SimpleNamespace(compile=compiled))
+        return faulty_one
+
+    return start_lowering
+
+
+if __name__ == "__main__":
+    program.start_lowering = corrupts(int(sys.argv.pop(1)))
+    sys.argv[0] = "moe_jax.train"
+    program.cli()
