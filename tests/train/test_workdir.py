@@ -9,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 from small_run import small_config, write_corpus
 
+from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import Preemption
 from moe_jax.train.control import STOP_FILE, Control, Stop
@@ -53,6 +54,24 @@ def rows(folder):
 
 def steps(folder):
     return [row["step"] for row in rows(folder)]
+
+
+def test_a_step_in_a_bucket_is_one_once_it_has_its_marker(bucket):
+    step = bucket / "run" / "checkpoints" / "8"
+    for name in ("weights", "_CHECKPOINT_METADATA"):
+        (step / name).write_text(name)
+    assert not manifest.committed(step)
+    manifest.write(step)
+    assert not manifest.committed(step)
+    (step / manifest.COMMIT).write_text("done")
+    assert manifest.committed(step) and manifest.verify(step) is None
+    manifest.seal(step)
+    assert manifest.verify(step) is None
+    assert [path.name for path in step.glob("*.new")] == []
+    (step / manifest.COMMIT).write_text("dome")
+    assert "commit_success.txt differs" in (manifest.verify(step) or "")
+    (step / manifest.COMMIT).unlink()  # lost since: no unfinished save, a bad step
+    assert manifest.committed(step) and manifest.verify(step)
 
 
 def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
