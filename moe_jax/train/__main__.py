@@ -14,6 +14,7 @@ from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
+from moe_jax.train.end import end_of
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, start_lowering, train
 from moe_jax.train.phases import Phases
@@ -73,10 +74,10 @@ def main(argv: Sequence[str]) -> int:
             )
 
         # ---- train
-        resumed = start if start else None
+        resumed, last = start if start else None, end_of(run, rewinds.history).step
         with (
             _last_save(run, watch),
-            Reporter(workdir, config.train.steps, distributed.lead(), resumed) as reporter,
+            Reporter(workdir, last, distributed.lead(), resumed) as reporter,
         ):
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
