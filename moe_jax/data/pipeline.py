@@ -47,6 +47,10 @@ class Supply(NamedTuple):
     steps: int  # whole batches
     stream: int  # whose windows do not reach for one more
 
+    def text(self, streams: Sequence[str]) -> str:
+        """What is used up, for a person: all of it, or one of several `streams`."""
+        return f"text of data.mixture.{streams[self.stream]}" if len(streams) > 1 else "text"
+
 
 class Windows:
     """The windows of a split, numbered through all its streams.

@@ -13,6 +13,7 @@ class End(NamedTuple):
     step: int  # the last one
     of: int  # train.steps
     epochs: int  # data.max_epochs where that ends the run before train.steps, else 0
+    text: str  # what is used up by then
     line: str  # for the start-up log; empty where text is read for ever
 
 
@@ -20,9 +21,10 @@ def end_of(run: Run, rewinds: Sequence[Rewind]) -> End:
     """Batches that the run has left out by going back are used up as well."""
     steps, epochs = run.config.train.steps, run.config.data.max_epochs
     if run.supply is None:
-        return End(steps, steps, 0, "")
-    last, name = last_step(rewinds, run.supply.steps), run.store.streams[run.supply.stream]
-    line = f"data.max_epochs {epochs}: the text of {name} is used up after step {last}"
+        return End(steps, steps, 0, "", "")
+    last, text = last_step(rewinds, run.supply.steps), run.supply.text(run.store.streams)
+    line = f"data.max_epochs {epochs}: the {text} is used up after step {last}"
     if last >= steps:
-        return End(steps, steps, 0, f"{line}, the run ends at {steps}")
-    return End(last, steps, epochs, f"{line}, the run ends there and not at train.steps {steps}")
+        return End(steps, steps, 0, "", f"{line}, the run ends at {steps}")
+    line += f", the run ends there and not at train.steps {steps}"
+    return End(last, steps, epochs, text, line)

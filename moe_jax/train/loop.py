@@ -222,7 +222,7 @@ def save(run: Run, state: TrainState, step: int) -> None:
 
 
 def _used_up(step: int, end: End) -> str:
-    return f"the text is used up: step {step} of {end.of}"
+    return f"the {end.text} is used up: step {step} of {end.of}"
 
 
 def _finish(
@@ -235,6 +235,7 @@ def _finish(
         row = evaluate(state)
         write_samples(run, state, step, texts.append)
     if texts and jax.process_index() == 0:
+        (run.workdir / SAMPLES).unlink(missing_ok=True)  # its other names keep what they have
         (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
     for text in texts:
         reporter.say(text)

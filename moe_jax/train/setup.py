@@ -137,7 +137,7 @@ def prepare(config: Config, workdir: Folder, say: Say, devices: Sequence[Any] | 
     supply = batches.supply(config.data.max_epochs)
     if supply is not None and not supply.steps:
         raise UserError(
-            f"The text of {store.streams[supply.stream]}, read {config.data.max_epochs} times "
+            f"The {supply.text(store.streams)}, read {config.data.max_epochs} times "
             f"(data.max_epochs), makes no batch of {config.train.batch_size}: add text, raise that "
             f"or lower train.batch_size."
         )
