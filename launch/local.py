@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from launch.job import Job
+from moe_jax.links import own
 
 STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
 ATTEMPTS = 20  # of a run that keeps asking to be run again
@@ -85,6 +86,7 @@ class Local:
         log.parent.mkdir(parents=True, exist_ok=True)
         line = ""
         assert process.stdout is not None
+        own(log)
         with log.open("a") as file, process.stdout:
             for line in process.stdout:
                 file.write(line)

@@ -1,6 +1,7 @@
-"""Links in a folder that this program writes to: one that leads out of it is refused."""
+"""Links in a folder that this program writes to: what is outside of it stays as it is."""
 
 import os
+import shutil
 
 from moe_jax.errors import UserError
 
@@ -27,3 +28,17 @@ def check_link(path: os.PathLike[str] | str, root: os.PathLike[str] | str) -> No
             f"{os.fspath(path)} is a link to {target}, outside of the folder that would be "
             f"written to: put the file or the folder itself there, or remove the link."
         )
+
+
+def own(path: os.PathLike[str] | str) -> None:
+    """Parts the file `path` from its other names (hard links), before something is appended to it.
+
+    `cp -al` and `rsync --link-dest` make such names for backups, which would grow with it.
+
+    Raises:
+      OSError: there is no room for a copy.
+    """
+    if os.path.isfile(path) and os.stat(path).st_nlink > 1:
+        copy = f"{os.fspath(path)}.own"
+        shutil.copy2(path, copy)
+        os.replace(copy, path)

@@ -70,10 +70,10 @@ def same_bits(a, b) -> bool:
 
 
 def files_of(root: pathlib.Path, step: int) -> list[pathlib.Path]:
-    """The files of a step that a manifest covers, the largest (weights) first."""
+    """The files of a step that its manifest lists, the largest (weights) first."""
     files = [p for p in (root / str(step)).rglob("*") if p.is_file() and p.stat().st_size]
-    ours = ("manifest.json", "commit_success.txt", "_CHECKPOINT_METADATA")
-    return sorted((p for p in files if p.name not in ours), key=lambda p: -p.stat().st_size)
+    listed = [p for p in files if p.name != "manifest.json"]
+    return sorted(listed, key=lambda p: -p.stat().st_size)
 
 
 def flip_bit(path: pathlib.Path) -> None:

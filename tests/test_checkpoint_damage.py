@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,63 @@ import numpy as np
 import pytest
 from checkpoint_trees import abstract, files_of, flip_bit, make_tree, same_bits, saved
 
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint import Checkpoints, manifest
+from moe_jax.checkpoint.store import _Marked, _Renamed
 from moe_jax.errors import UserError
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_a_flipped_bit_in_any_file_is_found(tmp_path, which):
-    checkpoints = saved(tmp_path, 1, 2)
-    damaged = files_of(tmp_path, 2)[which]
-    flip_bit(damaged)
-    reports: list[str] = []
-    assert checkpoints.latest_good(reports.append) == 1
-    assert len(reports) == 1 and damaged.name in reports[0] and "step 2" in reports[0]
-    assert checkpoints.steps() == [1] and checkpoints.quarantined() == ["2"]
-    assert (tmp_path / "quarantine" / "2" / damaged.relative_to(tmp_path / "2")).exists()
+def test_a_flipped_bit_in_any_file_is_found(tmp_path):
+    saved(tmp_path / "good", 1, 2)
+    names = [path.relative_to(tmp_path / "good" / "2") for path in files_of(tmp_path / "good", 2)]
+    assert {"_CHECKPOINT_METADATA", "commit_success.txt"} < {str(name) for name in names}
+    for number, name in enumerate((*names, Path("manifest.json"))):
+        root = Path(shutil.copytree(tmp_path / "good", tmp_path / str(number)))
+        checkpoints = Checkpoints(root)
+        flip_bit(root / "2" / name)
+        reports: list[str] = []
+        assert checkpoints.latest_good(reports.append) == 1
+        assert len(reports) == 1 and "step 2" in reports[0]
+        assert name.name in reports[0] or name.name == "manifest.json"
+        assert checkpoints.steps() == [1] and checkpoints.quarantined() == ["2"]
+        assert (root / "quarantine" / "2" / name).exists()
+
+
+@pytest.mark.full
+def test_every_single_bit_of_a_manifest_counts(tmp_path):
+    """Nothing but its own form protects it."""
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.save(1, {"w": np.arange(3.0)})
+    checkpoints.wait()
+    path = tmp_path / "1" / "manifest.json"
+    good = path.read_bytes()
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        assert checkpoints.verify(1), bit
+    path.write_bytes(good)
+    assert checkpoints.verify(1) is None
+
+
+@pytest.mark.parametrize("way", [_Renamed, _Marked])
+def test_a_kill_about_the_commit_costs_no_step(tmp_path, monkeypatch, way):
+    """Before it there is none, also where nothing is renamed (gs://); after it there is one."""
+    monkeypatch.setattr("moe_jax.checkpoint.store._Renamed", way)
+    checkpoints = saved(tmp_path, 1)
+
+    def killed(*_):
+        raise OSError("killed")
+
+    for place, name, steps in ((way.__base__, "finalize", [1]), (manifest, "seal", [1, 2])):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
+            patch.setattr(place, name, killed)
+            checkpoints.save(2, make_tree("cube"))
+            checkpoints.wait()
+        left = (tmp_path / "2" / "manifest.json").exists()
+        assert left == (way is _Marked or steps == [1, 2])
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.steps() == steps and checkpoints.latest_good() == steps[-1]
+        assert bool(checkpoints.verify(2)) == (steps == [1])
 
 
 def test_a_cut_file_is_found_and_the_step_can_be_saved_again(tmp_path):
@@ -156,7 +200,7 @@ def test_a_save_that_fails_half_way_leaves_the_older_step(tmp_path, monkeypatch)
 KILLED = """
 import sys
 import jax.numpy as jnp
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint import Checkpoints, manifest
 checkpoints = Checkpoints(sys.argv[1])
 for step in range(1, 1000):
     checkpoints.save(step, {"params": {"w": jnp.full((1024, 1024), step)}, "step": step})

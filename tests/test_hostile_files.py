@@ -28,7 +28,7 @@ from moe_jax.model.moe.types import Fates, Ledger
 from moe_jax.results.group import group
 from moe_jax.results.read import read_run, read_runs
 from moe_jax.results.table import groups_table, runs_table
-from moe_jax.train.report import has_eval, read_row, truncate
+from moe_jax.train.report import has_last_eval, read_row, truncate
 from moe_jax.train.settings import SETTINGS, Settings, read_settings
 from moe_jax.train.setup import _check_same_text, settle
 
@@ -150,7 +150,7 @@ def test_metrics(tmp_path, count):
 
     def check(raw: bytes) -> None:
         path.write_bytes(raw)
-        has_eval(path, 8)
+        has_last_eval(path, 8, 1)
         truncate(path, 4)
         aside = tmp_path / "metrics.jsonl.1.tail"
         kept, tail = path.read_bytes(), aside.read_bytes() if aside.exists() else b""

@@ -17,6 +17,8 @@ from moe_jax.errors import UserError
 from moe_jax.links import check_links
 from moe_jax.results.read import read_runs
 from moe_jax.train.__main__ import main
+from moe_jax.train.report import Reporter
+from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.workdir import locate
 
 
@@ -50,6 +52,27 @@ def test_a_run_writes_through_no_link_out_of_its_workdir(tmp_path, mine, name, t
     with pytest.raises(UserError, match=rf"{re.escape(str(link))} is a link to .*{target}"):
         main(["train", *flags(tmp_path / "run", write_corpus(tmp_path / "text", 4))])
     assert contents(mine) == before and os.listdir(tmp_path / "run") == [name.split("/")[0]]
+
+
+def test_a_backup_by_hard_links_stays_as_it_is(tmp_path, mine):
+    """`cp -al`: the files have two names, and what is appended belongs under one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = b'{"step": 1, "loss": 1.0}\n'
+    for name in ("metrics.jsonl", "ledger.jsonl", "goodput.jsonl"):
+        (mine / name).write_bytes(rows)
+        (run / name).hardlink_to(mine / name)
+    before = contents(mine)
+    with Reporter(run, 9, True, 1) as reporter, Timekeeper(run, True) as timekeeper:
+        reporter.log({"step": 2, "loss": 1.0})
+        reporter.ledger({"step": 2})
+        timekeeper.resumed(1)
+        timekeeper.ended(0)
+    assert contents(mine) == before
+    for name in ("metrics.jsonl", "ledger.jsonl", "goodput.jsonl"):
+        assert (run / name).read_bytes().startswith(rows)
+        assert len((run / name).read_bytes()) > len(rows)
+    assert not list(run.glob("*.own"))
 
 
 def test_links_inside_a_workdir_and_to_it_are_fine(tmp_path):

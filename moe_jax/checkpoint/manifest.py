@@ -2,7 +2,8 @@
 
 Orbax checksums next to nothing: a flipped payload byte loads as wrong weights.  The manifest lists
 every file of the step with its size and SHA-256.  It is written by process 0 after the per-process
-files were merged and before the step gets its final name, so a committed step always has one.
+files were merged and before the step is committed, so a committed step always has one.  What Orbax
+writes to commit it is added afterwards (`seal`); a step that a kill has left without that is good.
 """
 
 import hashlib
@@ -20,8 +21,7 @@ from moe_jax.errors import one_line
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
-# Orbax writes these two at commit, after the manifest.
-_UNHASHED = (MANIFEST, COMMIT, "_CHECKPOINT_METADATA")
+_AT_COMMIT = (COMMIT, "_CHECKPOINT_METADATA")  # which gets the time of the commit
 _FORMAT = 1
 # Bytes: between two blocks a thread that hashes needs the lock that the training loop may hold.
 _BLOCK = 4 * 2**20
@@ -30,12 +30,23 @@ _READERS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter lock
 
 def write(directory: epath.Path) -> None:
     """Writes `directory`/manifest.json over all files that are there; raises OSError."""
-    names = sorted(name for name, _ in _files(directory) if name not in _UNHASHED)
+    names = sorted(name for name, _ in _files(directory) if name not in (MANIFEST, *_AT_COMMIT))
     with ThreadPoolExecutor(_READERS) as pool:
         entries = pool.map(lambda name: _entry(directory / name), names)
         files = dict(zip(names, entries, strict=True))
-    text = json.dumps({"format": _FORMAT, "files": files}, indent=1, sort_keys=True)
-    (directory / MANIFEST).write_text(text + "\n")
+    (directory / MANIFEST).write_text(_text(files))
+
+
+def seal(directory: epath.Path) -> None:
+    """Adds the files that the commit wrote; raises OSError, or ValueError of a damaged manifest.
+
+    A kill leaves the manifest of before, or this one.
+    """
+    files = _files_of(json_files.load(directory / MANIFEST))
+    files |= {name: _entry(directory / name) for name in _AT_COMMIT}
+    unfinished = directory / f"{MANIFEST}.new"
+    unfinished.write_text(_text(files))
+    unfinished.replace(directory / MANIFEST)
 
 
 def incomplete(directory: epath.Path) -> str | None:
@@ -53,8 +64,17 @@ def verify(directory: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None
 
 
 def committed(directory: epath.Path) -> bool:
-    """Whether this is a step that was once saved, whatever became of it since."""
-    return (directory / MANIFEST).exists() or (directory / COMMIT).exists()
+    """Whether this is a step that was once saved, whatever became of it since.
+
+    In gs:// nothing is renamed: a save that was killed may leave a manifest there, but none that
+    lists the marker.
+    """
+    if (directory / COMMIT).exists() or not (directory / MANIFEST).exists():
+        return (directory / COMMIT).exists()
+    try:
+        return COMMIT in _files_of(json_files.load(directory / MANIFEST))
+    except (OSError, ValueError):
+        return True  # damaged, as no kill leaves it
 
 
 def size(directory: epath.Path) -> int:
@@ -77,6 +97,10 @@ def _entry(path: epath.Path) -> dict[str, int | str]:
         while count := cast(io.BufferedReader, file).readinto(block):
             digest.update(block[:count])
     return {"size": path.stat().length, "sha256": digest.hexdigest()}
+
+
+def _text(files: dict[str, dict[str, int | str]]) -> str:
+    return json.dumps({"format": _FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def _listed(directory: epath.Path) -> dict[str, dict[str, int | str]]:

@@ -52,6 +52,25 @@ class _Handler(ocp.PyTreeCheckpointHandler):
         manifest.write(directory)
 
 
+class _Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A step until it has its name; the manifest takes in at once what the commit wrote.
+
+    `finalize` runs on process 0, and the other processes wait for it.
+    """
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        manifest.seal(self.get_final())
+
+
+class _Marked(ocp.path.atomicity.CommitFileTemporaryPath):
+    """The same where nothing can be renamed: a step until it has its marker."""
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        manifest.seal(self.get_final())
+
+
 # Orbax finds a handler by the type of its arguments.
 @ocp.args.register_with_handler(_Handler, for_save=True)
 class _Save(ocp.args.PyTreeSave):
@@ -83,7 +102,8 @@ class Checkpoints:
         # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step stays at a few
         # files however many leaves and devices there are.
         self._handler = _Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(self._handler)
+        unfinished = _Marked if "://" in os.fspath(root) else _Renamed
+        self._orbax = ocp.AsyncCheckpointer(self._handler, temporary_path_class=unfinished)
         quiet_orbax()
 
     def steps(self) -> list[int]:

@@ -20,6 +20,9 @@ class DataConfig:
     field: str = "text"  # the JSONL field or Parquet column that holds the text
     tokenizer: str = "bytes"  # bytes | path of a tokenizer.json | path of a SentencePiece .model
     sequence_length: int = 256  # tokens a row
+    # Times each source is read before the run ends; 0: for ever.  The learning rate follows the
+    # schedule of train.steps all the same.
+    max_epochs: int = 0
     heldout_fraction: float = 0.05  # share of documents (by content hash) kept for evaluation
     store: str = ""  # where the tokenised store lies; empty: WORKDIR/../stores
     # name -> {source (text), files, field (text), weight (1)}; replaces source, files and field.
@@ -28,6 +31,8 @@ class DataConfig:
     def __post_init__(self):
         if self.sequence_length < 2:
             raise UserError(f"data.sequence_length is {self.sequence_length}: set 2 or more.")
+        if self.max_epochs < 0:
+            raise UserError(f"data.max_epochs is {self.max_epochs}: set 0 or more.")
         if not 0 < self.heldout_fraction < 1:
             raise UserError(
                 f"data.heldout_fraction is {self.heldout_fraction}: set a share between 0 and 1."

@@ -8,7 +8,9 @@ shuffle, repeat and mix), never from what was read before, by whom or on how man
 Axes: B rows asked for, T positions.
 """
 
+import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from jaxtyping import Integer
 from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
 from moe_jax.errors import UserError
 
+ENDLESS = 2**53  # rows: no run reads so many
 HELDOUT_SEED = 0  # every run evaluates on the same windows in the same order
 
 
@@ -36,6 +39,17 @@ class Batch(NamedTuple):
     sources_BT: Any  # int32, source id of the target
     bytes_BT: Any  # int32, UTF-8 bytes of the target; a document's sum is exact (eos counts 1)
     row_B: Any  # int32, row of the global batch
+
+
+class Supply(NamedTuple):
+    """How far text reaches that may be read only so often."""
+
+    steps: int  # whole batches
+    stream: int  # whose windows do not reach for one more
+
+    def text(self, streams: Sequence[str]) -> str:
+        """What is used up, for a person: all of it, or one of several `streams`."""
+        return f"text of data.mixture.{streams[self.stream]}" if len(streams) > 1 else "text"
 
 
 class Windows:
@@ -125,7 +139,7 @@ class Batches:
 
     def __init__(self, windows: Windows, weights: Sequence[float], seed: int, batch_size: int):
         self.batch_size = batch_size
-        self._windows = windows
+        self._windows, self._weights = windows, weights
         streams = []
         for i, (start, stop) in enumerate(
             zip(windows.starts[:-1], windows.starts[1:], strict=True)
@@ -133,7 +147,7 @@ class Batches:
             stream_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
             numbers = grain.MapDataset.range(int(start), int(stop))
             streams.append(numbers.seed(stream_seed).shuffle().repeat())
-        self._order = grain.MapDataset.mix(streams, weights)
+        self._order = self._mix(streams)
 
     @classmethod
     def for_training(
@@ -168,6 +182,30 @@ class Batches:
     def rows_per_epoch(self) -> int:
         """Windows in the training split."""
         return len(self._windows)
+
+    def supply(self, epochs: int) -> Supply | None:
+        """Where a stream would begin another epoch after `epochs`; None: nowhere (0, or far off).
+
+        Args:
+          epochs: times that each window may be read; 0: for ever.
+        """
+        limits = [min(epochs * int(n), ENDLESS) for n in np.diff(self._windows.starts)]
+        # Grain's length is a quotient, its order made of whole numbers: the row is near that.  What
+        # a stream of M has given is less than M away from its share.
+        near = len(self._mix([grain.MapDataset.range(n) for n in limits])) if epochs else ENDLESS
+        if near >= ENDLESS:
+            return None
+        slack = (len(limits) + 1) * math.ceil(sum(self._weights) / min(self._weights)) + 8
+        endless = grain.MapDataset.range(sys.maxsize)
+        places: Any = self._mix([endless.map(lambda n, i=i: (i, n)) for i in range(len(limits))])
+        for row in itertools.count(max(0, near - slack)):
+            stream, place = places[row]
+            if place >= limits[stream]:
+                return Supply(row // self.batch_size, stream)
+        raise AssertionError("an endless count ends")
+
+    def _mix(self, streams: Sequence[grain.MapDataset]) -> grain.MapDataset:
+        return grain.MapDataset.mix(streams, self._weights)
 
     def window_ids(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Integer[np.ndarray, "B"]:
         """Which windows the rows of a step hold (example ids, for audits)."""

@@ -13,7 +13,7 @@ from moe_jax import json_files
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.train.report import METRICS, read_row
+from moe_jax.train.report import METRICS, is_last, read_row
 
 DONE = "done"
 _NO_RUNS_BELOW = {"checkpoints", "stores", "tensorboard", "profile"}
@@ -139,6 +139,8 @@ def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], br
     if not all(math.isfinite(number or 0.0) for number in last):
         return f"diverged at step {train[-1]['step']}"
     if any("eval_loss" in row and row["step"] >= steps for row in rows):
+        return DONE
+    if any(is_last(row, steps, config.data.max_epochs) for row in rows):
         return DONE
     return f"step {max((row['step'] for row in rows), default=0)} of {steps}"
 

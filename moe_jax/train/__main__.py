@@ -17,6 +17,7 @@ from moe_jax.parallel import distributed
 from moe_jax.parallel.distributed import lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
+from moe_jax.train.end import end_of
 from moe_jax.train.lock import alone_in
 from moe_jax.train.loop import SAMPLES, start_lowering, train
 from moe_jax.train.phases import Phases
@@ -81,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
             if lead:
                 resolved = to_json(run.config)
                 write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
-            reporter = Reporter(workdir, config.train.steps, lead, start if start else None)
+            last = end_of(run, rewinds.history).step
+            reporter = Reporter(workdir, last, lead, start if start else None)
             if lead:
                 note_settings(run, start)  # after later rows are set aside
 

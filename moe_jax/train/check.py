@@ -23,7 +23,7 @@ from moe_jax.config import Config, from_config_dict, read_config, to_dict
 from moe_jax.errors import UserError
 from moe_jax.model.stack import define
 from moe_jax.train import flags
-from moe_jax.train.report import METRICS, has_eval
+from moe_jax.train.report import METRICS, has_last_eval
 from moe_jax.train.resolve import check_shapes
 from moe_jax.train.setup import settle
 from moe_jax.train.state import make_optimizer
@@ -46,7 +46,7 @@ def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
     problem, finished, changed = None, False, []
     try:
         config, workdir = checked(arguments, num_devices)
-        finished = has_eval(workdir / METRICS, config.train.steps)
+        finished = has_last_eval(workdir / METRICS, config.train.steps, config.data.max_epochs)
         changed = _changed(config, workdir) if finished else []
     except UserError as error:
         problem = str(error)

@@ -33,24 +33,24 @@ class Control:
     and told to the others every `log_every` steps; a single process looks after every step.
     """
 
-    def __init__(self, config: Config, workdir: Folder, start: int):
-        self._config = config
+    def __init__(self, config: Config, workdir: Folder, last: int):
+        self._config, self._last = config, last
         self._stop_file = workdir / STOP_FILE
         self._saved_at = time.monotonic()
         self.save_now = False  # after the last `after`
 
     def after(self, done: int, preemption: Preemption) -> Stop:
         """What to do after `done` steps; sets `save_now`."""
-        save, train = self._config.checkpoint, self._config.train
+        save = self._config.checkpoint
         asked = due = False
         if jax.process_count() == 1:
             asked, due = self._look()
-        elif done % train.log_every == 0:
+        elif done % self._config.train.log_every == 0:
             asked, due = multihost_utils.broadcast_one_to_all(np.array(self._look())).tolist()
         self.save_now = bool(due or (save.every_steps and done % save.every_steps == 0))
         preempted = preemption.reached(done)
         stop = Stop.NO
-        if done >= train.steps:
+        if done >= self._last:
             stop = Stop.END
         elif preempted:
             stop = Stop.PREEMPTED

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.links import own
 
 
 class Lines:
@@ -14,6 +15,7 @@ class Lines:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
+        own(path)
         # Unbuffered: a row is one write, so a kill leaves at most one torn line, the last.
         self._file = path.open("ab+", buffering=0)
         if self._file.tell():

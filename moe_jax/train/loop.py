@@ -10,12 +10,13 @@ import jax
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.train.control import Control, Stop
+from moe_jax.train.end import End, end_of
 from moe_jax.train.evaluate import Evaluator, batch_shardings, write_samples
 from moe_jax.train.flight import FlightRecorder
 from moe_jax.train.phases import Phases
 from moe_jax.train.profile import Profiler
 from moe_jax.train.replica_check import ReplicaCheck
-from moe_jax.train.report import METRICS, Reporter, has_eval
+from moe_jax.train.report import METRICS, Reporter, has_last_eval
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.settings import settings_go_back
 from moe_jax.train.setup import Run, restored_state
@@ -40,14 +41,20 @@ def train(
     Where too many steps in a row are refused the run goes back, as often as `train.max_rewinds`
     allows.  Whatever ends the run, the last step is in a checkpoint, unless it diverged.
     """
-    start, total = int(state.step), run.config.train.steps
+    start, end = int(state.step), end_of(run, rewinds.history)
     evaluate = Evaluator(run)
+    if end.line:
+        reporter.say(end.line)
 
     # ---- already there: only what a kill after the last step may have cost
-    if start >= total:
-        reporter.say(f"step {start} of {total} is done: raise train.steps to go on")
-        if not has_eval(run.workdir / METRICS, start):
-            _finish(run, state, evaluate, reporter, watch)
+    if start >= end.step:
+        if end.epochs:
+            reporter.say(f"{_used_up(start, end)} is done, raise data.max_epochs to go on")
+        else:
+            reporter.say(f"step {start} of {end.of} is done: raise train.steps to go on")
+        last = end.of if end.epochs else start
+        if not has_last_eval(run.workdir / METRICS, last, end.epochs):
+            _finish(run, state, evaluate, reporter, watch, end)
         return DONE
 
     # ---- steps
@@ -75,7 +82,10 @@ def train(
     assert now is not None
     done = int(now.step)
     if stop is Stop.END:
-        _finish(run, now, evaluate, reporter, watch)
+        end = end_of(run, rewinds.history)
+        _finish(run, now, evaluate, reporter, watch, end)
+        if end.epochs:
+            reporter.say(_used_up(done, end))
     with watch("checkpoint"):
         run.checkpoints.wait()
     if stop is Stop.PREEMPTED:
@@ -114,14 +124,16 @@ class _Steps:
         """From `state` to a reason to stop; the last state is saved, or of no use (None)."""
         run, reporter, watch = self._run, self._reporter, self._watch
         config, rows = run.config, self._rewinds.rows(run.batches)
-        start, total = int(state.step), config.train.steps
+        start, total = int(state.step), end_of(run, self._rewinds.history).step
+        if start >= total:  # going back has left out all the data there was
+            return Stop.END, state
         with DeviceFeed(rows, run.microbatch, batch_shardings(run), start, total) as feed:
             with watch("data"):
                 step_number, batch = next(feed)
             step_fn = self._compiled()
-            control = Control(config, run.workdir, start)
+            control = Control(config, run.workdir, total)
             flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
-            log = StepLog(run, reporter, flight, start, int(state.guard["changed"]))
+            log = StepLog(run, reporter, flight, start, int(state.guard["changed"]), total)
             self.log, stop = log, Stop.NO
             while stop is Stop.NO:
                 if self.profiler.turns(step_number):
@@ -216,8 +228,12 @@ def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {})
     run.checkpoints.save(step, to_disk(state, run.model.layout), beside)
 
 
+def _used_up(step: int, end: End) -> str:
+    return f"the {end.text} is used up: step {step} of {end.of}"
+
+
 def _finish(
-    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases
+    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases, end: End
 ) -> None:
     """The last evaluation and the samples; the last checkpoint is written meanwhile."""
     step = int(state.step)
@@ -226,7 +242,9 @@ def _finish(
         row = evaluate(state)
         write_samples(run, state, step, texts.append)
     if texts and jax.process_index() == 0:
+        (run.workdir / SAMPLES).unlink(missing_ok=True)  # its other names keep what they have
         (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
     for text in texts:
         reporter.say(text)
-    reporter.log({"step": step, **row})  # last: its presence says that all of this was done
+    why = {"max_epochs": end.epochs} if end.epochs else {}
+    reporter.log({"step": step, **why, **row})  # last: its presence says that all of this was done

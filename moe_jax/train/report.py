@@ -220,12 +220,27 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
         os.replace(unfinished, target)
 
 
-def has_eval(path: Folder, step: int) -> bool:
-    """Whether a metrics file holds held-out results of `step`."""
-    if not path.exists():
-        return False
-    rows = (read_row(line) for line in json_files.read_lines(path))
-    return any(row is not None and row["step"] == step and "eval_loss" in row for row in rows)
+def has_last_eval(path: Folder, steps: int, max_epochs: int) -> bool:
+    """Whether a metrics file holds held-out results of the end of a run.
+
+    Args:
+      steps: train.steps, which end a run.
+      max_epochs: data.max_epochs, which may have ended it before; 0: that does not count.
+    """
+    return any(is_last(row, steps, max_epochs) for row in _rows(path))
+
+
+def is_last(row: Mapping[str, Any], steps: int, max_epochs: int) -> bool:
+    """Whether a row holds the held-out results of the end of a run (see `has_last_eval`)."""
+    used_up = max_epochs > 0 and row.get("max_epochs") == max_epochs and row["step"] < steps
+    return "eval_loss" in row and (row["step"] == steps or used_up)
+
+
+def _rows(path: Folder) -> Iterator[dict[str, Any]]:
+    for line in json_files.read_lines(path) if path.exists() else ():
+        row = read_row(line)
+        if row is not None:
+            yield row
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:

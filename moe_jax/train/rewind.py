@@ -56,6 +56,11 @@ def data_step(rewinds: Sequence[Rewind], step: int) -> int:
     return step
 
 
+def last_step(rewinds: Sequence[Rewind], data_steps: int) -> int:
+    """The last step of the run, where the data has so many steps."""
+    return rewinds[-1].step + data_steps - rewinds[-1].data_step if rewinds else data_steps
+
+
 def ordered_rows(batches: Batches, rewinds: Sequence[Rewind]) -> RowsFn:
     """The run's rows, for a feed: those of step n are those of `data_step(rewinds, n)`."""
     return lambda step, row_ids: batches.rows(data_step(rewinds, step), row_ids)

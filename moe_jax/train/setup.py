@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint, json_files
 from moe_jax.config import Config, read_config
 from moe_jax.data.build import build, store_root
-from moe_jax.data.pipeline import Batches, HeldOut
+from moe_jax.data.pipeline import Batches, HeldOut, Supply
 from moe_jax.data.store import Store
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
@@ -75,6 +75,7 @@ class Run:
     optimizer: Optimizer
     store: Store
     batches: Batches
+    supply: Supply | None  # of steps of the data, under data.max_epochs; None: for ever
     heldout: HeldOut
     checkpoints: checkpoint.Checkpoints
 
@@ -140,6 +141,13 @@ def prepare(
         config.data.sequence_length,
         config.model.confine_attention,
     )
+    supply = batches.supply(config.data.max_epochs)
+    if supply is not None and not supply.steps:
+        raise UserError(
+            f"The {supply.text(store.streams)}, read {config.data.max_epochs} times "
+            f"(data.max_epochs), makes no batch of {config.train.batch_size}: add text, raise that "
+            f"or lower train.batch_size."
+        )
     heldout = HeldOut(
         store,
         config.train.batch_size // config.train.accumulation,
@@ -148,7 +156,9 @@ def prepare(
     )
     for line in [*notes, *resolve.describe(config)]:
         say(line)
-    return Run(config, workdir, mesh, model, optimizer, store, batches, heldout, checkpoints)
+    return Run(
+        config, workdir, mesh, model, optimizer, store, batches, supply, heldout, checkpoints
+    )
 
 
 def set_numerics(config: Config) -> None:
@@ -221,6 +231,9 @@ def _check_resume(config: Config, saved: Config) -> list[str]:
             )
     steps, before = config.train.steps, saved.train.steps
     notes = [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
+    epochs, before = config.data.max_epochs, saved.data.max_epochs
+    if epochs != before:
+        notes.append(f"data.max_epochs was {before}, is {epochs}: same batches, another end")
     if config.mesh != saved.mesh:
         notes.append(f"mesh was {saved.mesh}, is {config.mesh}: same batches, equal to rounding")
     if config.model.dense:

@@ -26,6 +26,7 @@ class StepLog:
       start: the step that the run goes on from.
       changed: the last step that changed the parameters, as the state has it: `start`, or an
         earlier one where the run was stopped among refused steps.
+      end: the last step of the run.
 
     Attributes:
       diverged: why the run cannot go on, once too many steps in a row were refused; else "".
@@ -34,9 +35,15 @@ class StepLog:
     """
 
     def __init__(
-        self, run: Run, reporter: Reporter, flight: FlightRecorder, start: int, changed: int
+        self,
+        run: Run,
+        reporter: Reporter,
+        flight: FlightRecorder,
+        start: int,
+        changed: int,
+        end: int,
     ):
-        self.diverged, self.changed, self.last = "", changed, start
+        self.diverged, self.changed, self.last, self._end = "", changed, start, end
         self._run, self._reporter, self._flight, self._start = run, reporter, flight, start
         self._clock = Clock(run)
         self._running: tuple[int, StepMetrics, float] | None = None
@@ -59,8 +66,8 @@ class StepLog:
             self._clock.restart()
 
     def _ledger_due(self, step: int) -> bool:
-        train = self._run.config.train
-        return train.ledger_every > 0 and (step % train.ledger_every == 0 or step == train.steps)
+        every = self._run.config.train.ledger_every
+        return every > 0 and (step % every == 0 or step == self._end)
 
     def overflowed(self) -> None:
         """What was to be saved after the step logged last is not finite."""
@@ -78,7 +85,7 @@ class StepLog:
         if not metrics.skipped:
             self.changed = step
         refused = step - self.changed  # in a row
-        due = step % train.log_every == 0 or step in (self._start + 1, train.steps)
+        due = step % train.log_every == 0 or step in (self._start + 1, self._end)
         if due or refused:
             self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
         if self._ledger_due(step) and not refused:  # what is left out counts nowhere

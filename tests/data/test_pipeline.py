@@ -1,6 +1,8 @@
 """Rows: a pure function of (seed, step, row), each window once an epoch, by a plain oracle."""
 
+import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +76,51 @@ def test_streams_mix_by_weight_and_never_share_a_row(make_store):
             (source,) = set(sources[mask].tolist())
             counts[store.sources[source]] += 1
     assert counts == {"a": 300, "b": 100}
+
+
+def supply_by_counting(batches, counts, epochs):
+    """(steps, stream) by reading the order from its beginning."""
+    stream_of = np.repeat(np.arange(len(counts)), counts)
+    given = Counter()
+    for step in itertools.count():
+        for window in batches.window_ids(step, np.arange(batches.batch_size)):
+            stream = int(stream_of[window])
+            given[stream] += 1
+            if given[stream] > epochs * counts[stream]:
+                return step, stream
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "batch_size"),
+    [
+        ([60], [1.0], 7),
+        ([60], [1.0], 12),  # whole batches
+        ([5, 50], [1.0, 9.0], 4),
+        ([7, 31, 3], [0.3, 0.5, 0.17], 5),
+        ([40, 2, 11, 1], [3.1, 0.01, 1.0, 0.07], 3),
+    ],
+)
+def test_supply_is_what_counting_finds(counts, weights, batch_size):
+    windows = SimpleNamespace(starts=np.cumsum([0, *counts]))
+    batches = Batches(windows, weights, 3, batch_size)
+    for epochs in (1, 2, 5):
+        expected = supply_by_counting(batches, counts, epochs)
+        assert batches.supply(epochs) == expected
+    assert batches.supply(0) is None and batches.supply(2**52) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+@pytest.mark.full
+def test_supply_of_any_mixture(streams, batch_size, epochs):
+    counts, weights = zip(*streams, strict=True)
+    windows = SimpleNamespace(starts=np.cumsum([0, *counts]))
+    batches = Batches(windows, weights, 0, batch_size)
+    assert batches.supply(epochs) == supply_by_counting(batches, counts, epochs)
 
 
 def test_held_out_covers_every_window_once_then_pads(store):

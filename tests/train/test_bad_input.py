@@ -64,6 +64,20 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def test_a_source_that_may_be_read_too_seldom_for_one_batch(place, tmp_path):
+    """The whole text would do; the mixture asks more of one part than it has."""
+    short = write_corpus(tmp_path / "short", 4)
+    mixture = {"long": {"files": place.files}, "short": {"files": short, "weight": 3.0}}
+    config = small_config("", **{"data.max_epochs": 1, "data.heldout_fraction": 0.3})
+    data = dataclasses.replace(config.data, mixture=mixture)
+    train = dataclasses.replace(config.train, batch_size=64)
+    config = dataclasses.replace(config, data=data, train=train)
+    with pytest.raises(
+        UserError, match=r"The text of data.mixture.short, read 1 times .*, makes no batch of 64"
+    ):
+        prepare(config, tmp_path / "run", lambda line: None)
+
+
 def arguments(place: Place, workdir: Path, overrides: dict[str, object]) -> list[str]:
     return flags(workdir, place.files, **{"data.store": str(place.stores)} | overrides)
 

@@ -91,6 +91,23 @@ def test_finished_is_the_last_evaluation_of_these_steps(place):
     assert not (place / "run" / "lock").exists()
 
 
+def test_a_run_whose_text_was_used_up_is_finished(place):
+    """As long as it may not read more of it."""
+    (place / "run").mkdir()
+    metrics = place / "run" / "metrics.jsonl"
+    metrics.write_text('{"step": 4, "eval_loss": 2.0}\n')
+    flags = ["--config=configs/tiny.py", "--workdir=run", "--config.train.steps=8"]
+    twice = "--config.data.max_epochs=2"
+    assert not check([*flags, twice], 1)["finished"]
+    with metrics.open("a") as file:
+        file.write('{"step": 5, "max_epochs": 2, "eval_loss": 1.5}\n')
+    assert check([*flags, twice], 1)["finished"]
+    assert check([*flags, "--config.train.steps=9", twice], 1)["finished"]
+    for other in ([], ["--config.data.max_epochs=3"], [twice, "--config.train.steps=5"]):
+        finished = check([*flags, *other], 1)["finished"]
+        assert finished == ("--config.train.steps=5" in other)
+
+
 def test_what_a_finished_run_did_otherwise(place):
     (place / "run").mkdir()
     (place / "run" / "metrics.jsonl").write_text('{"step": 200, "eval_loss": 1.5}\n')

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.errors import UserError
-from moe_jax.train.rewind import REWINDS, Rewind, Rewinds, data_step, read_rewinds
+from moe_jax.train.rewind import REWINDS, Rewind, Rewinds, data_step, last_step, read_rewinds
 
 
 def line(step: int, data: int) -> Rewind:
@@ -26,6 +26,17 @@ def test_data_is_a_function_of_the_lines_and_the_step():
         taken[step:] = range(data, data + 40 - step)
         history.append(line(step, data))
         assert [data_step(history, n) for n in range(40)] == taken
+
+
+def test_the_last_step_is_the_last_that_has_data():
+    """Against counting on from where the run went back to."""
+    history = [line(10, 15), line(20, 28)]
+    for data_steps in (28, 29, 40):
+        last = 20
+        while data_step(history, last) < data_steps:
+            last += 1
+        assert last_step(history, data_steps) == last
+    assert last_step([], 28) == 28
 
 
 @pytest.fixture

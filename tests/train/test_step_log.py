@@ -27,7 +27,7 @@ def logged(monkeypatch):
     flight = SimpleNamespace(
         saw=lambda step, metrics: None, write=lambda why, last: records.append(why)
     )
-    return step_log.StepLog(run, reporter, flight, 0, 0), rows, ledger, lines, records
+    return step_log.StepLog(run, reporter, flight, 0, 0, 99), rows, ledger, lines, records
 
 
 def take(log, step, skipped, spike=False):

@@ -9,11 +9,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 from small_run import small_config, write_corpus
 
+from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import Preemption
 from moe_jax.train.control import STOP_FILE, Control, Stop
 from moe_jax.train.record import write_run_record
-from moe_jax.train.report import Reporter, has_eval
+from moe_jax.train.report import Reporter, has_last_eval
 from moe_jax.train.timekeeper import GOODPUT, Timekeeper
 from moe_jax.train.workdir import Mirror, is_remote, locate
 
@@ -55,6 +56,24 @@ def steps(folder):
     return [row["step"] for row in rows(folder)]
 
 
+def test_a_step_in_a_bucket_is_one_once_it_has_its_marker(bucket):
+    step = bucket / "run" / "checkpoints" / "8"
+    for name in ("weights", "_CHECKPOINT_METADATA"):
+        (step / name).write_text(name)
+    assert not manifest.committed(step)
+    manifest.write(step)
+    assert not manifest.committed(step)
+    (step / manifest.COMMIT).write_text("done")
+    assert manifest.committed(step) and manifest.verify(step) is None
+    manifest.seal(step)
+    assert manifest.verify(step) is None
+    assert [path.name for path in step.glob("*.new")] == []
+    (step / manifest.COMMIT).write_text("dome")
+    assert "commit_success.txt differs" in (manifest.verify(step) or "")
+    (step / manifest.COMMIT).unlink()  # lost since: no unfinished save, a bad step
+    assert manifest.committed(step) and manifest.verify(step)
+
+
 def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
     workdir = locate("gs://bucket/runs/one")
     with Reporter(workdir, 9, True, None) as reporter:
@@ -70,7 +89,8 @@ def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
         reporter.log({"step": 4, "eval_loss": 2.0})
     assert steps(workdir) == [1, 2, 3, 4, 4]
     assert [row.get("loss") for row in rows(workdir)][2:4] == [2.0, 2.0]
-    assert has_eval(workdir / "metrics.jsonl", 4) and not has_eval(workdir / "metrics.jsonl", 3)
+    metrics = workdir / "metrics.jsonl"
+    assert has_last_eval(metrics, 4, 0) and not has_last_eval(metrics, 3, 0)
     aside = json.loads((workdir / "metrics.jsonl.1.tail").read_text())
     assert (aside["step"], aside["loss"]) == (3, 1.0)
     now = {path.name for path in (workdir / "tensorboard").iterdir()}
@@ -113,7 +133,7 @@ def test_the_record_and_the_stop_file(bucket, tmp_path):
     write_run_record(str(workdir), "{}\n", {"train.steps": 3}, "abc")
     assert json.loads((workdir / "overrides.json").read_text()) == {"train.steps": 3}
 
-    control = Control(small_config(write_corpus(tmp_path)), workdir, 0)
+    control = Control(small_config(write_corpus(tmp_path)), workdir, 8)
     preemption = Preemption()
     assert control.after(1, preemption) is Stop.NO
     (workdir / STOP_FILE).write_text("")

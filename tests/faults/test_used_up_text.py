@@ -1,0 +1,89 @@
+"""Check 17: a run whose text may be read only so often ends where the next step would need more."""
+
+import signal
+
+import numpy as np
+import pytest
+from bad_batches import patches
+from small_run import eval_rows, flags, train_rows
+from trainer import OVERRIDES, checkpoints
+
+from moe_jax.data.store import open_store
+from moe_jax.parallel.distributed import DONE
+from moe_jax.train import guard
+from moe_jax.train.__main__ import main
+from moe_jax.train.check import check
+
+MANY = 10_000
+# Nothing is due at the end of the text but for its being the end.
+RUN = OVERRIDES | {"train.steps": MANY, "train.log_every": 1000, "checkpoint.every_steps": 0}
+
+
+def steps_of(workdir, epochs: int) -> int:
+    """Whole batches in so many epochs, by the length of the text."""
+    (manifest,) = (workdir.parent / "stores").glob("*/manifest.json")
+    windows = -(-(open_store(manifest.parent).train.num_tokens - 1) // 32)
+    return epochs * windows // 32
+
+
+@pytest.mark.full
+def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
+    workdir, twice = tmp_path / "run", tmp_path / "twice"
+
+    def run(where, epochs):
+        arguments = flags(where, corpus, **RUN, **{"data.max_epochs": epochs})
+        process = trainers(arguments)
+        assert process.finish() == DONE, process.text
+        return arguments, process.lines
+
+    arguments, lines = run(workdir, 1)
+    end = steps_of(workdir, 1)
+    notice = f"data.max_epochs 1: the text is used up after step {end}, the run ends there and not"
+    assert f"{notice} at train.steps {MANY}" in lines
+    assert f"the text is used up: step {end} of {MANY}" in lines
+    assert checkpoints(workdir).steps() == [end] and checkpoints(workdir).verify(end) is None
+    assert [row["step"] for row in train_rows(workdir)] == [1, end]
+    assert [row["step"] for row in eval_rows(workdir)] == [end]
+    assert check(arguments, 1)["finished"]
+
+    # ---- again: nothing is left to do
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    _, lines = run(workdir, 1)
+    assert (
+        f"the text is used up: step {end} of {MANY} is done, raise data.max_epochs to go on"
+        in lines
+    )
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+
+    # ---- with more of it: to the bits of a run that was never stopped
+    _, lines = run(workdir, 2)
+    assert f"resuming from step {end}" in lines
+    assert "data.max_epochs was 1, is 2: same batches, another end" in lines
+    later = steps_of(workdir, 2)
+    assert f"the text is used up: step {later} of {MANY}" in lines and later >= 2 * end
+    run(twice, 2)
+    for name in ("params", "optimizer", "router"):
+        mine, straight = (checkpoints(one).digest(later, name) for one in (workdir, twice))
+        assert mine == straight
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [4, 1])
+def test_data_left_out_by_going_back_is_used_up(tmp_path, corpus, monkeypatch, capfd, at):
+    """Bad batches in the middle, and up to the very last."""
+    asked: list[int] = []
+    straight = tmp_path / "straight"
+    more = RUN | {"data.max_epochs": 1, "checkpoint.every_steps": 2, "train.max_skipped": 1}
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["train", *flags(straight, corpus, **more)]) == DONE
+    data = steps_of(straight, 1)
+    bad = dict.fromkeys((data - at - 1, data - at), np.nan)
+    for change in (*patches(bad, asked), (guard, "LEAST", 3)):
+        monkeypatch.setattr(*change)
+    assert main(["train", *flags(tmp_path / "run", corpus, **more)]) == DONE
+    signal.signal(signal.SIGTERM, before)
+    assert max(asked) == data - 1 and "REWIND 1 of 2" in capfd.readouterr().out
+    end = checkpoints(tmp_path / "run").steps()[-1]
+    left_out = data - end
+    assert left_out >= 2 and sorted(set(asked)) == list(range(data))
+    assert [row["step"] for row in eval_rows(tmp_path / "run")] == [end]
