@@ -84,7 +84,7 @@ class MoE(nnx.Module):
         U = ACTIVATE[config.activation][0]
         self.router = make_router(moe)
         self.dispatch = make_dispatch(moe)
-        self.activation = config.activation
+        self.activation, self.matmul = config.activation, moe.matmul
         self.expert_dropout = moe.expert_dropout
         self.freeze_router = moe.freeze_router
         self.router_names = []
@@ -133,6 +133,7 @@ class MoE(nnx.Module):
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),
             self.activation,
+            self.matmul,
         )
         with jax.named_scope("dispatch"):
             y_GSD, kept_GSK = self.dispatch(
