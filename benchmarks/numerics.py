@@ -1,17 +1,20 @@
 """Does training in bfloat16 follow float32?  Two runs from one seed, and a third as yardstick.
 
-    python benchmarks/numerics.py [--steps=300] [--seeds=1]
+    python benchmarks/numerics.py [--float8] [--config=configs/tiny.py] [--steps=300] [--seeds=1]
         [--config.model.moe.dispatch=dropless ...]
 
-Each run is `python -m moe_jax.train --config=configs/tiny.py` in a process of its own; further
-arguments go to all of them.  The language-model loss is smoothed over 20 steps, and each run is
-compared with the one in float32: largest and mean relative difference of the smoothed losses.
-A run in float32 from another seed (other weights, other order of the data) shows how far apart
-losses are that nobody would tell apart; --seeds= leaves it out.  On a GPU or TPU float32 is meant
-in full: products at the highest precision.
+Each run is `python -m moe_jax.train` in a process of its own; further arguments go to all of them.
+The language-model loss is smoothed over 20 steps, and each run is compared with the first, in
+float32: largest and mean relative difference of the smoothed losses, and that of the last.  A run
+like the first from another seed (other weights, other order of the data) shows how far apart losses
+are that nobody would tell apart; --seeds= leaves it out.  On a GPU or TPU float32 is meant in full:
+products at the highest precision.
+
+--float8 asks instead whether float8 experts follow bfloat16 ones, dropless.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -28,46 +31,75 @@ WINDOW = 20  # steps
 QUIET = ("eval.every=0", "eval.batches=1", "eval.samples=0", "checkpoint.every_steps=0")
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run differs in."""
+
+    name: str
+    precision: str
+    seed: str = "0"
+    overrides: tuple[str, ...] = ()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--float8", action="store_true", help="float8 experts beside bfloat16")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.py"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", default="1", help="of further runs in float32")
+    parser.add_argument("--seeds", default="1", help="of further runs like the first")
     given, rest = parser.parse_known_args()
-    rows = [["run", "largest", "at step", "mean", "last smoothed loss"]]
+    shared = [f"--config={given.config}", f"--config.train.steps={given.steps}", *rest]
+    seeds = [seed for seed in given.seeds.split(",") if seed]
+    rows = [["run", "largest", "at step", "mean", "at the end", "last smoothed loss"]]
+    reference: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-
-        def losses(name: str, precision: str, seed: str) -> list[float]:
-            print(f"{name} ...", flush=True)
-            values = {"precision": precision, "seed": seed, "train.steps": given.steps}
-            arguments = [f"--config.{key}={value}" for key, value in values.items()]
-            return smoothed(train(Path(folder) / name, precision, [*arguments, *rest]))
-
-        reference = losses("float32", "float32", "0")
-        rows.append(["float32", "", "", "", f"{reference[-1]:.4f}"])
-        runs = [("bfloat16", "bfloat16", "0")]
-        runs += [(f"float32, seed {s}", "float32", s) for s in given.seeds.split(",") if s]
-        for name, precision, seed in runs:
-            found = losses(name, precision, seed)
-            far = [abs(b - a) / a for a, b in zip(reference, found, strict=True)]
-            worst = far.index(max(far))
-            cells = [f"{far[worst]:.3%}", str(worst + WINDOW), f"{statistics.mean(far):.3%}"]
-            rows.append([name, *cells, f"{found[-1]:.4f}"])
+        for run in float8_runs(seeds) if given.float8 else precision_runs(seeds):
+            print(f"{run.name} ...", flush=True)
+            found = smoothed(train(Path(folder) / run.name, run, shared))
+            reference = reference or found
+            rows.append([run.name, *differences(reference, found), f"{found[-1]:.4f}"])
             print(*rows[-1], flush=True)
     print(f"\n{table(rows, left=1)}")
 
 
-def train(workdir: Path, precision: str, arguments: list[str]) -> list[float]:
+def precision_runs(seeds: list[str]) -> list[Run]:
+    """The first is what the others are compared with."""
+    others = [Run(f"float32, seed {seed}", "float32", seed) for seed in seeds]
+    return [Run("float32", "float32"), Run("bfloat16", "bfloat16"), *others]
+
+
+def float8_runs(seeds: list[str]) -> list[Run]:
+    """Likewise, all dropless in bfloat16, the second with float8 experts."""
+    plain = Run("bfloat16", "bfloat16", overrides=("model.moe.dispatch=dropless",))
+    narrow = dataclasses.replace(
+        plain, name="float8", overrides=(*plain.overrides, "model.moe.matmul=float8")
+    )
+    others = [
+        dataclasses.replace(plain, name=f"bfloat16, seed {seed}", seed=seed) for seed in seeds
+    ]
+    return [plain, narrow, *others]
+
+
+def differences(reference: list[float], found: list[float]) -> list[str]:
+    """Largest, its step, mean, and that at the end."""
+    far = [abs(b - a) / a for a, b in zip(reference, found, strict=True)]
+    worst = far.index(max(far))
+    mean = statistics.mean(far)
+    return [f"{far[worst]:.3%}", str(worst + WINDOW), f"{mean:.3%}", f"{far[-1]:.3%}"]
+
+
+def train(workdir: Path, run: Run, arguments: list[str]) -> list[float]:
     """The language-model loss of each step of one run."""
+    own = (f"precision={run.precision}", f"seed={run.seed}", *run.overrides)
     command = [
         *(sys.executable, "-m", "moe_jax.train"),
-        f"--config={ROOT / 'configs' / 'tiny.py'}",
         f"--workdir={workdir}",
         "--config.train.log_every=1",
-        *(f"--config.{value}" for value in QUIET),
+        *(f"--config.{value}" for value in (*QUIET, *own)),
         *arguments,
     ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    if precision == "float32":
+    if run.precision == "float32":
         env["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -25,11 +25,11 @@ class Attention(nnx.Module):
         own = param_dtype(dtype)
         self.implementation = config.attention
         query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
-        self.q_DHA = param(rngs, "q", (D, H, A), ("embed", *query), fan_in(D), own)
-        self.k_DJA = param(rngs, "k", (D, J, A), ("embed", *key_value), fan_in(D), own)
-        self.v_DJA = param(rngs, "v", (D, J, A), ("embed", *key_value), fan_in(D), own)
+        self.q_DHA = param(rngs, "q", (D, H, A), ("embed", *query), fan_in(D), own, narrow=True)
+        self.k_DJA = param(rngs, "k", (D, J, A), ("embed", *key_value), fan_in(D), own, narrow=True)
+        self.v_DJA = param(rngs, "v", (D, J, A), ("embed", *key_value), fan_in(D), own, narrow=True)
         out_init = residual_fan_in(H * A, config.num_layers)
-        self.o_HAD = param(rngs, "o", (H, A, D), (*query, "embed"), out_init, own)
+        self.o_HAD = param(rngs, "o", (H, A, D), (*query, "embed"), out_init, own, narrow=True)
         self.q_norm = _qk_norm(config, H, "heads", dtype, scoped(rngs, "q_norm"))
         self.k_norm = _qk_norm(config, J, "kv_heads", dtype, scoped(rngs, "k_norm"))
 

@@ -20,13 +20,13 @@ class DenseFFN(nnx.Module):
         D, F, own = config.width, config.ffn_width, param_dtype(dtype)
         into, out = ("embed", "mlp"), ("mlp", "embed")
         out_init = residual_fan_in(F, config.num_layers)
-        self.w_in_DF = param(rngs, "w_in", (D, F), into, fan_in(D), own)
+        self.w_in_DF = param(rngs, "w_in", (D, F), into, fan_in(D), own, narrow=True)
         self.w_gate_DF = (
-            param(rngs, "w_gate", (D, F), into, fan_in(D), own)
+            param(rngs, "w_gate", (D, F), into, fan_in(D), own, narrow=True)
             if config.activation == "swiglu"
             else None
         )
-        self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own)
+        self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own, narrow=True)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up_BTF = _project(x_BTD, self.w_in_DF)

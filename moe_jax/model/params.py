@@ -26,8 +26,12 @@ def param(
     logical_axes: Sequence[str | None],
     init: Initializer,
     dtype: Any,
+    *,
+    narrow: bool = False,
 ) -> nnx.Param:
     """A parameter whose metadata `logical_axes` names one axis (or None) for each dimension.
+
+    `narrow`: it is read in the computation's dtype alone, so a copy in that dtype serves as well.
 
     Its key is the `params` key of `rngs` folded with `name`, never a counter: the value does not
     depend on which other parameters exist or on their order.
@@ -35,7 +39,8 @@ def param(
     if len(shape) != len(logical_axes):
         raise ValueError(f"parameter {name}: shape {shape} against logical axes {logical_axes}")
     key = jax.random.fold_in(rngs.params.key.get_value(), zlib.crc32(name.encode()))
-    return nnx.Param(init(key, tuple(shape), dtype), logical_axes=tuple(logical_axes))
+    value = init(key, tuple(shape), dtype)
+    return nnx.Param(value, logical_axes=tuple(logical_axes), narrow=narrow)
 
 
 def truncated_normal(std: float) -> Initializer:

@@ -36,6 +36,7 @@ class ModelDef:
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
     abstract: Params  # jax.ShapeDtypeStruct of every parameter
     logical_axes: Params  # tuple of logical axis names of every parameter
+    narrow: Params  # whether the parameter is read in `dtype` alone
 
 
 def define(config: ModelConfig, dtype: Any) -> ModelDef:
@@ -48,6 +49,7 @@ def define(config: ModelConfig, dtype: Any) -> ModelDef:
     trunk, blocks, states = _split(model)
     abstract = _map(states, _value)
     axes = _map(states, lambda variable: variable.get_metadata("logical_axes"))
+    narrow = _map(states, lambda variable: variable.get_metadata("narrow", False))
     layout = make_layout(config)
     return ModelDef(
         config=config,
@@ -59,6 +61,7 @@ def define(config: ModelConfig, dtype: Any) -> ModelDef:
         logical_axes=to_stacked(
             axes, layout, lambda *leaves: ("layers", *leaves[0]), is_leaf=is_axes
         ),
+        narrow=to_stacked(narrow, layout, lambda *leaves: leaves[0]),
     )
 
 

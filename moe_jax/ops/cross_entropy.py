@@ -163,7 +163,8 @@ def _chunked(x_ND, head_DV, targets_N, mask_N, z_weight, chunk) -> CrossEntropy:
 
 
 def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradients=True):
-    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    wide, own = jnp.promote_types(x_ND.dtype, jnp.float32), head_DV.dtype
+    head_DV = head_DV.astype(x_ND.dtype)  # once: XLA leaves a cast in the loop that it stands in
 
     def one_chunk(carry, inputs):
         (nll, z, d_head), (x, targets, mask) = carry, inputs
@@ -178,7 +179,7 @@ def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradient
             return (nll, z, d_head), None
         slope = (1 + 2 * z_weight * lse) / total
         d_logits = jnp.where(mask[:, None], shifted * slope - hit, 0).astype(x.dtype)
-        d_x = jnp.einsum("NV,DV->ND", d_logits, head_DV.astype(x.dtype))
+        d_x = jnp.einsum("NV,DV->ND", d_logits, head_DV)
         d_head += jnp.einsum("ND,NV->DV", x, d_logits, preferred_element_type=wide)
         return (nll, z, d_head), d_x
 
@@ -190,7 +191,7 @@ def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradient
     out = CrossEntropy(nll + z_weight * z, nll, z, mask_N.sum().astype(wide))
     if not gradients:
         return out, None
-    return out, (d_x.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], d_head.astype(head_DV.dtype))
+    return out, (d_x.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], d_head.astype(own))
 
 
 def _chunked_backward(z_weight, chunk, residuals, cotangents):

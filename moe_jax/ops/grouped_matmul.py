@@ -40,11 +40,21 @@ def _backward(saved, dy_NF):
     x_ND, w_EDF, sizes_E = saved
     kernels = _kernels(x_ND, w_EDF)
     dx_ND = _run("input_gradient", dy_NF, w_EDF, sizes_E, kernels=kernels)
-    dw_EDF = _run("weight_gradient", x_ND, dy_NF, sizes_E, kernels=kernels)
+    dw_EDF = weight_gradient(x_ND, w_EDF, dy_NF, sizes_E)
     return dx_ND, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_save, _backward)
+
+
+def weight_gradient(
+    x_ND: Float[Array, "N D"],
+    w_EDF: Float[Array, "E D F"],
+    dy_NF: Float[Array, "N F"],
+    sizes_E: Int[Array, "E"],
+) -> Float[Array, "E D F"]:
+    """dw[e] = x[rows of e]^T @ dy[rows of e], by the implementation that these operands get."""
+    return _run("weight_gradient", x_ND, dy_NF, sizes_E, kernels=_kernels(x_ND, w_EDF))
 
 
 def _kernels(x_ND: jax.Array, w_EDF: jax.Array) -> dict[str, str]:

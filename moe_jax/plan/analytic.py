@@ -22,7 +22,7 @@ from moe_jax.plan.lowering import Plan, split_ways
 class Memory(NamedTuple):
     """Bytes a device holds at the fullest moment of a step, by what they are for."""
 
-    parameters: float
+    parameters: float  # and their copies in the compute dtype
     optimizer: float
     gradients: float
     activations: float
@@ -105,7 +105,7 @@ def estimate(plan: Plan) -> Memory:
     to the last; unrolled ones make them one by one, in the compute dtype, while what was saved
     for them is given up.
     """
-    parameters, optimizer = state_bytes(plan)
+    parameters, copies, optimizer = state_bytes(plan)
     local = local_sizes(plan)
     model, c = local.model, local.c
     # With several microbatches there are the sum of the gradients and those of one.
@@ -116,19 +116,16 @@ def estimate(plan: Plan) -> Memory:
     logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
     gathered = gathered_bytes(plan, local)
     fixed = all_to_alls(plan) * local.M * model.width * c
-    if plan.model.layout.repeats:
-        # XLA takes the weights' cast to the compute dtype out of the loops.
-        fixed += parameters * c / 4
 
     def moment(gradients, activations, dispatch=0.0, collectives=0.0):
         gradients += summed + head * 4
         collectives += fixed
-        return Memory(parameters, optimizer, gradients, activations, dispatch, collectives)
+        return Memory(parameters + copies, optimizer, gradients, activations, dispatch, collectives)
 
     moments = [moment(0.0, saved + logits, collectives=head * c)]
     if plan.model.layout.repeats:
         back = saved + layer.activations
-        moments.append(moment(parameters, back, layer.dispatch, 2 * gathered))
+        moments.append(moment(_gradient_bytes(plan), back, layer.dispatch, 2 * gathered))
     else:
         one = saved / model.num_layers
         made = parameters * c / 4
@@ -138,14 +135,22 @@ def estimate(plan: Plan) -> Memory:
     return max(moments, key=lambda memory: memory.total)
 
 
-def state_bytes(plan: Plan) -> tuple[float, float]:
-    """Parameters and optimizer state, exact."""
-    parameters = optimizer = 0.0
+def state_bytes(plan: Plan) -> tuple[float, float, float]:
+    """Parameters, their copies in the compute dtype and optimizer state, exact."""
+    parameters = copies = optimizer = 0.0
     for leaf in plan.leaves:
         ways = split_ways(leaf.axes, plan.mesh.shape)
         parameters += leaf.bytes / ways
+        copies += leaf.copy / ways
         optimizer += leaf.beside / ways + leaf.whole
-    return parameters, optimizer
+    return parameters, copies, optimizer
+
+
+def _gradient_bytes(plan: Plan) -> float:
+    """Of one microbatch: a parameter with a copy has its gradient in the copy's dtype."""
+    return sum(
+        (leaf.copy or leaf.bytes) / split_ways(leaf.axes, plan.mesh.shape) for leaf in plan.leaves
+    )
 
 
 def moe_layers(model: ModelConfig) -> int:

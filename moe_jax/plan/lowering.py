@@ -17,6 +17,7 @@ from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from moe_jax.parallel.rules import spec
 from moe_jax.train import resolve
+from moe_jax.train.copies import path_name
 from moe_jax.train.state import abstract_state, make_optimizer, placed_state
 from moe_jax.train.step import StepOptions, abstract_batch, jit_train_step
 
@@ -28,6 +29,7 @@ class Leaf(NamedTuple):
     axes: tuple[str | None, ...]  # logical
     size: int  # numbers
     bytes: int
+    copy: int  # bytes of its copy in the computation's dtype
     beside: int  # bytes of optimizer state of its shape, split as it is
     whole: int  # bytes of other optimizer state, whole on every device
 
@@ -74,12 +76,16 @@ def _leaves(model: ModelDef, optimizer: Optimizer) -> tuple[Leaf, ...]:
     params = jax.tree.leaves_with_path(state.params)
     axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
     moments = jax.tree.structure(state.params).flatten_up_to(state.optimizer)
+    paths = jax.tree.map_with_path(lambda path, _: path_name(path), state.params)
     found = []
-    for (path, param), names, tree in zip(params, axes, moments, strict=True):
+    for (path, param), name, names, tree in zip(
+        params, jax.tree.leaves(paths), axes, moments, strict=True
+    ):
         beside = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == param.shape)
         whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree)) - beside
         size = math.prod(param.shape)
-        found.append(Leaf(path[-1].key, names, size, _bytes(param), beside, whole))
+        copy = _bytes(state.copies[name]) if name in state.copies else 0
+        found.append(Leaf(path[-1].key, names, size, _bytes(param), copy, beside, whole))
     return tuple(found)
 
 

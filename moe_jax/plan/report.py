@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from moe_jax import checkpoint
 from moe_jax.model.flops import param_counts
 from moe_jax.parallel.hlo import Collectives, mesh_axes
 from moe_jax.plan.analytic import Memory
@@ -12,7 +11,7 @@ from moe_jax.plan.lowering import Plan
 from moe_jax.plan.roofline import Roofline, Traffic
 from moe_jax.plan.search import Found, Rejected, mesh_text
 from moe_jax.plan.topology import Topology
-from moe_jax.train.state import abstract_state
+from moe_jax.train.state import saved_bytes
 
 _DAY = 86_400
 
@@ -88,7 +87,7 @@ def describe_speed(
         f"MFU bound: {roof.mfu(roof.seconds):.1%}, and {roof.mfu(roof.exposed):.1%} "
         f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
     )
-    disk = checkpoint.disk_needed(abstract_state(plan.model, plan.optimizer))
+    disk = saved_bytes(plan.model, plan.optimizer)
     yield f"checkpoint: {gib(disk)}"
     rate = plan.tokens / roof.seconds
     yield f"tokens a day, at most: {rate * _DAY:.4g}"

@@ -53,7 +53,7 @@ def executed_flops(plan: Plan) -> float:
 def moved_bytes(plan: Plan) -> float:
     """Bytes between one device and its memory that no fusion avoids: the state once in and out,
     and every weight in the compute dtype for each pass of each microbatch."""
-    parameters, optimizer = state_bytes(plan)
+    parameters, copies, optimizer = state_bytes(plan)
     passes = 3 + (plan.config.model.remat != "none")
     c = local_sizes(plan).c
     sizes = plan.mesh.shape
@@ -61,7 +61,7 @@ def moved_bytes(plan: Plan) -> float:
         leaf.size * c / split_ways(leaf.axes, sizes, ("expert", "tensor")) for leaf in plan.leaves
     )
     again = plan.config.train.accumulation
-    return 2 * (parameters + optimizer) + 2 * parameters + passes * weights * again
+    return 2 * (parameters + optimizer) + copies + 2 * parameters + passes * weights * again
 
 
 def traffic(plan: Plan) -> list[Traffic]:

@@ -26,17 +26,18 @@ from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import resolve
+from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.record import DATA_RECORD
 from moe_jax.train.state import (
     TrainState,
-    abstract_state,
     everywhere,
     from_disk,
     make_optimizer,
     new_state,
     param_shardings,
     placed_state,
+    saved_bytes,
     state_shardings,
     to_disk,
 )
@@ -131,9 +132,7 @@ def prepare(
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )
-    checkpoint.check_disk(
-        checkpoints.root, checkpoint.disk_needed(abstract_state(model, optimizer))
-    )
+    checkpoint.check_disk(checkpoints.root, saved_bytes(model, optimizer))
     batches = Batches.for_training(
         store,
         config.seed,
@@ -289,7 +288,11 @@ def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
         say(f"starting from the weights in {init_from}")
         weights = _weights_of(run, init_from, say)  # refused before anything is compiled
     key = jax.random.key(run.config.seed, impl="threefry2x32")
-    return dataclasses.replace(new_state(run.model, run.optimizer, run.mesh, key), **weights)
+    state = new_state(run.model, run.optimizer, run.mesh, key)
+    if weights:
+        copies = make_copies(run.model, weights["params"])
+        state = dataclasses.replace(state, **weights, copies=copies)
+    return state
 
 
 def _disk_target(run: Run) -> dict[str, Any]:
@@ -329,9 +332,9 @@ def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
         )
         tree = tree | {"guard": fresh()}
     if not run.model.layout.repeats:
-        return from_disk(tree, run.model.layout)
+        return from_disk(tree, run.model)
     shardings = state_shardings(run.model, run.optimizer, run.mesh)
-    return jax.jit(lambda tree: from_disk(tree, run.model.layout), out_shardings=shardings)(tree)
+    return jax.jit(lambda tree: from_disk(tree, run.model), out_shardings=shardings)(tree)
 
 
 def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:

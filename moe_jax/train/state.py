@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.checkpoint import disk_needed
 from moe_jax.config import Config
 from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.model.moe.layer import first_router_state
@@ -16,18 +17,23 @@ from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, init_on, is_axes
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
+from moe_jax.train.copies import make_copies, of_copied
 from moe_jax.train.guard import first_guard
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router, guard."""
+    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router, guard.
+
+    And copies of weights in the computation's dtype, which follow from `params` (copies.py).
+    """
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
     params: Any
     optimizer: Any
     router: Any  # name -> [MoE layers, ...]; empty for most routers
     guard: Any  # name -> scalar (guard.py)
+    copies: Any = dataclasses.field(default_factory=dict)  # path -> weight
 
 
 jax.tree_util.register_dataclass(TrainState)
@@ -47,11 +53,12 @@ def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array)
 
     def rest(params):
         step, guard = jnp.zeros((), jnp.int32), first_guard(param_dtype(model.dtype))
-        return step, optimizer.init(params), _first_router_state(model), guard
+        copies = make_copies(model, params)
+        return step, optimizer.init(params), _first_router_state(model), guard, copies
 
-    places = (where.step, where.optimizer, where.router, where.guard)
-    step, moments, router, guard = jax.jit(rest, out_shardings=places)(params)
-    return TrainState(step, params, moments, router, guard)
+    places = (where.step, where.optimizer, where.router, where.guard, where.copies)
+    step, moments, router, guard, copies = jax.jit(rest, out_shardings=places)(params)
+    return TrainState(step, params, moments, router, guard, copies)
 
 
 def _first_router_state(model: ModelDef) -> dict[str, jax.Array]:
@@ -67,7 +74,8 @@ def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     router = jax.eval_shape(lambda: _first_router_state(model))
     guard = jax.eval_shape(lambda: first_guard(param_dtype(model.dtype)))
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(step, model.abstract, optimizer_state, router, guard)
+    copies = jax.eval_shape(lambda params: make_copies(model, params), model.abstract)
+    return TrainState(step, model.abstract, optimizer_state, router, guard, copies)
 
 
 def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -100,14 +108,19 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
 
     moments = jax.tree.map(beside, state.params, params, state.optimizer)
     router, guard = jax.tree.map(lambda _: whole, (state.router, state.guard))
-    return TrainState(whole, params, moments, router, guard)
+    return TrainState(whole, params, moments, router, guard, of_copied(model, params))
+
+
+def saved_bytes(model: ModelDef, optimizer: Optimizer) -> int:
+    """Of one checkpoint, rounded up a little."""
+    return disk_needed(dataclasses.replace(abstract_state(model, optimizer), copies={}))
 
 
 def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
     """The one form on disk: per-layer leaves under `params` and `optimizer`, whatever is scanned.
 
     Stacked leaves are cut on the host's side of a save where they are cut at all: unrolled states
-    pass through untouched.
+    pass through untouched.  Copies are left out.
     """
     return {
         "step": state.step,
@@ -118,15 +131,12 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
     }
 
 
-def from_disk(tree: dict[str, Any], layout: Layout) -> TrainState:
+def from_disk(tree: dict[str, Any], model: ModelDef) -> TrainState:
     """Inverse of `to_disk`."""
-    return TrainState(
-        tree["step"],
-        to_stacked(tree["params"], layout),
-        to_stacked(tree["optimizer"], layout),
-        tree["router"],
-        tree["guard"],
-    )
+    params = to_stacked(tree["params"], model.layout)
+    moments = to_stacked(tree["optimizer"], model.layout)
+    copies = make_copies(model, params)
+    return TrainState(tree["step"], params, moments, tree["router"], tree["guard"], copies)
 
 
 def all_finite(state: TrainState, mesh: Mesh) -> bool:

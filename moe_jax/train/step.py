@@ -19,6 +19,7 @@ from moe_jax.model.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
+from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.guard import Guard, judge, next_guard
 from moe_jax.train.state import TrainState, everywhere, state_shardings
 
@@ -78,6 +79,7 @@ def make_gradients(
 ) -> Callable[[Any, Any, Batch, jax.Array], tuple[Any, LossSums, Counts]]:
     """(params, router state, batch [A, B, T], step) -> gradients, sums of the loss, their counts.
 
+    Parameters may be given as their copies.
     The A microbatches are taken one after the other and their gradients added.
     """
 
@@ -100,7 +102,9 @@ def make_gradients(
         counts = count(batch, model.abstract["embed_VD"].dtype)
 
         def one(batch):
-            return jax.grad(microbatch, has_aux=True)(params, router, batch, step, counts)
+            grads, sums = jax.grad(microbatch, has_aux=True)(params, router, batch, step, counts)
+            # Those of copies come narrow; they are added up, and used, in the weights' own dtype.
+            return jax.tree.map(lambda g, own: g.astype(own.dtype), grads, model.abstract), sums
 
         first = jax.tree.map(lambda x: x[0], batch)
         if batch.row_B.shape[0] == 1:
@@ -124,7 +128,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on the global batch."""
-        grads, sums, counts = gradients(state.params, state.router, batch, state.step)
+        state, used = _without_copies(state)
+        grads, sums, counts = gradients(used, state.router, batch, state.step)
         with jax.named_scope("optimizer"):
             loss, norm = loss_values(sums, counts, model), optax.tree.norm(grads)
             if options.clip_norm:
@@ -136,6 +141,7 @@ def make_train_step(
             verdict = judge(state.guard, loss.total, norm, options.spike_factor)
             new = jax.tree.map(lambda new, old: jnp.where(verdict.accepted, new, old), new, state)
             guard = next_guard(state.guard, verdict, loss.total, norm, state.step + 1)
+            copies = make_copies(model, new.params)
         if options.debug and sums.moe is not None:
             jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
         metrics = StepMetrics(
@@ -148,9 +154,16 @@ def make_train_step(
             guard=guard,
             moe=sums.moe,
         )
-        return dataclasses.replace(new, step=state.step + 1, guard=guard), metrics
+        new = dataclasses.replace(new, step=state.step + 1, guard=guard, copies=copies)
+        return new, metrics
 
     return train_step
+
+
+def _without_copies(state: TrainState) -> tuple[TrainState, Any]:
+    """The state as the optimizer changes it, and the parameters as the model reads them."""
+    used = with_copies(state.params, state.copies)
+    return dataclasses.replace(state, copies={}), used
 
 
 def _next_router_state(model: ModelDef, state: Any, moe: MoEAux | None) -> Any:

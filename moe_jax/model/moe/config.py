@@ -9,6 +9,7 @@ from moe_jax.errors import UserError
 PRIORITIES = ("token", "choice", "batch")
 MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 BALANCE_SCOPES = ("group", "row", "global")
+MATMULS = ("compute", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class MoEConfig:
     # Of the routed experts' output, in training.  Switch (arXiv 2101.03961) drops inside the
     # experts; at their output the mask need not travel with the tokens.
     expert_dropout: float = 0.0
+    # Of the experts: compute (the model's dtype) | float8 (dispatch dropless; ops/float8.py).
+    matmul: str = "compute"
     freeze_router: bool = False  # the router's parameters and state stay as they are
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -63,8 +66,14 @@ class MoEConfig:
                 raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 0 or more.")
         if not 0 <= self.expert_dropout < 1:
             raise UserError(f"model.moe.expert_dropout is {self.expert_dropout}: set it in [0, 1).")
-        for name, known in (("priority", PRIORITIES), ("balance_scope", BALANCE_SCOPES)):
+        lists = {"priority": PRIORITIES, "balance_scope": BALANCE_SCOPES, "matmul": MATMULS}
+        for name, known in lists.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"model.moe.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
                 )
+        if self.matmul == "float8" and self.dispatch != "dropless":
+            raise UserError(
+                f"model.moe.matmul float8 multiplies sorted rows, which dispatch {self.dispatch} "
+                f"does not: set model.moe.dispatch to dropless."
+            )

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.remat import MOE_HIDDEN
+from moe_jax.ops.float8 import float8_grouped_matmul
 from moe_jax.ops.grouped_matmul import grouped_matmul
 
 
@@ -18,6 +19,9 @@ def _swiglu(gate, up):
 
 # name -> (U, function of U tensors [..., F])
 ACTIVATE = {"gelu": (1, jax.nn.gelu), "swiglu": (2, _swiglu)}
+
+# model.moe.matmul -> what multiplies consecutive rows
+_MULTIPLY = {"compute": grouped_matmul, "float8": float8_grouped_matmul}
 
 
 def _activate(name: str, h):
@@ -37,6 +41,7 @@ class Experts:
     w_in_EDUF: Float[Array, "E D U F"]
     w_out_EFD: Float[Array, "E F D"]
     activation: str
+    matmul: str = "compute"  # a key of _MULTIPLY
 
     @property
     def num_experts(self) -> int:
@@ -49,6 +54,7 @@ class Experts:
             w_in_EDUF=P("expert", None, None, "tensor"),  # pyright: ignore[reportArgumentType]
             w_out_EFD=P("expert", "tensor", None),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
+            matmul=self.matmul,
         )
 
     def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
@@ -70,12 +76,13 @@ class Experts:
 
     def _grouped(self, x_ND, sizes_E):
         E, D, U, F = self.w_in_EDUF.shape
-        h_NF = grouped_matmul(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
+        multiply = _MULTIPLY[self.matmul]
+        h_NF = multiply(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
         h_NF = checkpoint_name(h_NF, MOE_HIDDEN)
         a_NF = _activate(self.activation, h_NF)
-        return grouped_matmul(a_NF, self.w_out_EFD, sizes_E)
+        return multiply(a_NF, self.w_out_EFD, sizes_E)
 
 
 jax.tree_util.register_dataclass(
-    Experts, data_fields=["w_in_EDUF", "w_out_EFD"], meta_fields=["activation"]
+    Experts, data_fields=["w_in_EDUF", "w_out_EFD"], meta_fields=["activation", "matmul"]
 )

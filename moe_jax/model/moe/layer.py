@@ -84,7 +84,7 @@ class MoE(nnx.Module):
         U = ACTIVATE[config.activation][0]
         self.router = make_router(moe)
         self.dispatch = make_dispatch(moe)
-        self.activation = config.activation
+        self.activation, self.matmul = config.activation, moe.matmul
         self.expert_dropout = moe.expert_dropout
         self.freeze_router = moe.freeze_router
         self.router_names = []
@@ -97,8 +97,8 @@ class MoE(nnx.Module):
         into = ("experts", "expert_embed", None, "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
         out_init = residual_fan_in(F, config.num_layers)
-        self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own)
-        self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own)
+        self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own, narrow=True)
+        self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own, narrow=True)
         wide = dataclasses.replace(config, ffn_width=moe.shared_experts * F or F)
         self.shared = (
             DenseFFN(wide, dtype=dtype, rngs=scoped(rngs, "shared")) if moe.shared_experts else None
@@ -133,6 +133,7 @@ class MoE(nnx.Module):
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),
             self.activation,
+            self.matmul,
         )
         with jax.named_scope("dispatch"):
             y_GSD, kept_GSK = self.dispatch(

@@ -8,27 +8,30 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Int
 
 from moe_jax.ops.mosaic import ring
 from moe_jax.ops.mosaic.choose import ALIGN, Tiles, product_tiles
-from moe_jax.ops.mosaic.ring import DEPTH, SQUARE
+from moe_jax.ops.mosaic.ring import SQUARE
 
 
 def grouped_product(
-    x_NK: BFloat16[Array, "N K"],
-    w: BFloat16[Array, "E _ _"],
+    x_NK: BFloat16[Array, "N K"] | Float8e4m3fn[Array, "N K"],
+    w: BFloat16[Array, "E _ _"] | Float8e4m3fn[Array, "E _ _"],
     sizes_E: Int[Array, "E"],
     transpose: bool = False,
 ) -> BFloat16[Array, "N M"]:
     """x times w [E, K, M], or w [E, M, K] with `transpose`; float32 sums, rounded once.
+
+    Both in bfloat16, or both in float8_e4m3fn with `transpose`: Hopper's tensor cores read float8
+    with the contraction last alone.
 
     A row tile belongs to one group.  Its other rows are multiplied too but never stored, so NaN
     in them stays there.  Rows past the last group are not written.
     """
     N, K = x_NK.shape
     M = w.shape[1] if transpose else w.shape[2]
-    tiles = product_tiles(M)
+    tiles, depth = product_tiles(M), ring.depth(x_NK.dtype)
     col_tiles = M // tiles.cols
     table, count = row_tiles(sizes_E, N, tiles.rows)
 
@@ -46,12 +49,12 @@ def grouped_product(
             e, cols = table[0, m], pl.ds(col, tiles.cols)
 
             def load(k, slot, barrier):
-                depth = pl.ds(pl.multiple_of(k * DEPTH, DEPTH), DEPTH)
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tiles.rows), depth], a.at[slot], barrier)
-                source = w.at[e, cols, depth] if transpose else w.at[e, depth, cols]
+                part = pl.ds(pl.multiple_of(k * depth, depth), depth)
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tiles.rows), part], a.at[slot], barrier)
+                source = w.at[e, cols, part] if transpose else w.at[e, part, cols]
                 plgpu.copy_gmem_to_smem(source, b.at[slot], barrier)
 
-            return K // DEPTH, load
+            return K // depth, load
 
         def products(unit):
             m, row, col = place(unit, table, count)
@@ -68,16 +71,16 @@ def grouped_product(
                 top, left = pl.multiple_of(row + dr, ALIGN), pl.multiple_of(col + dc, piece_cols)
                 _store(sums, out, y, tiles, top, left, table[2, m], table[3, m])
 
-            return K // DEPTH, multiply, store
+            return K // depth, multiply, store
 
         ring.run(full, empty, tiles, count[0] * col_tiles, loads, products)
 
-    b_shape = (tiles.cols, DEPTH) if transpose else (DEPTH, tiles.cols)
+    b_shape = (tiles.cols, depth) if transpose else (depth, tiles.cols)
     # Whole pieces leave swizzled; the edges of a group plain, as runs of rows.
-    plain = plgpu.SMEM((ring.MULTIPLIERS, ring.STAGED, SQUARE, SQUARE), x_NK.dtype)
-    out = plgpu.RefUnion(ring.staging(x_NK.dtype), plain)
-    out_type = jax.ShapeDtypeStruct((N, M), x_NK.dtype)
-    kernel = ring.launch(body, out_type, tiles, (tiles.rows, DEPTH), b_shape, out)
+    plain = plgpu.SMEM((ring.MULTIPLIERS, ring.STAGED, SQUARE, SQUARE), jnp.bfloat16)
+    out = plgpu.RefUnion(ring.staging(jnp.bfloat16), plain)
+    out_type = jax.ShapeDtypeStruct((N, M), jnp.bfloat16)
+    kernel = ring.launch(body, out_type, tiles, x_NK.dtype, (tiles.rows, depth), b_shape, out)
     return kernel(table, count, x_NK, w)
 
 

@@ -16,17 +16,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, multiprocessors
 
-DEPTH = 64  # of one step of the contraction: 128 bytes, the widest swizzle
+SWIZZLE = 128  # bytes of one step of the contraction: the widest swizzle
 SQUARE = 64  # side of the pieces in which results leave
 STAGED = 2  # squares of one multiplier on their way out
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three warpgroups
 
 
+def depth(dtype: Any) -> int:
+    """Of one step of the contraction."""
+    return SWIZZLE // jnp.dtype(dtype).itemsize
+
+
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory that both the copy engine and the tensor cores read without bank conflicts."""
     # To pyright jax 0.12's classes are abstract; they are not.
-    tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, depth(dtype)))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
     transforms = (tiling, swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -36,12 +41,14 @@ def staging(dtype: Any) -> Any:
     return swizzled((MULTIPLIERS, STAGED, SQUARE, SQUARE), dtype)
 
 
-def launch(body: Callable, out_type: Any, tiles: Tiles, a_shape, b_shape, out: Any) -> Callable:
+def launch(
+    body: Callable, out_type: Any, tiles: Tiles, dtype: Any, a_shape, b_shape, out: Any
+) -> Callable:
     """A kernel of body(*inputs, result, a, b, full, empty, out); a and b are the ring's operands.
 
-    full: both operands of a slot have come.  empty: both multipliers are done with them.
+    dtype: theirs.  full: both operands of a slot have come.  empty: both multipliers are done with
+    them.
     """
-    dtype = out_type.dtype
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -13,7 +13,9 @@ from jaxtyping import Array, BFloat16, Int
 from moe_jax.ops.mosaic import ring
 from moe_jax.ops.mosaic.choose import ALIGN, weight_gradient_tiles
 from moe_jax.ops.mosaic.product import bounds
-from moe_jax.ops.mosaic.ring import DEPTH, SQUARE
+from moe_jax.ops.mosaic.ring import SQUARE
+
+DEPTH = ring.depth(jnp.bfloat16)
 
 
 def grouped_weight_gradient(
@@ -86,7 +88,8 @@ def grouped_weight_gradient(
     out_type = jax.ShapeDtypeStruct((E, D, F), x_ND.dtype)
     a_shape, b_shape = (DEPTH, tiles.rows), (DEPTH, tiles.cols)
     out = ring.staging(x_ND.dtype)
-    return ring.launch(body, out_type, tiles, a_shape, b_shape, out)(table, x_ND, dy_NF)
+    kernel = ring.launch(body, out_type, tiles, x_ND.dtype, a_shape, b_shape, out)
+    return kernel(table, x_ND, dy_NF)
 
 
 def longest_first(table: jax.Array, steps_E: jax.Array) -> jax.Array:

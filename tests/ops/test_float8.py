@@ -1,0 +1,80 @@
+"""Float8 products against a loop over groups in NumPy on the same rounded operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped_cases import arrays, loop
+
+from moe_jax.errors import UserError
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.ops import float8
+from moe_jax.ops.mosaic import choose
+
+N, D, F = 256, 128, 256
+INTERPRETED = jax.__version_info__ >= choose.FIRST_JAX
+SIZES = [37, 0, 150, 60]  # nine rows belong to nobody
+
+
+@pytest.fixture(scope="module")
+def operands():
+    return tuple(jnp.asarray(a) for a in arrays(SIZES, N, D, F, np.float32))
+
+
+def rounded(x, w):
+    """Both as float8 holds them, in float64."""
+    x8, scale = (np.asarray(a, np.float64) for a in float8.round_rows(x))
+    w8, scale_E = (np.asarray(a, np.float64) for a in float8.round_experts(w))
+    return x8 * scale, w8 * scale_E[:, None, None]
+
+
+def test_rounding_keeps_three_bits_of_every_row(operands):
+    """However large or small the row is; a row of zeros stays one."""
+    x = np.asarray(operands[0], np.float64)[: sum(SIZES)]
+    x = jnp.asarray(x * np.logspace(-18, 18, len(x))[:, None], jnp.bfloat16).at[5].set(0)
+    x8, scale = float8.round_rows(x)
+    want = np.asarray(x, np.float64)
+    found = np.asarray(x8, np.float64) * np.asarray(scale, np.float64)
+    highest = np.abs(want).max(1, keepdims=True)
+    # Half a unit of three bits, and below 2^-6 of 448 half the smallest step.
+    assert (np.abs(found - want) <= np.maximum(np.abs(want) / 16, highest * 2**-10 / 448)).all()
+    assert (found[5] == 0).all() and np.isfinite(found).all()
+
+
+def test_product_and_gradients(operands):
+    """Forward and dx multiply rounded operands, dw those that came; nobody's NaN leaks."""
+    x, w, dy = operands
+    owned, sizes_E = sum(SIZES), jnp.array(SIZES, jnp.int32)
+    x8, w8 = rounded(x, w)
+    dy8, _ = rounded(dy, w)
+    y, pullback = jax.vjp(lambda x, w: float8.float8_grouped_matmul(x, w, sizes_E), x, w)
+    dx, dw = pullback(dy)
+    y8, dx8, _ = loop(x8, w8, dy8, SIZES)
+    np.testing.assert_allclose(y[:owned], y8, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dx[:owned], dx8, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dw, loop(x, w, dy, SIZES)[2], rtol=1e-5, atol=1e-4)
+
+
+def test_kernel_in_the_interpreter(operands, monkeypatch):
+    """The kernel on float8 operands; where jax is too old for it, what runs instead."""
+    x, w, _ = operands
+    sizes_E = jnp.array(SIZES, jnp.int32)
+    x8, _ = float8.round_rows(x)
+    w8 = float8.round_experts(w)[0].swapaxes(1, 2)
+    expected = loop(x8, np.swapaxes(np.asarray(w8, np.float64), 1, 2), np.zeros((N, F)), SIZES)[0]
+    if not INTERPRETED:
+        found = float8._plain(jnp.bfloat16, x8, w8, sizes_E)
+    else:
+        from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
+
+        monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
+        with force_gpu_interpret_mode():
+            found = float8._kernel(x8, w8, sizes_E)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64)[: sum(SIZES)], expected, rtol=2**-8, atol=1
+    )
+
+
+def test_other_dispatch_paths_refuse_it():
+    with pytest.raises(UserError, match="float8 multiplies sorted rows, which dispatch capacity"):
+        MoEConfig(matmul="float8")

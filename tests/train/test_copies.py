@@ -1,0 +1,108 @@
+"""Copies of weights in the computation's dtype: what they stand for, and that they stay true."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config, DataConfig, TrainConfig
+from moe_jax.data.pipeline import Batch
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.stack import define
+from moe_jax.optim import OptimizerConfig
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
+from moe_jax.train.copies import make_copies, with_copies
+from moe_jax.train.state import make_optimizer, new_state
+from moe_jax.train.step import StepOptions, jit_train_step, make_gradients
+
+B, T, V = 4, 8, 50
+
+
+def make(accumulation: int, scan: bool, dtype=jnp.bfloat16):
+    """(model, options, mesh, state, step, batch): a dense block, then sparse ones."""
+    moe = MoEConfig(num_experts=4, expert_width=16, first_dense=1, shared_experts=1, group_rows=1)
+    model_config = ModelConfig(
+        vocab_size=V,
+        num_layers=3,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_width=32,
+        qk_norm="head",
+        scan_layers=scan,
+        moe=moe,
+    )
+    config = Config(
+        model=model_config,
+        data=DataConfig(sequence_length=T),
+        train=TrainConfig(batch_size=B, accumulation=accumulation),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    model, optimizer = define(config.model, dtype), make_optimizer(config)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    options = StepOptions.of(config)
+    state = new_state(model, optimizer, mesh, jax.random.key(0))
+    step = jit_train_step(model, optimizer, options, mesh)
+    return model, options, mesh, state, step, batch(accumulation)
+
+
+def batch(accumulation: int) -> Batch:
+    shape = (accumulation, B // accumulation, T)
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, V, (2, *shape), np.int32)
+    ones = np.ones(shape, np.int32)
+    return Batch(
+        tokens_BT=tokens,
+        targets_BT=targets,
+        segments_BT=ones,
+        positions_BT=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
+        loss_mask_BT=ones > 0,
+        sources_BT=0 * ones,
+        bytes_BT=ones,
+        row_B=np.arange(B, dtype=np.int32).reshape(shape[:2]),
+    )
+
+
+def assert_true(model, state) -> None:
+    fresh = make_copies(model, state.params)
+    assert fresh.keys() == state.copies.keys()
+    for name, copy in state.copies.items():
+        assert copy.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(copy, fresh[name], err_msg=name)
+
+
+def test_a_step_reads_copies_as_it_would_read_the_weights():
+    """The same bits: a weight that some layer reads in float32 may have no copy."""
+    model, options, mesh, state, step, given = make(accumulation=2, scan=True)
+    # Else XLA keeps more digits of some gradients than bfloat16 has, and not the same of both.
+    exact = {"xla_allow_excess_precision": False}
+    gradients = jax.jit(make_gradients(model, options, mesh), compiler_options=exact)
+    used = with_copies(state.params, state.copies)
+    names = {name.rsplit("/", 1)[1] for name in state.copies}
+    experts, attention = {"w_in_EDUF", "w_out_EFD"}, {"q_DHA", "k_DJA", "v_DJA", "o_HAD"}
+    assert names == experts | attention | {"w_in_DF", "w_gate_DF", "w_out_FD"}
+
+    want = gradients(state.params, state.router, given, state.step)
+    got = gradients(used, state.router, given, state.step)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got[0])} == {jnp.dtype("float32")}
+
+    # ---- written with the weights, and left alone with them
+    before = jax.device_get(state.params)
+    state, _ = step(state, given)
+    assert_true(model, state)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, jax.device_get(state.params))
+    assert all(jax.tree.leaves(moved))
+    bad = {**state.params, "norm": {"weight": state.params["norm"]["weight"] * jnp.nan}}
+    kept = jax.device_get(state.copies)
+    state, metrics = step(dataclasses.replace(state, params=bad), given)
+    assert metrics.skipped
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.copies), kept)
+
+
+def test_weights_in_the_computations_dtype_need_none():
+    model, *_, state, _, _ = make(accumulation=1, scan=False, dtype=jnp.float32)
+    assert state.copies == {} and make_copies(model, state.params) == {}
