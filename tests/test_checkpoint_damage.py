@@ -14,7 +14,7 @@ import pytest
 from checkpoint_trees import abstract, files_of, flip_bit, make_tree, same_bits, saved
 
 from moe_jax.checkpoint import Checkpoints, manifest
-from moe_jax.checkpoint.store import _Marked, _Renamed
+from moe_jax.checkpoint.commit import Marked, Renamed
 from moe_jax.errors import UserError
 
 
@@ -51,10 +51,10 @@ def test_every_single_bit_of_a_manifest_counts(tmp_path):
     assert checkpoints.verify(1) is None
 
 
-@pytest.mark.parametrize("way", [_Renamed, _Marked])
+@pytest.mark.parametrize("way", [Renamed, Marked])
 def test_a_kill_about_the_commit_costs_no_step(tmp_path, monkeypatch, way):
     """Before it there is none, also where nothing is renamed (gs://); after it there is one."""
-    monkeypatch.setattr("moe_jax.checkpoint.store._Renamed", way)
+    monkeypatch.setattr("moe_jax.checkpoint.store.Renamed", way)
     checkpoints = saved(tmp_path, 1)
 
     def killed(*_):
@@ -66,7 +66,7 @@ def test_a_kill_about_the_commit_costs_no_step(tmp_path, monkeypatch, way):
             checkpoints.save(2, make_tree("cube"))
             checkpoints.wait()
         left = (tmp_path / "2" / "manifest.json").exists()
-        assert left == (way is _Marked or steps == [1, 2])
+        assert left == (way is Marked or steps == [1, 2])
         checkpoints = Checkpoints(tmp_path)
         assert checkpoints.steps() == steps and checkpoints.latest_good() == steps[-1]
         assert bool(checkpoints.verify(2)) == (steps == [1])

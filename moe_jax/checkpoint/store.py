@@ -1,7 +1,6 @@
 """Checkpoints: the one adapter over Orbax."""
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -12,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from moe_jax import json_files
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
 from moe_jax.checkpoint.causes import cause_of, quiet_orbax
+from moe_jax.checkpoint.commit import Handler, Marked, Renamed, Restore, Save
 from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.checkpoint.tree import (
     Leaf,
@@ -32,54 +31,6 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]
-
-
-class _Handler(ocp.PyTreeCheckpointHandler):
-    """Orbax's pytree handler that ends a save with the manifest.
-
-    `finalize` runs on process 0 after every process has written and before the step is renamed.
-
-    Attributes:
-      beside: file name -> JSON value, for the save under way.
-    """
-
-    beside: Mapping[str, Any] = {}
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        for name, value in self.beside.items():
-            (directory / name).write_text(json.dumps(value) + "\n")
-        manifest.write(directory)
-
-
-class _Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A step until it has its name; the manifest takes in at once what the commit wrote.
-
-    `finalize` runs on process 0, and the other processes wait for it.
-    """
-
-    async def finalize(self) -> None:
-        await super().finalize()
-        manifest.seal(self.get_final())
-
-
-class _Marked(ocp.path.atomicity.CommitFileTemporaryPath):
-    """The same where nothing can be renamed: a step until it has its marker."""
-
-    async def finalize(self) -> None:
-        await super().finalize()
-        manifest.seal(self.get_final())
-
-
-# Orbax finds a handler by the type of its arguments.
-@ocp.args.register_with_handler(_Handler, for_save=True)
-class _Save(ocp.args.PyTreeSave):
-    pass
-
-
-@ocp.args.register_with_handler(_Handler, for_restore=True)
-class _Restore(ocp.args.PyTreeRestore):
-    pass
 
 
 class Checkpoints:
@@ -101,8 +52,8 @@ class Checkpoints:
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
         # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step stays at a few
         # files however many leaves and devices there are.
-        self._handler = _Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-        unfinished = _Marked if "://" in os.fspath(root) else _Renamed
+        self._handler = Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+        unfinished = Marked if "://" in os.fspath(root) else Renamed
         self._orbax = ocp.AsyncCheckpointer(self._handler, temporary_path_class=unfinished)
         quiet_orbax()
 
@@ -270,7 +221,7 @@ class Checkpoints:
         item = nested(arrays)
         self._handler.beside = beside
         with self._writing(step):
-            self._orbax.save(self._folder.path(step), args=_Save(item), force=True)
+            self._orbax.save(self._folder.path(step), args=Save(item), force=True)
         self._saving = step
         return True
 
@@ -356,7 +307,7 @@ class Checkpoints:
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
             )
 
-        args = _Restore(
+        args = Restore(
             nested(leaves),
             restore_args=nested({name: how(leaf) for name, leaf in leaves.items()}),
             partial_restore=True,
