@@ -57,6 +57,22 @@ def numerics(given: Given) -> list[Job]:
     return [] if given.small else [Job("numerics", (module("benchmarks.numerics"),))]
 
 
+def float8(given: Given) -> list[Job]:
+    """Products and rounding, steps beside those in bfloat16, and the losses of 300 steps."""
+    if given.small:
+        return [Job("float8", (module("benchmarks.float8", "--small"),))]
+    jobs = [
+        Job("float8", (module("benchmarks.float8"),)),
+        Job("numerics-float8", (module("benchmarks.numerics", "--float8"),)),
+    ]
+    for config in given.configs:
+        for batch in given.batches:
+            plain = bench(given, config, batch)
+            own = "--config.model.moe.matmul=float8"
+            jobs += [plain, bench(given, config, batch, own, also="float8", against=plain.name)]
+    return jobs
+
+
 def bitwise(given: Given) -> list[Job]:
     """Whether a resumed run is the one that was never stopped, bit for bit."""
     if given.small:
@@ -137,6 +153,18 @@ def start(given: Given) -> list[Job]:
     return jobs
 
 
+def olmoe(given: Given) -> list[Job]:
+    """The whole OLMoE-1B-7B on one GPU: batches and remat policies that fit 141 GB."""
+    if given.small:
+        return []
+    config = "configs/olmoe_1b_7b.py"
+    shared = ("--config.mesh.expert=1", "--config.model.scan_layers=False")
+    return [
+        bench(given, config, batch, *shared, f"--config.model.remat={remat}", also=remat)
+        for batch, remat in ((8, "save_dispatch"), (16, "full"), (32, "full"))
+    ]
+
+
 PARTS: dict[str, Callable[[Given], list[Job]]] = {
     part.__name__: part
     for part in (
@@ -149,6 +177,8 @@ PARTS: dict[str, Callable[[Given], list[Job]]] = {
         step,
         deterministic,
         confined,
+        float8,
+        olmoe,
         two,
         start,
     )

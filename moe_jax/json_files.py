@@ -71,6 +71,27 @@ def read_lines(path: Path) -> list[bytes]:
         return _contents(path).splitlines(keepends=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """`path` holds `text` afterwards, also if the machine then dies; until then what it held.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if "://" in os.fspath(path):
+        path.write_text(text)  # object stores replace whole objects
+        return
+    unfinished = path.with_name(f"{path.name}.new")
+    with unfinished.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+        os.fsync(folder)
+    os.close(folder)
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:

@@ -20,6 +20,7 @@ from etils import epath
 
 from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.data.build import find
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
@@ -244,7 +245,7 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
-    return prepare(settings.typed(), workdir, lambda line: None)
+    return prepare(settings.typed(), workdir, lambda line: None, text=find)
 
 
 def _devices(count: int) -> str:

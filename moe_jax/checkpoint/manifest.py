@@ -44,9 +44,7 @@ def seal(directory: epath.Path) -> None:
     """
     files = _files_of(json_files.load(directory / MANIFEST))
     files |= {name: _entry(directory / name) for name in _AT_COMMIT}
-    unfinished = directory / f"{MANIFEST}.new"
-    unfinished.write_text(_text(files))
-    unfinished.replace(directory / MANIFEST)
+    json_files.replace_text(directory / MANIFEST, _text(files))
 
 
 def incomplete(directory: epath.Path) -> str | None:

@@ -83,7 +83,6 @@ def build(
     tokenizer = load_tokenizer(config.tokenizer)
     turn = Turn(alive)
     streams = find_streams(config, turn.alive)
-    weights = [stream.weight for stream in streams]
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)
     path = epath.Path(root) / fingerprint[:16]
     if read_manifest(path) is None:  # a finished store may lie where nobody can write
@@ -91,7 +90,32 @@ def build(
             if read_manifest(path) is None:  # nobody built it while this process waited
                 say(f"building the store {path}")
                 _write(path, config, streams, tokenizer, layout, fingerprint, say)
-    store = open_store(path, weights)
+    return _opened(path, streams, fingerprint)
+
+
+def find(
+    config: DataConfig,
+    root: str | os.PathLike,
+    progress: Callable[[str], None] | None = None,
+    layout: Layout = Layout(),
+    alive: Callable[[], None] = lambda: None,
+) -> Store:
+    """As `build`, but writes nothing: for configs that come from a file.
+
+    Raises:
+      UserError: as `build`, or the store is not there.
+    """
+    del progress
+    tokenizer, streams = load_tokenizer(config.tokenizer), find_streams(config, alive)
+    fingerprint = store_fingerprint(config, streams, tokenizer, layout)
+    path = epath.Path(root) / fingerprint[:16]
+    if read_manifest(path) is None:
+        raise UserError(f"There is no store {path}: build it with python -m moe_jax.data.")
+    return _opened(path, streams, fingerprint)
+
+
+def _opened(path: epath.Path, streams: tuple[Stream, ...], fingerprint: str) -> Store:
+    store = open_store(path, [stream.weight for stream in streams])
     if store.fingerprint != fingerprint:
         raise UserError(f"{path} holds another store than its name says: delete it.")
     return store

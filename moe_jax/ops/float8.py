@@ -11,6 +11,7 @@ through grouped_matmul in their first dtype, which gives the same numbers at no 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +65,31 @@ def round_experts(w_EDF: Float[Array, "E D F"]) -> tuple[Float[Array, "E D F"], 
 def _round(x, axes):
     highest = jnp.abs(x).max(axes, keepdims=True).astype(jnp.float32)
     scale = jnp.maximum(highest, _TINY) / LARGEST
-    # Rounding of the quotient may pass 448 by a hair, and e4m3 has no infinity to clip to.
-    quotient = jnp.clip(x.astype(jnp.float32) / scale, -LARGEST, LARGEST)
-    return quotient.astype(DTYPE), scale
+    return (x.astype(jnp.float32) / scale).astype(DTYPE), scale
 
 
 def _product(x_NK, w_EKM, w8_EMK, scale_E, sizes_E):
     """x times the rounded matrices, which come with the contraction last; `w_EKM` has the shape."""
     x8_NK, scale_N1 = round_rows(x_NK)
+    y_NM = product(x_NK, w_EKM)(x8_NK, w8_EMK, sizes_E)
+    # One after the other: their product may be too small for float32.
+    scaled_NM = y_NM.astype(jnp.float32) * scale_N1
+    groups_N = _groups(sizes_E, x_NK.shape[0])
+    return (scaled_NM * scale_E[groups_N][:, None]).astype(x_NK.dtype)
+
+
+def product(x_NK: Float[Array, "N K"], w_EKM: Float[Array, "E K M"]) -> Callable[..., jax.Array]:
+    """(rounded rows [N, K], rounded matrices [E, M, K], sizes) -> [N, M] in the dtype of `x_NK`.
+
+    The arguments say for which operands; they are not read.
+    """
     plain = functools.partial(_plain, x_NK.dtype)
     kernel = _kernel if choose.supports(x_NK, w_EKM) else plain
-    y_NM = jax.lax.platform_dependent(x8_NK, w8_EMK, sizes_E, cuda=kernel, default=plain)
-    scale_N1 = scale_N1 * scale_E[_groups(sizes_E, x_NK.shape[0])][:, None]
-    return (y_NM.astype(jnp.float32) * scale_N1).astype(x_NK.dtype)
+
+    def run(x8_NK, w8_EMK, sizes_E):
+        return jax.lax.platform_dependent(x8_NK, w8_EMK, sizes_E, cuda=kernel, default=plain)
+
+    return run
 
 
 def _groups(sizes_E, rows: int):

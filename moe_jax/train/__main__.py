@@ -74,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
             state = first_state(run, given.init_from, _say)
             jax.block_until_ready(state.params)
             start = int(state.step)
-            if start:
-                rewinds.check(start)
+            rewinds.check(start)
         with watchdog("start"):
             watch.resumed(start)
             _say(f"state ready in {time.perf_counter() - began:.1f} s")
@@ -88,10 +87,11 @@ def main(argv: Sequence[str]) -> int:
                 note_settings(run, start)  # after later rows are set aside
 
         # ---- train
-        with _last_save(run, watch), reporter:
+        with _last_save(run, watch), _closing(reporter, watch):
             preemption.defer()
             code = train(run, state, lowered, reporter, preemption, watch, rewinds)
-        timekeeper.ended(code)
+        with watchdog("checkpoint"):
+            timekeeper.ended(code)
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
@@ -117,6 +117,16 @@ def _last_save(run: Run, watch: Phases) -> Iterator[None]:
         raise
     with watch("checkpoint"):
         run.checkpoints.close()
+
+
+@contextlib.contextmanager
+def _closing(reporter: Reporter, watch: Phases) -> Iterator[None]:
+    """Files may hang when they are closed as well."""
+    try:
+        yield
+    finally:
+        with watch("checkpoint"):
+            reporter.close()
 
 
 def _wait_a_while(checkpoints: Checkpoints) -> None:

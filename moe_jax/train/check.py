@@ -50,7 +50,7 @@ def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
         changed = _changed(config, workdir) if finished else []
     except UserError as error:
         problem = str(error)
-    except Exception as error:  # of the config file's own code, where anything may happen
+    except (Exception, SystemExit) as error:  # of the config file's code: anything may happen
         problem = f"{type(error).__name__}: {error}"
     return {"problem": problem, "finished": finished, "changed": changed}
 

@@ -18,7 +18,7 @@ from moe_jax.train.report import plain
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.settings import read_settings
 from moe_jax.train.setup import Run
-from moe_jax.train.workdir import Folder, replace_text
+from moe_jax.train.workdir import Folder
 
 FLIGHT = "flight"
 MOST = 20  # records of a run
@@ -80,7 +80,7 @@ class FlightRecorder:
             while (aside := path.with_name(f"record.{number}.json")).exists():
                 number += 1
             path.rename(aside)
-        replace_text(path, json.dumps(record, allow_nan=False) + "\n")
+        json_files.replace_text(path, json.dumps(record, allow_nan=False) + "\n")
 
     def _record(self, step: int, why: str) -> Row:
         run, data_step = self._run, self._rewinds.data_step(step - 1)

@@ -68,9 +68,10 @@ def train(
             state = restored_state(run, step, reporter.say)
             jax.block_until_ready(state.params)
         watch.resumed(step)
-        reporter.rewind(step)
-        if lead():
-            settings_go_back(run.workdir, step)
+        with watch("checkpoint"):
+            reporter.rewind(step)
+            if lead():
+                settings_go_back(run.workdir, step)
         stop, now = steps.take(state)
     steps.profiler.close()
     if stop is Stop.DIFFER:
@@ -241,10 +242,12 @@ def _finish(
     with watch("evaluation"):
         row = evaluate(state)
         write_samples(run, state, step, texts.append)
-    if texts and jax.process_index() == 0:
-        (run.workdir / SAMPLES).unlink(missing_ok=True)  # its other names keep what they have
-        (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
     for text in texts:
         reporter.say(text)
     why = {"max_epochs": end.epochs} if end.epochs else {}
-    reporter.log({"step": step, **why, **row})  # last: its presence says that all of this was done
+    with watch("checkpoint"):
+        if texts and jax.process_index() == 0:
+            (run.workdir / SAMPLES).unlink(missing_ok=True)  # its other names keep what they have
+            (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
+        # Last: its presence says that all of this was done.
+        reporter.log({"step": step, **why, **row})

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 import moe_jax
+from moe_jax import json_files
 from moe_jax.errors import UserError
-from moe_jax.train.workdir import replace_text
 
 DATA_RECORD = "data.json"
 _PACKAGES = (
@@ -55,7 +55,7 @@ def write_run_record(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            replace_text(folder / name, text)
+            json_files.replace_text(folder / name, text)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "

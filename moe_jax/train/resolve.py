@@ -95,7 +95,12 @@ def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> in
 
 
 def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError naming a parameter whose dimension a mesh axis does not divide."""
+    """Raises UserError naming what the mesh cannot split: a parameter's axis, or float8's rows."""
+    if model.config.moe.matmul == "float8" and mesh.shape["tensor"] > 1:
+        raise UserError(
+            "model.moe.matmul float8 scales whole rows and experts, which mesh.tensor would split: "
+            "set mesh.tensor to 1."
+        )
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract)
     axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
     for (path, leaf), names in zip(leaves, axes, strict=True):

@@ -28,7 +28,7 @@ from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import lead
-from moe_jax.train.workdir import Folder, replace_text
+from moe_jax.train.workdir import Folder
 
 REWINDS = "rewinds.jsonl"
 _IN_CHECKPOINT = "rewinds.json"  # a list of the lines
@@ -70,14 +70,14 @@ class Rewinds:
     """The way back of a run.  Every process holds one; process 0 decides, writes and tells.
 
     Opening it finishes what a killed process began: checkpoints later than the last line's step
-    go to quarantine.  So do that before any checkpoint is loaded.  The checkpoints that the run
-    went back to are kept, so that the steps after them can be replayed.
+    go to quarantine.  So do that before any checkpoint is loaded, and `check` afterwards.  The
+    checkpoints that the run went back to are kept, so that the steps after them can be replayed.
 
     Attributes:
       history: lines of the file.
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: the file cannot be read, or has begun something that this run did not.
     """
 
     def __init__(self, workdir: Folder, checkpoints: Checkpoints, say: Callable[[str], None]):
@@ -86,6 +86,7 @@ class Rewinds:
         for rewind in self.history:
             checkpoints.pin(rewind.step)
         if self.history and not self.history[-1].settled:
+            self._check_begun()
             self._settle()
 
     def data_step(self, step: int) -> int:
@@ -101,8 +102,25 @@ class Rewinds:
         return {_IN_CHECKPOINT: _plain(self.history)}
 
     def check(self, step: int) -> None:
-        """See `check_rewinds`; for a run that goes on from the checkpoint of `step`."""
-        check_rewinds(self.history, step, self._checkpoints, self._path)
+        """See `check_rewinds`; for a run that goes on from the checkpoint of `step`, 0: of none."""
+        if step:
+            check_rewinds(self.history, step, self._checkpoints, self._path)
+        elif self.history:
+            raise UserError(
+                f"{self._path} tells of checkpoints and there are none: move it away to begin "
+                f"anew, or bring them back."
+            )
+
+    def _check_begun(self) -> None:
+        """Before checkpoints are set aside: the file is that of the newest good one."""
+        *before, begun = self.history
+        newest = self._checkpoints.latest_good_before(LARGEST)
+        if newest is None or begun.step not in self._checkpoints.steps():
+            raise UserError(
+                f"{self._path} tells of a checkpoint of step {begun.step}, which is not there: "
+                f"bring the file or the checkpoint back, or use another --workdir."
+            )
+        check_rewinds(before, newest, self._checkpoints, self._path)
 
     def go_back(self, changed: int, last: int, why: str) -> int | None:
         """Leaves out the batches up to that of step `last`; returns the step to go on from.
@@ -145,7 +163,7 @@ class Rewinds:
     def _replace(self, history: tuple[Rewind, ...]) -> None:
         text = "".join(f"{json.dumps(line)}\n" for line in _plain(history))
         try:
-            replace_text(self._path, text)
+            json_files.replace_text(self._path, text)
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
@@ -188,7 +206,9 @@ def _plain(rewinds: Sequence[Rewind]) -> list[dict[str, Any]]:
 
 def _text(path: Folder) -> str:
     try:
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return b"".join(json_files.read_lines(path)).decode()
+    except FileNotFoundError:
+        return ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}).") from None
 

@@ -17,7 +17,7 @@ from moe_jax.config import Config, from_config_dict, to_dict
 from moe_jax.errors import UserError
 from moe_jax.train.record import versions
 from moe_jax.train.setup import Run
-from moe_jax.train.workdir import Folder, replace_text
+from moe_jax.train.workdir import Folder
 
 SETTINGS = "settings.jsonl"
 MOST = 2**20  # devices, or processes
@@ -122,7 +122,7 @@ def _settings(row: Any) -> Settings:
 def _write(workdir: Folder, history: Sequence[Settings]) -> None:
     text = "".join(f"{json.dumps(dataclasses.asdict(one), sort_keys=True)}\n" for one in history)
     try:
-        replace_text(workdir / SETTINGS, text)
+        json_files.replace_text(workdir / SETTINGS, text)
     except OSError as error:
         raise UserError(
             f"{workdir / SETTINGS} cannot be written ({error.strerror or error}): make room, then "

@@ -99,6 +99,7 @@ def prepare(
     say: Say,
     devices: Sequence[Any] | None = None,
     alive: Callable[[], None] = lambda: None,
+    text: Callable[..., Store] = build,
 ) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
@@ -108,6 +109,7 @@ def prepare(
       say: called with lines for the start-up log.
       devices: to run on; None: every device of every process.
       alive: called whenever some of the text was read or stored, which may take hours.
+      text: what gets the store: `build`, or `find`, which writes none.
 
     Raises:
       UserError: anything the user has to change, before anything is compiled.
@@ -121,7 +123,7 @@ def prepare(
         config.data.sequence_length,
         jnp.dtype(config.precision),
     )
-    store = build(config.data, store_root(config.data, workdir), progress=say, alive=alive)
+    store = text(config.data, store_root(config.data, workdir), progress=say, alive=alive)
     store.check_vocabulary(config.model.vocab_size)
     if _saved_config(workdir) is not None:
         _check_same_text(store, workdir)
@@ -243,15 +245,19 @@ def _check_resume(config: Config, saved: Config) -> list[str]:
 def _changed_knobs(new: MoEConfig, old: MoEConfig) -> list[str]:
     """A line for each knob of the router that was another: some are turned on purpose in a run.
 
-    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0.
+    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0.  And one where
+    the experts multiply in another precision.
     """
     after, before = vars(make_router(new)), vars(make_router(old))
-    return [
+    lines = [
         f"ROUTER CHANGED: {name} of {new.router} was {before[name]} in this run and is {value} "
         f"from here on"
         for name, value in after.items()
         if before[name] != value
     ]
+    if new.matmul != old.matmul:
+        lines.append(f"model.moe.matmul was {old.matmul} in this run and is {new.matmul} from here")
+    return lines
 
 
 def _check_same_text(store: Store, workdir: Folder) -> None:

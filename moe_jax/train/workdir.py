@@ -1,6 +1,5 @@
 """Where a run lies: a local folder, or one of an object store (gs://)."""
 
-import contextlib
 import os
 import pathlib
 import shutil
@@ -50,27 +49,6 @@ def locate(workdir: str) -> Folder:
         )
     check_links(folder)
     return folder
-
-
-def replace_text(path: Folder, text: str) -> None:
-    """`path` holds `text` afterwards, also if the machine then dies; until then what it held.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    if is_remote(path):
-        path.write_text(text)  # object stores replace whole objects
-        return
-    unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # not every file system can do this for a folder
-        os.fsync(folder)
-    os.close(folder)
 
 
 class Mirror:

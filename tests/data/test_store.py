@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, _SplitWriter, build
+from moe_jax.data.build import Layout, _SplitWriter, build, find
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, open_store, read_manifest
@@ -51,6 +51,15 @@ def test_a_store_holds_every_document_once_in_order(store, config):
     for name in SPLITS:
         expected = [t for t, h in zip(documents, held_out, strict=True) if h == (name == "heldout")]
         assert expected and split_documents(store, name) == expected
+
+
+def test_a_store_that_is_only_looked_for_is_never_built(store, config, tmp_path):
+    root = tmp_path / "elsewhere"
+    with pytest.raises(UserError, match=r"There is no store .*: build it with"):
+        find(config, root, layout=SMALL)
+    assert not root.exists()
+    found = find(config, Path(store.path).parent, layout=SMALL)
+    assert found.fingerprint == store.fingerprint
 
 
 def test_documents_know_their_bytes_and_source(store, corpus):

@@ -1,5 +1,7 @@
 """Float8 products against a loop over groups in NumPy on the same rounded operands."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from grouped_cases import arrays, loop
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
+from moe_jax.model.moe.experts import Experts
 from moe_jax.ops import float8
 from moe_jax.ops.mosaic import choose
 
@@ -53,6 +56,46 @@ def test_product_and_gradients(operands):
     np.testing.assert_allclose(y[:owned], y8, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(dx[:owned], dx8, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(dw, loop(x, w, dy, SIZES)[2], rtol=1e-5, atol=1e-4)
+
+
+def test_each_expert_has_its_own_scale():
+    """A small expert beside a large one keeps its digits, however small rows and expert are."""
+    x, w, _ = (jnp.asarray(a) for a in arrays([128, 128], N, D, F, np.float32))
+    x, w = x * 1e-20, w * jnp.array([1.0, 1e-15])[:, None, None]
+    y = float8.float8_grouped_matmul(x, w, jnp.array([128, 128], jnp.int32))
+    expected = loop(x, w, np.zeros((N, F)), [128, 128])[0]
+    for rows in (slice(0, 128), slice(128, 256)):
+        error = np.linalg.norm(np.asarray(y[rows], np.float64) - expected[rows])
+        assert error < 0.05 * np.linalg.norm(expected[rows])
+
+
+def test_the_kernel_is_chosen_for_gpus(operands, monkeypatch):
+    """Where it supports the operands; a sine stands for it, which nothing else here computes."""
+
+    def kernel(x8, w8, sizes_E):
+        del sizes_E
+        return jnp.sin(jnp.zeros((x8.shape[0], w8.shape[1])))
+
+    monkeypatch.setattr(float8, "choose", SimpleNamespace(supports=lambda x, w: True))
+    monkeypatch.setattr(float8, "_kernel", kernel)
+    x, w, _ = operands
+    traced = jax.jit(float8.float8_grouped_matmul).trace(x, w, jnp.array(SIZES, jnp.int32))
+    lowered = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
+    assert "sine" in lowered["cuda"] and "sine" not in lowered["cpu"]
+
+
+def test_experts_multiply_as_the_config_says():
+    """Through the layer's experts: near the plain product, and not it."""
+    rng = np.random.default_rng(0)
+    w_in, w_out = rng.normal(size=(4, 128, 2, 64)), rng.normal(size=(4, 64, 128))
+    x = jnp.asarray(rng.normal(size=(N, 128)), jnp.float32)
+
+    def of(matmul):
+        weights = (jnp.asarray(w, jnp.float32) for w in (w_in, w_out))
+        return Experts(*weights, "swiglu", matmul).grouped(x, jnp.array(SIZES, jnp.int32))
+
+    plain, rounded = (np.asarray(of(name))[: sum(SIZES)] for name in ("compute", "float8"))
+    assert 0.01 < np.linalg.norm(rounded - plain) / np.linalg.norm(plain) < 0.1
 
 
 def test_kernel_in_the_interpreter(operands, monkeypatch):

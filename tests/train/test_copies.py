@@ -90,6 +90,12 @@ def test_a_step_reads_copies_as_it_would_read_the_weights():
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert {leaf.dtype for leaf in jax.tree.leaves(got[0])} == {jnp.dtype("float32")}
 
+    # ---- it reads them, not the weights
+    other = jax.tree.map(jnp.copy, state)
+    other = dataclasses.replace(other, copies=jax.tree.map(jnp.zeros_like, other.copies))
+    plain = step(jax.tree.map(jnp.copy, state), given)[1]
+    assert step(other, given)[1].loss.lm != plain.loss.lm
+
     # ---- written with the weights, and left alone with them
     before = jax.device_get(state.params)
     state, _ = step(state, given)

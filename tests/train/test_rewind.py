@@ -179,6 +179,40 @@ def test_a_damaged_file_is_an_error_that_names_the_line(tmp_path, text):
         read_rewinds(tmp_path)
 
 
+def test_what_another_run_has_begun_is_not_finished(saved):
+    """Nothing moves: neither for a step that is not there, nor for a line known to be done."""
+    begun = dataclasses.replace(line(2, 6), settled=False)
+    (saved / REWINDS).write_text(json.dumps(dataclasses.asdict(begun)) + "\n")
+    with pytest.raises(UserError, match="tells of a checkpoint of step 2, which is not there"):
+        opened(saved)
+    assert steps(saved) == [3, 6, 9, 12]
+
+    done = line(3, 6)
+    checkpoints = Checkpoints(saved / "checkpoints", keep_last=9)
+    beside = {"rewinds.json": [dataclasses.asdict(done)]}
+    checkpoints.save(15, {"x": np.zeros(3, np.float32)}, beside)
+    checkpoints.close()
+    begun = dataclasses.replace(done, settled=False)
+    (saved / REWINDS).write_text(json.dumps(dataclasses.asdict(begun)) + "\n")
+    with pytest.raises(UserError, match="is not the file that the checkpoint of step 15"):
+        opened(saved)
+    assert steps(saved) == [3, 6, 9, 12, 15]
+
+
+def test_a_file_without_its_checkpoints_begins_nothing(tmp_path):
+    (tmp_path / REWINDS).write_text(json.dumps(dataclasses.asdict(line(3, 6))) + "\n")
+    with pytest.raises(UserError, match="tells of checkpoints and there are none"):
+        opened(tmp_path).check(0)
+    (tmp_path / REWINDS).unlink()
+    opened(tmp_path).check(0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / REWINDS)
+    with pytest.raises(UserError, match="it is not a file"):
+        read_rewinds(tmp_path)
+
+
 def test_a_disk_that_is_full_leaves_the_file_as_it_was(saved, monkeypatch):
     rewinds = opened(saved)
     rewinds.go_back(changed=9, last=13, why="NaN")
