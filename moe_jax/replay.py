@@ -20,7 +20,7 @@ from etils import epath
 
 from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.data.build import find
+from moe_jax.data.build import build, find
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
@@ -245,7 +245,10 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
-    return prepare(settings.typed(), workdir, lambda line: None, text=find)
+    config = settings.typed()
+    # A path that comes from the workdir is not written to; the place beside it is anybody's.
+    text = find if config.data.store else build
+    return prepare(config, workdir, lambda line: None, text=text)
 
 
 def _devices(count: int) -> str:

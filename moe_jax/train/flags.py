@@ -138,6 +138,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     lost before that takes the others with it, and all of them are run again.
     """
     failed, together = True, False
+    threading.excepthook = _thread_failed
     try:
         code = main(sys.argv) or 0
         together = jax.distributed.is_initialized()
@@ -218,6 +219,16 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise UserError(f"{given} is not valid: give a value of type {kind}.") from None
     except flags.Error as error:
         raise UserError(f"{str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """A full disk in a library's thread, such as TensorBoard's, is one line; the run says more."""
+    if isinstance(args.exc_value, OSError):
+        print(
+            f"{args.thread.name if args.thread else 'A thread'}: {args.exc_value}", file=sys.stderr
+        )
+    else:
+        threading.__excepthook__(args)
 
 
 def _own(values: flags.FlagValues) -> list[str]:

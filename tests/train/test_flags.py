@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -162,3 +163,11 @@ def test_run_record(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written"):
         write_run_record(str(tmp_path / "file"), "{}", {}, "abc")
+
+
+@pytest.mark.parametrize("error, traceback", [(OSError(28, "No space left"), 0), (KeyError(1), 1)])
+def test_a_full_disk_in_a_librarys_thread_is_one_line(error, traceback, capsys):
+    given = (type(error), error, error.__traceback__, threading.current_thread())
+    flags._thread_failed(threading.ExceptHookArgs(given))
+    text = capsys.readouterr().err
+    assert str(error) in text and (len(text.splitlines()) > 1) == traceback
