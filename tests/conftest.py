@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -33,6 +34,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # And so do XLA's older kernel emitters, which newer versions no longer have.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+
+# No example has a time limit: a busy machine is no failure.
+hypothesis.settings.register_profile("moe_jax", deadline=None)
+hypothesis.settings.load_profile("moe_jax")
 
 # Before the first import of moe_jax: from here on its signatures are checked at each call.
 jaxtyping.install_import_hook("moe_jax", "signatures.check")
