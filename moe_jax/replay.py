@@ -21,7 +21,9 @@ from etils import epath
 from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.data.build import build, find
+from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.store import Store
 from moe_jax.errors import UserError
 from moe_jax.markdown import table
 from moe_jax.parallel import distributed
@@ -245,10 +247,12 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
             f"many (--devices={needed} for virtual ones on the CPU)."
         )
-    config = settings.typed()
-    # A path that comes from the workdir is not written to; the place beside it is anybody's.
-    text = find if config.data.store else build
-    return prepare(config, workdir, lambda line: None, text=text)
+    return prepare(settings.typed(), workdir, lambda line: None, text=_text)
+
+
+def _text(config: DataConfig, root: Folder, **reports: Any) -> Store:
+    """The store, which is not built where a file of the workdir says: only in its usual place."""
+    return find(config, root) if config.store else build(config, root, **reports)
 
 
 def _devices(count: int) -> str:

@@ -50,7 +50,7 @@ class Marked(ocp.path.atomicity.CommitFileTemporaryPath):
 # Orbax finds a handler by the type of its arguments.
 @ocp.args.register_with_handler(Handler, for_save=True)
 class Save(ocp.args.PyTreeSave):
-    pass
+    """What to save."""
 
 
 @ocp.args.register_with_handler(Handler, for_restore=True)

@@ -93,20 +93,13 @@ def build(
     return _opened(path, streams, fingerprint)
 
 
-def find(
-    config: DataConfig,
-    root: str | os.PathLike,
-    progress: Callable[[str], None] | None = None,
-    layout: Layout = Layout(),
-    alive: Callable[[], None] = lambda: None,
-) -> Store:
+def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout()) -> Store:
     """As `build`, but writes nothing: for configs that come from a file.
 
     Raises:
       UserError: as `build`, or the store is not there.
     """
-    del progress
-    tokenizer, streams = load_tokenizer(config.tokenizer), find_streams(config, alive)
+    tokenizer, streams = load_tokenizer(config.tokenizer), find_streams(config)
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)
     path = epath.Path(root) / fingerprint[:16]
     if read_manifest(path) is None:

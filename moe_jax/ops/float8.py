@@ -7,7 +7,7 @@ float32 and the scales multiplied back.  The weight gradient adds over thousands
 the optimizer: it is that of grouped_matmul, from the operands as they came.
 
 On a Hopper GPU the kernels of moe_jax/ops/mosaic multiply; everywhere else the rounded operands go
-through grouped_matmul in their first dtype, which gives the same numbers at no gain.
+through grouped_matmul in their first dtype: the same products, and rounding for no gain.
 """
 
 import functools

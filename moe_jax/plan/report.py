@@ -11,7 +11,7 @@ from moe_jax.plan.lowering import Plan
 from moe_jax.plan.roofline import Roofline, Traffic
 from moe_jax.plan.search import Found, Rejected, mesh_text
 from moe_jax.plan.topology import Topology
-from moe_jax.train.state import saved_bytes
+from moe_jax.train.state import checkpoint_bytes
 
 _DAY = 86_400
 
@@ -87,7 +87,7 @@ def describe_speed(
         f"MFU bound: {roof.mfu(roof.seconds):.1%}, and {roof.mfu(roof.exposed):.1%} "
         f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
     )
-    disk = saved_bytes(plan.model, plan.optimizer)
+    disk = checkpoint_bytes(plan.model, plan.optimizer)
     yield f"checkpoint: {gib(disk)}"
     rate = plan.tokens / roof.seconds
     yield f"tokens a day, at most: {rate * _DAY:.4g}"

@@ -31,13 +31,13 @@ from moe_jax.train.guard import first_guard
 from moe_jax.train.record import DATA_RECORD
 from moe_jax.train.state import (
     TrainState,
+    checkpoint_bytes,
     everywhere,
     from_disk,
     make_optimizer,
     new_state,
     param_shardings,
     placed_state,
-    saved_bytes,
     state_shardings,
     to_disk,
 )
@@ -109,7 +109,7 @@ def prepare(
       say: called with lines for the start-up log.
       devices: to run on; None: every device of every process.
       alive: called whenever some of the text was read or stored, which may take hours.
-      text: what gets the store: `build`, or `find`, which writes none.
+      text: what gets the store, called as `build` is.
 
     Raises:
       UserError: anything the user has to change, before anything is compiled.
@@ -134,7 +134,7 @@ def prepare(
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )
-    checkpoint.check_disk(checkpoints.root, saved_bytes(model, optimizer))
+    checkpoint.check_disk(checkpoints.root, checkpoint_bytes(model, optimizer))
     batches = Batches.for_training(
         store,
         config.seed,

@@ -111,7 +111,7 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
     return TrainState(whole, params, moments, router, guard, of_copied(model, params))
 
 
-def saved_bytes(model: ModelDef, optimizer: Optimizer) -> int:
+def checkpoint_bytes(model: ModelDef, optimizer: Optimizer) -> int:
     """Of one checkpoint, rounded up a little."""
     return disk_needed(dataclasses.replace(abstract_state(model, optimizer), copies={}))
 
