@@ -1,0 +1,90 @@
+"""Product of activations with a float32 matrix, exact to float32's precision: for routers.
+
+The default float32 product is TF32 on Hopper and bfloat16 on TPU, and `Precision.HIGHEST` leaves
+the matrix units of a GPU unused.  But a float32 number is the sum of three bfloat16 ones (24 bits
+of mantissa, 8 each), and a product of two bfloat16 numbers is exact in float32.  So where the
+activations are bfloat16, the float32 side is cut into such parts and one product on the matrix
+units, three times as wide, gives the same logits.  This is the BF16x3 of "Leveraging the bfloat16
+Artificial Intelligence Datatype For Higher-Precision Computations" (arXiv 1904.06376) with one
+side that has one part only.
+
+Axes: D in, E out.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def float32_matmul(x: Float[Array, "*batch D"], w_DE: Float[Array, "D E"]) -> Float[Array, "..."]:
+    """x @ w in the wider dtype of the two, at least float32, with no rounding below it."""
+    if x.dtype == jnp.bfloat16 and w_DE.dtype == jnp.float32:
+        return _mixed(x, w_DE)
+    return plain(x, w_DE)
+
+
+def plain(x: Float[Array, "*batch D"], w_DE: Float[Array, "D E"]) -> Float[Array, "..."]:
+    """The reference: both sides in the wider dtype."""
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, w_DE.dtype), jnp.float32)
+    return jnp.matmul(x.astype(dtype), w_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _mixed(x, w_DE):
+    # A CPU has no units for bfloat16 and takes three times as long.
+    return jax.lax.platform_dependent(x, w_DE, cpu=plain, default=in_parts)
+
+
+def _forward(x, w_DE):
+    return _mixed(x, w_DE), (x, w_DE)
+
+
+def _backward(saved, dy):
+    def by_autodiff(x, w_DE, dy):
+        return jax.vjp(plain, x, w_DE)[1](dy)
+
+    return jax.lax.platform_dependent(*saved, dy, cpu=by_autodiff, default=gradients_in_parts)
+
+
+_mixed.defvjp(_forward, _backward)
+
+
+def parts(a: Float[Array, "..."]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three bfloat16 arrays whose sum is the float32 `a`, the largest first.
+
+    `reduce_precision`, because XLA may drop a cast to bfloat16 and back.
+    """
+    high = jax.lax.reduce_precision(a, 8, 7)
+    rest = a - high
+    middle = jax.lax.reduce_precision(rest, 8, 7)
+    low = rest - middle
+    narrow = jnp.bfloat16
+    return high.astype(narrow), middle.astype(narrow), low.astype(narrow)
+
+
+def in_parts(x, w_DE):
+    """x @ w as one product with the parts of w side by side."""
+    high, middle, low = _split(_matmul(x, jnp.concatenate(parts(w_DE), 1)))
+    return low + middle + high  # small ones first
+
+
+def gradients_in_parts(x, w_DE, dy):
+    """(dx in bfloat16, dw in float32)."""
+    w_high, w_middle, _ = parts(w_DE)
+    dy_high, dy_middle, dy_low = parts(dy)
+    # dx is rounded to 8 bits: of its nine products those below 2^-16 of it can go.
+    left = jnp.concatenate([dy_high, dy_high, dy_middle], -1)
+    dx = _matmul(left, jnp.concatenate([w_high, w_middle, w_high], 1).T)
+    wide = jnp.concatenate([dy_high, dy_middle, dy_low], -1)
+    batch = tuple(range(x.ndim - 1))
+    dw = jax.lax.dot_general(x, wide, ((batch, batch), ((), ())), preferred_element_type="float32")
+    high, middle, low = _split(dw)
+    return dx.astype(x.dtype), low + middle + high
+
+
+def _matmul(x, w):
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _split(wide):
+    return jnp.split(wide, 3, axis=-1)
