@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.moves import (
+    Moves,
+    _paired_rows,
+    _rows,
+    combine,
+    gather_tokens,
+    sort_by_expert,
+)
 
 N, M, D, K = 10, 24, 3, 2
 
@@ -54,6 +61,18 @@ def test_gather_tokens(moves, one_hot):
         lambda x: jnp.einsum("nkm,nd->md", one_hot, x),
         (x_ND,),
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_moved_in_pairs_are_the_rows(moves, dtype):
+    """What GPUs run in place of the plain gather, bit for bit."""
+    bits = jax.random.bits(jax.random.key(3), (N, 6), jnp.uint16)
+    x_ND = jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))  # NaN and infinity among them
+    found, expected = _paired_rows(x_ND, moves.token_M), _rows(x_ND, moves.token_M)
+    for rows in (found, expected):
+        assert rows.dtype == x_ND.dtype and rows.shape == (M, 6)
+    same = (jax.lax.bitcast_convert_type(rows, jnp.uint16) for rows in (found, expected))
+    np.testing.assert_array_equal(*same)
 
 
 def test_combine(moves, one_hot):

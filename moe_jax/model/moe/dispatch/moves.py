@@ -43,10 +43,24 @@ def _rows(x_ND, index):
     return jnp.take(x_ND, index, axis=0, mode="fill", fill_value=0)
 
 
+def _paired_rows(x_ND, index):
+    """`_rows` of pairs of 2-byte numbers taken as one integer each.
+
+    XLA's kernel that only gathers moves twice as many bytes a thread that way: 0.29 instead of 0.42
+    ms for 131072 rows of 2048 on an H200.  With arithmetic in the same kernel it is slower.
+    """
+    N, D = x_ND.shape
+    pairs_NP = jax.lax.bitcast_convert_type(x_ND.reshape(N, D // 2, 2), jnp.uint32)
+    rows_MP = _rows(pairs_NP, index)
+    return jax.lax.bitcast_convert_type(rows_MP, x_ND.dtype).reshape(index.shape[0], D)
+
+
 @jax.custom_vjp
 def gather_tokens(x_ND: Float[Array, "N D"], moves: Moves) -> Float[Array, "M D"]:
     """x of the token in each place; empty places are zero."""
-    return _rows(x_ND, moves.token_M)
+    if x_ND.dtype.itemsize != 2 or x_ND.shape[1] % 2:
+        return _rows(x_ND, moves.token_M)
+    return jax.lax.platform_dependent(x_ND, moves.token_M, cuda=_paired_rows, default=_rows)
 
 
 def _gather_forward(x_ND, moves):
