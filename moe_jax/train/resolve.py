@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.moe.layer import make_dispatch, make_router, refuse_lookahead
 from moe_jax.model.stack import ModelDef, is_axes
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.parallel.rules import spec
+from moe_jax.parallel.rules import on_mesh, spec
 
 TOKENS_PER_EXPERT = 64  # of a routing group, on average: fewer make the drop rate jump
 
@@ -103,7 +103,8 @@ def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
         )
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract)
     axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
-    for (path, leaf), names in zip(leaves, axes, strict=True):
+    for (path, leaf), logical in zip(leaves, axes, strict=True):
+        names = on_mesh(logical, leaf.shape, mesh.shape)
         for size, name, entry in zip(leaf.shape, names, tuple(spec(names)), strict=False):
             split = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             ways = 1

@@ -16,7 +16,7 @@ from moe_jax.model.moe.layer import first_router_state
 from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, init_on, is_axes
 from moe_jax.optim import Optimizer
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.rules import param_sharding
 from moe_jax.train.copies import make_copies, of_copied
 from moe_jax.train.guard import first_guard
 
@@ -94,7 +94,12 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
     """Sharding of every parameter, from its logical axes."""
-    return jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
+    return jax.tree.map(
+        lambda axes, leaf: param_sharding(mesh, axes, leaf.shape),
+        model.logical_axes,
+        model.abstract,
+        is_leaf=is_axes,
+    )
 
 
 def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:

@@ -17,7 +17,7 @@ from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.params import param_dtype
 from moe_jax.model.remat import remat
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.rules import param_sharding, sharding
 
 
 def compiled(layer: Layer) -> Callable[[Case], Outcome]:
@@ -62,7 +62,7 @@ def forward_backward(layer: Layer, mesh: Mesh) -> tuple[Callable, tuple]:
         return total, (y_BTD, aux)
 
     placed = {
-        str(name): sharding(mesh, leaf.get_metadata("logical_axes"))
+        str(name): param_sharding(mesh, leaf.get_metadata("logical_axes"), leaf.shape)
         for name, leaf in abstract.items()
     }
     by_rows, everywhere = sharding(mesh, ("batch",)), sharding(mesh, ())
