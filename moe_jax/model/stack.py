@@ -169,10 +169,14 @@ def forward(
     auxes: list[MoEAux] = []
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
+    # One jitted function for all blocks of a kind: it is traced, differentiated and lowered once.
+    one_of = {config.is_moe(layer): layer for layer in layout.unrolled()}
+    blocks = {kind: jax.jit(_block(model, layer, scanned=False)) for kind, layer in one_of.items()}
+
     def unrolled(x, layers):
         for layer in layers:
             state = _state_of(context, moe_before[layer]) if config.is_moe(layer) else {}
-            x, aux = _block(model, layer, scanned=False)(
+            x, aux = blocks[config.is_moe(layer)](
                 params["blocks"][str(layer)], state, x, jnp.int32(layer), *shared
             )
             auxes.extend([] if aux is None else [jax.tree.map(lambda leaf: leaf[None], aux)])
