@@ -22,7 +22,7 @@ from moe_jax.doctor.conformance.compare import TOLERANCES, errors
 from moe_jax.doctor.conformance.oracle import expected
 from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.model.moe import layer as moe_layer
-from moe_jax.model.moe.dispatch import capacity, dropless, einsum, region, slots
+from moe_jax.model.moe.dispatch import capacity, einsum, packed, region, slots
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.routers import ROUTERS, linear, noisy_top_k, sigmoid_bias
 from moe_jax.model.moe.routers.sigmoid_bias import SigmoidBias
@@ -163,7 +163,7 @@ def takes_padding(route):
 MATRIX = [
     Mutant(
         "drops the unsort",
-        replaced(dropless, "_inverse", lambda a: a),
+        replaced(packed, "inverse", lambda a: a),
         "output",
         "top_k",
         "dropless",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.model.remat import MOE_HIDDEN
 from moe_jax.ops.float8 import float8_grouped_matmul
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.mosaic import choose
 
 
 def _swiglu(gate, up):
@@ -55,6 +56,18 @@ class Experts:
             w_out_EFD=P("expert", "tensor", None),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
             matmul=self.matmul,
+        )
+
+    def packs(self, rows: int) -> bool:
+        """Whether `grouped` has kernels here that multiply so many rows as fast as `batched`."""
+        E, D, U, F = self.w_in_EDUF.shape
+        dtype = self.w_in_EDUF.dtype
+        shapes = (D, (E, D, U * F)), (F, self.w_out_EFD.shape)
+        return all(
+            choose.supports(
+                jax.ShapeDtypeStruct((rows, depth), dtype), jax.ShapeDtypeStruct(weights, dtype)
+            )
+            for depth, weights in shapes
         )
 
     def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:

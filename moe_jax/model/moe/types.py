@@ -215,6 +215,10 @@ class Experts(Protocol):
         """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
         ...
 
+    def packs(self, rows: int) -> bool:
+        """Whether `grouped` multiplies so many rows here as fast as `batched`."""
+        ...
+
     def batched(self, x_END: jax.Array) -> jax.Array:
         """Expert e on rows x_END[e]; under tensor parallelism the partial sum of this shard."""
         ...

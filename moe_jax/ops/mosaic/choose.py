@@ -54,7 +54,9 @@ def weight_gradient_tiles(cols: int) -> Tiles:
     return Tiles(TILE_ROWS, NARROW, by_rows=False, stages=6)
 
 
-def supports(x_ND: jax.Array, w_EDF: jax.Array) -> bool:
+def supports(
+    x_ND: jax.Array | jax.ShapeDtypeStruct, w_EDF: jax.Array | jax.ShapeDtypeStruct
+) -> bool:
     """Whether the kernels take these operands and the process has a GPU that runs them."""
     (N, D), F = x_ND.shape, w_EDF.shape[2]
     whole = N % ALIGN == 0 and N >= TILE_ROWS and D % NARROW == 0 and F % NARROW == 0

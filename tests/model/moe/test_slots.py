@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.model.moe.config import PRIORITIES
-from moe_jax.model.moe.dispatch.capacity import slot_moves
+from moe_jax.model.moe.dispatch.capacity import slot_moves, within_capacity
 from moe_jax.model.moe.dispatch.slots import Order, Slots, expert_capacity
 from moe_jax.model.moe.types import TokenChoice
 
@@ -133,12 +133,14 @@ def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority)
     order = Order(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
     # Compiled for each of the few shapes: one operation after the other takes ten times as long.
     moves = jax.jit(lambda ids_GN: slot_moves(ids_GN, E, capacity, order))(ids_GN)
+    kept_GN = jax.jit(lambda ids_GN: within_capacity(ids_GN, E, capacity, order))(ids_GN)
     place_GN, choice_M = np.asarray(moves.place_NK).reshape(G, N), np.asarray(moves.choice_M)
     expected_choice_M = np.full(E * G * capacity, G * N)
     for g, slots in enumerate(hand_out(ids_GN, E, capacity, order)):
         for n, slot in enumerate(slots):
             place = E * G * capacity if slot is None else (slot[0] * G + g) * capacity + slot[1]
             assert place_GN[g, n] == place
+            assert kept_GN[g, n] == (slot is not None)
             if slot is not None:
                 expected_choice_M[place] = g * N + n
     np.testing.assert_array_equal(choice_M, expected_choice_M)

@@ -3,6 +3,10 @@
 Each expert has C slots a group.  A sort of the group's assignments by expert gives every slot its
 token and every choice its slot, so memory and time are linear in tokens: there is no [S, E, C]
 array, and every move is a gather, backward included (`moves`).
+
+Where nothing travels between devices and the grouped matmul has kernels as fast as a batched one
+(`Experts.packs`), no slot has to exist: the choices that would get one stand without gaps
+(`packed`), and the empty quarter of a capacity of 1.25 is not multiplied.
 """
 
 import dataclasses
@@ -10,8 +14,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool
 
 from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.packed import packed
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import Order, Slots, routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
@@ -35,6 +41,12 @@ class Capacity(Slots):
             C = self.slots(S, K, E, inputs)
             ids_GN = routed_ids(choice, mask_GS, E)
             order = Order(self.priority, inputs.rows, K, tokens_GS)
+            if shards == 1 and experts.packs(G * S * K):
+                kept_GN = within_capacity(ids_GN, E, C, order)
+                ids_NK = jnp.where(kept_GN, ids_GN, E).reshape(G * S, K)
+                weights_NK = choice.weights_GSK.reshape(G * S, K)
+                y_ND = packed(x_GSD.reshape(G * S, D), ids_NK, weights_NK, experts)
+                return y_ND.reshape(G, S, D), kept_GN.reshape(G, S, K)
             moves = slot_moves(ids_GN, E, C, order)
             moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
             x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
@@ -56,8 +68,7 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     G, N = ids_GN.shape
     E, C, K = num_experts, capacity, order.choices
     p_ids_GN = order.take(ids_GN)
-    order_GN = sort_by_expert(p_ids_GN, E)  # sorted position -> priority rank
-    start_GE = (p_ids_GN[:, None, :] < jnp.arange(E + 1)[None, :, None]).sum(-1, dtype=jnp.int32)
+    order_GN, start_GE, c_GN = _ranked(p_ids_GN, E)
 
     # Slot (e, c) holds the c-th assignment of expert e in priority order.
     sorted_GEC = start_GE[:, :E, None] + jnp.arange(C, dtype=jnp.int32)
@@ -72,9 +83,32 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     choice_M = choice_GEC.swapaxes(0, 1).reshape(-1)
 
     # Choice (g, n) sits at slot c = its position among its expert's assignments, if c < C.
-    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G11[..., 0], order_GN].set(number_GN)
-    c_GN = sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)
     place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
     place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     return Moves(token_M=choice_M // K, choice_M=choice_M, place_NK=place_NK.astype(jnp.int32))
+
+
+def within_capacity(
+    ids_GN: jax.Array, num_experts: int, capacity: int, order: Order
+) -> Bool[Array, "G N"]:
+    """Whether each assignment gets one of its expert's slots, as `slot_moves` gives them."""
+    p_ids_GN = order.take(ids_GN)
+    c_GN = _ranked(p_ids_GN, num_experts)[2]
+    return order.undo((p_ids_GN < num_experts) & (c_GN < capacity))
+
+
+def _ranked(p_ids_GN, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A group's assignments by expert, then priority.
+
+    Returns the order (sorted position -> priority rank), where each expert's begin in it [G, E+1],
+    and how many of its expert's come before each assignment.
+    """
+    G, N = p_ids_GN.shape
+    order_GN = sort_by_expert(p_ids_GN, num_experts)
+    expert_E = jnp.arange(num_experts + 1)
+    start_GE = (p_ids_GN[:, None, :] < expert_E[None, :, None]).sum(-1, dtype=jnp.int32)
+    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
+    group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
+    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G1, order_GN].set(number_GN)
+    return order_GN, start_GE, sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)

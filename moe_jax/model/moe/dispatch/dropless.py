@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
@@ -64,7 +65,7 @@ class Dropless:
             ids_NK = routed_ids(choice, mask_GS, E).reshape(G * S, K)
             x_ND, weights_NK = x_GSD.reshape(G * S, D), choice.weights_GSK.reshape(G * S, K)
             if shards == 1 or self.recv_factor == 0:
-                combined = _local if shards == 1 else _gathered
+                combined = packed if shards == 1 else _gathered
                 y_ND, kept_NK = combined(x_ND, ids_NK, weights_NK, experts), ids_NK < E
             else:
                 room = _room(G * S * K, shards, self.recv_factor)
@@ -91,22 +92,6 @@ def _room(assignments: int, shards: int, recv_factor: float) -> int:
     return min(assignments, math.ceil(assignments * recv_factor / shards))
 
 
-def _local(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
-    """[N, D]: the weighted sum over a token's experts here; other ids add nothing."""
-    K, local = ids_NK.shape[1], experts.num_experts
-    moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
-    # A token has at most `local` of its choices here, whatever K is.
-    moves = moves._replace(
-        token_M=moves.token_M[: x_ND.shape[0] * local],
-        choice_M=moves.choice_M[: x_ND.shape[0] * local],
-    )
-    moves, sizes_E = checkpoint_name((moves, sizes_E), MOE_DISPATCHED)
-    x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
-    y_MD = checkpoint_name(experts.grouped(x_MD, sizes_E), MOE_OUT)
-    with jax.named_scope("combine"):
-        return combine(y_MD, weights_NK, moves)
-
-
 def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
     """[N, D]: every shard adds what its experts make of all tokens of the expert axis."""
     local = experts.num_experts
@@ -115,7 +100,7 @@ def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts
     )
     ids_NK = ids_NK - jax.lax.axis_index("expert") * local
     ids_NK = jnp.where((ids_NK >= 0) & (ids_NK < local), ids_NK, local)
-    y_ND = _local(x_ND, ids_NK, weights_NK, experts)
+    y_ND = packed(x_ND, ids_NK, weights_NK, experts)
     return jax.lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True)
 
 
@@ -131,26 +116,6 @@ def _exchanged(x_ND, ids_NK, weights_NK, experts: Experts, shards: int, room: in
     return y_ND, moves.place_NK < y_MD.shape[0]
 
 
-def _starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
-    """Sorted position at which each expert's assignments begin: [E + 1]."""
-    return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
-
-
-def _inverse(order_N: jax.Array) -> jax.Array:
-    numbers = jnp.arange(order_N.shape[0], dtype=jnp.int32)
-    return jnp.zeros_like(order_N).at[order_N].set(numbers)
-
-
-def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
-    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes."""
-    N = ids_N.shape[0]
-    start_E = _starts(ids_N, num_experts)
-    order_N = sort_by_expert(ids_N[None], num_experts)[0]
-    choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
-    place_N = jnp.where(ids_N < num_experts, _inverse(order_N), N)
-    return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), jnp.diff(start_E)
-
-
 def shard_moves(
     ids_N: jax.Array, num_experts: int, choices: int, shards: int, room: int
 ) -> tuple[Moves, jax.Array]:
@@ -159,13 +124,13 @@ def shard_moves(
     Returns the moves and how many of each expert's assignments are in the buffer, [E].
     """
     N, local = ids_N.shape[0], num_experts // shards
-    start_E = _starts(ids_N, num_experts)
+    start_E = expert_starts(ids_N, num_experts)
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     begin_P, end_P = start_E[:-1:local], start_E[local::local]
     sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
     choice_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
     target_N = jnp.minimum(ids_N // local, shards - 1)
-    offset_N = _inverse(order_N) - begin_P[target_N]
+    offset_N = inverse(order_N) - begin_P[target_N]
     sent_N = (ids_N < num_experts) & (offset_N < room)
     place_N = jnp.where(sent_N, target_N * room + offset_N, shards * room)
     # What overflowed is the tail of a destination's run, so sizes are clipped from the end.

@@ -1,0 +1,75 @@
+"""Capacity without slots, as GPUs run it: the same tokens kept, the same outputs and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe.config import PRIORITIES, MoEConfig
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.types import MoEContext
+
+B, ROWS, T, D = 4, 2, 12, 8
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def forward_backward(mesh, priority: str, router: str):
+    """(y, aux, gradients) of a layer that drops, with padding, for one cotangent."""
+    moe = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        expert_width=6,
+        router=router,
+        priority=priority,
+        capacity_factor=0.7,
+    )
+    module = MoE(ModelConfig(width=D, moe=moe), dtype=jnp.float64, rngs=nnx.Rngs(params=0))
+    graph, params = nnx.split(module)
+    x_BTD, dy_BTD = jax.random.normal(jax.random.key(1), (2, B, T, D), jnp.float64)
+    mask_BT = jnp.arange(T) < jnp.array([T, 5, T, 1])[:, None]
+    keys_B = jax.random.split(jax.random.key(2), B)
+
+    @jax.jit
+    def run(params, x_BTD):
+        tokens_BT = jnp.zeros((B, T), jnp.int32)
+        context = MoEContext(tokens_BT, mask_BT, keys_B, mesh, ROWS, True)
+
+        def loss(params, x_BTD):
+            y_BTD, aux = nnx.merge(graph, params)(x_BTD, context)
+            return (y_BTD * dy_BTD).sum(), (y_BTD, aux)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+
+    (_, made), gradients = run(params, x_BTD)
+    return made, gradients
+
+
+@pytest.mark.parametrize(
+    ("priority", "router"), [*((priority, "top_k") for priority in PRIORITIES), ("token", "soft")]
+)
+@pytest.mark.parametrize("sizes", [{}, {"data": 2}, {"tensor": 2}])
+def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes):
+    mesh = mesh_of(**sizes)
+    (y_BTD, aux), gradients = forward_backward(mesh, priority, router)
+    asked = []
+    monkeypatch.setattr(Experts, "packs", lambda self, rows: asked.append(rows) or True)
+    (packed_BTD, packed_aux), packed_gradients = forward_backward(mesh, priority, router)
+    assert asked  # the second run went the other way
+    kept = aux.stats.fates.kept
+    assert 0 < kept < aux.stats.assignments and packed_aux.stats.fates.kept == kept
+    np.testing.assert_allclose(packed_BTD, y_BTD, rtol=0, atol=1e-13)
+    for found, expected in zip(
+        jax.tree.leaves(packed_gradients), jax.tree.leaves(gradients), strict=True
+    ):
+        assert np.asarray(expected).any()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_slots_stay_where_tokens_travel(mesh_of, monkeypatch):
+    """An all-to-all needs buffers of a fixed size."""
+    monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
+    forward_backward(mesh_of(expert=2), "token", "top_k")
