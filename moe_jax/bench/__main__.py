@@ -5,18 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from moe_jax.bench.breakdown import breakdown_table
 from moe_jax.bench.measure import measure
 from moe_jax.bench.random_rows import random_rows
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
 from moe_jax.parallel.host_memory import keep_freed_memory
-from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import flags
 from moe_jax.train.loop import start_lowering
-from moe_jax.train.setup import first_state, prepare
+from moe_jax.train.setup import first_state, prepare, set_numerics
 
 _FLAGS = (
     flags.Flag("steps", 20, "Steps to time, after some that are not."),
@@ -33,11 +30,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--steps={parsed.flags.steps}: time 1 step or more.")
     keep_freed_memory()
     config = from_config_dict(parsed.config)
-    if config.precision == "float64":
-        jax.config.update("jax_enable_x64", True)
+    set_numerics(config)
     workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench").absolute()
-    if config.train.deterministic:
-        use_deterministic_kernels()
     run = prepare(config, workdir, _progress)
     lowered = start_lowering(run)
     given, state = parsed.flags, first_state(run, "", _progress)

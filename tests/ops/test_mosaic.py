@@ -15,6 +15,7 @@ from grouped_cases import arrays, close, gradient_program, loop
 from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS
 from moe_jax.ops.mosaic import choose
 from moe_jax.ops.mosaic.product import row_tiles
+from moe_jax.ops.mosaic.ring import share
 from moe_jax.ops.mosaic.weight_gradient import longest_first
 
 N, D, F = 256, 128, 256
@@ -28,10 +29,11 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def three_blocks(monkeypatch):
-    """Fewer blocks than units of work, so that every block goes round its loop."""
+@pytest.fixture(params=[1, 2])
+def three_blocks(request, monkeypatch):
+    """Fewer blocks than units of work, so that every block goes round its loop, in 1 or 2 waves."""
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
+    monkeypatch.setattr("moe_jax.ops.mosaic.ring.waves", lambda units: request.param)
 
 
 def interpreted(leg, *operands):
@@ -65,6 +67,25 @@ def test_narrow_outputs(width, three_blocks):
     sizes_E = jnp.array([130, 126], jnp.int32)
     close(interpreted("forward", x, w, sizes_E), y)
     close(interpreted("weight_gradient", x, dy, sizes_E), dw)
+
+
+@pytest.mark.parametrize("waves", [1, 3, 8])
+@pytest.mark.parametrize("total", [0, 1, 4, 5, 16, 67])
+def test_every_unit_has_one_block(waves, total):
+    taken = []
+    for block in range(4 * waves):
+        unit, count = share(jnp.int32(block), 4, waves, jnp.int32(total))
+        taken += [int(unit(i)) for i in range(int(count))]
+    assert sorted(taken) == list(range(total))
+
+
+def test_waves_follow_the_devices_and_the_work(monkeypatch):
+    monkeypatch.setattr(choose, "multiprocessors", lambda: 10)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose.waves(10**6) == 1
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    found = [choose.waves(units) for units in (0, 119, 240, 10**6)]
+    assert found == [1, 1, 2, choose.MOST_WAVES]
 
 
 def test_every_row_is_stored_once():

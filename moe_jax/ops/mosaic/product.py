@@ -80,7 +80,8 @@ def grouped_product(
     plain = plgpu.SMEM((ring.MULTIPLIERS, ring.STAGED, SQUARE, SQUARE), jnp.bfloat16)
     out = plgpu.RefUnion(ring.staging(jnp.bfloat16), plain)
     out_type = jax.ShapeDtypeStruct((N, M), jnp.bfloat16)
-    kernel = ring.launch(body, out_type, tiles, x_NK.dtype, (tiles.rows, depth), b_shape, out)
+    units, a_shape = -(-N // tiles.rows) * col_tiles, (tiles.rows, depth)
+    kernel = ring.launch(body, units, out_type, tiles, x_NK.dtype, a_shape, b_shape, out)
     return kernel(table, count, x_NK, w)
 
 

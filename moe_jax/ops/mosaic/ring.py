@@ -1,8 +1,8 @@
 """A ring of operand tiles in shared memory: one warpgroup loads, two multiply.
 
-The grid fills the chip once and every block goes through its units of work (output tiles) in one
-loop.  The loader runs ahead across units, so that a unit's epilogue hides the next one's first
-loads.  Each completion of a barrier is waited for exactly once.
+The grid fills the chip, once or several times, and every block goes through its units of work
+(output tiles) in one loop.  The loader runs ahead across units, so that a unit's epilogue hides
+the next one's first loads.  Each completion of a barrier is waited for exactly once.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, multiprocessors
+from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, multiprocessors, waves
 
 SWIZZLE = 128  # bytes of one step of the contraction: the widest swizzle
 SQUARE = 64  # side of the pieces in which results leave
@@ -42,12 +42,12 @@ def staging(dtype: Any) -> Any:
 
 
 def launch(
-    body: Callable, out_type: Any, tiles: Tiles, dtype: Any, a_shape, b_shape, out: Any
+    body: Callable, units: int, out_type: Any, tiles: Tiles, dtype: Any, a_shape, b_shape, out: Any
 ) -> Callable:
     """A kernel of body(*inputs, result, a, b, full, empty, out); a and b are the ring's operands.
 
-    dtype: theirs.  full: both operands of a slot have come.  empty: both multipliers are done with
-    them.
+    units: of work, about.  dtype: of a and b.  full: both operands of a slot have come.  empty:
+    both multipliers are done with them.
     """
     return plgpu.kernel(
         body,
@@ -59,7 +59,7 @@ def launch(
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages),
             out,
         ],
-        grid=(multiprocessors(),),
+        grid=(multiprocessors() * waves(units),),
         grid_names=("block",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
@@ -95,19 +95,30 @@ def run(full, empty, tiles: Tiles, total, loads: Callable, products: Callable) -
 
 
 def _my_units(total) -> tuple[Callable, Any]:
-    """(i -> unit, how many) of this block.
+    """(i -> unit, how many) of this block."""
+    chip = multiprocessors()
+    return share(lax.axis_index("block"), chip, lax.axis_size("block") // chip, total)
 
-    Round i of one unit a block is dealt forwards or backwards in turn: where units get smaller in
-    their order, nobody always gets the larger one.
+
+def share(block, chip: int, waves: int, total) -> tuple[Callable, Any]:
+    """(i -> unit, how many) of one of chip * waves blocks, of `total` units.
+
+    A round is one unit for each multiprocessor; each wave of blocks goes through as many rounds as
+    the others, or one more.  Rounds are dealt forwards and backwards in turn: where units get
+    smaller in their order, nobody always gets the larger one.
     """
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    wave, mine = lax.div(block, jnp.int32(chip)), lax.rem(block, jnp.int32(chip))
+    rounds = lax.div(total + (chip - 1), jnp.int32(chip))
+    first, end = (lax.div(w * rounds, jnp.int32(waves)) for w in (wave, wave + 1))
 
-    def place(i):
-        return jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, blocks - 1 - block)
+    def unit(i):
+        number = first + i
+        forwards = lax.rem(number, jnp.int32(2)) == 0
+        return number * chip + jnp.where(forwards, mine, chip - 1 - mine)
 
-    rounds = lax.div(total, jnp.int32(blocks))
-    more = place(rounds) < total - rounds * blocks
-    return lambda i: i * blocks + place(i), rounds + more.astype(jnp.int32)
+    count = end - first
+    missing = (count > 0) & (unit(count - 1) >= total)  # the last round may not be full
+    return unit, count - missing.astype(jnp.int32)
 
 
 def _load_all(full, empty, tiles: Tiles, total, loads: Callable) -> None:

@@ -29,6 +29,7 @@ def grouped_weight_gradient(
     (_, D), F, E = x_ND.shape, dy_NF.shape[1], sizes_E.shape[0]
     tiles = weight_gradient_tiles(F)
     row_tiles, col_tiles = D // tiles.rows, F // tiles.cols
+    units = E * row_tiles * col_tiles
     first_E, last_E = bounds(sizes_E)
     start_E = first_E // ALIGN * ALIGN
     steps_E = jnp.where(last_E > first_E, -((start_E - last_E) // DEPTH), 0)
@@ -83,12 +84,12 @@ def grouped_weight_gradient(
 
             return table[2, g], multiply, store
 
-        ring.run(full, empty, tiles, jnp.int32(E * row_tiles * col_tiles), loads, products)
+        ring.run(full, empty, tiles, jnp.int32(units), loads, products)
 
     out_type = jax.ShapeDtypeStruct((E, D, F), x_ND.dtype)
     a_shape, b_shape = (DEPTH, tiles.rows), (DEPTH, tiles.cols)
     out = ring.staging(x_ND.dtype)
-    kernel = ring.launch(body, out_type, tiles, x_ND.dtype, a_shape, b_shape, out)
+    kernel = ring.launch(body, units, out_type, tiles, x_ND.dtype, a_shape, b_shape, out)
     return kernel(table, x_ND, dy_NF)
 
 
