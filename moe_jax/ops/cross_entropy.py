@@ -139,6 +139,17 @@ def _nll(logits_NV, hit_NV):
     return jax.nn.logsumexp(logits_NV, axis=-1) - jnp.where(hit_NV, logits_NV, 0).sum(-1)
 
 
+def _target_logits(logits_NV, targets_N, hit_NV):
+    """Each token's logit of its target, for a forward pass; any number where there is none.
+
+    Read where it stands, for a pass over all logits takes 0.7 ms of a step of bench_olmoe_half on
+    an H200; with the vocabulary split over `tensor` that would bring all logits to every device.
+    """
+    if jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
+        return jnp.where(hit_NV, logits_NV, 0).sum(-1)
+    return jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1, mode="clip")[:, 0]
+
+
 def full_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
     """The reference: all logits at once, differentiated by JAX."""
     del chunk
@@ -173,7 +184,7 @@ def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradient
         shifted = jnp.exp(logits - highest)
         total = shifted.sum(-1, keepdims=True)
         lse = jnp.log(total) + highest
-        nll += jnp.where(mask, lse[:, 0] - jnp.where(hit, logits, 0).sum(-1), 0).sum()
+        nll += jnp.where(mask, lse[:, 0] - _target_logits(logits, targets, hit), 0).sum()
         z += jnp.where(mask, lse[:, 0] ** 2, 0).sum()
         if not gradients:
             return (nll, z, d_head), None
