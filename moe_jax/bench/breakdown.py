@@ -107,7 +107,7 @@ def instruction_parts(hlo: str) -> dict[str, str]:
 def _part(opcode: str, op_name: str) -> str:
     if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return COLLECTIVE
-    # A scope stands in a path such as jit(train_step)/transpose(jvp(dispatch))/experts/dot.
+    # Scopes stand in a path such as jit(train_step)/transpose(jvp(jit(block)))/dispatch/experts/dot
     words = [word for word in re.split(r"[/()]", op_name) if word in SCOPES]
     return words[-1] if words else OTHER
 

@@ -219,7 +219,7 @@ def _block(model: ModelDef, layer: int, *, scanned: bool):
     first repeat.
     """
 
-    def run(params, state, x_BTD, index, rope: Rope, segments, context: MoEContext):
+    def block(params, state, x_BTD, index, rope: Rope, segments, context: MoEContext):
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(context.row_keys_B, index)
         context = dataclasses.replace(context, row_keys_B=keys, router_state=state)
         if context.mesh.size > 1:
@@ -227,7 +227,7 @@ def _block(model: ModelDef, layer: int, *, scanned: bool):
         x_BTD, aux = nnx.merge(model.blocks[layer], params)(x_BTD, rope, segments, context)
         return _constrain(x_BTD, context), aux
 
-    return remat(run, model.config.remat, scanned=scanned)
+    return remat(block, model.config.remat, scanned=scanned)
 
 
 def _reduce_early(x_BTD, params: Params):

@@ -17,7 +17,11 @@ from jaxtyping import Array, Float
 
 
 def float32_matmul(x: Float[Array, "*batch D"], w_DE: Float[Array, "D E"]) -> Float[Array, "..."]:
-    """x @ w in the wider dtype of the two, at least float32, with no rounding below it."""
+    """x @ w in the wider dtype of the two, at least float32, with no rounding below it.
+
+    In parts, w and the gradients' sums travel three times as wide between devices: D * 3E numbers,
+    1.5 MB for a width of 2048 and 64 experts.
+    """
     if x.dtype == jnp.bfloat16 and w_DE.dtype == jnp.float32:
         return _mixed(x, w_DE)
     return plain(x, w_DE)
@@ -52,7 +56,9 @@ _mixed.defvjp(_forward, _backward)
 def parts(a: Float[Array, "..."]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three bfloat16 arrays whose sum is the float32 `a`, the largest first.
 
-    `reduce_precision`, because XLA may drop a cast to bfloat16 and back.
+    Exact for 1e-20 < |a| < 3.38e38, bfloat16's largest: above it come NaN, and far below it the
+    smallest part is rounded to 0.  `reduce_precision`, because XLA may drop a cast to bfloat16 and
+    back.
     """
     high = jax.lax.reduce_precision(a, 8, 7)
     rest = a - high
@@ -70,11 +76,13 @@ def in_parts(x, w_DE):
 
 def gradients_in_parts(x, w_DE, dy):
     """(dx in bfloat16, dw in float32)."""
-    w_high, w_middle, _ = parts(w_DE)
+    w_high, w_middle, w_low = parts(w_DE)
     dy_high, dy_middle, dy_low = parts(dy)
-    # dx is rounded to 8 bits: of its nine products those below 2^-16 of it can go.
-    left = jnp.concatenate([dy_high, dy_high, dy_middle], -1)
-    dx = _matmul(left, jnp.concatenate([w_high, w_middle, w_high], 1).T)
+    # The three of nine products that are left out are below 2^-24 of those of the large parts.  Not
+    # more: a softmax's gradients cancel over E, and dx may be far smaller than its terms.
+    left = jnp.concatenate([dy_high, dy_high, dy_middle, dy_high, dy_middle, dy_low], -1)
+    right = jnp.concatenate([w_high, w_middle, w_high, w_low, w_middle, w_high], 1)
+    dx = _matmul(left, right.T)
     wide = jnp.concatenate([dy_high, dy_middle, dy_low], -1)
     batch = tuple(range(x.ndim - 1))
     dw = jax.lax.dot_general(x, wide, ((batch, batch), ((), ())), preferred_element_type="float32")

@@ -33,7 +33,7 @@ SIZES = {
 def three_blocks(request, monkeypatch):
     """Fewer blocks than units of work, so that every block goes round its loop, in 1 or 2 waves."""
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
-    monkeypatch.setattr("moe_jax.ops.mosaic.ring.waves", lambda units: request.param)
+    monkeypatch.setattr("moe_jax.ops.mosaic.ring.count_waves", lambda units: request.param)
 
 
 def interpreted(leg, *operands):
@@ -82,9 +82,9 @@ def test_every_unit_has_one_block(waves, total):
 def test_waves_follow_the_devices_and_the_work(monkeypatch):
     monkeypatch.setattr(choose, "multiprocessors", lambda: 10)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert choose.waves(10**6) == 1
+    assert choose.count_waves(10**6) == 1
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    found = [choose.waves(units) for units in (0, 119, 240, 10**6)]
+    found = [choose.count_waves(units) for units in (0, 119, 240, 10**6)]
     assert found == [1, 1, 2, choose.MOST_WAVES]
 
 

@@ -75,7 +75,7 @@ def multiprocessors() -> int:
     return getattr(jax.local_devices()[0], "core_count", SMS)
 
 
-def waves(units: int) -> int:
+def count_waves(units: int) -> int:
     """How many blocks a multiprocessor runs one after another, for so many units of work.
 
     One is best alone on the chip.  Beside other devices NCCL's kernels hold some multiprocessors

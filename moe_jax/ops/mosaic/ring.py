@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, multiprocessors, waves
+from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, count_waves, multiprocessors
 
 SWIZZLE = 128  # bytes of one step of the contraction: the widest swizzle
 SQUARE = 64  # side of the pieces in which results leave
@@ -59,7 +59,7 @@ def launch(
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages),
             out,
         ],
-        grid=(multiprocessors() * waves(units),),
+        grid=(multiprocessors() * count_waves(units),),
         grid_names=("block",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",

@@ -17,7 +17,7 @@ B, ROWS, T, D = 4, 2, 12, 8
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def forward_backward(mesh, priority: str, router: str):
+def forward_backward(mesh, priority: str, router: str, factor: float = 1.0):
     """(y, aux, gradients) of a layer that drops, with padding, for one cotangent."""
     moe = MoEConfig(
         num_experts=4,
@@ -25,7 +25,7 @@ def forward_backward(mesh, priority: str, router: str):
         expert_width=6,
         router=router,
         priority=priority,
-        capacity_factor=0.7,
+        capacity_factor=factor,
     )
     module = MoE(ModelConfig(width=D, moe=moe), dtype=jnp.float64, rngs=nnx.Rngs(params=0))
     graph, params = nnx.split(module)
@@ -67,6 +67,12 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes
     ):
         assert np.asarray(expected).any()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
+    """Every token may be any expert's where experts choose: E times as many rows."""
+    monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
+    forward_backward(mesh_of(), "token", "expert_choice")
 
 
 def test_slots_stay_where_tokens_travel(mesh_of, monkeypatch):

@@ -4,9 +4,9 @@ Each expert has C slots a group.  A sort of the group's assignments by expert gi
 token and every choice its slot, so memory and time are linear in tokens: there is no [S, E, C]
 array, and every move is a gather, backward included (`moves`).
 
-Where nothing travels between devices and the grouped matmul has kernels as fast as a batched one
-(`Experts.packs`), no slot has to exist: the choices that would get one stand without gaps
-(`packed`), and the empty quarter of a capacity of 1.25 is not multiplied.
+Where nothing travels between devices, the grouped matmul has kernels as fast as a batched one
+(`Experts.packs`) and there are no more choices than slots, no slot has to exist: the choices that
+would get one stand without gaps (`packed`), and empty slots are not multiplied.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Capacity(Slots):
             C = self.slots(S, K, E, inputs)
             ids_GN = routed_ids(choice, mask_GS, E)
             order = Order(self.priority, inputs.rows, K, tokens_GS)
-            if shards == 1 and experts.packs(G * S * K):
+            if shards == 1 and S * K <= E * C and experts.packs(G * S * K):
                 kept_GN = within_capacity(ids_GN, E, C, order)
                 ids_NK = jnp.where(kept_GN, ids_GN, E).reshape(G * S, K)
                 weights_NK = choice.weights_GSK.reshape(G * S, K)
