@@ -80,8 +80,9 @@ def count_waves(units: int) -> int:
 
     One is best alone on the chip.  Beside other devices NCCL's kernels hold some multiprocessors
     for a while, and blocks that wait for those end late by as much: shorter blocks go to the free
-    ones instead (314 to 310 ms a step of bench_olmoe_half with fsdp 2, 281 to 275 of
-    bench_mixtral_2b).  A block takes about 4 us to start, so each has LEAST_ROUNDS units or more.
+    ones instead (314 to 311 ms a step of bench_olmoe_half with fsdp 2, 281 to 275 of
+    bench_mixtral_2b).  Starting a block is not free (eight waves cost 1% alone on the chip), so
+    each has LEAST_ROUNDS units or more.
     """
     if jax.device_count() == 1:
         return 1

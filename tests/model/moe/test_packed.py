@@ -72,10 +72,12 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
     """Every token may be any expert's where experts choose: E times as many rows."""
     monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
-    forward_backward(mesh_of(), "token", "expert_choice")
+    (_, aux), _ = forward_backward(mesh_of(), "token", "expert_choice")
+    assert aux.stats.fates.kept > 0
 
 
 def test_slots_stay_where_tokens_travel(mesh_of, monkeypatch):
     """An all-to-all needs buffers of a fixed size."""
     monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
-    forward_backward(mesh_of(expert=2), "token", "top_k")
+    (_, aux), _ = forward_backward(mesh_of(expert=2), "token", "top_k")
+    assert aux.stats.fates.kept > 0
