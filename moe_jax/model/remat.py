@@ -17,9 +17,8 @@ FFN_HIDDEN = "ffn_hidden"  # between the two matmuls of a dense FFN, before the 
 ROUTER_LOGITS = "router_logits"
 MOE_DISPATCHED = "moe_dispatched"  # tokens where their experts are: after the all-to-all
 MOE_HIDDEN = "moe_hidden"  # between the two matmuls of the experts, before the activation
-MOE_OUT = "moe_out"  # what the experts made, back where the tokens are
 
-_DISPATCH = (ROUTER_LOGITS, MOE_DISPATCHED, MOE_OUT)
+_DISPATCH = (ROUTER_LOGITS, MOE_DISPATCHED)
 
 # name -> policy; "none" keeps everything and so applies no checkpoint at all.
 REMAT: dict[str, Any] = {

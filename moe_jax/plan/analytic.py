@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch.dropless import buffer_rows as dropless_rows
-from moe_jax.model.moe.experts import ACTIVATE
 from moe_jax.model.moe.layer import make_dispatch
+from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.parallel.rules import spec
 from moe_jax.plan.lowering import Plan, split_ways
 
@@ -169,8 +169,8 @@ def saved_bytes(plan: Plan, local: Local) -> float:
     attention = layers * N * H * A * c
     dense = (layers - sparse) * N * local.dense_ffn * c
     wide = sparse * M * local.ffn * c
-    # The routers' logits, and tokens where their experts are and back.
-    dispatched = sparse * (N * model.moe.num_experts * 4 + 2 * M * D * c)
+    # The routers' logits, and tokens and their weights where their experts are.
+    dispatched = sparse * (N * model.moe.num_experts * 4 + M * (D * c + 4))
     if model.remat == "save_dispatch":
         return stream + dispatched
     if model.remat == "save_hidden":
@@ -217,8 +217,9 @@ def layer_bytes(local: Local) -> Working:
 
 
 def passes_to_experts(model: ModelConfig) -> int:
-    """All-to-alls of one MoE layer: there and back, forward, backward, and perhaps again."""
-    return 6 if model.remat in ("full", "dots") else 4
+    """All-to-alls of one MoE layer's tokens: there and back, forward and backward, and perhaps
+    there again; what came back is in no one's derivative."""
+    return 5 if model.remat in ("full", "dots") else 4
 
 
 def all_to_alls(plan: Plan) -> int:

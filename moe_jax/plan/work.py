@@ -19,10 +19,10 @@ from moe_jax.plan.roofline import Traffic
 # Matrix products of a block that the backward pass computes again, by remat policy: those whose
 # results it needs and the policy does not keep.  An attention kernel always runs again.
 _AGAIN = {
-    "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF", "w_out_EFD"),
+    "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_hidden": ("q_DHA", "k_DJA", "v_DJA", "o_HAD"),
-    "dots": ("w_in_EDUF", "w_out_EFD"),
+    "dots": ("w_in_EDUF",),
     "none": (),
 }
 
@@ -106,8 +106,9 @@ def _tokens(plan: Plan, local: Local) -> list[Traffic]:
             Traffic("all-gather", "expert", there * tokens),
             Traffic("reduce-scatter", "expert", 2 * tokens),
         ]
-    buffer = local.M * model.width * local.c
-    return [Traffic("all-to-all", "expert", again * times * buffer * (n - 1) / n)]
+    # The weights go wherever tokens go there, and their gradients home once.
+    a_row = times * model.width * local.c + (times - 2) * 4
+    return [Traffic("all-to-all", "expert", again * local.M * a_row * (n - 1) / n)]
 
 
 def _tensor(plan: Plan, local: Local) -> list[Traffic]:

@@ -70,10 +70,10 @@ def knob(**knobs) -> Callable[[Any], None]:
 def weights(change: Callable) -> Callable[[Any], None]:
     """A plant in the weights with which choices are combined."""
 
-    def of_path(combine):
-        return lambda y_MD, weights_NK, moves: combine(y_MD, change(weights_NK), moves)
+    def of_path(gather_weights):
+        return lambda weights_NK, moves: gather_weights(change(weights_NK), moves)
 
-    return wrapped(capacity, "combine", of_path)
+    return wrapped(capacity, "gather_weights", of_path)
 
 
 def losses(change: Callable) -> Callable[[Any], None]:

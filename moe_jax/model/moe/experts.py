@@ -9,26 +9,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.remat import MOE_HIDDEN
+from moe_jax.ops.expert_activation import activate, weighted_activate
 from moe_jax.ops.float8 import float8_grouped_matmul
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.mosaic import choose
 
-
-def _swiglu(gate, up):
-    return jax.nn.silu(gate) * up
-
-
-# name -> (U, function of U tensors [..., F])
-ACTIVATE = {"gelu": (1, jax.nn.gelu), "swiglu": (2, _swiglu)}
-
 # model.moe.matmul -> what multiplies consecutive rows
 _MULTIPLY = {"compute": grouped_matmul, "float8": float8_grouped_matmul}
-
-
-def _activate(name: str, h):
-    """[..., U*F] -> [..., F]; the transpose of `split` is a concatenation, that of slices pads."""
-    U, function = ACTIVATE[name]
-    return function(*jax.lax.split(h, [h.shape[-1] // U] * U, axis=h.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +57,46 @@ class Experts:
             for depth, weights in shapes
         )
 
-    def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
-        """Expert e on the rows x_END[e]."""
+    def batched(
+        self, x_END: Float[Array, "E N D"], weights_EN: Float[Array, "E N"] | None = None
+    ) -> Float[Array, "E N D"]:
+        """Expert e on the rows x_END[e], times the rows' weights."""
         with jax.named_scope("experts"):
-            return self._batched(x_END)
+            return self._batched(x_END, weights_EN)
 
-    def _batched(self, x_END):
+    def _batched(self, x_END, weights_EN):
         E, D, U, F = self.w_in_EDUF.shape
         h_ENF = jnp.einsum("end,edf->enf", x_END, self.w_in_EDUF.reshape(E, D, U * F))
         h_ENF = checkpoint_name(h_ENF, MOE_HIDDEN)
-        a_ENF = _activate(self.activation, h_ENF)
+        a_ENF = self._hidden(h_ENF, weights_EN)
         return jnp.einsum("enf,efd->end", a_ENF, self.w_out_EFD)
 
-    def grouped(self, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"]) -> Float[Array, "N D"]:
-        """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
-        with jax.named_scope("experts"):
-            return self._grouped(x_ND, sizes_E)
+    def grouped(
+        self,
+        x_ND: Float[Array, "N D"],
+        sizes_E: Int[Array, "E"],
+        weights_N: Float[Array, "N"] | None = None,
+    ) -> Float[Array, "N D"]:
+        """Expert e on its sizes_E[e] consecutive rows, times their weights.
 
-    def _grouped(self, x_ND, sizes_E):
+        Rows past the sum of the sizes are unspecified.
+        """
+        with jax.named_scope("experts"):
+            return self._grouped(x_ND, sizes_E, weights_N)
+
+    def _grouped(self, x_ND, sizes_E, weights_N):
         E, D, U, F = self.w_in_EDUF.shape
         multiply = _MULTIPLY[self.matmul]
         h_NF = multiply(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
         h_NF = checkpoint_name(h_NF, MOE_HIDDEN)
-        a_NF = _activate(self.activation, h_NF)
+        a_NF = self._hidden(h_NF, weights_N)
         return multiply(a_NF, self.w_out_EFD, sizes_E)
+
+    def _hidden(self, h, weights):
+        """What the second matmul reads; weights taken here are not needed after it."""
+        if weights is None:
+            return activate(self.activation, h)
+        return weighted_activate(self.activation, h, weights)
 
 
 jax.tree_util.register_dataclass(

@@ -13,7 +13,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
-from moe_jax.model.moe.experts import ACTIVATE, Experts
+from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.ledger import account
 from moe_jax.model.moe.noise import EXPERT_DROPOUT, row_uniform
 from moe_jax.model.moe.routers import ROUTERS
@@ -36,6 +36,7 @@ from moe_jax.model.params import (
     scoped,
     truncated_normal,
 )
+from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.registry import build
 
 

@@ -219,12 +219,20 @@ class Experts(Protocol):
         """Whether `grouped` multiplies so many rows here as fast as `batched`."""
         ...
 
-    def batched(self, x_END: jax.Array) -> jax.Array:
-        """Expert e on rows x_END[e]; under tensor parallelism the partial sum of this shard."""
+    def batched(self, x_END: jax.Array, weights_EN: jax.Array | None = None) -> jax.Array:
+        """Expert e on rows x_END[e], times the rows' weights where they are given.
+
+        Under tensor parallelism the partial sum of this shard.
+        """
         ...
 
-    def grouped(self, x_ND: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Expert e on its sizes_E[e] consecutive rows; rows past the sum are unspecified."""
+    def grouped(
+        self, x_ND: jax.Array, sizes_E: jax.Array, weights_N: jax.Array | None = None
+    ) -> jax.Array:
+        """Expert e on its sizes_E[e] consecutive rows, times the rows' weights.
+
+        Rows past the sum of the sizes are unspecified.
+        """
         ...
 
 

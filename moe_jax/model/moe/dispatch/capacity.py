@@ -16,12 +16,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
-from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.moves import (
+    Moves,
+    combine,
+    gather_tokens,
+    gather_weights,
+    sort_by_expert,
+)
 from moe_jax.model.moe.dispatch.packed import packed
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import Order, Slots, routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
-from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
+from moe_jax.model.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
 
@@ -51,11 +57,12 @@ class Capacity(Slots):
             moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
             x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
             x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
-            x_END = checkpoint_name(x_END, MOE_DISPATCHED)
-            y_END = from_experts(experts.batched(x_END), "expert", shards)
-            y_MD = checkpoint_name(y_END.reshape(E * G * C, D), MOE_OUT)
+            weights_M = gather_weights(choice.weights_GSK.reshape(G * S, K), moves)
+            weights_EN = to_experts(weights_M.reshape(E, G * C), "expert", shards)
+            x_END, weights_EN = checkpoint_name((x_END, weights_EN), MOE_DISPATCHED)
+            y_END = from_experts(experts.batched(x_END, weights_EN), "expert", shards)
             with jax.named_scope("combine"):
-                y_ND = combine(y_MD, choice.weights_GSK.reshape(G * S, K), moves)
+                y_ND = combine(y_END.reshape(E * G * C, D), moves)
             kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
             return y_ND.reshape(G, S, D), kept_GSK
 

@@ -18,12 +18,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.moves import (
+    Moves,
+    combine,
+    gather_tokens,
+    gather_weights,
+    sort_by_expert,
+)
 from moe_jax.model.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
-from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
+from moe_jax.model.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
 
@@ -109,10 +115,10 @@ def _exchanged(x_ND, ids_NK, weights_NK, experts: Experts, shards: int, room: in
     E, K = experts.num_experts * shards, ids_NK.shape[1]
     moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, K, shards, room)
     moves = checkpoint_name(moves, MOE_DISPATCHED)
-    y_MD = _across(gather_tokens(x_ND, moves), sizes_E, experts, shards)
-    y_MD = checkpoint_name(y_MD, MOE_OUT)
+    weights_M = gather_weights(weights_NK, moves)
+    y_MD = _across(gather_tokens(x_ND, moves), weights_M, sizes_E, experts, shards)
     with jax.named_scope("combine"):
-        y_ND = combine(y_MD, weights_NK, moves)
+        y_ND = combine(y_MD, moves)
     return y_ND, moves.place_NK < y_MD.shape[0]
 
 
@@ -140,12 +146,15 @@ def shard_moves(
     return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), sizes_E
 
 
-def _across(x_MD: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int) -> jax.Array:
+def _across(
+    x_MD: jax.Array, weights_M: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int
+) -> jax.Array:
     """Send [shards, room] rows to their experts' devices, apply the experts, bring them home."""
     M, D = x_MD.shape
     local, room = experts.num_experts, M // shards
     x_PRD = to_experts(x_MD.reshape(shards, room, D), "expert", shards)  # [1, shards*room, D]
-    x_PRD = checkpoint_name(x_PRD, MOE_DISPATCHED)
+    weights_PR = to_experts(weights_M.reshape(shards, room), "expert", shards)
+    x_PRD, weights_PR = checkpoint_name((x_PRD, weights_PR), MOE_DISPATCHED)
     sizes_PE = to_experts(sizes_E.reshape(shards, local), "expert", shards).reshape(shards, local)
     sizes_PE = checkpoint_name(sizes_PE, MOE_DISPATCHED)
     # Rows of one source come sorted by expert: a row's expert is how many runs end at or before it.
@@ -154,7 +163,11 @@ def _across(x_MD: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int) 
     arrive, sizes_local_E = checkpoint_name(
         sorted_moves(ids_PR.reshape(-1), local, 1), MOE_DISPATCHED
     )
-    y_MD = experts.grouped(gather_tokens(x_PRD.reshape(M, D), arrive), sizes_local_E)
+    y_MD = experts.grouped(
+        gather_tokens(x_PRD.reshape(M, D), arrive),
+        sizes_local_E,
+        gather_weights(weights_PR.reshape(M, 1), arrive),
+    )
     leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None])
     y_MD = gather_tokens(y_MD, leave)
     return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

@@ -68,43 +68,47 @@ def _gather_forward(x_ND, moves):
 
 
 def _gather_backward(moves, dx_MD):
-    # Each token sums over its K places; a loop over K keeps [N, K, D] out of memory.
-    dx_ND = sum(_rows(dx_MD, moves.place_NK[:, k]) for k in range(moves.place_NK.shape[1]))
-    return dx_ND, _no_gradient(moves)
+    return combine(dx_MD, moves), _no_gradient(moves)
 
 
 @jax.custom_vjp
-def combine(
-    y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], moves: Moves
-) -> Float[Array, "N D"]:
-    """Sum over a token's places of weight * y; dropped choices add nothing."""
-    K = weights_NK.shape[1]
-    parts = [
-        _rows(y_MD, moves.place_NK[:, k]) * weights_NK[:, k, None].astype(y_MD.dtype)
-        for k in range(K)
-    ]
+def combine(y_MD: Float[Array, "M D"], moves: Moves) -> Float[Array, "N D"]:
+    """Each token's sum over its places; dropped choices add nothing."""
+    # A loop over K keeps [N, K, D] out of memory.
+    parts = [_rows(y_MD, moves.place_NK[:, k]) for k in range(moves.place_NK.shape[1])]
     return functools.reduce(jnp.add, parts)
 
 
-def _combine_forward(y_MD, weights_NK, moves):
-    return combine(y_MD, weights_NK, moves), (y_MD, weights_NK, moves)
+def _combine_forward(y_MD, moves):
+    return combine(y_MD, moves), moves
 
 
-def _combine_backward(saved, dy_ND):
-    y_MD, weights_NK, moves = saved
-    N, K = weights_NK.shape
-    dy_MD = _rows(dy_ND, moves.token_M)
-    weights_M = _rows(weights_NK.reshape(N * K, 1), moves.choice_M)
-    # <y, dy> is taken once a place and then carried to the choice, not gathered D wide again.
-    accumulate = jnp.promote_types(y_MD.dtype, jnp.float32)
-    dots_M = (y_MD.astype(accumulate) * dy_MD.astype(accumulate)).sum(-1)
-    dweights_NK = _rows(dots_M[:, None], moves.place_NK.reshape(-1)).reshape(N, K)
-    dy_MD = dy_MD * weights_M.astype(dy_MD.dtype)
-    return dy_MD, dweights_NK.astype(weights_NK.dtype), _no_gradient(moves)
+def _combine_backward(moves, dy_ND):
+    return gather_tokens(dy_ND, moves), _no_gradient(moves)
+
+
+@jax.custom_vjp
+def gather_weights(weights_NK: Float[Array, "N K"], moves: Moves) -> Float[Array, "M"]:
+    """The weight of the choice in each place; empty places have zero."""
+    return _numbers(weights_NK, moves.choice_M)
+
+
+def _weights_forward(weights_NK, moves):
+    return gather_weights(weights_NK, moves), moves
+
+
+def _weights_backward(moves, dweights_M):
+    return _numbers(dweights_M, moves.place_NK), _no_gradient(moves)
 
 
 gather_tokens.defvjp(_gather_forward, _gather_backward)
 combine.defvjp(_combine_forward, _combine_backward)
+gather_weights.defvjp(_weights_forward, _weights_backward)
+
+
+def _numbers(values, index):
+    """`_rows` of single numbers: of all of `values`, in the shape of `index`."""
+    return _rows(values.reshape(-1, 1), index.reshape(-1)).reshape(index.shape)
 
 
 def _no_gradient(moves: Moves):

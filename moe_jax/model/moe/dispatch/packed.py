@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.model.moe.dispatch.moves import Moves, combine, gather_tokens, sort_by_expert
+from moe_jax.model.moe.dispatch.moves import (
+    Moves,
+    combine,
+    gather_tokens,
+    gather_weights,
+    sort_by_expert,
+)
 from moe_jax.model.moe.types import Experts
-from moe_jax.model.remat import MOE_DISPATCHED, MOE_OUT
+from moe_jax.model.remat import MOE_DISPATCHED
 
 
 def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
@@ -20,9 +26,10 @@ def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: E
     )
     moves, sizes_E = checkpoint_name((moves, sizes_E), MOE_DISPATCHED)
     x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
-    y_MD = checkpoint_name(experts.grouped(x_MD, sizes_E), MOE_OUT)
+    weights_M = checkpoint_name(gather_weights(weights_NK, moves), MOE_DISPATCHED)
+    y_MD = experts.grouped(x_MD, sizes_E, weights_M)
     with jax.named_scope("combine"):
-        return combine(y_MD, weights_NK, moves)
+        return combine(y_MD, moves)
 
 
 def expert_starts(ids_N: jax.Array, num_experts: int) -> jax.Array:

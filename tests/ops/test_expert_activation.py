@@ -1,0 +1,134 @@
+"""The weighted activation between an expert's matmuls: against its definition in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from moe_jax.ops.expert_activation import (
+    ACTIVATE,
+    _mosaic_backward,
+    plain_backward,
+    weighted_activate,
+)
+from moe_jax.ops.mosaic import choose
+
+N = 6
+
+
+def operands(name: str, columns: int, dtype):
+    """(da, h, weights); one weight is zero, one negative."""
+    keys = jax.random.split(jax.random.key(columns), 3)
+    da_NF = jax.random.normal(keys[0], (N, columns), dtype)
+    h_NH = jax.random.normal(keys[1], (N, columns * ACTIVATE[name][0]), dtype)
+    weights_N = jax.random.uniform(keys[2], (N,), jnp.promote_types(dtype, jnp.float32))
+    return da_NF, h_NH, weights_N.at[2].set(0.0).at[3].set(-0.5)
+
+
+def numpy_swiglu(h_NH, weights_N):
+    gate, up = np.split(np.asarray(h_NH, np.float64), 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up * np.asarray(weights_N, np.float64)[..., None]
+
+
+def test_forward_is_the_definition():
+    _, h_NH, weights_N = operands("swiglu", 10, jnp.float32)
+    found = np.asarray(weighted_activate("swiglu", h_NH, weights_N))
+    np.testing.assert_allclose(found, numpy_swiglu(h_NH, weights_N), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_rounded_once():
+    """Half a unit in the last place from the exact value, which two roundings would exceed."""
+    _, h_NH, weights_N = operands("swiglu", 4096, jnp.bfloat16)
+    found = np.asarray(weighted_activate("swiglu", h_NH, weights_N), np.float64)
+    exact = numpy_swiglu(h_NH, weights_N)
+    assert found.dtype == np.float64 and np.abs(found - exact).max() > 0
+    np.testing.assert_allclose(found, exact, rtol=2**-8 * 1.001, atol=1e-30)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ACTIVATE)
+@pytest.mark.parametrize("shape", [(N,), (2, 3)])  # of grouped rows, and of slots
+def test_gradients_are_those_of_the_product(name, shape):
+    da_NF, h_NH, weights_N = operands(name, 10, jnp.float64)
+    da, h, weights = (a.reshape(*shape, *a.shape[1:]) for a in (da_NF, h_NH, weights_N))
+    _, pullback = jax.vjp(lambda h, w: weighted_activate(name, h, w), h, weights)
+    U, function = ACTIVATE[name]
+
+    def product(h_NH, weights_N):
+        return function(*jnp.split(h_NH, U, axis=1)) * weights_N[:, None]
+
+    _, expected_pullback = jax.vjp(product, h_NH, weights_N)
+    for found, expected in zip(pullback(da), expected_pullback(da_NF), strict=True):
+        assert np.asarray(expected).any()
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=1e-14)
+
+
+def test_weights_gradient_sums_in_float32():
+    """A bfloat16 sum over F would lose the router's gradient."""
+    h_NH = jnp.concatenate([jnp.full((N, 1000), 1e4), jnp.ones((N, 1000))], 1).astype(jnp.bfloat16)
+    one = h_NH[0, 0].astype(jnp.float32)
+    _, pullback = jax.vjp(lambda w: weighted_activate("swiglu", h_NH, w), jnp.ones(N))
+    (found,) = pullback(jnp.ones((N, 1000), jnp.bfloat16))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, 1000 * one, rtol=1e-6)
+
+
+def kernel(*operands):
+    """The gradients by the kernel in the interpreter; with an older jax, what runs instead."""
+    if jax.__version_info__ < choose.FIRST_JAX:
+        return plain_backward("swiglu", *operands)
+    # Private: jax has no public switch for kernels that do not take `interpret` themselves.
+    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
+
+    with force_gpu_interpret_mode():
+        return _mosaic_backward(*operands)
+
+
+@pytest.mark.parametrize("columns", [128, 384, 1024, 3 * 1024])  # one chunk and several
+@pytest.mark.parametrize("shape", [(N,), (2, 3)])
+def test_kernel_is_the_plain_backward_pass(columns, shape):
+    operands_ = operands("swiglu", columns, jnp.bfloat16)
+    da, h, weights = (a.reshape(*shape, *a.shape[1:]) for a in operands_)
+    found = kernel(da, h, weights)
+    expected = plain_backward("swiglu", da, h, weights)
+    assert [a.shape for a in found] == [a.shape for a in expected]
+    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.float32]
+    dh, dweights = (np.asarray(a, np.float32) for a in expected)
+    # The same formulas in float32, and one rounding: a tie may fall to either side.
+    np.testing.assert_allclose(np.asarray(found[0], np.float32), dh, rtol=2**-7, atol=1e-6)
+    np.testing.assert_allclose(found[1], dweights, rtol=1e-5, atol=1e-4)
+    assert dh.any(-1).sum() == N - 1 and dweights.all()  # one row's weight is zero
+
+
+def test_kernel_keeps_each_row_to_itself():
+    """Rows past the last group may hold anything; large gates overflow nothing."""
+    da_NF, h_NH, weights_N = operands("swiglu", 128, jnp.bfloat16)
+    h_NH = h_NH.at[0].mul(1000)
+    dh_NH, dweights_N = kernel(da_NF, h_NH, weights_N)
+    assert np.isfinite(np.asarray(dh_NH, np.float32)).all() and np.isfinite(dweights_N).all()
+    poisoned = da_NF.at[4:].set(jnp.nan), h_NH.at[4:].set(jnp.nan), weights_N
+    found_NH, found_N = kernel(*poisoned)
+    for found, expected in ((found_NH, dh_NH), (found_N, dweights_N)):
+        np.testing.assert_array_equal(found[:4].astype(np.float32), expected[:4].astype(np.float32))
+    assert np.isnan(np.asarray(found_N[4:])).all()
+
+
+def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of):
+    """Lowered for one that is not here; a CPU's program stays without."""
+    new = jax.__version_info__ >= choose.FIRST_JAX
+    monkeypatch.setattr(choose, "runs_here", lambda: new)
+    mesh, rows = mesh_of(data=2), PartitionSpec("data")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows)
+    def gradients(da_NF, h_NH, weights_N):
+        return jax.vjp(functools.partial(weighted_activate, "swiglu"), h_NH, weights_N)[1](da_NF)
+
+    traced = gradients.trace(*operands("swiglu", 256, jnp.bfloat16))
+    programs = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
+    assert ("mosaic_gpu" in programs["cuda"]) is new and "mosaic_gpu" not in programs["cpu"]
+    narrow = gradients.trace(*operands("swiglu", 64, jnp.bfloat16))
+    assert "mosaic_gpu" not in narrow.lower(lowering_platforms=("cuda",)).as_text()
