@@ -3,6 +3,8 @@
 Axes: N rows, E groups, K contraction, M output columns.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,9 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Int
 from moe_jax.ops.mosaic import ring
 from moe_jax.ops.mosaic.choose import ALIGN, Tiles, product_tiles
 from moe_jax.ops.mosaic.ring import SQUARE
+
+# Rows that a group's edge is written in: a copy's shape is static, and each shape costs start-up.
+RUNS = (16, 4, 1)
 
 
 def grouped_product(
@@ -116,39 +121,50 @@ def _store(sums, out, y, tiles: Tiles, top, left, begin, end) -> None:
     """Write rows [begin, end) of a piece whose corner is y[top, left]."""
     squares, plain = out
     rows, cols = tiles.piece
+    assert rows == SQUARE
     begin, end = jnp.maximum(begin, top), jnp.minimum(end, top + rows)
     whole = end - begin == rows
-
-    def target(r, c):
-        return y.at[pl.ds(top + r, SQUARE), pl.ds(left + c, SQUARE)]
+    rounded = sums.astype(y.dtype)
 
     @pl.when(whole)
     def _():
-        ring.store_squares(sums, squares, tiles, target)
+        def target(r, c):
+            return y.at[pl.ds(top + r, SQUARE), pl.ds(left + c, SQUARE)]
+
+        ring.store_squares(rounded, squares, tiles, target)
 
     @pl.when(jnp.logical_not(whole))
     def _():
-        square = plain.at[lax.axis_index("warpgroup"), 0]
-        rounded = sums.astype(square.dtype)
-        for r in range(0, rows, SQUARE):
-            for c in range(0, cols, SQUARE):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                square[...] = rounded[r : r + SQUARE, c : c + SQUARE]
-                plgpu.commit_smem()
-                _store_runs(square, y, top + r, left + c, begin, end)
+        mine, runs = plain.at[lax.axis_index("warpgroup")], _runs(begin, end)
+        for c in range(0, cols, ring.STAGED * SQUARE):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i in range(ring.STAGED):
+                mine[i] = rounded[:, c + i * SQUARE : c + (i + 1) * SQUARE]
+            plgpu.commit_smem()
+            _store_runs(mine, y, top, left + c, runs)
 
 
-def _store_runs(square, y, top, left, begin, end) -> None:
-    """Rows [begin, end) of a square at y[top, left], as powers of two: a copy's shape is static."""
-    begin = jnp.maximum(begin, top)
-    count = jnp.maximum(jnp.minimum(end, top + SQUARE) - begin, 0)
-    run = SQUARE
-    while run:
-        row = begin + (count & (-2 * run))  # behind the longer runs
+def _runs(begin, end) -> list[tuple[int, Any, Any]]:
+    """Rows [begin, end) as (length of a run, where the first one begins, how many)."""
+    runs = []
+    for length in RUNS:
+        count = lax.div(jnp.maximum(end - begin, 0), length)
+        runs.append((length, begin, count))
+        begin += count * length
+    return runs
 
-        @pl.when((count & run) != 0)
-        def _(run=run, row=row):
-            cols = pl.ds(pl.multiple_of(left, SQUARE), SQUARE)
-            plgpu.copy_smem_to_gmem(square.at[pl.ds(row - top, run)], y.at[pl.ds(row, run), cols])
 
-        run //= 2
+def _store_runs(squares, y, top, left, runs) -> None:
+    """These rows of squares that belong side by side at y[top, left].
+
+    The last copy is of the last square: of all copies, `store_squares` does not wait for one.
+    """
+    for length, begin, count in runs:
+
+        @pl.loop(0, count)
+        def _(i, length=length, begin=begin):
+            row = begin + i * length
+            for number in range(squares.shape[0]):
+                cols = pl.ds(pl.multiple_of(left + number * SQUARE, SQUARE), SQUARE)
+                square = squares.at[number, pl.ds(row - top, length)]
+                plgpu.copy_smem_to_gmem(square, y.at[pl.ds(row, length), cols])

@@ -189,8 +189,7 @@ def my_piece(tiles: Tiles) -> tuple[Any, Any]:
 
 
 def store_squares(sums, out, tiles: Tiles, target: Callable[[int, int], Any]) -> None:
-    """Round the sums, stage them square by square and copy each to target(row, column)."""
-    sums = sums.astype(out.dtype)
+    """Stage the rounded sums square by square and copy each to target(row, column)."""
     rows, cols = tiles.piece
     corners = [(r, c) for r in range(0, rows, SQUARE) for c in range(0, cols, SQUARE)]
     for number, (r, c) in enumerate(corners):

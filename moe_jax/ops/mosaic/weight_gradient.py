@@ -80,7 +80,7 @@ def grouped_weight_gradient(
                 def target(r, c):
                     return dw.at[e, pl.ds(top + r, SQUARE), pl.ds(left + c, SQUARE)]
 
-                ring.store_squares(sums, out, tiles, target)
+                ring.store_squares(sums.astype(dw.dtype), out, tiles, target)
 
             return table[2, g], multiply, store
 
