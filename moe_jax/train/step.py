@@ -139,7 +139,8 @@ def make_train_step(
             router = _next_router_state(model, state.router, sums.moe)
             new = TrainState(state.step, params, moments, router, state.guard)
             verdict = judge(state.guard, loss.total, norm, options.spike_factor)
-            new = jax.tree.map(lambda new, old: jnp.where(verdict.accepted, new, old), new, state)
+            accepted = verdict.accepted
+            new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
             guard = next_guard(state.guard, verdict, loss.total, norm, state.step + 1)
             copies = make_copies(model, new.params)
         if options.debug and sums.moe is not None:

@@ -3,6 +3,7 @@
 Axes: N rows, E groups, K contraction, M output columns.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -90,6 +91,7 @@ def grouped_product(
     return kernel(table, count, x_NK, w)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all kernels of a model
 def row_tiles(sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array]:
     """The row tiles in order, [4, tiles], and how many of them are used, [1].
 
