@@ -137,9 +137,9 @@ def noise_by_place(row_uniform):
 
 
 def without_gradient_of_expert_3(batched):
-    def apply(self, x_END):
+    def apply(self, x_END, *weights):
         cut = self.w_out_EFD.at[3].set(jax.lax.stop_gradient(self.w_out_EFD[3]))
-        return batched(dataclasses.replace(self, w_out_EFD=cut), x_END)
+        return batched(dataclasses.replace(self, w_out_EFD=cut), x_END, *weights)
 
     return apply
 
