@@ -20,6 +20,7 @@ from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.remat import remat
 from moe_jax.model.rope import Rope, rope_tables
 from moe_jax.model.transformer import Transformer, Trunk, make_block
+from moe_jax.ops.attention import layers_share_calls
 from moe_jax.parallel.rules import sharding
 
 Params = dict[str, Any]
@@ -170,13 +171,15 @@ def forward(
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
     # One jitted function for all blocks of a kind: it is traced, differentiated and lowered once.
-    one_of = {config.is_moe(layer): layer for layer in layout.unrolled()}
+    share = layers_share_calls()
+    kinds = [(config.is_moe(layer), None if share else layer) for layer in range(layout.num_layers)]
+    one_of = {kinds[layer]: layer for layer in layout.unrolled()}
     blocks = {kind: jax.jit(_block(model, layer, scanned=False)) for kind, layer in one_of.items()}
 
     def unrolled(x, layers):
         for layer in layers:
             state = _state_of(context, moe_before[layer]) if config.is_moe(layer) else {}
-            x, aux = blocks[config.is_moe(layer)](
+            x, aux = blocks[kinds[layer]](
                 params["blocks"][str(layer)], state, x, jnp.int32(layer), *shared
             )
             auxes.extend([] if aux is None else [jax.tree.map(lambda leaf: leaf[None], aux)])

@@ -53,6 +53,11 @@ def attention(
     return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh)
 
 
+def layers_share_calls() -> bool:
+    """Whether one trace of `attention` may stand for several layers; see `cudnn_attention`."""
+    return not kernels_are_deterministic()
+
+
 def check_attention(implementation: str, platform: str, T: int, dtype: Any) -> None:
     """Raises UserError where an implementation named in the config cannot run.
 
@@ -145,7 +150,7 @@ def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
     del mesh
     same = None
     scale = 1 / math.sqrt(q_BTHA.shape[-1])
-    if kernels_are_deterministic():
+    if not layers_share_calls():
         # XLA (jax 0.11.2) runs only one of several equal calls in this mode: the others end the
         # run with "raw_hash_map<>::at" (openxla/xla pull request 46500).  This is another double
         # in each call and the same float32, which is what cuDNN takes.

@@ -179,6 +179,24 @@ def test_confined_attention_stops_at_documents(mesh_of):
     assert (second_document(DENSE, tokens) != second_document(DENSE, other)).any()
 
 
+@pytest.mark.parametrize(("flags", "different"), [("", 1), ("--xla_gpu_deterministic_ops=true", 3)])
+def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
+    mesh_of, monkeypatch, flags, different
+):
+    """Equal calls of cuDNN's attention end a run whose kernels are deterministic."""
+    scales = []
+
+    def note(q, *operands, scale, **how):
+        scales.append(scale)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", note)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    model = define(dataclasses.replace(DENSE, attention="cudnn"), jnp.bfloat16)
+    jax.eval_shape(lambda params: run(model, params, *batch(), mesh_of())[0], model.abstract)
+    assert len(scales) == len(set(scales)) == different
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
     model = define(dataclasses.replace(SPARSE, scan_layers=scan), jnp.float32)
