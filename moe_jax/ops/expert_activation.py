@@ -37,11 +37,15 @@ def activate(name: str, h_NH: Float[Array, "*N H"]) -> Float[Array, "*N F"]:
     return function(*jax.lax.split(h_NH, [h_NH.shape[-1] // U] * U, axis=h_NH.ndim - 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def weighted_activate(
-    name: str, h_NH: Float[Array, "*N H"], weights_N: Float[Array, "*N"]
+    name: str, h_NH: Float[Array, "*N H"], weights_N: Float[Array, "*N"], kernel: bool = True
 ) -> Float[Array, "*N F"]:
-    """weights_N * `activate`; computed in float32 or wider and rounded once."""
+    """weights_N * `activate`; computed in float32 or wider and rounded once.
+
+    Without `kernel` the backward pass is XLA's in any case, which takes in what makes its operands.
+    """
+    del kernel
     return _weighted(name, h_NH, weights_N)
 
 
@@ -50,15 +54,16 @@ def _weighted(name, h_NH, weights_N):
     return (activate(name, wide_NH) * weights_N[..., None]).astype(h_NH.dtype)
 
 
-def _save(name, h_NH, weights_N):
-    return weighted_activate(name, h_NH, weights_N), (h_NH, weights_N)
+def _save(name, h_NH, weights_N, kernel):
+    del kernel
+    return _weighted(name, h_NH, weights_N), (h_NH, weights_N)
 
 
-def _backward(name, saved, da_NF):
+def _backward(name, kernel, saved, da_NF):
     h_NH, weights_N = saved
-    kernel = {"cuda": _mosaic_backward} if supports(name, h_NH, weights_N) else {}
+    fast = {"cuda": _mosaic_backward} if kernel and supports(name, h_NH, weights_N) else {}
     plain = functools.partial(plain_backward, name)
-    return jax.lax.platform_dependent(da_NF, h_NH, weights_N, **kernel, default=plain)
+    return jax.lax.platform_dependent(da_NF, h_NH, weights_N, **fast, default=plain)
 
 
 weighted_activate.defvjp(_save, _backward)

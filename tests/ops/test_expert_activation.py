@@ -116,7 +116,8 @@ def test_kernel_keeps_each_row_to_itself():
     assert np.isnan(np.asarray(found_N[4:])).all()
 
 
-def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of, kernel):
     """Lowered for one that is not here; a CPU's program stays without."""
     new = jax.__version_info__ >= choose.FIRST_JAX
     monkeypatch.setattr(choose, "runs_here", lambda: new)
@@ -125,10 +126,12 @@ def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of):
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows)
     def gradients(da_NF, h_NH, weights_N):
-        return jax.vjp(functools.partial(weighted_activate, "swiglu"), h_NH, weights_N)[1](da_NF)
+        forward = functools.partial(weighted_activate, "swiglu", kernel=kernel)
+        return jax.vjp(forward, h_NH, weights_N)[1](da_NF)
 
     traced = gradients.trace(*operands("swiglu", 256, jnp.bfloat16))
     programs = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
-    assert ("mosaic_gpu" in programs["cuda"]) is new and "mosaic_gpu" not in programs["cpu"]
+    assert ("mosaic_gpu" in programs["cuda"]) is (new and kernel)
+    assert "mosaic_gpu" not in programs["cpu"]
     narrow = gradients.trace(*operands("swiglu", 64, jnp.bfloat16))
     assert "mosaic_gpu" not in narrow.lower(lowering_platforms=("cuda",)).as_text()
