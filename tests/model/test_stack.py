@@ -1,6 +1,7 @@
 """The whole model as pure functions: layouts, remat, causality, sharding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,24 @@ def test_remat_recomputes(mesh_of):
         return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
 
     assert dots("none") < dots("dots") < dots("save_hidden") < dots("full")
+
+
+def test_no_policy_computes_what_experts_made_again(mesh_of):
+    """Of products as wide as the model, in the experts' slots, there are two: what they made, and
+    its gradient on the way back."""
+    moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
+    moe = dataclasses.replace(moe, expert_width=12)
+    config = dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat="full")
+    model = define(config, jnp.float32)
+
+    def loss(params):
+        return run(model, params, *batch(), mesh_of())[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(model.abstract).as_text()
+    made = re.findall(r"dot_general.*-> tensor<(\d+x\d+x\d+)xf32>", text)
+    slots = B * T * moe.top_k * 5 // 4 // moe.num_experts
+    assert made.count(f"4x{slots}x{config.width}") == 2
+    assert made.count(f"4x{slots}x{2 * moe.expert_width}") == 2  # first matmul, again
 
 
 def test_an_unknown_policy_is_refused():
