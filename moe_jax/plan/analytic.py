@@ -210,7 +210,7 @@ def layer_bytes(local: Local) -> Working:
         here = model.moe.num_experts // local.sizes["expert"]
         mask = M * here * 128 if here > 1 else 0  # ragged_dot's, a byte a lane
         return Working(
-            stream, max((2 * U + 3) * wide + 2 * narrow, (U + 2) * wide + 5 * narrow + mask)
+            stream, max((2 * U + 3) * wide + 4 * narrow, (U + 2) * wide + 5 * narrow + mask)
         )
     # A batched product computes the activation as it reads, and its gradient as it writes.
     return Working(stream, 2 * U * wide + 3 * narrow)
