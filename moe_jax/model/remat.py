@@ -1,7 +1,7 @@
 """Rematerialisation by name: what the backward pass of a block may keep.
 
 The names below are tagged with `jax.ad_checkpoint.checkpoint_name` where the tensors are made,
-by every dispatch path alike, so one policy means the same on all of them.
+by capacity and dropless dispatch alike; einsum and dense, the references, tag no dispatch.
 """
 
 from collections.abc import Callable

@@ -18,6 +18,10 @@ from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.parallel.rules import spec
 from moe_jax.plan.lowering import Plan, split_ways
 
+# Dispatch paths that weigh what experts made, which is in the derivative there; others weigh the
+# hidden layer.
+WEIGHED_AFTER = ("dense", "einsum")
+
 
 class Memory(NamedTuple):
     """Bytes a device holds at the fullest moment of a step, by what they are for."""
@@ -171,6 +175,8 @@ def saved_bytes(plan: Plan, local: Local) -> float:
     wide = sparse * M * local.ffn * c
     # The routers' logits, and tokens and their weights where their experts are.
     dispatched = sparse * (N * model.moe.num_experts * 4 + M * (D * c + 4))
+    if model.moe.dispatch in WEIGHED_AFTER:
+        dispatched += sparse * M * D * c  # and back
     if model.remat == "save_dispatch":
         return stream + dispatched
     if model.remat == "save_hidden":

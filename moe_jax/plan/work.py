@@ -6,6 +6,7 @@ Used where a program is not compiled; a compiled one's collectives are read from
 from moe_jax.model.moe.layer import make_dispatch
 from moe_jax.parallel.mesh import AXES
 from moe_jax.plan.analytic import (
+    WEIGHED_AFTER,
     Local,
     gathers_tokens,
     local_sizes,
@@ -17,7 +18,8 @@ from moe_jax.plan.lowering import Plan, split_ways
 from moe_jax.plan.roofline import Traffic
 
 # Matrix products of a block that the backward pass computes again, by remat policy: those whose
-# results it needs and the policy does not keep.  An attention kernel always runs again.
+# results it needs and the policy does not keep.  An attention kernel always runs again, and what
+# experts made where the combine weighs it (WEIGHED_AFTER).
 _AGAIN = {
     "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
@@ -32,6 +34,8 @@ def executed_flops(plan: Plan) -> float:
     config, model = plan.config, plan.config.model
     moe, T = model.moe, config.data.sequence_length
     again = _AGAIN[model.remat]
+    if model.remat != "none" and moe.dispatch in WEIGHED_AFTER:
+        again += ("w_out_EFD",)
     flops = plan.flops
     slots = 1.0  # places in the experts' buffers for each assignment
     if not model.dense:
@@ -116,7 +120,7 @@ def _tensor(plan: Plan, local: Local) -> list[Traffic]:
     n, model = local.sizes["tensor"], local.model
     if n == 1:
         return []
-    times = 4 + 2 * (model.remat != "none")
+    times = 4 + (model.remat != "none")  # attention's again; the FFN's is in no one's derivative
     stream = local.N * model.width * local.c
     again = plan.config.train.accumulation
     bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n

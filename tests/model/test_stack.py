@@ -148,12 +148,13 @@ def test_remat_recomputes(mesh_of):
     assert dots("none") < dots("dots") < dots("save_hidden") < dots("full")
 
 
-def test_no_policy_computes_what_experts_made_again(mesh_of):
+@pytest.mark.parametrize("policy", sorted(REMAT.keys() - {"none"}))
+def test_no_policy_computes_what_experts_made_again(mesh_of, policy):
     """Of products as wide as the model, in the experts' slots, there are two: what they made, and
     its gradient on the way back."""
     moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
     moe = dataclasses.replace(moe, expert_width=12)
-    config = dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat="full")
+    config = dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat=policy)
     model = define(config, jnp.float32)
 
     def loss(params):
@@ -163,7 +164,24 @@ def test_no_policy_computes_what_experts_made_again(mesh_of):
     made = re.findall(r"dot_general.*-> tensor<(\d+x\d+x\d+)xf32>", text)
     slots = B * T * moe.top_k * 5 // 4 // moe.num_experts
     assert made.count(f"4x{slots}x{config.width}") == 2
-    assert made.count(f"4x{slots}x{2 * moe.expert_width}") == 2  # first matmul, again
+    kept = policy == "save_hidden"  # what the first matmul made
+    assert made.count(f"4x{slots}x{2 * moe.expert_width}") == (1 if kept else 2)
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 6), ("save_dispatch", 6), ("full", 8)])
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_save_dispatch_sends_nothing_again(mesh_of, policy, times, dispatch):
+    """Tokens there and back, weights there, and the gradients of each."""
+    moe = dataclasses.replace(SPARSE.moe, dispatch=dispatch, every=1, first_dense=0)
+    moe = dataclasses.replace(moe, options={"dropless": {"recv_factor": 2.0}})
+    model = define(dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat=policy), jnp.float32)
+
+    def loss(params):
+        return run(model, params, *batch(), mesh_of(expert=2))[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(model.abstract).as_text()
+    sent = re.findall(r"all_to_all.*-> tensor<\S*xf32>", text)
+    assert len(sent) == times
 
 
 def test_an_unknown_policy_is_refused():

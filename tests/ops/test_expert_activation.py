@@ -12,6 +12,7 @@ from moe_jax.ops.expert_activation import (
     ACTIVATE,
     _mosaic_backward,
     plain_backward,
+    supports,
     weighted_activate,
 )
 from moe_jax.ops.mosaic import choose
@@ -114,6 +115,23 @@ def test_kernel_keeps_each_row_to_itself():
     for found, expected in ((found_NH, dh_NH), (found_N, dweights_N)):
         np.testing.assert_array_equal(found[:4].astype(np.float32), expected[:4].astype(np.float32))
     assert np.isnan(np.asarray(found_N[4:])).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "dtype", "weights", "chosen"),
+    [
+        ("swiglu", 256, jnp.bfloat16, jnp.float32, True),
+        ("swiglu", 128, jnp.bfloat16, jnp.float32, False),
+        ("swiglu", 256, jnp.float32, jnp.float32, False),
+        ("swiglu", 256, jnp.bfloat16, jnp.bfloat16, False),
+        ("gelu", 256, jnp.bfloat16, jnp.float32, False),
+    ],
+)
+def test_what_the_kernel_takes(monkeypatch, name, columns, dtype, weights, chosen):
+    h_NH, weights_N = jnp.zeros((N, columns), dtype), jnp.zeros(N, weights)
+    assert not supports(name, h_NH, weights_N), "chosen without a GPU"
+    monkeypatch.setattr(choose, "runs_here", lambda: True)
+    assert supports(name, h_NH, weights_N) is chosen
 
 
 @pytest.mark.parametrize("kernel", [True, False])

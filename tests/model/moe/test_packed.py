@@ -7,10 +7,12 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.moe import experts
 from moe_jax.model.moe.config import PRIORITIES, MoEConfig
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEContext
+from moe_jax.ops.grouped_matmul import grouped_matmul
 
 B, ROWS, T, D = 4, 2, 12, 8
 
@@ -67,6 +69,22 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes
     ):
         assert np.asarray(expected).any()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_rows_past_the_last_group_reach_no_gradient(mesh_of, monkeypatch):
+    """Those of dropped choices and of padding; the router's gradient included."""
+
+    def poisoned(x_ND, w_EDF, sizes_E):
+        y_NF = grouped_matmul(x_ND, w_EDF, sizes_E)
+        return jnp.where(jnp.arange(len(y_NF))[:, None] < sizes_E.sum(), y_NF, jnp.nan)
+
+    monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
+    (y_BTD, _), gradients = forward_backward(mesh_of(), "token", "top_k")
+    matmul = experts._MATMUL["compute"]._replace(multiply=poisoned)
+    monkeypatch.setitem(experts._MATMUL, "compute", matmul)
+    (found_BTD, _), found = forward_backward(mesh_of(), "token", "top_k")
+    np.testing.assert_array_equal(found_BTD, y_BTD)
+    jax.tree.map(np.testing.assert_array_equal, found, gradients)
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
