@@ -1,7 +1,7 @@
 """The Hopper kernels in the interpreter, on a CPU, against a loop over groups in NumPy.
 
-The interpreter runs a block's warpgroups, barriers and copies; a wrong order of waits hangs or
-is reported.  It needs a jax that `choose` lets run the kernels; with an older one, the tests below
+The interpreter runs a block's warpgroups, barriers and copies; most wrong orders of waits hang or
+are reported.  It needs a jax that `choose` lets run the kernels; with an older one, the tests below
 hold the other half of that promise: nothing is chosen.
 """
 

@@ -32,8 +32,6 @@ from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
 from moe_jax.model.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
-HALVED = 4096  # tokens of a device from which their way to the experts is taken in two halves
-
 
 @dataclasses.dataclass(frozen=True)
 class Dropless:
@@ -101,17 +99,7 @@ def _room(assignments: int, shards: int, recv_factor: float) -> int:
 
 
 def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
-    """[N, D]: every shard adds what its experts make of all tokens of the expert axis.
-
-    In halves of the tokens, so that the collectives of one run beside the products of the other.
-    """
-    N = x_ND.shape[0]
-    halves = 2 if N % 2 == 0 and N >= HALVED else 1
-    parts = zip(*(jnp.split(tokens, halves) for tokens in (x_ND, ids_NK, weights_NK)), strict=True)
-    return jnp.concatenate([_gathered_part(*part, experts) for part in parts])
-
-
-def _gathered_part(x_ND, ids_NK, weights_NK, experts: Experts):
+    """[N, D]: every shard adds what its experts make of all tokens of the expert axis."""
     local = experts.num_experts
     x_ND, ids_NK, weights_NK = (
         jax.lax.all_gather(part, "expert", tiled=True) for part in (x_ND, ids_NK, weights_NK)
