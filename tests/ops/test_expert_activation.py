@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import INTERPRETED, interpreted
 from jax.sharding import PartitionSpec
 
 from moe_jax.ops.expert_activation import (
     ACTIVATE,
+    _mosaic,
     _mosaic_backward,
     plain_backward,
+    plain_forward,
     supports,
     weighted_activate,
 )
@@ -77,44 +80,65 @@ def test_weights_gradient_sums_in_float32():
     np.testing.assert_allclose(found, 1000 * one, rtol=1e-6)
 
 
-def kernel(*operands):
-    """The gradients by the kernel in the interpreter; with an older jax, what runs instead."""
-    if jax.__version_info__ < choose.FIRST_JAX:
-        return plain_backward("swiglu", *operands)
-    # Private: jax has no public switch for kernels that do not take `interpret` themselves.
-    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
-
-    with force_gpu_interpret_mode():
-        return _mosaic_backward(*operands)
+def kernels(da, h, weights, used=None):
+    """What the two kernels make, interpreted: (a, dh, dweights)."""
+    forward, backward = (functools.partial(f, "swiglu") for f in (plain_forward, plain_backward))
+    a = interpreted(_mosaic, forward, h, weights, used)
+    return a, *interpreted(_mosaic_backward, backward, da, h, weights, used)
 
 
 @pytest.mark.parametrize("columns", [128, 384, 1024, 3 * 1024])  # one chunk and several
 @pytest.mark.parametrize("shape", [(N,), (2, 3)])
-def test_kernel_is_the_plain_backward_pass(columns, shape):
+def test_kernels_are_the_plain_passes(columns, shape):
     operands_ = operands("swiglu", columns, jnp.bfloat16)
     da, h, weights = (a.reshape(*shape, *a.shape[1:]) for a in operands_)
-    found = kernel(da, h, weights)
-    expected = plain_backward("swiglu", da, h, weights)
+    found = kernels(da, h, weights)
+    expected = plain_forward("swiglu", h, weights), *plain_backward("swiglu", da, h, weights)
     assert [a.shape for a in found] == [a.shape for a in expected]
-    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.float32]
-    dh, dweights = (np.asarray(a, np.float32) for a in expected)
+    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    a, dh, dweights = (np.asarray(a, np.float32) for a in expected)
     # The same formulas in float32, and one rounding: a tie may fall to either side.
-    np.testing.assert_allclose(np.asarray(found[0], np.float32), dh, rtol=2**-7, atol=1e-6)
-    np.testing.assert_allclose(found[1], dweights, rtol=1e-5, atol=1e-4)
-    assert dh.any(-1).sum() == N - 1 and dweights.all()  # one row's weight is zero
+    for made, wanted in zip(found[:2], (a, dh), strict=True):
+        np.testing.assert_allclose(np.asarray(made, np.float32), wanted, rtol=2**-7, atol=1e-6)
+        assert wanted.any(-1).sum() == N - 1  # one row's weight is zero
+    np.testing.assert_allclose(found[2], dweights, rtol=1e-5, atol=1e-4)
+    assert dweights.all()
 
 
-def test_kernel_keeps_each_row_to_itself():
-    """Rows past the last group may hold anything; large gates overflow nothing."""
+def test_kernels_keep_each_row_to_itself():
+    """Whatever stands in others; large gates overflow nothing."""
     da_NF, h_NH, weights_N = operands("swiglu", 128, jnp.bfloat16)
-    h_NH = h_NH.at[0].mul(1000)
-    dh_NH, dweights_N = kernel(da_NF, h_NH, weights_N)
-    assert np.isfinite(np.asarray(dh_NH, np.float32)).all() and np.isfinite(dweights_N).all()
+    h_NH = h_NH.at[0].mul(1000).at[1].mul(-1000)
+    alone = [np.asarray(a, np.float32) for a in kernels(da_NF, h_NH, weights_N)]
+    assert all(np.isfinite(a).all() for a in alone)
     poisoned = da_NF.at[4:].set(jnp.nan), h_NH.at[4:].set(jnp.nan), weights_N
-    found_NH, found_N = kernel(*poisoned)
-    for found, expected in ((found_NH, dh_NH), (found_N, dweights_N)):
-        np.testing.assert_array_equal(found[:4].astype(np.float32), expected[:4].astype(np.float32))
-    assert np.isnan(np.asarray(found_N[4:])).all()
+    for found, expected in zip(kernels(*poisoned), alone, strict=True):
+        found = np.asarray(found, np.float32)
+        np.testing.assert_array_equal(found[:4], expected[:4])
+        assert np.isnan(found[4:]).all()
+
+
+@pytest.mark.parametrize("used", [0, 4, N])
+def test_kernels_leave_the_rows_of_nobody_alone(used):
+    """The interpreter's buffers begin as NaN; an older jax runs what computes all rows."""
+    all_rows = operands("swiglu", 256, jnp.bfloat16)
+    expected = [np.asarray(a, np.float32) for a in kernels(*all_rows)]
+    for found, wanted in zip(kernels(*all_rows, jnp.int32(used)), expected, strict=True):
+        found = np.asarray(found, np.float32)
+        np.testing.assert_array_equal(found[:used], wanted[:used])
+        if INTERPRETED:
+            assert np.isnan(found[used:]).all()
+
+
+def test_used_rows_have_their_gradients():
+    da_NF, h_NH, weights_N = operands("swiglu", 10, jnp.float32)
+
+    def gradients(*used):
+        forward = functools.partial(weighted_activate, "swiglu")
+        return jax.vjp(lambda h, w: forward(h, w, *used), h_NH, weights_N)[1](da_NF)
+
+    for found, expected in zip(gradients(jnp.int32(4)), gradients(), strict=True):
+        np.testing.assert_array_equal(found[:4], expected[:4])
 
 
 @pytest.mark.parametrize(
@@ -144,12 +168,14 @@ def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of, kernel):
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows)
     def gradients(da_NF, h_NH, weights_N):
-        forward = functools.partial(weighted_activate, "swiglu", kernel=kernel)
-        return jax.vjp(forward, h_NH, weights_N)[1](da_NF)
+        a_NF, backward = jax.vjp(
+            lambda h, w: weighted_activate("swiglu", h, w, jnp.int32(2), kernel), h_NH, weights_N
+        )
+        return a_NF, *backward(da_NF)
 
     traced = gradients.trace(*operands("swiglu", 256, jnp.bfloat16))
     programs = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
-    assert ("mosaic_gpu" in programs["cuda"]) is (new and kernel)
+    assert programs["cuda"].count("@mosaic_gpu") == 2 * (new and kernel)
     assert "mosaic_gpu" not in programs["cpu"]
     narrow = gradients.trace(*operands("swiglu", 64, jnp.bfloat16))
     assert "mosaic_gpu" not in narrow.lower(lowering_platforms=("cuda",)).as_text()

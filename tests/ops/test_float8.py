@@ -1,21 +1,21 @@
 """Float8 products against a loop over groups in NumPy on the same rounded operands."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import interpreted
 from grouped_cases import arrays, loop
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.experts import Experts
 from moe_jax.ops import float8
-from moe_jax.ops.mosaic import choose
 
 N, D, F = 256, 128, 256
-INTERPRETED = jax.__version_info__ >= choose.FIRST_JAX
 SIZES = [37, 0, 150, 60]  # nine rows belong to nobody
 
 
@@ -105,14 +105,9 @@ def test_kernel_in_the_interpreter(operands, monkeypatch):
     x8, _ = float8.round_rows(x)
     w8 = float8.round_experts(w)[0].swapaxes(1, 2)
     expected = loop(x8, np.swapaxes(np.asarray(w8, np.float64), 1, 2), np.zeros((N, F)), SIZES)[0]
-    if not INTERPRETED:
-        found = float8._plain(jnp.bfloat16, x8, w8, sizes_E)
-    else:
-        from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
-
-        monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
-        with force_gpu_interpret_mode():
-            found = float8._kernel(x8, w8, sizes_E)
+    monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
+    plain = functools.partial(float8._plain, jnp.bfloat16)
+    found = interpreted(float8._kernel, plain, x8, w8, sizes_E)
     np.testing.assert_allclose(
         np.asarray(found, np.float64)[: sum(SIZES)], expected, rtol=2**-8, atol=1
     )

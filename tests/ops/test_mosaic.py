@@ -1,8 +1,7 @@
 """The Hopper kernels in the interpreter, on a CPU, against a loop over groups in NumPy.
 
 The interpreter runs a block's warpgroups, barriers and copies; most wrong orders of waits hang or
-are reported.  It needs a jax that `choose` lets run the kernels; with an older one, the tests below
-hold the other half of that promise: nothing is chosen.
+are reported.
 """
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gpu_interpreter import interpreted
 from grouped_cases import arrays, close, gradient_program, loop
 
 from moe_jax.ops.grouped_matmul import IMPLEMENTATIONS
@@ -19,7 +19,6 @@ from moe_jax.ops.mosaic.ring import share
 from moe_jax.ops.mosaic.weight_gradient import longest_first
 
 N, D, F = 256, 128, 256
-INTERPRETED = jax.__version_info__ >= choose.FIRST_JAX
 
 SIZES = {
     "whole_tiles": [128, 0, 128],
@@ -36,15 +35,10 @@ def three_blocks(request, monkeypatch):
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.count_waves", lambda units: request.param)
 
 
-def interpreted(leg, *operands):
-    """The leg's kernel in the interpreter; with an older jax, what runs instead of it."""
-    if not INTERPRETED:
-        return getattr(IMPLEMENTATIONS["ragged"], leg)(*operands)
-    # Private: jax has no public switch for kernels that do not take `interpret` themselves.
-    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
-
-    with force_gpu_interpret_mode():
-        return getattr(IMPLEMENTATIONS["mosaic"], leg)(*operands)
+def leg(name, *operands):
+    """A leg of the kernels, interpreted."""
+    ours, other = (getattr(IMPLEMENTATIONS[which], name) for which in ("mosaic", "ragged"))
+    return interpreted(ours, other, *operands)
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -53,9 +47,9 @@ def test_the_legs_against_a_loop(case, three_blocks):
     sizes_E, owned = jnp.array(sizes, jnp.int32), sum(sizes)
     x, w, dy = (jnp.asarray(a) for a in arrays(sizes, N, D, F, ml_dtypes.bfloat16))
     y, dx, dw = loop(x, w, dy, sizes)
-    close(interpreted("forward", x, w, sizes_E)[:owned], y)
-    close(interpreted("input_gradient", dy, w, sizes_E)[:owned], dx)
-    close(interpreted("weight_gradient", x, dy, sizes_E), dw)
+    close(leg("forward", x, w, sizes_E)[:owned], y)
+    close(leg("input_gradient", dy, w, sizes_E)[:owned], dx)
+    close(leg("weight_gradient", x, dy, sizes_E), dw)
 
 
 @pytest.mark.parametrize("width", [128, 384])
@@ -65,8 +59,8 @@ def test_narrow_outputs(width, three_blocks):
     w, dy = jnp.concatenate([w, w], 2)[:, :, :width], jnp.concatenate([dy, dy], 1)[:, :width]
     y, _, dw = loop(x, w, dy, [130, 126])
     sizes_E = jnp.array([130, 126], jnp.int32)
-    close(interpreted("forward", x, w, sizes_E), y)
-    close(interpreted("weight_gradient", x, dy, sizes_E), dw)
+    close(leg("forward", x, w, sizes_E), y)
+    close(leg("weight_gradient", x, dy, sizes_E), dw)
 
 
 @pytest.mark.parametrize("waves", [1, 3, 8])

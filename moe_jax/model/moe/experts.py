@@ -107,14 +107,14 @@ class Experts:
         multiply = _MATMUL[self.matmul].multiply
         h_NF = multiply(x_ND, self.w_in_EDUF.reshape(E, D, U * F), sizes_E)
         h_NF = checkpoint_name(h_NF, MOE_HIDDEN)
-        a_NF = self._hidden(h_NF, weights_N)
+        a_NF = self._hidden(h_NF, weights_N, sizes_E.sum())
         return multiply(a_NF, self.w_out_EFD, sizes_E)
 
-    def _hidden(self, h, weights):
+    def _hidden(self, h, weights, used=None):
         """What the second matmul reads; weights taken here are not needed after it."""
         if weights is None:
             return activate(self.activation, h)
-        return weighted_activate(self.activation, h, weights, _MATMUL[self.matmul].kernel)
+        return weighted_activate(self.activation, h, weights, used, _MATMUL[self.matmul].kernel)
 
 
 jax.tree_util.register_dataclass(

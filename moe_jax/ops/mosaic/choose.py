@@ -64,6 +64,11 @@ def supports(
     return x_ND.dtype == w_EDF.dtype == jnp.bfloat16 and whole and runs_here()
 
 
+def supports_rows(x_ND: jax.Array) -> bool:
+    """Whether the kernels of whole rows take `x_ND` and the process has a GPU that runs them."""
+    return x_ND.dtype == jnp.bfloat16 and x_ND.shape[-1] % NARROW == 0 and runs_here()
+
+
 def runs_here() -> bool:
     """Whether this jax and this process's first device can run the kernels."""
     capability = getattr(jax.local_devices()[0], "compute_capability", None)

@@ -1,5 +1,7 @@
 """Capacity without slots, as GPUs run it: the same tokens kept, the same outputs and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from flax import nnx
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe import experts
 from moe_jax.model.moe.config import PRIORITIES, MoEConfig
+from moe_jax.model.moe.dispatch import moves
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEContext
+from moe_jax.ops import expert_activation
 from moe_jax.ops.grouped_matmul import grouped_matmul
 
 B, ROWS, T, D = 4, 2, 12, 8
@@ -19,13 +23,16 @@ B, ROWS, T, D = 4, 2, 12, 8
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def forward_backward(mesh, priority: str, router: str, factor: float = 1.0):
+def forward_backward(
+    mesh, priority: str, router: str, factor: float = 1.0, dispatch: str = "capacity"
+):
     """(y, aux, gradients) of a layer that drops, with padding, for one cotangent."""
     moe = MoEConfig(
         num_experts=4,
         top_k=2,
         expert_width=6,
         router=router,
+        dispatch=dispatch,
         priority=priority,
         capacity_factor=factor,
     )
@@ -71,20 +78,47 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_rows_past_the_last_group_reach_no_gradient(mesh_of, monkeypatch):
-    """Those of dropped choices and of padding; the router's gradient included."""
+@pytest.mark.parametrize(
+    ("dispatch", "sizes"), [("capacity", {}), ("dropless", {}), ("dropless", {"expert": 2})]
+)
+def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, sizes):
+    """Those of dropped choices, of padding and of other shards, which the kernels do not write.
 
-    def poisoned(x_ND, w_EDF, sizes_E):
-        y_NF = grouped_matmul(x_ND, w_EDF, sizes_E)
-        return jnp.where(jnp.arange(len(y_NF))[:, None] < sizes_E.sum(), y_NF, jnp.nan)
+    Whatever stands there, from the gather to the activation's gradients: here NaN.
+    """
 
+    def rows_of_nobody(rows, used):
+        past = jnp.arange(len(rows)) >= used
+        return jnp.where(past.reshape(-1, *[1] * (rows.ndim - 1)), jnp.nan, rows)
+
+    def product(x_ND, w_EDF, sizes_E):
+        return rows_of_nobody(grouped_matmul(x_ND, w_EDF, sizes_E), sizes_E.sum())
+
+    def gathered(x_ND, token_M, place_NK):
+        assert place_NK.shape == (*x_ND.shape[:1], 2)
+        return rows_of_nobody(plain_gather(x_ND, token_M, place_NK), (token_M < len(x_ND)).sum())
+
+    def activated(name, h_NH, weights_N, used=None):
+        a_NF = plain_forward(name, h_NH, weights_N)
+        return a_NF if used is None else rows_of_nobody(a_NF, used)
+
+    def activation_gradients(name, da_NF, h_NH, weights_N, used):
+        made = plain_backward(name, da_NF, h_NH, weights_N)
+        return tuple(rows_of_nobody(rows, used) for rows in made)
+
+    plain_gather, matmul = moves._gathered, experts._MATMUL["compute"]
+    plain_forward = expert_activation.plain_forward
+    plain_backward = expert_activation.plain_backward
     monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
-    (y_BTD, _), gradients = forward_backward(mesh_of(), "token", "top_k")
-    matmul = experts._MATMUL["compute"]._replace(multiply=poisoned)
-    monkeypatch.setitem(experts._MATMUL, "compute", matmul)
-    (found_BTD, _), found = forward_backward(mesh_of(), "token", "top_k")
-    np.testing.assert_array_equal(found_BTD, y_BTD)
-    jax.tree.map(np.testing.assert_array_equal, found, gradients)
+    (y_BTD, _), gradients = forward_backward(mesh_of(**sizes), "token", "top_k", dispatch=dispatch)
+    monkeypatch.setitem(experts._MATMUL, "compute", matmul._replace(multiply=product))
+    monkeypatch.setattr(moves, "_gathered", gathered)
+    monkeypatch.setattr(expert_activation, "plain_forward", activated)
+    monkeypatch.setattr(expert_activation, "plain_backward", activation_gradients)
+    (found_BTD, _), found = forward_backward(mesh_of(**sizes), "token", "top_k", dispatch=dispatch)
+    # XLA fuses the sums of the two programs differently.
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-14)
+    jax.tree.map(same, (found_BTD, found), (y_BTD, gradients))
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):

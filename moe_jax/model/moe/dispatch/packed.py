@@ -1,5 +1,7 @@
 """Experts of this device on rows that stand without gaps, sorted by expert."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -20,7 +22,8 @@ def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: E
     K, local = ids_NK.shape[1], experts.num_experts
     moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
     # A token has at most `local` of its choices here, whatever K is.
-    moves = moves._replace(
+    moves = dataclasses.replace(
+        moves,
         token_M=moves.token_M[: x_ND.shape[0] * local],
         choice_M=moves.choice_M[: x_ND.shape[0] * local],
     )
@@ -43,10 +46,14 @@ def inverse(order_N: jax.Array) -> jax.Array:
 
 
 def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
-    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes."""
+    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes.
+
+    The places from the sum of the sizes on are empty; experts do not read them.
+    """
     N = ids_N.shape[0]
     start_E = expert_starts(ids_N, num_experts)
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
     place_N = jnp.where(ids_N < num_experts, inverse(order_N), N)
-    return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), jnp.diff(start_E)
+    place_NK = place_N.reshape(-1, choices)
+    return Moves(choice_M // choices, choice_M, place_NK, zeros=False), jnp.diff(start_E)
