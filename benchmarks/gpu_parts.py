@@ -8,6 +8,8 @@ from pathlib import Path
 from benchmarks.jobs import Job
 
 AXES = ("data", "fsdp", "expert")
+# A fixed table from token ids to experts, on random ids: no GPU gets more than another.
+EVEN = ("--config.model.moe.router=hash", "--random")
 EXPERTS_SMALL = ("--shapes=small", "--experts=8")
 
 
@@ -106,12 +108,27 @@ def expert_counts(given: Given) -> list[Job]:
 
 def step(given: Given) -> list[Job]:
     """Both dispatch paths at every batch."""
-    jobs = []
-    for config in given.configs:
-        for batch in given.batches:
-            plain = bench(given, config, batch)
-            jobs += [plain, bench(given, config, batch, dispatch="capacity", against=plain.name)]
-    return jobs
+    return _both_paths(given)
+
+
+def even(given: Given) -> list[Job]:
+    """The same with an even load, of which capacity 1.25 drops nothing."""
+    return _both_paths(given, *EVEN, also="even")
+
+
+def peers(given: Given) -> list[Job]:
+    """Hugging Face's step and ours in turn (needs torch and transformers)."""
+    if given.small:  # on a CPU our own environment holds no torch
+        return []
+    batches = ",".join(str(batch) for batch in given.batches)
+    own = f"--batches={batches}", "--rounds=1", f"--steps={given.steps}"
+    return [
+        Job(
+            f"peers-{_stem(config)}",
+            (module("benchmarks.peers.compare", f"--configs={config}", *own),),
+        )
+        for config in given.configs
+    ]
 
 
 def deterministic(given: Given) -> list[Job]:
@@ -128,16 +145,19 @@ def two(given: Given) -> list[Job]:
     """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss.
 
     On random tokens: on text the load of an untrained router decides how long the other GPU waits.
+    On random tokens it still does, so experts on two GPUs have a line with an even load, too.
     """
     jobs = []
     for config in given.configs:
-        one = bench(given, config, given.batch, "--random", also="random")
-        jobs += [one, bench(given, config, 2 * given.batch, "--random", also="random")]
-        for axis in AXES:
-            own = ("--random", f"--config.mesh.{axis}=2")
-            jobs.append(
-                bench(given, config, given.batch, *own, also=axis, devices=2, against=one.name)
-            )
+        for load, own, axes in (("random", ("--random",), AXES), ("even", EVEN, ("expert",))):
+            one = bench(given, config, given.batch, *own, also=load)
+            jobs += [one, bench(given, config, 2 * given.batch, *own, also=load)]
+            for axis in axes:
+                mesh = (*own, f"--config.mesh.{axis}=2")
+                also = f"{axis}-{load}"
+                jobs.append(
+                    bench(given, config, given.batch, *mesh, also=also, devices=2, against=one.name)
+                )
     return jobs
 
 
@@ -175,6 +195,8 @@ PARTS: dict[str, Callable[[Given], list[Job]]] = {
         moe_layer,
         expert_counts,
         step,
+        even,
+        peers,
         deterministic,
         confined,
         float8,
@@ -210,6 +232,18 @@ def bench(
         *virtual,
     )
     return Step(name, (command,), devices=devices, against=against)
+
+
+def _both_paths(given: Given, *own: str, also: str = "") -> list[Job]:
+    jobs = []
+    for config in given.configs:
+        for batch in given.batches:
+            plain = bench(given, config, batch, *own, also=also)
+            capacity = bench(
+                given, config, batch, *own, dispatch="capacity", also=also, against=plain.name
+            )
+            jobs += [plain, capacity]
+    return jobs
 
 
 def _variant(given: Given, also: str, override: str) -> list[Job]:

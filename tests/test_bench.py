@@ -1,6 +1,7 @@
 """The benchmark's one line."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from small_run import ROOT, flags, write_corpus
 
 from moe_jax.bench.__main__ import main
 from moe_jax.bench.breakdown import account
+from moe_jax.bench.measure import Steps
 from moe_jax.bench.random_rows import random_rows
 from moe_jax.config import Config
 from moe_jax.data.config import DataConfig
@@ -37,6 +39,20 @@ def test_one_json_line(tmp_path, capsys):
     assert 0 < row["active_params"] < row["params"]
     assert row["collectives_sent_mb"] > 0
     assert not (tmp_path / "bench").exists()  # only the store is kept
+
+
+def test_a_finished_step_is_read_on_the_host(monkeypatch):
+    """What is computed on the device waits for the step that was started since, and counts it."""
+    stats = SimpleNamespace(
+        assignments=np.array([4, 4]), fates=SimpleNamespace(kept=np.array([3, 3]))
+    )
+    host = SimpleNamespace(loss=SimpleNamespace(lm=np.float32(2)), moe=SimpleNamespace(stats=stats))
+    on_device = object()
+    monkeypatch.setattr("jax.device_get", {on_device: host}.__getitem__)
+    steps = Steps(None, None, None, None)
+    steps._running.append(on_device)
+    steps.finish()
+    assert (steps.losses, steps.dropped) == ([2.0], [0.25])
 
 
 def test_random_rows_are_a_function_of_seed_step_and_row():

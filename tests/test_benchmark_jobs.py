@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import profile_rows, report, step_rows
-from benchmarks.gpu_parts import PARTS, Given, Step, jobs_of
+from benchmarks.gpu_parts import EVEN, PARTS, Given, Step, jobs_of
 from benchmarks.jobs import Job, Outcome, last_json, last_table, run, run_job, schedule
 
 DONE = Outcome("", 1.0, ())
@@ -120,6 +120,19 @@ def test_parts_share_what_they_compare_with(given):
         if "batch_size" in command
     ]
     assert set(batches) == {"--config.train.batch_size=16"}
+
+
+def test_like_is_compared_with_like(given):
+    """A load that is even on one side and not on the other would be the ratio."""
+    jobs = {job.name: job for job in jobs_of(PARTS, given) if isinstance(job, Step)}
+
+    def load(job):
+        return {part for part in job.commands[0] if part == "--random" or "router=" in part}
+
+    pairs = [(job, jobs[job.against]) for job in jobs.values() if job.against]
+    assert all(load(job) == load(unit) for job, unit in pairs)
+    shifted = [job.name for job, _ in pairs if load(job) == set(EVEN)]
+    assert len(shifted) == 2 * (2 + 1)  # of each config, capacity at two batches and experts on two
 
 
 ROW = {

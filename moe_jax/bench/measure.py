@@ -131,8 +131,11 @@ class Steps:
         self._batch = next(self._feed)[1]
 
     def finish(self) -> None:
-        """Wait for the oldest step that is running."""
-        metrics = self._running.pop(0)
+        """Wait for the oldest step that is running, not for the one after it.
+
+        So nothing may be computed on the device here: it would be queued behind that one.
+        """
+        metrics = jax.device_get(self._running.pop(0))
         self.losses.append(float(metrics.loss.lm))
         stats = None if metrics.moe is None else metrics.moe.stats
         kept = 1.0 if stats is None else float(stats.fates.kept.sum() / stats.assignments.sum())
