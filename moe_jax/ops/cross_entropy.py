@@ -63,7 +63,7 @@ def cross_entropy(
     def shard(x_BTD, head_DV, targets_BT, mask_BT):
         D = x_BTD.shape[-1]
         sums = local(x_BTD.reshape(-1, D), head_DV, targets_BT.reshape(-1), mask_BT.reshape(-1))
-        return jax.lax.psum(sums, BATCH_AXES)
+        return jax.lax.psum(sums, _row_axes(mesh))
 
     return _by_rows(shard, mesh, P())(x_BTD, head_DV, targets_BT, mask_BT)
 
@@ -84,7 +84,7 @@ def token_nll(
         nll_CN = jax.lax.map(lambda one: _nll(*_logits(one[0], head_DV, one[1])), chunks)
         return nll_CN.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
-    return _by_rows(shard, mesh, P(BATCH_AXES))(x_BTD, head_DV, targets_BT)
+    return _by_rows(shard, mesh, P(_row_axes(mesh)))(x_BTD, head_DV, targets_BT)
 
 
 def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
@@ -94,20 +94,33 @@ def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
     chunking would move tokens between devices; here it is reduced once.
     """
 
+    axes = _row_axes(mesh)
+    if not axes:
+        return function
+    rows = P(axes)
+
     def run(x_BTD, head_DV, *tokens):
-        rows = P(BATCH_AXES)
         sharded = jax.shard_map(
             function,
             mesh=mesh,
             in_specs=(rows, P(), *(rows for _ in tokens)),
             out_specs=out_spec,
-            axis_names=set(BATCH_AXES),
+            axis_names=set(axes),
             check_vma=False,  # the scans below start from constants, which vary over no axis
         )
         # jit: jax 0.10 cannot run a region that is manual over only some axes op by op.
         return jax.jit(sharded)(x_BTD, head_DV, *tokens)
 
     return run
+
+
+def _row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Over which the region below is manual: none where `tensor` alone has several devices.
+
+    XLA refuses a region that is manual over axes of one device each and no others.
+    """
+    tensor_alone = mesh.size == mesh.shape["tensor"] > 1
+    return () if tensor_alone else BATCH_AXES
 
 
 def _chunks(tokens: int, chunk: int) -> int:

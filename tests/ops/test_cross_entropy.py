@@ -81,7 +81,8 @@ def test_token_nll(x64, mesh_of, chunk):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
+    "sizes",
+    [{"data": 4}, {"tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}],
 )
 def test_same_on_every_mesh_and_tokens_stay_where_they_are(x64, mesh_of, sizes):
     x, head, targets, mask = make()
