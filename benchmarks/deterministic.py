@@ -24,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.jobs import end_with_children
 from moe_jax.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--bench", default=str(ROOT / "configs" / "bench_mixtral_2b.py"))
     parser.add_argument("--bench_steps", type=int, default=20)
     given, rest = parser.parse_known_args()
+    end_with_children()
     where = python(["-c", WHERE], "").strip()
     print(where, flush=True)
     rows = [HEADER]

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.jobs import Job
 
 AXES = ("data", "fsdp", "expert")
-# A fixed table from token ids to experts, on random ids: no GPU gets more than another.
+# A fixed table from token ids to experts, on random ids: no GPU gets 1% more than another.
 EVEN = ("--config.model.moe.router=hash", "--random")
 EXPERTS_SMALL = ("--shapes=small", "--experts=8")
 
@@ -120,15 +120,16 @@ def peers(given: Given) -> list[Job]:
     """Hugging Face's step and ours in turn (needs torch and transformers)."""
     if given.small:  # on a CPU our own environment holds no torch
         return []
-    batches = ",".join(str(batch) for batch in given.batches)
-    own = f"--batches={batches}", "--rounds=1", f"--steps={given.steps}"
     return [
-        Job(
-            f"peers-{_stem(config)}",
-            (module("benchmarks.peers.compare", f"--configs={config}", *own),),
-        )
+        Job(f"peers-{_stem(config)}-{batch}", (_peer(config, batch, given.steps),))
         for config in given.configs
+        for batch in given.batches
     ]
+
+
+def _peer(config: str, batch: int, steps: int) -> tuple[str, ...]:
+    own = f"--configs={config}", f"--batches={batch}", f"--steps={steps}", "--rounds=1"
+    return module("benchmarks.peers.compare", *own)
 
 
 def deterministic(given: Given) -> list[Job]:
@@ -179,10 +180,12 @@ def olmoe(given: Given) -> list[Job]:
         return []
     config = "configs/olmoe_1b_7b.py"
     shared = ("--config.mesh.expert=1", "--config.model.scan_layers=False")
-    return [
+    jobs = [
         bench(given, config, batch, *shared, f"--config.model.remat={remat}", also=remat)
         for batch, remat in ((8, "save_dispatch"), (16, "full"), (32, "full"))
     ]
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
+    return [dataclasses.replace(job, env=memory) for job in jobs]
 
 
 PARTS: dict[str, Callable[[Given], list[Job]]] = {

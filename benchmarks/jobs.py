@@ -1,13 +1,18 @@
 """Commands as processes of their own, with a time limit and logs, side by side on devices."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
+
+GRACE = 10  # seconds in which a process that is over its time may end its own ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,27 +41,42 @@ def run(command: Sequence[str], env: Mapping[str, str], limit: float, log: Path)
     """(what went wrong or nothing, standard output) of a process that has `limit` seconds.
 
     Standard output goes to `log`.out, standard error to `log`.err; both are there while it runs.
+    A process that has processes of its own calls `end_with_children`.
     """
     out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
     error = ""
     with out.open("w") as to_out, err.open("w") as to_err:
         try:
-            code = subprocess.run(
-                command,
-                env={**env},
-                stdin=subprocess.DEVNULL,
-                stdout=to_out,
-                stderr=to_err,
-                timeout=limit,
-                check=False,
-            ).returncode
-            if code:
+            nothing = subprocess.DEVNULL
+            with subprocess.Popen(
+                command, env={**env}, stdin=nothing, stdout=to_out, stderr=to_err
+            ) as process:
+                code = _wait(process, limit)
+            if code is None:
+                error = f"not done after {limit:g} s"
+            elif code:
                 error = f"exit code {code}, {_last_line(err) or 'nothing said'}"
-        except subprocess.TimeoutExpired:
-            error = f"not done after {limit:g} s"
         except OSError as caught:
             error = f"not started: {caught.strerror}"
     return error, out.read_text(errors="replace")
+
+
+def _wait(process: subprocess.Popen, limit: float) -> int | None:
+    """Its exit code; None, and it is ended, if it runs longer."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return None
+    finally:
+        process.kill()  # of no effect on one that has ended
+
+
+def end_with_children() -> None:
+    """SIGTERM becomes an exception, so that what this process waits for ends with it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def run_job(job: Job, env: Mapping[str, str], limit: float, folder: Path) -> Outcome:

@@ -1,5 +1,6 @@
 """The benchmark's one line."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -41,18 +42,31 @@ def test_one_json_line(tmp_path, capsys):
     assert not (tmp_path / "bench").exists()  # only the store is kept
 
 
-def test_a_finished_step_is_read_on_the_host(monkeypatch):
-    """What is computed on the device waits for the step that was started since, and counts it."""
-    stats = SimpleNamespace(
-        assignments=np.array([4, 4]), fates=SimpleNamespace(kept=np.array([3, 3]))
-    )
-    host = SimpleNamespace(loss=SimpleNamespace(lm=np.float32(2)), moe=SimpleNamespace(stats=stats))
-    on_device = object()
-    monkeypatch.setattr("jax.device_get", {on_device: host}.__getitem__)
-    steps = Steps(None, None, None, None)
-    steps._running.append(on_device)
-    steps.finish()
-    assert (steps.losses, steps.dropped) == ([2.0], [0.25])
+def test_the_next_step_runs_while_one_is_read(monkeypatch):
+    """On the host alone: what is computed on the device waits for the step started since."""
+    order = []
+
+    class OnDevice(int):
+        """Metrics of a step; whatever is computed from them here is an AttributeError."""
+
+    def step_fn(state, batch):
+        order.append(f"start {state}")
+        return state + 1, OnDevice(state)
+
+    def device_get(metrics):
+        order.append(f"read {metrics}")
+        stats = SimpleNamespace(
+            assignments=np.array([4, 4]), fates=SimpleNamespace(kept=np.array([3, 3]))
+        )
+        loss = SimpleNamespace(lm=np.float32(metrics))
+        return SimpleNamespace(loss=loss, moe=SimpleNamespace(stats=stats))
+
+    monkeypatch.setattr("jax.device_get", device_get)
+    monkeypatch.setattr("jax.block_until_ready", lambda tree: pytest.fail("waited otherwise"))
+    steps = Steps(step_fn, 0, itertools.repeat((0, "batch")), "batch")
+    assert len(steps.run(3)) == 3
+    assert order == ["start 0", "start 1", "read 0", "start 2", "read 1", "read 2"]
+    assert (steps.losses, steps.dropped) == ([0.0, 1.0, 2.0], [0.25] * 3)
 
 
 def test_random_rows_are_a_function_of_seed_step_and_row():

@@ -1,5 +1,6 @@
 """Jobs on devices, and what the GPU report makes of them; no job is run."""
 
+import dataclasses
 import os
 import sys
 import threading
@@ -10,7 +11,9 @@ import pytest
 from benchmarks.gpu import profile_rows, report, step_rows
 from benchmarks.gpu_parts import EVEN, PARTS, Given, Step, jobs_of
 from benchmarks.jobs import Job, Outcome, last_json, last_table, run, run_job, schedule
+from benchmarks.peers.compare import parse
 
+ROOT = Path(__file__).resolve().parents[1]
 DONE = Outcome("", 1.0, ())
 
 
@@ -131,8 +134,41 @@ def test_like_is_compared_with_like(given):
 
     pairs = [(job, jobs[job.against]) for job in jobs.values() if job.against]
     assert all(load(job) == load(unit) for job, unit in pairs)
+    assert "--random" in EVEN  # text is even over no table
     shifted = [job.name for job, _ in pairs if load(job) == set(EVEN)]
     assert len(shifted) == 2 * (2 + 1)  # of each config, capacity at two batches and experts on two
+    meshes = {name.partition("8x2-")[2] for name in jobs if "8x2" in name}
+    assert meshes == {"data-random", "fsdp-random", "expert-random", "expert-even"}
+    assert {"mixtral_2b-dropless-16-random", "olmoe_half-dropless-16-even"} < set(jobs)  # losses
+
+
+def test_the_peers_part_is_what_compare_takes(given):
+    jobs = jobs_of(["peers"], given)
+    assert not jobs_of(["peers"], dataclasses.replace(given, small=True))
+    asked = [parse(job.commands[0][3:]) for job in jobs]
+    assert all(overrides == [] and found.rounds == 1 for found, overrides in asked)
+    found = [(Path(one.configs[0]).stem, one.batches, one.steps) for one, _ in asked]
+    names = "bench_mixtral_2b", "bench_olmoe_half"
+    assert found == [(name, [batch], 20) for name in names for batch in (4, 8)]
+    assert all(
+        job.commands[0][:3] == (sys.executable, "-m", "benchmarks.peers.compare") for job in jobs
+    )
+
+
+def test_a_process_over_its_time_takes_its_own_with_it(tmp_path):
+    """A GPU that a forgotten one still uses would falsify what comes next."""
+    child = "import os, threading; print(os.getpid(), flush=True); threading.Event().wait()"
+    parent = (
+        "import pathlib, sys; from benchmarks.jobs import end_with_children, run;"
+        f"end_with_children(); log = pathlib.Path({str(tmp_path / 'child')!r});"
+        f"run([sys.executable, '-S', '-c', {child!r}], {{}}, 600, log)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    error, _ = run([sys.executable, "-S", "-c", parent], env, 5.0, tmp_path / "parent")
+    assert error == "not done after 5 s"
+    number = int((tmp_path / "child.out").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
 
 
 ROW = {

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.jobs import last_json, run
+from benchmarks.jobs import end_with_children, last_json, run
 from moe_jax.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,7 @@ class Result(NamedTuple):
 
 def main() -> None:
     given, overrides = parse(sys.argv[1:])
+    end_with_children()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.logs or scratch)
         folder.mkdir(parents=True, exist_ok=True)

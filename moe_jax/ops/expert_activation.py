@@ -11,7 +11,8 @@ For SwiGLU on a Hopper GPU both passes are kernels of moe_jax/ops/mosaic.  XLA r
 pass as two that read the same operands (0.55 ms for 131072 rows of 1024 on an H200, 0.90 for 32768
 of 7168), ours makes both results from one reading (0.36 and 0.61).  And they leave out the rows of
 nobody, which are half of the buffer with two expert shards: forward 0.57 ms instead of 0.86 for
-262144 rows in 524288, backward 0.84 instead of 1.98; with all rows used, forward is as fast.
+262144 rows in 524288, backward 0.84 instead of 1.98.  With all rows used, forward is as
+fast as XLA's to within 8%.
 """
 
 import functools

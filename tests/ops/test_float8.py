@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.experts import Experts
 from moe_jax.ops import float8
+from moe_jax.ops.expert_activation import weighted_activate
 
 N, D, F = 256, 128, 256
 SIZES = [37, 0, 150, 60]  # nine rows belong to nobody
@@ -96,6 +97,26 @@ def test_experts_multiply_as_the_config_says():
 
     plain, rounded = (np.asarray(of(name))[: sum(SIZES)] for name in ("compute", "float8"))
     assert 0.01 < np.linalg.norm(rounded - plain) / np.linalg.norm(plain) < 0.1
+
+
+def test_between_float8_products_no_kernel_stands(operands, monkeypatch):
+    """XLA would write copies of its operands with their scales: 5% of a step."""
+    x, w, _ = operands
+    asked = []
+
+    def activate(name, h_NH, weights_N, used, kernel):
+        asked.append(kernel)
+        return weighted_activate(name, h_NH, weights_N, used, kernel)
+
+    monkeypatch.setattr("moe_jax.model.moe.experts.weighted_activate", activate)
+    w_in, w_out = (
+        jnp.asarray(w, jnp.float32).reshape(*w.shape[:2], 2, -1),
+        jnp.zeros((4, F // 2, D)),
+    )
+    for matmul in ("compute", "float8"):
+        experts = Experts(w_in, w_out, "swiglu", matmul)
+        experts.grouped(jnp.asarray(x, jnp.float32), jnp.array(SIZES, jnp.int32), jnp.ones(N))
+    assert asked == [True, False]
 
 
 def test_kernel_in_the_interpreter(operands, monkeypatch):

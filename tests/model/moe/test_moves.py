@@ -39,7 +39,8 @@ def moves() -> Moves:
     for number, place in enumerate(place_NK.reshape(-1)):
         if place < M:
             choice_M[place] = number
-    return Moves(*(jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK)))
+    arrays = (jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK))
+    return Moves(*arrays, zeros=True)
 
 
 @pytest.fixture

@@ -12,6 +12,10 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe import experts
 from moe_jax.model.moe.config import PRIORITIES, MoEConfig
 from moe_jax.model.moe.dispatch import moves
+from moe_jax.model.moe.dispatch.capacity import slot_moves
+from moe_jax.model.moe.dispatch.dropless import shard_moves
+from moe_jax.model.moe.dispatch.packed import sorted_moves
+from moe_jax.model.moe.dispatch.slots import Order
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEContext
@@ -24,12 +28,17 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def forward_backward(
-    mesh, priority: str, router: str, factor: float = 1.0, dispatch: str = "capacity"
+    mesh,
+    priority: str,
+    router: str,
+    factor: float = 1.0,
+    dispatch: str = "capacity",
+    top_k: int = 2,
 ):
     """(y, aux, gradients) of a layer that drops, with padding, for one cotangent."""
     moe = MoEConfig(
         num_experts=4,
-        top_k=2,
+        top_k=top_k,
         expert_width=6,
         router=router,
         dispatch=dispatch,
@@ -79,9 +88,15 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "sizes"), [("capacity", {}), ("dropless", {}), ("dropless", {"expert": 2})]
+    ("dispatch", "top_k", "sizes"),
+    [
+        ("capacity", 2, {}),
+        ("dropless", 2, {}),
+        ("dropless", 2, {"expert": 2}),
+        ("dropless", 3, {"expert": 2}),  # more choices than experts of a shard
+    ],
 )
-def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, sizes):
+def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, top_k, sizes):
     """Those of dropped choices, of padding and of other shards, which the kernels do not write.
 
     Whatever stands there, from the gather to the activation's gradients: here NaN.
@@ -95,7 +110,7 @@ def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, sizes)
         return rows_of_nobody(grouped_matmul(x_ND, w_EDF, sizes_E), sizes_E.sum())
 
     def gathered(x_ND, token_M, place_NK):
-        assert place_NK.shape == (*x_ND.shape[:1], 2)
+        assert place_NK.shape == (len(x_ND), top_k)
         return rows_of_nobody(plain_gather(x_ND, token_M, place_NK), (token_M < len(x_ND)).sum())
 
     def activated(name, h_NH, weights_N, used=None):
@@ -110,15 +125,27 @@ def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, sizes)
     plain_forward = expert_activation.plain_forward
     plain_backward = expert_activation.plain_backward
     monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
-    (y_BTD, _), gradients = forward_backward(mesh_of(**sizes), "token", "top_k", dispatch=dispatch)
+    run = functools.partial(
+        forward_backward, mesh_of(**sizes), "token", "top_k", dispatch=dispatch, top_k=top_k
+    )
+    (y_BTD, _), gradients = run()
     monkeypatch.setitem(experts._MATMUL, "compute", matmul._replace(multiply=product))
     monkeypatch.setattr(moves, "_gathered", gathered)
     monkeypatch.setattr(expert_activation, "plain_forward", activated)
     monkeypatch.setattr(expert_activation, "plain_backward", activation_gradients)
-    (found_BTD, _), found = forward_backward(mesh_of(**sizes), "token", "top_k", dispatch=dispatch)
+    (found_BTD, _), found = run()
     # XLA fuses the sums of the two programs differently.
     same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-14)
     jax.tree.map(same, (found_BTD, found), (y_BTD, gradients))
+
+
+def test_only_packed_rows_may_leave_places_unwritten():
+    """Batched experts multiply every slot, and what travels is sent whole: NaN would spread."""
+    ids_GN = jnp.array([[0, 1, 3, 4]])
+    slots = slot_moves(ids_GN, 4, 2, Order("token", 1, 1))
+    sent, _ = shard_moves(ids_GN[0], 4, 1, 2, 3)
+    packed, _ = sorted_moves(ids_GN[0], 4, 1)
+    assert (slots.zeros, sent.zeros, packed.zeros) == (True, True, False)
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):

@@ -93,7 +93,8 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
     place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
-    return Moves(token_M=choice_M // K, choice_M=choice_M, place_NK=place_NK.astype(jnp.int32))
+    place_NK = place_NK.astype(jnp.int32)
+    return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # the experts multiply all slots
 
 
 def within_capacity(

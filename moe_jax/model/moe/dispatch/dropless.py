@@ -143,7 +143,8 @@ def shard_moves(
     limit_E = jnp.repeat(begin_P + room, local, total_repeat_length=num_experts)
     sizes_E = jnp.minimum(start_E[1:], limit_E) - jnp.minimum(start_E[:-1], limit_E)
     choice_M = choice_PR.reshape(-1)
-    return Moves(choice_M // choices, choice_M, place_N.reshape(-1, choices)), sizes_E
+    place_NK = place_N.reshape(-1, choices)
+    return Moves(choice_M // choices, choice_M, place_NK, zeros=True), sizes_E
 
 
 def _across(
@@ -168,6 +169,6 @@ def _across(
         sizes_local_E,
         gather_weights(weights_PR.reshape(M, 1), arrive),
     )
-    leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None])
+    leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zeros=True)
     y_MD = gather_tokens(y_MD, leave)
     return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

@@ -27,7 +27,7 @@ class Moves:
     token_M: Int[Array, "M"]  # the token in each place; N: empty
     choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: empty
     place_NK: Int[Array, "N K"]  # the place of each assignment; M: dropped
-    zeros: bool = True  # whether empty places have to be zero; else nobody reads them
+    zeros: bool  # whether empty places have to be zero; else nobody reads them
 
 
 jax.tree_util.register_dataclass(
