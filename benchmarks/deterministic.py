@@ -1,6 +1,6 @@
 """Is a resumed run bitwise the run that was never stopped, and what does that cost?
 
-    python benchmarks/deterministic.py [--variants=off,deterministic] [--steps=40]
+    python -m benchmarks.deterministic [--variants=off,deterministic] [--steps=40]
         [--bench=configs/bench_mixtral_2b.py] [--config.model.attention=xla ...]
 
 Each variant trains configs/tiny.py in bfloat16, dropless (its widths are multiples of 128: on a

@@ -1,6 +1,6 @@
 """Does training in bfloat16 follow float32?  Two runs from one seed, and a third as yardstick.
 
-    python benchmarks/numerics.py [--float8] [--config=configs/tiny.py] [--steps=300] [--seeds=1]
+    python -m benchmarks.numerics [--float8] [--config=configs/tiny.py] [--steps=300] [--seeds=1]
         [--config.model.moe.dispatch=dropless ...]
 
 Each run is `python -m moe_jax.train` in a process of its own; further arguments go to all of them.
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.jobs import end_with_children
 from moe_jax.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", default="1", help="of further runs like the first")
     given, rest = parser.parse_known_args()
+    end_with_children()
     shared = [f"--config={given.config}", f"--config.train.steps={given.steps}", *rest]
     seeds = [seed for seed in given.seeds.split(",") if seed]
     rows = [["run", "largest", "at step", "mean", "at the end", "last smoothed loss"]]
