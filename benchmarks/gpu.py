@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--list", action="store_true", help="name the parts and end")
     parser.add_argument("--configs", default=",".join(CONFIGS))
-    parser.add_argument("--batches", default="4,8,16", help="rows a GPU, in the part `step`")
+    parser.add_argument("--batches", default="4,8,16", help="rows a GPU, in parts with several")
     parser.add_argument("--batch", type=int, default=8, help="rows a GPU, in the other parts")
     parser.add_argument("--steps", type=int, default=20, help="that are timed in a process")
     parser.add_argument("--limit", type=float, default=400, help="seconds of a job")

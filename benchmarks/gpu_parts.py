@@ -1,6 +1,7 @@
 """What benchmarks/gpu.py measures: one function a part, which makes its jobs."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -145,8 +146,8 @@ def confined(given: Given) -> list[Job]:
 def two(given: Given) -> list[Job]:
     """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss.
 
-    On random tokens: on text the load of an untrained router decides how long the other GPU waits.
-    On random tokens it still does, so experts on two GPUs have a line with an even load, too.
+    On random tokens, whose load is more even than that of text.  An untrained router's own load
+    still makes one GPU wait for the other, so experts have a line with an even load, too.
     """
     jobs = []
     for config in given.configs:
@@ -184,7 +185,8 @@ def olmoe(given: Given) -> list[Job]:
         bench(given, config, batch, *shared, f"--config.model.remat={remat}", also=remat)
         for batch, remat in ((8, "save_dispatch"), (16, "full"), (32, "full"))
     ]
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    memory = {name: os.environ.get(name, ".95")}
     return [dataclasses.replace(job, env=memory) for job in jobs]
 
 

@@ -5,7 +5,8 @@ permutations with holes, so each one's backward is the other's forward: a gather
 index (MaxText, simply and EasyDeL all ended there).
 
 Axes: N tokens, M places (slots or sorted rows), K choices a token.  An index that points at
-nothing holds `M` (or `N`), one past the end, and reads as zero.
+nothing holds `M` (or `N`), one past the end, and reads as zero; without `zeros` the row of an empty
+place is unspecified.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Moves:
     token_M: Int[Array, "M"]  # the token in each place; N: empty
     choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: empty
     place_NK: Int[Array, "N K"]  # the place of each assignment; M: dropped
-    zeros: bool  # whether empty places have to be zero; else nobody reads them
+    zeros: bool  # of empty places; else what stands there must reach no result
 
 
 jax.tree_util.register_dataclass(

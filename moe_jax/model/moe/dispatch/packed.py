@@ -48,7 +48,7 @@ def inverse(order_N: jax.Array) -> jax.Array:
 def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
     """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes.
 
-    The places from the sum of the sizes on are empty; experts do not read them.
+    The places from the sum of the sizes on are empty; what stands there reaches no result.
     """
     N = ids_N.shape[0]
     start_E = expert_starts(ids_N, num_experts)
