@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-GRACE = 10  # seconds in which a process that is over its time may end its own ones
+GRACE = 10  # seconds in which a process that is over its time may end its children
 
 
 @dataclasses.dataclass(frozen=True)
