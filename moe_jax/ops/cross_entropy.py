@@ -156,9 +156,9 @@ def _target_logits(logits_NV, targets_N, hit_NV):
     """Each token's logit of its target, for a forward pass; any number where there is none.
 
     Read where it stands, for a pass over all logits takes 0.7 ms of a step of bench_olmoe_half on
-    an H200.  With the vocabulary split over `tensor` the sum stays local, whatever XLA would make of
-    the read.  Where `tensor` alone has several devices no region names a mesh to ask, and the read
-    is taken: a test holds that no logits travel for it.
+    an H200.  With the vocabulary split over `tensor` the sum stays local, whatever XLA would make
+    of the read.  Where `tensor` alone has several devices no region names a mesh to ask, and the
+    read is taken: a test holds that no logits travel for it.
     """
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         return jnp.where(hit_NV, logits_NV, 0).sum(-1)

@@ -28,7 +28,7 @@ class Moves:
     token_M: Int[Array, "M"]  # the token in each place; N: empty
     choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: empty
     place_NK: Int[Array, "N K"]  # the place of each assignment; M: dropped
-    zeros: bool  # whether empty places are zero; if not, what stands there must reach no result
+    zeros: bool  # whether empty places are zero; if not, what is there must reach no result
 
 
 jax.tree_util.register_dataclass(
