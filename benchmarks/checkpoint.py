@@ -29,7 +29,7 @@ from unittest import mock
 import jax
 
 from moe_jax.checkpoint import Checkpoints, manifest
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 from moe_jax.train import __main__ as trainer
 from moe_jax.train import loop
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.grouped_matmul import CPU_SHAPES, GPU_SHAPES, even, zipf
 from benchmarks.timing import timed
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 from moe_jax.ops import float8
 from moe_jax.ops.grouped_matmul import grouped_matmul
 

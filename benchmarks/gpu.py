@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.gpu_parts import PARTS, Given, Step, jobs_of, text
 from benchmarks.jobs import Job, Outcome, last_json, last_table, run_job, schedule
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = tuple(f"{ROOT}/configs/bench_{name}.py" for name in ("mixtral_2b", "olmoe_half"))

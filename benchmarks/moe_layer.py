@@ -15,7 +15,7 @@ import jax
 
 from benchmarks.layer import LOADS, Shape, layer
 from benchmarks.timing import plain, timed
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 from moe_jax.parallel.xla_flags import avoid_command_buffers
 
 SHAPES = {

@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.jobs import end_with_children
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 20  # steps

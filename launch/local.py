@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from launch.job import Job
-from moe_jax.links import own
+from moe_jax.files.links import own
 
 STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
 ATTEMPTS = 20  # of a run that keeps asking to be run again

@@ -24,7 +24,7 @@ from launch.job import Job
 from launch.local import LOG, STOPPED, Local, command
 from launch.shell import LaunchError, Shell, add_options, make_parser, read_options, run_main
 from moe_jax.errors import UserError
-from moe_jax.links import check_links
+from moe_jax.files.links import check_links
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
 _CHECK = [sys.executable, "-m", "moe_jax.train.check"]

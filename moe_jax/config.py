@@ -14,9 +14,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from moe_jax import json_files
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.routers import ROUTERS

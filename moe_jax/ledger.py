@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe_jax import json_files
 from moe_jax.errors import UserError
-from moe_jax.markdown import table
+from moe_jax.files import json_files
+from moe_jax.files.formats import table
+from moe_jax.files.workdir import Folder
 from moe_jax.model.moe.types import Fates, Ledger
 from moe_jax.train import flags
 from moe_jax.train.report import LEDGER
-from moe_jax.train.workdir import Folder
 
 _FLAGS = (
     flags.Flag("layer", -1, "Only this MoE layer, counted from 0; -1: all of them, added."),

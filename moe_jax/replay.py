@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.data.build import build, find
 from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.store import Store
 from moe_jax.errors import UserError
-from moe_jax.markdown import table
+from moe_jax.files import json_files
+from moe_jax.files.formats import table
+from moe_jax.files.workdir import Folder
 from moe_jax.parallel import distributed
 from moe_jax.train import flags
 from moe_jax.train.evaluate import batch_shardings
@@ -45,7 +46,6 @@ from moe_jax.train.setup import (
 )
 from moe_jax.train.state import TrainState
 from moe_jax.train.step_log import step_row, why_refused
-from moe_jax.train.workdir import Folder
 
 Row = dict[str, Any]
 MOST_VIRTUAL = 1024  # devices that are made without being asked for

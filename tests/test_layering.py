@@ -16,10 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "moe_jax": 0,  # only __init__.py: the version
     "moe_jax.errors": 0,
-    "moe_jax.json_files": 1,
-    "moe_jax.links": 1,
+    "moe_jax.files": 1,
     "moe_jax.registry": 1,
-    "moe_jax.markdown": 1,
     "moe_jax.parallel": 2,
     "moe_jax.ops": 3,
     "moe_jax.model": 4,  # only __init__.py
@@ -67,7 +65,7 @@ RANKS = {
 # Pairs that their ranks would allow.
 FORBIDDEN = {("moe_jax.data", "moe_jax.model")}
 # A launcher builds command lines on machines that may hold no JAX at all.
-LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.links", "moe_jax.registry")
+LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.files.links", "moe_jax.registry")
 
 # Each would run what a file or a config says, or parse a command that was put together from it.
 # np.load may unpickle, and makes room for whatever shape a file declares.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.jobs import end_with_children, last_json, run
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ("configs/bench_mixtral_2b.py", "configs/bench_olmoe_half.py")

@@ -37,7 +37,7 @@ from benchmarks.soak.pair import (
     Pair,
     send,
 )
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 
 LIMIT = 400.0  # seconds: beyond what JAX waits for a process that does not come (300)
 POLL = 0.002  # seconds; a save takes some ten times as long

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 
 STEPS = 3  # traced
 # Scopes of the model, the loss and the step; the innermost one of an instruction counts.

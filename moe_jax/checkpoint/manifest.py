@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from etils import epath
 
-from moe_jax import json_files
 from moe_jax.errors import one_line
+from moe_jax.files import json_files
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moe_jax import json_files
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
 from moe_jax.checkpoint.causes import cause_of, quiet_orbax
@@ -28,6 +27,7 @@ from moe_jax.checkpoint.tree import (
     nested,
 )
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]

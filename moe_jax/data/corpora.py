@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-from moe_jax import json_files
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 
 MAX_FILE_LABELS = 64  # more files than this share one source label
 PARQUET_ROWS = 1024  # decoded at once: of long documents, 65,536 (the default) take gigabytes

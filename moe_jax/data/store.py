@@ -23,8 +23,8 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Integer
 
-from moe_jax import json_files
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 
 STORE_FORMAT = 2  # raised whenever the same text would be stored differently
 SPLITS = ("train", "heldout")

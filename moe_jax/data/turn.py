@@ -10,7 +10,7 @@ from typing import BinaryIO
 from etils import epath
 
 from moe_jax.errors import UserError
-from moe_jax.links import check_link, check_links
+from moe_jax.files.links import check_link, check_links
 
 LOOK = 0.25  # seconds between two looks at who builds
 TELL = 1.0  # seconds between two signs of life of who builds

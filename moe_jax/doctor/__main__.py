@@ -16,10 +16,10 @@ from moe_jax.doctor.examine import examine, make_subject, report
 from moe_jax.doctor.finding import Finding
 from moe_jax.doctor.shrink import DEVICES
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder, locate
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.train import flags
-from moe_jax.train.workdir import Folder, locate
 
 _CONFORMANCE = ("conformance", "conformance=true", "conformance=True", "conformance=1")
 _FLAGS = (

@@ -19,8 +19,8 @@ from moe_jax.doctor.shrink import (
 )
 from moe_jax.doctor.subject import Subject
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder
 from moe_jax.plan.lowering import make_plan
-from moe_jax.train.workdir import Folder
 
 Say = Callable[[str], None]
 Checks = Mapping[str, Callable[[Subject], Finding]]

@@ -18,6 +18,7 @@ from moe_jax.checkpoint import named_leaves
 from moe_jax.config import Config
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.pipeline import Batch
+from moe_jax.files.workdir import Folder
 from moe_jax.losses import loss_values
 from moe_jax.model.layout import to_layers
 from moe_jax.model.moe.types import MoEAux
@@ -28,7 +29,6 @@ from moe_jax.train.loop import compile_step
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import TrainState, everywhere
 from moe_jax.train.step import StepMetrics, make_gradients
-from moe_jax.train.workdir import Folder
 
 STEPS = 5  # timed for the wait for data
 

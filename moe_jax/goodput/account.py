@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder
 from moe_jax.train.timekeeper import GOODPUT, INIT
-from moe_jax.train.workdir import Folder
 
 # Category -> what it is.  Every moment from the first start to the last sign of life is in one.
 CATEGORIES = {

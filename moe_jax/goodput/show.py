@@ -5,8 +5,8 @@ import json
 import math
 from collections.abc import Sequence
 
+from moe_jax.files.formats import table
 from moe_jax.goodput.account import CATEGORIES, Account, Attempt
-from moe_jax.markdown import table
 
 
 def report(account: Account) -> str:

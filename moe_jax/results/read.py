@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import json_files
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.train.report import METRICS, is_last, read_row
 

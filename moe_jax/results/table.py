@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_jax.errors import UserError
-from moe_jax.markdown import table
+from moe_jax.files.formats import table
 from moe_jax.results.group import Group, Spread, labels
 from moe_jax.results.read import Result
 

@@ -12,6 +12,7 @@ import jax
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import from_config_dict, to_json
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import is_remote, locate
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
 from moe_jax.parallel.distributed import lost_peer
@@ -28,7 +29,6 @@ from moe_jax.train.settings import note_settings
 from moe_jax.train.setup import Run, first_state, prepare, set_numerics
 from moe_jax.train.timekeeper import Timekeeper
 from moe_jax.train.watchdog import LEAD_GRACE, Watchdog
-from moe_jax.train.workdir import is_remote, locate
 
 # Seconds that a process with an error waits for the save it has a part in: after 30 all have ended.
 SAVE_GRACE = 10.0

@@ -21,13 +21,13 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.config import Config, from_config_dict, read_config, to_dict
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder, locate
 from moe_jax.model.stack import define
 from moe_jax.train import flags
 from moe_jax.train.report import METRICS, has_last_eval
 from moe_jax.train.resolve import check_shapes
 from moe_jax.train.setup import settle
 from moe_jax.train.state import make_optimizer
-from moe_jax.train.workdir import Folder, locate
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.config import Config
+from moe_jax.files.workdir import Folder
 from moe_jax.parallel.distributed import Preemption
-from moe_jax.train.workdir import Folder
 
 STOP_FILE = "STOP"
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import json_files
 from moe_jax.config import fingerprint
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
 from moe_jax.parallel.distributed import lead
 from moe_jax.train.record import versions
 from moe_jax.train.report import plain
 from moe_jax.train.rewind import Rewinds
 from moe_jax.train.settings import read_settings
 from moe_jax.train.setup import Run
-from moe_jax.train.workdir import Folder
 
 FLIGHT = "flight"
 MOST = 20  # records of a run

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from moe_jax.errors import UserError
-from moe_jax.train.workdir import Folder, is_remote
+from moe_jax.files.workdir import Folder, is_remote
 
 LOCK = "lock"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from moe_jax.train.workdir import Folder, Mirror
+from moe_jax.files.workdir import Folder, Mirror
 
 
 class Profiler:

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 import moe_jax
-from moe_jax import json_files
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 
 DATA_RECORD = "data.json"
 _PACKAGES = (

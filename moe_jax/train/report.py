@@ -11,10 +11,10 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from moe_jax import json_files
 from moe_jax.errors import UserError
-from moe_jax.train.lines import Lines
-from moe_jax.train.workdir import Folder, Mirror
+from moe_jax.files import json_files
+from moe_jax.files.lines import Lines
+from moe_jax.files.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"

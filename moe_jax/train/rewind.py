@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax import json_files
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import to_dict
 from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
 from moe_jax.parallel.distributed import lead
-from moe_jax.train.workdir import Folder
 
 REWINDS = "rewinds.jsonl"
 _IN_CHECKPOINT = "rewinds.json"  # a list of the lines

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from moe_jax import json_files
 from moe_jax.config import Config, from_config_dict, to_dict
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
 from moe_jax.train.record import versions
 from moe_jax.train.setup import Run
-from moe_jax.train.workdir import Folder
 
 SETTINGS = "settings.jsonl"
 MOST = 2**20  # devices, or processes

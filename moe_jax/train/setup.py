@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, json_files
+from moe_jax import checkpoint
 from moe_jax.config import Config, read_config
 from moe_jax.data.build import build, store_root
 from moe_jax.data.pipeline import Batches, HeldOut, Supply
 from moe_jax.data.store import Store
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
 from moe_jax.model.layout import to_stacked
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.layer import make_router
@@ -42,7 +44,6 @@ from moe_jax.train.state import (
     to_disk,
 )
 from moe_jax.train.step import StepOptions
-from moe_jax.train.workdir import Folder
 
 Say = Callable[[str], None]
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from moe_jax.errors import UserError
+from moe_jax.files.lines import Lines
+from moe_jax.files.workdir import Folder, Mirror
 from moe_jax.train.flags import exit_code
-from moe_jax.train.lines import Lines
-from moe_jax.train.workdir import Folder, Mirror
 
 GOODPUT = "goodput.jsonl"
 INIT = "init"

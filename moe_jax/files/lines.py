@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import UserError
-from moe_jax.links import own
+from moe_jax.files.links import own
 
 
 class Lines:

@@ -9,7 +9,7 @@ import time
 from etils import epath
 
 from moe_jax.errors import UserError
-from moe_jax.links import check_links
+from moe_jax.files.links import check_links
 
 Folder = pathlib.Path | epath.Path
 

@@ -11,12 +11,12 @@ from small_run import small_config, write_corpus
 
 from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import Mirror, is_remote, locate
 from moe_jax.parallel.distributed import Preemption
 from moe_jax.train.control import STOP_FILE, Control, Stop
 from moe_jax.train.record import write_run_record
 from moe_jax.train.report import Reporter, has_last_eval
 from moe_jax.train.timekeeper import GOODPUT, Timekeeper
-from moe_jax.train.workdir import Mirror, is_remote, locate
 
 
 class Buckets(MemoryFileSystem):
