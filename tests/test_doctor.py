@@ -22,7 +22,7 @@ from moe_jax.model.moe import layer
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.routers import ROUTERS, hash, linear, top_k
 from moe_jax.model.moe.types import Mean
-from moe_jax.model.params import truncated_normal
+from moe_jax.nn.params import truncated_normal
 from moe_jax.optim import Optimizer
 from moe_jax.train import resolve, setup
 from moe_jax.train.flags import load_config

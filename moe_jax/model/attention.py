@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.norms import RMSNorm
-from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in, scoped
-from moe_jax.model.remat import ATTENTION_OUT
 from moe_jax.model.rope import Rope, apply_rope
+from moe_jax.nn.norms import RMSNorm
+from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in, scoped
+from moe_jax.nn.remat import ATTENTION_OUT
 from moe_jax.ops.attention import attention
 from moe_jax.ops.linear import linear
 

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.attention import Attention
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEAux, MoEContext
-from moe_jax.model.norms import RMSNorm
-from moe_jax.model.params import scoped
 from moe_jax.model.rope import Rope
+from moe_jax.nn.ffn import DenseFFN
+from moe_jax.nn.norms import RMSNorm
+from moe_jax.nn.params import scoped
 
 
 class Block(nnx.Module):

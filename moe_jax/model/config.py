@@ -4,7 +4,7 @@ import dataclasses
 
 from moe_jax.errors import UserError
 from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.remat import REMAT
+from moe_jax.nn.remat import REMAT
 from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 from moe_jax.registry import lookup
@@ -37,7 +37,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | xla | cudnn | splash
     confine_attention: bool = False  # attention (and targets) stop at document borders
     scan_layers: bool = False  # scan the repeating period instead of unrolling it
-    remat: str = "none"  # none | full | a policy of model/remat.py by name
+    remat: str = "none"  # none | full | a policy of nn/remat.py by name
     cross_entropy: str = "tokens"  # how its logits are cut: tokens | vocabulary | full (not at all)
     loss_chunk: int = 2048  # logits that exist at once on a device, in multiples of the vocabulary
     logits_z_weight: float = 0.0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.model.remat import REMAT
+from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.plan.analytic import Memory, estimate
 from moe_jax.plan.lowering import Plan, make_plan, replan

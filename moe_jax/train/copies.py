@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef
+from moe_jax.nn.params import param_dtype
 
 Copies = dict[str, jax.Array]  # path of a parameter -> it in the computation's dtype
 

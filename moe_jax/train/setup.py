@@ -21,8 +21,8 @@ from moe_jax.files.workdir import Folder
 from moe_jax.model.layout import to_stacked
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.layer import make_router
-from moe_jax.model.params import param_dtype
 from moe_jax.model.stack import ModelDef, define
+from moe_jax.nn.params import param_dtype
 from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh

@@ -20,7 +20,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import BALANCE_SCOPES, PRIORITIES, MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.routers import ROUTERS
-from moe_jax.model.remat import REMAT
+from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.train.resolve import resolve
 

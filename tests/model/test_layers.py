@@ -8,11 +8,11 @@ from flax import nnx
 
 from moe_jax.model.attention import Attention
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.ffn import DenseFFN
-from moe_jax.model.norms import rms_norm
-from moe_jax.model.params import fan_in, param, scoped
 from moe_jax.model.rope import apply_rope, rope_tables
 from moe_jax.model.transformer import Transformer
+from moe_jax.nn.ffn import DenseFFN
+from moe_jax.nn.norms import rms_norm
+from moe_jax.nn.params import fan_in, param, scoped
 
 CONFIG = ModelConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=6, ffn_width=10)
 

@@ -11,7 +11,7 @@ from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.remat import REMAT
+from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.plan import analytic, work
 from moe_jax.plan.chips import CHIPS

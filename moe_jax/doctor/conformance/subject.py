@@ -14,8 +14,8 @@ from moe_jax.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.doctor.conformance.oracle import AUX_WEIGHT, Outcome
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.types import MoEContext
-from moe_jax.model.params import param_dtype
-from moe_jax.model.remat import remat
+from moe_jax.nn.params import param_dtype
+from moe_jax.nn.remat import remat
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import param_sharding, sharding
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.remat import MOE_HIDDEN
+from moe_jax.nn.remat import MOE_HIDDEN
 from moe_jax.ops.expert_activation import activate, weighted_activate
 from moe_jax.ops.float8 import float8_grouped_matmul
 from moe_jax.ops.grouped_matmul import grouped_matmul

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.ffn import DenseFFN
 from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCH
 from moe_jax.model.moe.experts import Experts
@@ -28,14 +27,8 @@ from moe_jax.model.moe.types import (
     RouterIn,
     TokenChoice,
 )
-from moe_jax.model.params import (
-    fan_in,
-    param,
-    param_dtype,
-    residual_fan_in,
-    scoped,
-    truncated_normal,
-)
+from moe_jax.nn.ffn import DenseFFN
+from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in, scoped, truncated_normal
 from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.registry import build
 

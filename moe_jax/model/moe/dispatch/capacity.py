@@ -27,7 +27,7 @@ from moe_jax.model.moe.dispatch.packed import packed
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import Order, Slots, routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
-from moe_jax.model.remat import MOE_DISPATCHED
+from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
 

@@ -29,7 +29,7 @@ from moe_jax.model.moe.dispatch.packed import expert_starts, inverse, packed, so
 from moe_jax.model.moe.dispatch.region import expert_region
 from moe_jax.model.moe.dispatch.slots import routed_ids
 from moe_jax.model.moe.types import DispatchIn, Experts, TokenChoice
-from moe_jax.model.remat import MOE_DISPATCHED
+from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
 

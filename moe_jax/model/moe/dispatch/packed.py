@@ -14,7 +14,7 @@ from moe_jax.model.moe.dispatch.moves import (
     sort_by_expert,
 )
 from moe_jax.model.moe.types import Experts
-from moe_jax.model.remat import MOE_DISPATCHED
+from moe_jax.nn.remat import MOE_DISPATCHED
 
 
 def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):

@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.moe.balance import balance_loss, router_aux
 from moe_jax.model.moe.noise import JITTER, row_uniform
 from moe_jax.model.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
-from moe_jax.model.remat import ROUTER_LOGITS
+from moe_jax.nn.remat import ROUTER_LOGITS
 from moe_jax.ops.float32_matmul import float32_matmul
 
 

@@ -12,7 +12,7 @@ from moe_jax.model.moe.balance import router_aux, variation_loss
 from moe_jax.model.moe.noise import NOISY_LOGITS, row_normal
 from moe_jax.model.moe.routers.linear import LinearRouter, linear_logits, top_choices
 from moe_jax.model.moe.types import ParamSpec, RouterIn, TokenChoice
-from moe_jax.model.remat import ROUTER_LOGITS
+from moe_jax.nn.remat import ROUTER_LOGITS
 
 LEAST_STD = 1e-6  # softplus reaches 0 in float32, and the load divides by it
 

@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.params import fan_in, param, param_dtype, residual_fan_in
-from moe_jax.model.remat import FFN_HIDDEN
+from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in
+from moe_jax.nn.remat import FFN_HIDDEN
 from moe_jax.ops.linear import linear
 
 

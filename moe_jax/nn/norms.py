@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moe_jax.model.params import ones, param, param_dtype
+from moe_jax.nn.params import ones, param, param_dtype
 
 
 def rms_norm(
