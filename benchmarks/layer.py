@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.types import MoEContext
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.types import MoEContext
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
 

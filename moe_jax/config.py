@@ -18,8 +18,8 @@ from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.dispatch import DISPATCH
-from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import lookup, own_fields, suggest, typed

@@ -20,7 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.files.formats import table
 from moe_jax.files.workdir import Folder
-from moe_jax.model.moe.types import Fates, Ledger
+from moe_jax.moe.types import Fates, Ledger
 from moe_jax.train import flags
 from moe_jax.train.report import LEDGER
 

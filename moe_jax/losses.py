@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef, Params, forward, head_weight
+from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 
 

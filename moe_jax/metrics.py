@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.model.moe.types import MoEAux
+from moe_jax.moe.types import MoEAux
 
 
 def load_summary(load_LE: np.ndarray) -> dict[str, list[float]]:

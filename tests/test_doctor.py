@@ -18,10 +18,10 @@ from moe_jax.doctor.finding import Finding
 from moe_jax.doctor.shrink import affordable, at_peak, changes, named_devices, shrink, shrink_mesh
 from moe_jax.doctor.subject import Steps, Subject
 from moe_jax.model import transformer
-from moe_jax.model.moe import layer
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.routers import ROUTERS, hash, linear, top_k
-from moe_jax.model.moe.types import Mean
+from moe_jax.moe import layer
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
+from moe_jax.moe.types import Mean
 from moe_jax.nn.params import truncated_normal
 from moe_jax.optim import Optimizer
 from moe_jax.train import resolve, setup

@@ -24,7 +24,7 @@ from moe_jax.data.build import build
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import LONGEST, UserError
-from moe_jax.model.moe.types import Fates, Ledger
+from moe_jax.moe.types import Fates, Ledger
 from moe_jax.results.group import group
 from moe_jax.results.read import read_run, read_runs
 from moe_jax.results.table import groups_table, runs_table

@@ -22,24 +22,24 @@ RANKS = {
     "moe_jax.ops": 3,
     "moe_jax.nn": 4,
     "moe_jax.model": 4,  # only __init__.py
-    "moe_jax.model.moe": 4,  # only __init__.py
-    "moe_jax.model.moe.config": 4,
+    "moe_jax.moe": 4,  # only __init__.py
+    "moe_jax.moe.config": 4,
     "moe_jax.model.config": 5,
-    "moe_jax.model.moe.types": 5,
+    "moe_jax.moe.types": 5,
     "moe_jax.nn.params": 5,
     "moe_jax.nn.remat": 4,
-    "moe_jax.model.moe.balance": 6,
-    "moe_jax.model.moe.ledger": 6,
-    "moe_jax.model.moe.noise": 6,
+    "moe_jax.moe.balance": 6,
+    "moe_jax.moe.accounting": 6,
+    "moe_jax.moe.noise": 6,
     "moe_jax.nn.norms": 6,
     "moe_jax.model.rope": 6,
     "moe_jax.nn.ffn": 6,
     "moe_jax.model.layout": 6,
-    "moe_jax.model.moe.routers": 7,
-    "moe_jax.model.moe.dispatch": 7,
-    "moe_jax.model.moe.experts": 7,
+    "moe_jax.moe.routers": 7,
+    "moe_jax.moe.dispatch": 7,
+    "moe_jax.moe.experts": 7,
     "moe_jax.model.attention": 7,
-    "moe_jax.model.moe.layer": 8,
+    "moe_jax.moe.layer": 8,
     "moe_jax.model.block": 9,
     "moe_jax.model.transformer": 10,
     "moe_jax.model.stack": 11,  # the transformer with its blocks scanned
@@ -131,7 +131,7 @@ def layer(module: str) -> str | None:
     while name and name not in RANKS:
         name = name.rpartition(".")[0]
     # A package that is listed only for its __init__ gives no place to its modules.
-    return None if name in ("", "moe_jax", "moe_jax.model", "moe_jax.model.moe") else name
+    return None if name in ("", "moe_jax", "moe_jax.model", "moe_jax.moe") else name
 
 
 def layering_faults(root: Path) -> list[str]:
@@ -247,8 +247,8 @@ def test_exactly_one_train_step():
     ("file", "text", "fault"),
     [
         ("moe_jax/ops/a.py", "import moe_jax.model.block", "imports moe_jax.model.block"),
-        ("moe_jax/model/moe/routers/a.py", "from moe_jax.model.moe.dispatch import x", "dispatch"),
-        ("moe_jax/model/moe/dispatch/a.py", "def f():\n  from ..experts import x", "moe.experts"),
+        ("moe_jax/moe/routers/a.py", "from moe_jax.moe.dispatch import x", "dispatch"),
+        ("moe_jax/moe/dispatch/a.py", "def f():\n  from ..experts import x", "moe.experts"),
         ("moe_jax/data/a.py", "from moe_jax.model import config", "imports moe_jax.model"),
         ("moe_jax/model/block.py", "from moe_jax import losses", "imports moe_jax.losses"),
         ("moe_jax/train/a.py", "from configs import tiny", "imports configs"),

@@ -15,7 +15,7 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.model.moe.layer import make_router
+from moe_jax.moe.layer import make_router
 from moe_jax.train import flags
 
 

@@ -17,10 +17,10 @@ from moe_jax.doctor.finding import Finding
 from moe_jax.doctor.shrink import shrink
 from moe_jax.doctor.start import NO_EXPERTS
 from moe_jax.doctor.subject import Subject
-from moe_jax.model.moe.config import BALANCE_SCOPES, MoEConfig
-from moe_jax.model.moe.layer import first_router_state, make_router
-from moe_jax.model.moe.types import ExpertChoice, RouterIn
 from moe_jax.model.stack import define, init
+from moe_jax.moe.config import BALANCE_SCOPES, MoEConfig
+from moe_jax.moe.layer import first_router_state, make_router
+from moe_jax.moe.types import ExpertChoice, RouterIn
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.state import everywhere, param_shardings

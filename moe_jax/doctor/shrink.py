@@ -14,8 +14,8 @@ from moe_jax.data.corpora import find_streams
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.layer import make_router
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.layer import make_router
 from moe_jax.parallel.mesh import MeshConfig
 
 DEVICES = 8  # virtual ones, at most, unless --devices asks for more

@@ -12,9 +12,9 @@ from flax import nnx
 from moe_jax.doctor.finding import Finding
 from moe_jax.doctor.subject import Subject, by_layer, reduce_leaves
 from moe_jax.model.layout import to_layers
-from moe_jax.model.moe.layer import make_dispatch
-from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.rope import rope_tables
+from moe_jax.moe.layer import make_dispatch
+from moe_jax.moe.types import MoEContext
 from moe_jax.train.state import everywhere
 from moe_jax.train.step import row_keys
 

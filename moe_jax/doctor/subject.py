@@ -21,8 +21,8 @@ from moe_jax.data.pipeline import Batch
 from moe_jax.files.workdir import Folder
 from moe_jax.losses import loss_values
 from moe_jax.model.layout import to_layers
-from moe_jax.model.moe.types import MoEAux
 from moe_jax.model.stack import ModelDef, is_axes
+from moe_jax.moe.types import MoEAux
 from moe_jax.plan.lowering import Plan
 from moe_jax.train.evaluate import batch_shardings
 from moe_jax.train.loop import compile_step

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from moe_jax.data.pipeline import Batch
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef, define, forward, head_weight
+from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import token_nll
 
 

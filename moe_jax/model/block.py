@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.attention import Attention
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.rope import Rope
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.nn.ffn import DenseFFN
 from moe_jax.nn.norms import RMSNorm
 from moe_jax.nn.params import scoped

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.config import MoEConfig
+from moe_jax.moe.config import MoEConfig
 from moe_jax.nn.remat import REMAT
 from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import Layout, make_layout, to_stacked
-from moe_jax.model.moe.types import MoEAux, MoEContext
 from moe_jax.model.rope import Rope, rope_tables
 from moe_jax.model.transformer import Transformer, Trunk, make_block
+from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.nn.remat import remat
 from moe_jax.ops.attention import layers_share_calls
 from moe_jax.parallel.rules import sharding

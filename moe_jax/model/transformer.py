@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.block import Block
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.layer import refuse_lookahead
+from moe_jax.moe.layer import refuse_lookahead
 from moe_jax.nn.norms import RMSNorm
 from moe_jax.nn.params import fan_in, param, param_dtype, scoped, truncated_normal
 

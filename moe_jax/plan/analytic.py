@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.dispatch.dropless import buffer_rows as dropless_rows
-from moe_jax.model.moe.layer import make_dispatch
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.dispatch.dropless import buffer_rows as dropless_rows
+from moe_jax.moe.layer import make_dispatch
 from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.parallel.rules import spec
 from moe_jax.plan.lowering import Plan, split_ways

@@ -3,7 +3,7 @@
 Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
 """
 
-from moe_jax.model.moe.layer import make_dispatch
+from moe_jax.moe.layer import make_dispatch
 from moe_jax.parallel.mesh import AXES
 from moe_jax.plan.analytic import (
     WEIGHED_AFTER,

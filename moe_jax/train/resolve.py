@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.model.moe.layer import make_dispatch, make_router, refuse_lookahead
 from moe_jax.model.stack import ModelDef, is_axes
+from moe_jax.moe.layer import make_dispatch, make_router, refuse_lookahead
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.parallel.rules import on_mesh, spec
 

@@ -19,9 +19,9 @@ from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.files.workdir import Folder
 from moe_jax.model.layout import to_stacked
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.layer import make_router
 from moe_jax.model.stack import ModelDef, define
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.layer import make_router
 from moe_jax.nn.params import param_dtype
 from moe_jax.ops.attention import check_attention
 from moe_jax.optim import Optimizer

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.checkpoint import disk_needed
 from moe_jax.config import Config
 from moe_jax.model.layout import Layout, to_layers, to_stacked
-from moe_jax.model.moe.layer import first_router_state
 from moe_jax.model.stack import ModelDef, init_on, is_axes
+from moe_jax.moe.layer import first_router_state
 from moe_jax.nn.params import param_dtype
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import param_sharding

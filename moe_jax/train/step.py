@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
 from moe_jax.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
-from moe_jax.model.moe.layer import make_router
-from moe_jax.model.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.model.stack import ModelDef
+from moe_jax.moe.layer import make_router
+from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies

@@ -10,11 +10,11 @@ from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.dispatch import DISPATCH
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.stack import define, forward, init
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.types import MoEContext
 
 B, T, D, E = 8, 16, 16, 8
 ROWS = 4  # several rows share a group's slots

@@ -10,7 +10,7 @@ from moe_jax.doctor.conformance.compare import Error
 from moe_jax.doctor.conformance.oracle import expected, route
 from moe_jax.doctor.conformance.reference import REFERENCE
 from moe_jax.errors import UserError
-from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.moe.routers import ROUTERS
 
 CELLS = all_cells()
 CHOSEN = pairwise(CELLS)

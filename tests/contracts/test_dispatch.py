@@ -11,8 +11,8 @@ from moe_jax.doctor.conformance.cases import E
 from moe_jax.doctor.conformance.compare import TOLERANCES, worst
 from moe_jax.doctor.conformance.oracle import expected
 from moe_jax.doctor.conformance.subject import compiled
-from moe_jax.model.moe.config import PRIORITIES
-from moe_jax.model.moe.dispatch import DISPATCH
+from moe_jax.moe.config import PRIORITIES
+from moe_jax.moe.dispatch import DISPATCH
 
 BOUNDED = [name for name, path in DISPATCH.items() if path().capacity(8, 1, 2, True) is not None]
 

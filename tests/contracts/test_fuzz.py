@@ -17,9 +17,9 @@ from moe_jax.doctor.conformance.oracle import Outcome, expected, route
 from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import BALANCE_SCOPES, PRIORITIES, MoEConfig
-from moe_jax.model.moe.dispatch import DISPATCH
-from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.moe.config import BALANCE_SCOPES, PRIORITIES, MoEConfig
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.train.resolve import resolve

@@ -21,12 +21,13 @@ from moe_jax.doctor.conformance import cases
 from moe_jax.doctor.conformance.compare import TOLERANCES, errors
 from moe_jax.doctor.conformance.oracle import expected
 from moe_jax.doctor.conformance.subject import compiled
-from moe_jax.model.moe import layer as moe_layer
-from moe_jax.model.moe.dispatch import capacity, einsum, packed, region, slots
-from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.routers import ROUTERS, linear, noisy_top_k, sigmoid_bias
-from moe_jax.model.moe.routers.sigmoid_bias import SigmoidBias
-from moe_jax.model.moe.types import ExpertChoice, Mean
+from moe_jax.moe import layer as moe_layer
+from moe_jax.moe.dispatch import bounded as slots
+from moe_jax.moe.dispatch import capacity, einsum, packed, region
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.routers import ROUTERS, linear, noisy_top_k, sigmoid_bias
+from moe_jax.moe.routers.sigmoid_bias import SigmoidBias
+from moe_jax.moe.types import ExpertChoice, Mean
 from moe_jax.parallel import collectives
 from moe_jax.parallel.mesh import MeshConfig
 

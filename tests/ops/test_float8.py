@@ -11,8 +11,8 @@ from gpu_interpreter import interpreted
 from grouped_cases import arrays, loop
 
 from moe_jax.errors import UserError
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.experts import Experts
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.experts import Experts
 from moe_jax.ops import float8
 from moe_jax.ops.expert_activation import weighted_activate
 
@@ -108,7 +108,7 @@ def test_between_float8_products_no_kernel_stands(operands, monkeypatch):
         asked.append(kernel)
         return weighted_activate(name, h_NH, weights_N, used, kernel)
 
-    monkeypatch.setattr("moe_jax.model.moe.experts.weighted_activate", activate)
+    monkeypatch.setattr("moe_jax.moe.experts.weighted_activate", activate)
     w_in, w_out = (
         jnp.asarray(w, jnp.float32).reshape(*w.shape[:2], 2, -1),
         jnp.zeros((4, F // 2, D)),

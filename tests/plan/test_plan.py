@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
+from moe_jax.moe.config import MoEConfig
 from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.plan import analytic, work

@@ -9,7 +9,7 @@ from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
+from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.plan.lowering import lower, make_plan
 from moe_jax.plan.saved import load_step, save_step

@@ -9,8 +9,8 @@ import numpy as np
 from moe_jax.config import Config, DataConfig, TrainConfig
 from moe_jax.data.pipeline import Batch
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.stack import define
+from moe_jax.moe.config import MoEConfig
 from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.train.copies import make_copies, with_copies

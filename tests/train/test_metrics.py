@@ -12,8 +12,8 @@ from small_run import WORDS, eval_rows, flags, rows, small_config, train_rows, w
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe_jax.data.pipeline import HeldOut
-from moe_jax.model.moe.types import MoEContext
 from moe_jax.model.stack import define, forward, head_weight
+from moe_jax.moe.types import MoEContext
 from moe_jax.train.__main__ import main
 from moe_jax.train.evaluate import Evaluator
 from moe_jax.train.report import LEDGER

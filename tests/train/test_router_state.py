@@ -11,9 +11,9 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, TrainConfig
 from moe_jax.data.pipeline import Batch
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe import layer
-from moe_jax.model.moe.config import MoEConfig
 from moe_jax.model.stack import define
+from moe_jax.moe import layer
+from moe_jax.moe.config import MoEConfig
 from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding

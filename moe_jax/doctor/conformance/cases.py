@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.config import MoEConfig
-from moe_jax.model.moe.layer import make_router
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.layer import make_router
 from moe_jax.parallel.mesh import MeshConfig
 
 B, T, D, E, F = 16, 8, 16, 8, 12

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.doctor.conformance.cases import MESHES
-from moe_jax.model.moe.dispatch import DISPATCH
-from moe_jax.model.moe.routers import ROUTERS
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 
 DTYPES = ("float32", "bfloat16")
 

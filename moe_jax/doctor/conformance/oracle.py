@@ -15,8 +15,8 @@ from moe_jax.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.doctor.conformance.reference import REFERENCE, Routed, Tokens
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe.layer import make_dispatch, make_router
-from moe_jax.model.moe.types import ExpertChoice, Fates, RouterIn
+from moe_jax.moe.layer import make_dispatch, make_router
+from moe_jax.moe.types import ExpertChoice, Fates, RouterIn
 
 # Of both auxiliary losses in the scalar that is differentiated, so that their gradients are not
 # lost beside the output's.

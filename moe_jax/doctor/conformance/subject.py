@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from moe_jax.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.doctor.conformance.oracle import AUX_WEIGHT, Outcome
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.types import MoEContext
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.types import MoEContext
 from moe_jax.nn.params import param_dtype
 from moe_jax.nn.remat import remat
 from moe_jax.parallel.mesh import make_mesh

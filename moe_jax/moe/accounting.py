@@ -1,0 +1,93 @@
+"""Counts what became of every assignment, in one place for all routers and dispatch paths."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from moe_jax.moe.types import (
+    Choice,
+    DispatchStats,
+    ExpertChoice,
+    Fates,
+    Ledger,
+    MoEContext,
+    TokenChoice,
+)
+
+POSITION_BUCKETS = 8  # equal parts of a row: late tokens that starve show in the last ones
+
+
+def account(
+    choice: Choice,
+    by_token: TokenChoice,
+    kept_GSK: Bool[Array, "G S K"],
+    drop_cause: str,
+    num_experts: int,
+    context: MoEContext,
+) -> tuple[DispatchStats, Ledger]:
+    """Totals and ledger of one layer.
+
+    Args:
+      choice: as the router made it; `by_token` is the same choice token by token.
+      kept_GSK: which assignments reached their expert.
+      drop_cause: the field of Fates for real, sampled assignments that did not.
+      num_experts: E.
+      context: mask, group rows and sources of the microbatch.
+    """
+    G, S, K = kept_GSK.shape
+    rows = context.mask_BT.shape[0]
+    fates = _fates(choice, by_token, context.mask_BT.reshape(G, S), kept_GSK, drop_cause)
+    mine_GSK = by_token.ids_GSK
+    expert = Fates(*(_by_expert(mine_GSK, fate, num_experts) for fate in fates))
+    per_token = [fate.reshape(rows, -1, K).sum(-1, dtype=jnp.int32) for fate in fates]
+    ledger = Ledger(
+        expert=expert,
+        position=Fates(*map(_by_position, per_token)),
+        source=Fates(*(_by_source(n_BT, context) for n_BT in per_token)),
+    )
+    made = choice.ids_GEC if isinstance(choice, ExpertChoice) else choice.ids_GSK
+    stats = DispatchStats(
+        assignments=jnp.asarray(made.size, jnp.int32),
+        fates=Fates(*(n_BT.sum() for n_BT in per_token)),
+        lost_tokens=(context.mask_BT.reshape(G, S) & ~kept_GSK.any(-1)).sum(dtype=jnp.int32),
+    )
+    return stats, ledger
+
+
+def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Fates:
+    """One mask [G, S, K] a fate."""
+    real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
+    made_GSK = jnp.ones_like(kept_GSK)
+    if isinstance(choice, ExpertChoice):  # the pairs that no expert took were never assignments
+        made_GSK = by_token.valid_GSK
+    nothing = jnp.zeros_like(kept_GSK)
+    fates = Fates(
+        kept=kept_GSK,
+        dropped_capacity=nothing,
+        dropped_buffer=nothing,
+        unsampled=made_GSK & real_GSK & ~by_token.valid_GSK,
+        padding=made_GSK & ~real_GSK,
+    )
+    return fates._replace(**{drop_cause: real_GSK & by_token.valid_GSK & ~kept_GSK})
+
+
+def _by_expert(
+    ids_GSK: Int[Array, "G S K"], fate_GSK: Bool[Array, "G S K"], num_experts: int
+) -> Int[Array, "E"]:
+    """Comparisons and a sum, which fuse; a scatter-add would be slow on every accelerator."""
+    hit_GSKE = (ids_GSK[..., None] == jnp.arange(num_experts)) & fate_GSK[..., None]
+    return hit_GSKE.sum((0, 1, 2), dtype=jnp.int32)
+
+
+def _by_position(n_BT: Int[Array, "B T"]) -> Int[Array, "P"]:
+    T = n_BT.shape[1]
+    bucket_T = np.arange(T) * POSITION_BUCKETS // T
+    in_bucket_TP = bucket_T[:, None] == np.arange(POSITION_BUCKETS)
+    return (n_BT.sum(0)[:, None] * in_bucket_TP).sum(0, dtype=jnp.int32)
+
+
+def _by_source(n_BT: Int[Array, "B T"], context: MoEContext) -> Int[Array, "N"]:
+    if context.sources_BT is None:
+        return jnp.zeros(context.num_sources, jnp.int32).at[0].set(n_BT.sum(dtype=jnp.int32))
+    mine_BTN = context.sources_BT[..., None] == jnp.arange(context.num_sources)
+    return jnp.where(mine_BTN, n_BT[..., None], 0).sum((0, 1), dtype=jnp.int32)

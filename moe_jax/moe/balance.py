@@ -1,0 +1,108 @@
+"""Auxiliary losses of a router: balance, z-loss, entropy.  Real tokens only, as (sum, count)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.moe.types import Mean, RouterAux
+
+
+def balance_loss(
+    probs_GSE: Float[Array, "G S E"],
+    ids_GSK: Int[Array, "G S K"],
+    mask_GS: Bool[Array, "G S"],
+    *,
+    scope: str,
+    rows: int,
+) -> Mean:
+    """E * sum_e f_e * P_e (Switch, arXiv 2101.03961): 1 when balanced, for any K.
+
+    f_e is the share of the choices in `ids_GSK` that went to expert e, P_e the mean probability;
+    both over real tokens of one routing group (`group`), one row (`row`) or the whole microbatch
+    over the whole mesh (`global`).  Groups and rows are averaged by their real tokens, which is
+    what makes the loss additive over microbatches.
+    """
+    E, K = probs_GSE.shape[-1], ids_GSK.shape[-1]
+    probs, ids, mask = by_part(scope, rows, probs_GSE, ids_GSK, mask_GS.astype(probs_GSE.dtype))
+    counts = jax.vmap(lambda i, m: _counts(i, m, E))(ids, mask)
+    tokens = mask.sum(1)
+    safe = jnp.maximum(tokens, 1)[:, None]
+    f = counts / (safe * K)
+    P = jnp.einsum("pse,ps->pe", probs, mask, precision="highest") / safe
+    return token_mean(E * (f * P).sum(1), tokens)
+
+
+def variation_loss(
+    importance_GSE: Float[Array, "G S E"],
+    load_GSE: Float[Array, "G S E"],
+    mask_GS: Bool[Array, "G S"],
+    *,
+    scope: str,
+    rows: int,
+) -> Mean:
+    """1 + CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538): 1 when balanced.
+
+    CV is the standard deviation over the mean of what the experts get, summed over the real
+    tokens of a part; parts are those of `balance_loss` and averaged as there.
+    """
+    mask_GS = mask_GS.astype(importance_GSE.dtype)
+    importance, load, mask = by_part(scope, rows, importance_GSE, load_GSE, mask_GS)
+    value = 1 + _variation(importance, mask) + _variation(load, mask)
+    return token_mean(value, mask.sum(1))
+
+
+def balanced_by_construction(mask_GS: Bool[Array, "G S"], dtype) -> Mean:
+    """Balance where every expert gets as many tokens whatever the router says.
+
+    f_e = 1 / E makes E * sum_e f_e * P_e the sum of the mean probabilities: 1, without gradient.
+    """
+    tokens = mask_GS.sum(dtype=dtype)
+    return Mean(tokens, tokens)
+
+
+def by_part(scope: str, rows: int, *arrays_GS: jax.Array) -> list[jax.Array]:
+    """[G, S, ...] -> [parts, tokens of a part, ...], the parts that `scope` balances apart."""
+    G, S = arrays_GS[0].shape[:2]
+    parts = {"group": (G, S), "row": (G * rows, S // rows), "global": (1, G * S)}[scope]
+    return [a.reshape(*parts, *a.shape[2:]) for a in arrays_GS]
+
+
+def token_mean(value_P: Float[Array, "P"], tokens_P: Float[Array, "P"]) -> Mean:
+    """Mean over parts by their real tokens."""
+    return Mean((value_P * tokens_P).sum(), tokens_P.sum())
+
+
+def _counts(ids_SK, mask_S, num_experts: int):
+    """How often each expert stands in ids_SK, weighted by mask_S; no gradient by construction."""
+    weights = jnp.broadcast_to(mask_S[:, None], ids_SK.shape)
+    return jnp.zeros(num_experts, mask_S.dtype).at[ids_SK.reshape(-1)].add(weights.reshape(-1))
+
+
+def _variation(values_PSE, mask_PS):
+    """Squared coefficient of variation over experts of the masked sums over tokens: [P]."""
+    sums_PE = jnp.einsum("pse,ps->pe", values_PSE, mask_PS, precision="highest")
+    E = sums_PE.shape[1]
+    share_PE = sums_PE / jnp.maximum(sums_PE.sum(1, keepdims=True), 1e-9)
+    return E * ((share_PE - 1 / E) ** 2).sum(1)
+
+
+def router_aux(
+    logits_GSE: Float[Array, "G S E"],
+    probs_GSE: Float[Array, "G S E"],
+    balance: Mean,
+    mask_GS: Bool[Array, "G S"],
+) -> RouterAux:
+    """Balance as given, with z-loss (of the logits) and entropy (of the probabilities) beside it.
+
+    The loss is masked, not the logits: a padding token whose logits are zeroed would still cost
+    log(E)^2.
+    """
+    mask = mask_GS.astype(probs_GSE.dtype)
+    z_GS = jax.nn.logsumexp(logits_GSE, axis=-1) ** 2
+    entropy_GS = -(probs_GSE * jnp.log(jnp.maximum(probs_GSE, 1e-30))).sum(-1)
+    count = mask.sum()
+    return RouterAux(
+        balance=balance,
+        z=Mean((z_GS * mask).sum(), count),
+        entropy=Mean((jax.lax.stop_gradient(entropy_GS) * mask).sum(), count),
+    )

@@ -1,0 +1,109 @@
+"""Capacity and drop order inside a routing group, shared by the bounded dispatch paths.
+
+A group's S*K assignments are numbered a = s*K + k.  Priority decides who gets a slot first:
+`token` ranks tokens by position, then row, each with all its choices (strictly causal); `choice`
+ranks all first choices before any second (GShard, Switch), which lets a later token evict an
+earlier one's second choice; `batch` does so with the tokens sorted by their largest weight
+(batch-prioritised routing, V-MoE, arXiv 2106.05974), for models that may look ahead.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+from moe_jax.moe.types import DispatchIn, TokenChoice
+
+# Axes of group, row, position and choice, those that vary slowest first.
+SLOWEST_FIRST = {"token": (0, 2, 1, 3), "choice": (0, 3, 2, 1), "batch": (0, 3, 1, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Who gets a slot first in each group, as a permutation of its S * K assignments."""
+
+    priority: str
+    rows: int
+    choices: int
+    tokens_GS: Int[Array, "G S"] | None = None  # take the place of 0, 1, 2, ... where not None
+
+    def take(self, a_GN: Shaped[Array, "G N"]) -> Shaped[Array, "G N"]:
+        """[G, S*K] by assignment number -> the same values in priority order."""
+        if self.tokens_GS is not None:
+            a_GN = _take_tokens(a_GN, self.tokens_GS)
+        axes = SLOWEST_FIRST[self.priority]
+        return a_GN.reshape(self._shape(a_GN)).transpose(axes).reshape(a_GN.shape)
+
+    def undo(self, a_GN: Shaped[Array, "G N"]) -> Shaped[Array, "G N"]:
+        """Inverse of `take`."""
+        axes, shape = SLOWEST_FIRST[self.priority], self._shape(a_GN)
+        back = [axes.index(axis) for axis in range(len(axes))]
+        in_order = a_GN.reshape([shape[axis] for axis in axes])
+        a_GN = in_order.transpose(back).reshape(a_GN.shape)
+        if self.tokens_GS is not None:
+            a_GN = _take_tokens(a_GN, jnp.argsort(self.tokens_GS, axis=1))
+        return a_GN
+
+    def _shape(self, a_GN) -> tuple[int, int, int, int]:
+        G, N = a_GN.shape
+        return G, self.rows, N // (self.rows * self.choices), self.choices
+
+
+def _take_tokens(a_GN, tokens_GS):
+    """All K values of each token in `tokens_GS`."""
+    G, S = tokens_GS.shape
+    return jnp.take_along_axis(a_GN.reshape(G, S, -1), tokens_GS[..., None], axis=1).reshape(G, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The knobs of a dispatch path with bounded slots per expert and group."""
+
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    priority: str = "token"
+
+    @property
+    def drop_cause(self) -> str:
+        """The expert's slots in the group were taken."""
+        return "dropped_capacity"
+
+    def slots(self, tokens: int, choices: int, num_experts: int, inputs: DispatchIn) -> int:
+        """Slots of an expert in this call: the router's own bound, else `capacity`."""
+        return inputs.slots or self.capacity(tokens, choices, num_experts, inputs.train)
+
+    def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
+        """Slots an expert has for a group of `tokens` tokens."""
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        return expert_capacity(tokens, choices, factor, num_experts)
+
+    def first_tokens(
+        self, choice: TokenChoice, mask_GS: Bool[Array, "G S"]
+    ) -> Int[Array, "G S"] | None:
+        """`Order.tokens_GS`: by largest weight, ties to the lower token, padding last."""
+        if self.priority != "batch":
+            return None
+        weights_GSK = jax.lax.stop_gradient(choice.weights_GSK)
+        largest_GS = jnp.where(choice.valid_GSK, weights_GSK, -jnp.inf).max(-1)
+        largest_GS = jnp.where(mask_GS, largest_GS, -jnp.inf)
+        return jnp.argsort(largest_GS, axis=1, stable=True, descending=True)
+
+
+def expert_capacity(tokens: int, choices: int, factor: float, num_experts: int) -> int:
+    """Slots an expert has for a group: ceil(S * K * factor / E), at least 1 and at most S.
+
+    The factor is read as the decimal it was written as, so that 1.1 * 10 is 11 and not 12.
+    """
+    exact = tokens * choices * factor / num_experts
+    return max(1, min(tokens, math.ceil(exact - 1e-9 * max(1.0, exact))))
+
+
+def routed_ids(
+    choice: TokenChoice, mask_GS: Bool[Array, "G S"], num_experts: int
+) -> Int[Array, "G N"]:
+    """Expert of each assignment, `num_experts` (nobody) where it is unsampled or padding."""
+    real = choice.valid_GSK & mask_GS[..., None]
+    G = choice.ids_GSK.shape[0]
+    return jnp.where(real, choice.ids_GSK, num_experts).reshape(G, -1)

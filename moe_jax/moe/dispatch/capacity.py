@@ -1,0 +1,116 @@
+"""Slot indices, gather in, batched matmul, gather out: the default path.
+
+Each expert has C slots a group.  A sort of the group's assignments by expert gives every slot its
+token and every choice its slot, so memory and time are linear in tokens: there is no [S, E, C]
+array, and every move is a gather, backward included (`moves`).
+
+Where nothing travels between devices, the grouped matmul has kernels as fast as a batched one
+(`Experts.packs`) and there are no more choices than slots, no slot has to exist: the choices that
+would get one stand without gaps (`packed`), and empty slots are not multiplied.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool
+
+from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
+from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
+from moe_jax.moe.dispatch.packed import packed
+from moe_jax.moe.dispatch.region import expert_region
+from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.nn.remat import MOE_DISPATCHED
+from moe_jax.parallel.collectives import from_experts, to_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity(Slots):
+    """Bounded slots per expert and group; expert parallelism by all-to-all."""
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `types.Dispatch`."""
+        E, shards = experts.num_experts, inputs.mesh.shape["expert"]
+
+        def body(x_GSD, choice, experts, mask_GS, tokens_GS):
+            G, S, D = x_GSD.shape
+            K = choice.ids_GSK.shape[2]
+            C = self.slots(S, K, E, inputs)
+            ids_GN = routed_ids(choice, mask_GS, E)
+            order = Order(self.priority, inputs.rows, K, tokens_GS)
+            if shards == 1 and S * K <= E * C and experts.packs(G * S * K):
+                kept_GN = within_capacity(ids_GN, E, C, order)
+                ids_NK = jnp.where(kept_GN, ids_GN, E).reshape(G * S, K)
+                weights_NK = choice.weights_GSK.reshape(G * S, K)
+                y_ND = packed(x_GSD.reshape(G * S, D), ids_NK, weights_NK, experts)
+                return y_ND.reshape(G, S, D), kept_GN.reshape(G, S, K)
+            moves = slot_moves(ids_GN, E, C, order)
+            moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
+            x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
+            x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
+            weights_M = gather_weights(choice.weights_GSK.reshape(G * S, K), moves)
+            weights_EN = to_experts(weights_M.reshape(E, G * C), "expert", shards)
+            x_END, weights_EN = checkpoint_name((x_END, weights_EN), MOE_DISPATCHED)
+            y_END = from_experts(experts.batched(x_END, weights_EN), "expert", shards)
+            with jax.named_scope("combine"):
+                y_ND = combine(y_END.reshape(E * G * C, D), moves)
+            kept_GSK = (moves.place_NK < E * G * C).reshape(G, S, K)
+            return y_ND.reshape(G, S, D), kept_GSK
+
+        tokens_GS = self.first_tokens(choice, inputs.mask_GS)
+        return expert_region(body, x_GSD, choice, experts, inputs, tokens_GS)
+
+
+def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order) -> Moves:
+    """Slots of G groups, laid out [E, G, C], for assignments to experts ids_GN (E: nobody)."""
+    G, N = ids_GN.shape
+    E, C, K = num_experts, capacity, order.choices
+    p_ids_GN = order.take(ids_GN)
+    order_GN, start_GE, c_GN = _ranked(p_ids_GN, E)
+
+    # Slot (e, c) holds the c-th assignment of expert e in priority order.
+    sorted_GEC = start_GE[:, :E, None] + jnp.arange(C, dtype=jnp.int32)
+    filled_GEC = sorted_GEC < start_GE[:, 1:, None]
+    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
+    assignment_GN = jnp.take_along_axis(order.take(number_GN), order_GN, axis=1)
+    group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    found_GEC = jnp.take_along_axis(
+        assignment_GN, jnp.minimum(sorted_GEC, N - 1).reshape(G, E * C), axis=1
+    ).reshape(G, E, C)
+    choice_GEC = jnp.where(filled_GEC, found_GEC + group_G11 * N, G * N)
+    choice_M = choice_GEC.swapaxes(0, 1).reshape(-1)
+
+    # Choice (g, n) sits at slot c = its position among its expert's assignments, if c < C.
+    place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
+    place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
+    place_NK = order.undo(place_GN).reshape(G * N // K, K)
+    place_NK = place_NK.astype(jnp.int32)
+    return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # the experts multiply all slots
+
+
+def within_capacity(
+    ids_GN: jax.Array, num_experts: int, capacity: int, order: Order
+) -> Bool[Array, "G N"]:
+    """Whether each assignment gets one of its expert's slots, as `slot_moves` gives them."""
+    p_ids_GN = order.take(ids_GN)
+    c_GN = _ranked(p_ids_GN, num_experts)[2]
+    return order.undo((p_ids_GN < num_experts) & (c_GN < capacity))
+
+
+def _ranked(p_ids_GN, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A group's assignments by expert, then priority.
+
+    Returns the order (sorted position -> priority rank), where each expert's begin in it [G, E+1],
+    and how many of its expert's come before each assignment.
+    """
+    G, N = p_ids_GN.shape
+    order_GN = sort_by_expert(p_ids_GN, num_experts)
+    expert_E = jnp.arange(num_experts + 1)
+    start_GE = (p_ids_GN[:, None, :] < expert_E[None, :, None]).sum(-1, dtype=jnp.int32)
+    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
+    group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
+    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G1, order_GN].set(number_GN)
+    return order_GN, start_GE, sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)

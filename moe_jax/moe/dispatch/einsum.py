@@ -1,0 +1,56 @@
+"""GShard's one-hot formulation (Lepikhin et al., arXiv 2006.16668): the readable reference.
+
+Two einsums with a [G, S, E, C] mask move tokens to expert slots and back; memory and time grow
+with E * C, so it is for reading and for checking the faster paths.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
+from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.parallel.mesh import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum(Slots):
+    """One-hot dispatch and combine, with capacity and the drop order of `slots`."""
+
+    def __call__(
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `types.Dispatch`."""
+        G, S, D = x_GSD.shape
+        K, E = choice.ids_GSK.shape[2], experts.num_experts
+        C = self.slots(S, K, E, inputs)
+        ids_GN = routed_ids(choice, inputs.mask_GS, E)
+        tokens_GS = self.first_tokens(choice, inputs.mask_GS)
+        order = Order(self.priority, inputs.rows, K, tokens_GS)
+        in_order_GNE = jax.nn.one_hot(order.take(ids_GN), E, dtype=jnp.int32)
+        rank_GN = ((jnp.cumsum(in_order_GNE, axis=1) - 1) * in_order_GNE).sum(-1)
+        rank_GN = order.undo(rank_GN)
+        kept_GSK = ((ids_GN < E) & (rank_GN < C)).reshape(G, S, K)
+
+        slot_GSKEC = (
+            jax.nn.one_hot(choice.ids_GSK, E, dtype=x_GSD.dtype)[..., None]
+            * jax.nn.one_hot(rank_GN.reshape(G, S, K), C, dtype=x_GSD.dtype)[..., None, :]
+            * kept_GSK[..., None, None].astype(x_GSD.dtype)
+        )
+        dispatch_GSEC = slot_GSKEC.sum(2)
+        weights_GSK = choice.weights_GSK.astype(x_GSD.dtype)
+        combine_GSEC = jnp.einsum("gsk,gskec->gsec", weights_GSK, slot_GSKEC)
+
+        # Split by groups, then by experts, then by groups again: each change is one all-to-all.
+        by_groups = NamedSharding(inputs.mesh, P(None, BATCH_AXES, None, None))
+        by_experts = NamedSharding(inputs.mesh, P("expert", ("data", "fsdp"), None, None))
+        move = jax.lax.with_sharding_constraint
+        x_EGCD = move(jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD), by_groups)
+        x_EGCD = move(x_EGCD, by_experts)
+        y_EGCD = experts.batched(x_EGCD.reshape(E, G * C, D)).reshape(E, G, C, D)
+        y_EGCD = move(move(y_EGCD, by_experts), by_groups)
+        y_GSD = jnp.einsum("gsec,egcd->gsd", combine_GSEC, y_EGCD)
+        return y_GSD, kept_GSK

@@ -1,0 +1,53 @@
+"""Experts of this device on rows that stand without gaps, sorted by expert."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
+from moe_jax.moe.types import Experts
+from moe_jax.nn.remat import MOE_DISPATCHED
+
+
+def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
+    """[N, D]: the weighted sum over a token's experts here; other ids add nothing."""
+    K, local = ids_NK.shape[1], experts.num_experts
+    moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
+    # A token has at most `local` of its choices here, whatever K is.
+    moves = dataclasses.replace(
+        moves,
+        token_M=moves.token_M[: x_ND.shape[0] * local],
+        choice_M=moves.choice_M[: x_ND.shape[0] * local],
+    )
+    moves, sizes_E = checkpoint_name((moves, sizes_E), MOE_DISPATCHED)
+    x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
+    weights_M = checkpoint_name(gather_weights(weights_NK, moves), MOE_DISPATCHED)
+    y_MD = experts.grouped(x_MD, sizes_E, weights_M)
+    with jax.named_scope("combine"):
+        return combine(y_MD, moves)
+
+
+def expert_starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
+    """Sorted position at which each expert's assignments begin: [E + 1]."""
+    return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
+
+
+def inverse(order_N: jax.Array) -> jax.Array:
+    numbers = jnp.arange(order_N.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(order_N).at[order_N].set(numbers)
+
+
+def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
+    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes.
+
+    The places from the sum of the sizes on are empty; what stands there reaches no result.
+    """
+    N = ids_N.shape[0]
+    start_E = expert_starts(ids_N, num_experts)
+    order_N = sort_by_expert(ids_N[None], num_experts)[0]
+    choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
+    place_N = jnp.where(ids_N < num_experts, inverse(order_N), N)
+    place_NK = place_N.reshape(-1, choices)
+    return Moves(choice_M // choices, choice_M, place_NK, zeros=False), jnp.diff(start_E)

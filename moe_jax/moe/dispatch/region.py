@@ -1,0 +1,49 @@
+"""The one shard_map region of the expert-parallel dispatch paths.
+
+Manual over every mesh axis.  Weights enter split over `expert` and `tensor` (their fsdp shards are
+gathered at the border, by pjit), tokens split over the batch axes.  Inside, the only communication
+over `expert` is the path's all-to-all; one psum over `tensor` closes the down projection, taken
+after the combine because a token's sum is narrower than its K places.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.parallel.collectives import varying
+from moe_jax.parallel.mesh import AXES, BATCH_AXES
+
+# body(x_GSD, choice, experts, mask_GS, *by_group) -> (y_GSD, kept_GSK), all local
+Body = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def expert_region(
+    body: Body,
+    x_GSD: jax.Array,
+    choice: TokenChoice,
+    experts: Experts,
+    inputs: DispatchIn,
+    *by_group: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run `body` on each device's groups and experts; sum its partial outputs.
+
+    `by_group` holds integers of each group, [G, ...], that only this path needs.
+    """
+    groups = P(BATCH_AXES)
+
+    def local(x_GSD, choice, experts, mask_GS, *by_group):
+        # Everything with a gradient varies over every axis from here on, so each gradient is
+        # reduced once, at this border.
+        x_GSD, experts = varying((x_GSD, experts), AXES)
+        choice = choice._replace(weights_GSK=varying(choice.weights_GSK, AXES))
+        y_GSD, kept_GSK = body(x_GSD, choice, experts, mask_GS, *by_group)
+        return jax.lax.psum(y_GSD, "tensor"), kept_GSK
+
+    return jax.shard_map(
+        local,
+        mesh=inputs.mesh,
+        in_specs=(groups, groups, experts.border_specs(), groups, *(groups for _ in by_group)),
+        out_specs=(groups, groups),
+    )(x_GSD, choice, experts, inputs.mask_GS, *by_group)

@@ -1,0 +1,111 @@
+"""What the linear routers share: one matrix, full-precision logits, jitter and a cap on them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moe_jax.errors import UserError
+from moe_jax.moe.balance import balance_loss, router_aux
+from moe_jax.moe.noise import JITTER, row_uniform
+from moe_jax.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
+from moe_jax.nn.remat import ROUTER_LOGITS
+from moe_jax.ops.float32_matmul import float32_matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRouter:
+    """Knobs and defaults of a router with one [D, E] matrix, whose tokens choose.
+
+    `jitter` multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch).
+    `logit_cap` c bounds logits smoothly, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0: off.
+    """
+
+    balance_scope: str = "group"
+    jitter: float = 0.0
+    logit_cap: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.jitter < 1:
+            raise UserError(f"The router's jitter is {self.jitter}: set it in [0, 1).")
+        if self.logit_cap < 0:
+            raise UserError(f"The router's logit_cap is {self.logit_cap}: set 0 (off) or more.")
+
+    @property
+    def causal(self) -> bool:
+        """Each token chooses for itself."""
+        return True
+
+    def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
+        """One [D, E] matrix; std 0.02 as in OLMoE's and Mixtral's released configurations."""
+        return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
+
+    def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
+        """None."""
+        return {}
+
+    def next_state(self, state, load_LE):
+        """Nothing to change."""
+        return dict(state)
+
+    def logits(self, inputs: RouterIn, kernel_DE: Float[Array, "D E"]) -> Float[Array, "G S E"]:
+        """Router logits in at least float32."""
+        logits_GSE = linear_logits(inputs, kernel_DE, self.jitter)
+        if self.logit_cap:
+            logits_GSE = self.logit_cap * jnp.tanh(logits_GSE / self.logit_cap)
+        return checkpoint_name(logits_GSE, ROUTER_LOGITS)
+
+    def aux(self, inputs: RouterIn, logits_GSE, probs_GSE, ids_GSK) -> RouterAux:
+        """Balance over the choices in `ids_GSK`, z-loss and entropy."""
+        rows = inputs.keys_GR.shape[1]
+        balance = balance_loss(
+            probs_GSE, ids_GSK, inputs.mask_GS, scope=self.balance_scope, rows=rows
+        )
+        return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+
+
+def linear_logits(
+    inputs: RouterIn, kernel_DE: Float[Array, "D E"], jitter: float
+) -> Float[Array, "G S E"]:
+    """Router logits in at least float32, with multiplicative input jitter U(1-j, 1+j) in training.
+
+    Exact to that: a bfloat16 router changes the top-2 set of about 1% of tokens.
+    """
+    x_GSD = inputs.x_GSD
+    if inputs.train and jitter > 0:
+        x_GSD = x_GSD.astype(jnp.promote_types(x_GSD.dtype, jnp.float32))
+        rows = inputs.keys_GR.shape[1]
+        shape = (x_GSD.shape[1] // rows, x_GSD.shape[2])
+        noise = row_uniform(inputs.keys_GR, JITTER, shape, x_GSD.dtype)
+        x_GSD = x_GSD * (1 + jitter * (2 * noise - 1))
+    return float32_matmul(x_GSD, kernel_DE)
+
+
+def top_choices(
+    probs_GSE: Float[Array, "G S E"],
+    choices: int,
+    ranked_by_GSE: Float[Array, "G S E"] | None = None,
+) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
+    """The K largest probabilities of each token and their experts, largest first.
+
+    Where selection has scores of its own, `ranked_by_GSE`, the K largest of those decide which
+    probabilities are returned and in which order; they get no gradient.
+
+    Equal ones go to the lower expert, as in `jax.lax.top_k`.  That one is not used because XLA
+    does not partition it: on a mesh each device would gather the probabilities of all tokens and
+    choose for all of them.
+    """
+    expert_E = jnp.arange(probs_GSE.shape[-1], dtype=jnp.int32)
+    left_GSE = jax.lax.stop_gradient(probs_GSE if ranked_by_GSE is None else ranked_by_GSE)
+    weights, ids = [], []
+    for _ in range(choices):
+        is_largest_GSE = left_GSE == left_GSE.max(-1, keepdims=True)
+        # The last expert where nothing is equal: a row of NaN keeps an id in range.
+        id_GS = jnp.where(is_largest_GSE, expert_E, expert_E[-1]).min(-1)
+        chosen_GSE = expert_E == id_GS[..., None]
+        weights.append(jnp.where(chosen_GSE, probs_GSE, 0).sum(-1))
+        ids.append(id_GS)
+        left_GSE = jnp.where(chosen_GSE, -jnp.inf, left_GSE)
+    return jnp.stack(weights, -1), jnp.stack(ids, -1)

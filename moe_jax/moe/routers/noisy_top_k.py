@@ -1,0 +1,97 @@
+"""Noisy top-k gating (Shazeer et al., arXiv 1701.06538)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.errors import UserError
+from moe_jax.moe.balance import router_aux, variation_loss
+from moe_jax.moe.noise import NOISY_LOGITS, row_normal
+from moe_jax.moe.routers.linear import LinearRouter, linear_logits, top_choices
+from moe_jax.moe.types import ParamSpec, RouterIn, TokenChoice
+from moe_jax.nn.remat import ROUTER_LOGITS
+
+LEAST_STD = 1e-6  # softplus reaches 0 in float32, and the load divides by it
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyTopK(LinearRouter):
+    """The K largest of x Wg + N(0, 1) * softplus(x Wn), weighted by the softmax over those K.
+
+    Noise is drawn in training only.  The balance loss is 1 + CV(importance)^2 + CV(load)^2, so
+    `model.moe.balance_weight` is the paper's w of both (0.1 there).  Importance is an expert's sum
+    of weights, load its expected number of tokens: differentiable, from the probability that an
+    expert would be kept if its own noise were drawn again.  Without noise load is the number of
+    tokens.  z-loss and entropy are of the logits without noise.
+    """
+
+    top_k: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_k == 1:
+            raise UserError(
+                "router noisy_top_k with top_k=1 takes the softmax over one logit, which is 1 and "
+                "gives the router no gradient: set model.moe.top_k to 2 or more or use router "
+                "switch."
+            )
+
+    @property
+    def choices(self) -> int:
+        """K."""
+        return self.top_k
+
+    def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
+        """Wg and Wn, [D, E] each; both zero at first, so that tokens start evenly spread."""
+        zero = ParamSpec((width, num_experts), ("embed", "router_experts"), 0.0)
+        return {"kernel": zero, "noise_kernel": zero}
+
+    def route(self, inputs: RouterIn, params, state):
+        """Choose the K largest noisy logits; see `types.Router`."""
+        logits_GSE = self.logits(inputs, params["kernel"])
+        K, E = self.top_k, logits_GSE.shape[-1]
+        noisy_GSE, std_GSE = logits_GSE, None
+        if inputs.train:
+            raw_GSE = linear_logits(inputs, params["noise_kernel"], self.jitter)
+            raw_GSE = checkpoint_name(raw_GSE, ROUTER_LOGITS)
+            std_GSE = jnp.maximum(jax.nn.softplus(raw_GSE), LEAST_STD)
+            shape = (logits_GSE.shape[1] // inputs.keys_GR.shape[1], E)
+            noise_GSE = row_normal(inputs.keys_GR, NOISY_LOGITS, shape, logits_GSE.dtype)
+            noisy_GSE = logits_GSE + noise_GSE * std_GSE
+        # One beyond K, where there is one: what a kept expert has to stay above.
+        top_GSK, ids_GSK = top_choices(noisy_GSE, min(K + 1, E))
+        weights_GSK, ids_GSK = jax.nn.softmax(top_GSK[..., :K], axis=-1), ids_GSK[..., :K]
+
+        chosen_GSKE = jax.nn.one_hot(ids_GSK, E, dtype=weights_GSK.dtype)
+        kept_GSE = chosen_GSKE.sum(-2)
+        load_GSE = kept_GSE
+        if std_GSE is not None and K < E:
+            load_GSE = kept_probability(logits_GSE, std_GSE, kept_GSE > 0, top_GSK)
+        balance = variation_loss(
+            (chosen_GSKE * weights_GSK[..., None]).sum(-2),
+            load_GSE,
+            inputs.mask_GS,
+            scope=self.balance_scope,
+            rows=inputs.keys_GR.shape[1],
+        )
+        choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+
+
+def kept_probability(
+    logits_GSE: Float[Array, "G S E"],
+    std_GSE: Float[Array, "G S E"],
+    kept_GSE: Bool[Array, "G S E"],
+    top_GSN: Float[Array, "G S N"],
+) -> Float[Array, "G S E"]:
+    """Phi((x Wg_i - k-th largest noisy logit of the others) / std_i).
+
+    `top_GSN` holds the N = K + 1 largest noisy logits.  Without a kept expert the K-th of the
+    others is the last of these, without any other expert it is the one before.
+    """
+    threshold_GSE = jnp.where(kept_GSE, top_GSN[..., -1:], top_GSN[..., -2:-1])
+    return jax.scipy.special.ndtr((logits_GSE - threshold_GSE) / std_GSE)

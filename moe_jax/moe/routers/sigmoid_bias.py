@@ -1,0 +1,102 @@
+"""Sigmoid routing balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.errors import UserError
+from moe_jax.moe.routers.linear import LinearRouter, top_choices
+from moe_jax.moe.types import RouterIn, StateSpec, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidBias(LinearRouter):
+    """The K largest of sigmoid(logits) + bias, weighted by the sigmoids without the bias.
+
+    After each step an expert's bias rises by `update_rate` if it got fewer tokens than the mean
+    over the whole batch and falls if it got more.  Nothing else moves it: it has no gradient.
+
+    With `expert_groups` above 1 only the `top_groups` groups whose two best biased scores have the
+    largest sum stay in the choice (8 and 4 in DeepSeek-V3).  `renormalize` divides the weights by
+    their sum; `routed_scale` then multiplies them (2.5 there).  Its sequence-wise balance loss is
+    model.moe.balance_scope=row with model.moe.balance_weight=0.0001.
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    expert_groups: int = 1
+    top_groups: int = 1
+    renormalize: bool = True
+    routed_scale: float = 1.0
+    update_rate: float = 0.001
+
+    def __post_init__(self):
+        super().__post_init__()
+        option = "model.moe.options.sigmoid_bias"
+        groups, experts = self.expert_groups, self.num_experts
+        if groups < 1 or experts % groups:
+            raise UserError(
+                f"{option}.expert_groups is {groups}: set a divisor of num_experts ({experts})."
+            )
+        if not 1 <= self.top_groups <= groups:
+            raise UserError(
+                f"{option}.top_groups is {self.top_groups}: set it between 1 and expert_groups "
+                f"({groups})."
+            )
+        if self.top_groups * (experts // groups) < self.top_k:
+            raise UserError(
+                f"{option}.top_groups ({self.top_groups}) leaves {experts // groups} experts each, "
+                f"fewer than top_k ({self.top_k}) together: raise top_groups."
+            )
+        if self.renormalize and self.top_k == 1:
+            raise UserError(
+                f"router sigmoid_bias with top_k=1 and renormalize gives every weight the same "
+                f"value and the router no gradient: set {option}.renormalize=False."
+            )
+        if self.routed_scale <= 0:
+            raise UserError(f"{option}.routed_scale is {self.routed_scale}: set it above 0.")
+        if self.update_rate < 0:
+            raise UserError(f"{option}.update_rate is {self.update_rate}: set 0 (off) or more.")
+
+    @property
+    def choices(self) -> int:
+        """K."""
+        return self.top_k
+
+    def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
+        """The selection bias of each expert, in units of a sigmoid."""
+        return {"bias": StateSpec((num_experts,))}
+
+    def next_state(self, state, load_LE):
+        """Bias one step towards an even load; a layer without any load keeps its own."""
+        load_LE = load_LE.astype(state["bias"].dtype)
+        missing_LE = load_LE.mean(-1, keepdims=True) - load_LE
+        return {"bias": state["bias"] + self.update_rate * jnp.sign(missing_LE)}
+
+    def route(self, inputs: RouterIn, params, state):
+        """Choose K experts by biased scores; see `types.Router`."""
+        logits_GSE = self.logits(inputs, params["kernel"])
+        # As logarithms, shares of a sum stay finite with their gradients where all scores are 0.
+        log_scores_GSE = jax.nn.log_sigmoid(logits_GSE)
+        biased_GSE = jax.lax.stop_gradient(jnp.exp(log_scores_GSE) + state["bias"])
+        allowed_GSE = self.limit_groups(biased_GSE)
+        log_top_GSK, ids_GSK = top_choices(log_scores_GSE, self.top_k, allowed_GSE)
+        normalise = jax.nn.softmax if self.renormalize else jnp.exp
+        weights_GSK = self.routed_scale * normalise(log_top_GSK)
+        choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
+        # Of scores that do not sum to 1 the balance loss would not be 1 when balanced.
+        probs_GSE = jax.nn.softmax(log_scores_GSE, axis=-1)
+        return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK)
+
+    def limit_groups(self, biased_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        """Biased scores, -inf for the experts of groups that do not stay."""
+        n = self.expert_groups
+        if self.top_groups == n:
+            return biased_GSE
+        G, S, E = biased_GSE.shape
+        best_two = jnp.sort(biased_GSE.reshape(G, S, n, E // n), axis=-1)[..., -2:]
+        _, stay = top_choices(best_two.sum(-1), self.top_groups)
+        stays = (stay[..., None] == jnp.arange(n)).any(-2)
+        return jnp.where(jnp.repeat(stays, E // n, axis=-1), biased_GSE, -jnp.inf)

@@ -1,0 +1,45 @@
+"""Softmax top-k routing: Mixtral (arXiv 2401.04088), OLMoE (2409.02060), Qwen3-MoE (2505.09388)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import UserError
+from moe_jax.moe.routers.linear import LinearRouter, top_choices
+from moe_jax.moe.types import RouterIn, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(LinearRouter):
+    """The K most probable experts under the softmax over all of them.
+
+    `renormalize` makes the K weights sum to one (Mixtral, Qwen3-MoE); without it they keep their
+    share of the full softmax (OLMoE).
+    """
+
+    top_k: int = 2
+    renormalize: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.renormalize and self.top_k == 1:
+            raise UserError(
+                "router top_k with top_k=1 and renormalize gives every weight 1 and the router no "
+                "gradient: set model.moe.options.top_k.renormalize=False or use router switch."
+            )
+
+    @property
+    def choices(self) -> int:
+        """K."""
+        return self.top_k
+
+    def route(self, inputs: RouterIn, params, state):
+        """Choose K experts; see `types.Router`."""
+        logits_GSE = self.logits(inputs, params["kernel"])
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        weights_GSK, ids_GSK = top_choices(probs_GSE, self.top_k)
+        if self.renormalize:
+            weights_GSK = weights_GSK / weights_GSK.sum(-1, keepdims=True)
+        choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
+        return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK)
