@@ -19,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from moe_jax.data.build_lock import Turn
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Document, Stream, find_streams
 from moe_jax.data.store import (
@@ -38,7 +39,6 @@ from moe_jax.data.store import (
     sealed,
 )
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.data.turn import Turn
 from moe_jax.errors import UserError
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save

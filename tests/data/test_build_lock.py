@@ -7,8 +7,8 @@ import threading
 from etils import epath
 
 from moe_jax.data.build import build
+from moe_jax.data.build_lock import LOOK, Turn
 from moe_jax.data.config import DataConfig
-from moe_jax.data.turn import LOOK, Turn
 
 
 def test_who_waits_is_alive_when_the_builder_is(tmp_path):
