@@ -25,8 +25,8 @@ import optax
 from benchmarks.layer import LOADS, Shape, layer
 from benchmarks.timing import plain, timed
 from moe_jax.files.formats import table
-from moe_jax.optim import Optimizer, OptimizerConfig
 from moe_jax.parallel.xla_flags import avoid_command_buffers
+from moe_jax.train.optim import Optimizer, OptimizerConfig
 
 SHAPES = {
     "fine": Shape(8, 4096, 2048, 1024, 8, 8),

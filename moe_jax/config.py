@@ -20,9 +20,9 @@ from moe_jax.files import json_files
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
-from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import lookup, own_fields, suggest, typed
+from moe_jax.train.optim import OptimizerConfig
 
 LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")

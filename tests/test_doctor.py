@@ -23,9 +23,9 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
 from moe_jax.moe.types import Mean
 from moe_jax.nn.params import truncated_normal
-from moe_jax.optim import Optimizer
 from moe_jax.train import resolve, setup
 from moe_jax.train.flags import load_config
+from moe_jax.train.optim import Optimizer
 
 
 @pytest.fixture(scope="module")

@@ -44,11 +44,11 @@ RANKS = {
     "moe_jax.model.transformer": 10,
     "moe_jax.model.stack": 11,  # the transformer with its blocks scanned
     "moe_jax.model.flops": 12,
-    "moe_jax.losses": 12,
-    "moe_jax.optim": 12,
+    "moe_jax.train.losses": 12,
+    "moe_jax.train.optim": 12,
     "moe_jax.data": 12,
     "moe_jax.config": 13,
-    "moe_jax.metrics": 14,
+    "moe_jax.train.metrics": 14,
     "moe_jax.checkpoint": 15,
     "moe_jax.eval": 16,
     "moe_jax.train": 17,
@@ -250,7 +250,7 @@ def test_exactly_one_train_step():
         ("moe_jax/moe/routers/a.py", "from moe_jax.moe.dispatch import x", "dispatch"),
         ("moe_jax/moe/dispatch/a.py", "def f():\n  from ..experts import x", "moe.experts"),
         ("moe_jax/data/a.py", "from moe_jax.model import config", "imports moe_jax.model"),
-        ("moe_jax/model/block.py", "from moe_jax import losses", "imports moe_jax.losses"),
+        ("moe_jax/model/block.py", "from moe_jax import losses", "imports moe_jax.train.losses"),
         ("moe_jax/train/a.py", "from configs import tiny", "imports configs"),
         ("launch/sweep.py", "import moe_jax.train.loop", "imports moe_jax.train.loop"),
         ("launch/slurm.py", "import jax", "imports jax"),
@@ -259,7 +259,7 @@ def test_exactly_one_train_step():
 )
 def test_a_planted_import_is_found(tmp_path, file, text, fault):
     """The control: each kind of wrong import, planted alone in a small tree, is reported."""
-    for name in (file, "moe_jax/losses.py", "moe_jax/model/config.py"):
+    for name in (file, "moe_jax/train/losses.py", "moe_jax/model/config.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert layering_faults(tmp_path) == [] or fault == "has no place"

@@ -9,9 +9,9 @@ import pytest
 
 from moe_jax import ledger as command
 from moe_jax.errors import UserError
-from moe_jax.metrics import ledger_row
 from moe_jax.moe.accounting import POSITION_BUCKETS, account
 from moe_jax.moe.types import ExpertChoice, Fates, Mean, MoEAux, MoEContext, RouterAux, TokenChoice
+from moe_jax.train.metrics import ledger_row
 from moe_jax.train.report import LEDGER
 
 B, T, K, E, SOURCES, ROWS = 6, 12, 2, 5, 3, 2

@@ -19,13 +19,13 @@ from moe_jax.config import Config
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.pipeline import Batch
 from moe_jax.files.workdir import Folder
-from moe_jax.losses import loss_values
 from moe_jax.model.layout import to_layers
 from moe_jax.model.stack import ModelDef, is_axes
 from moe_jax.moe.types import MoEAux
 from moe_jax.plan.lowering import Plan
 from moe_jax.train.evaluate import batch_shardings
 from moe_jax.train.loop import compile_step
+from moe_jax.train.losses import loss_values
 from moe_jax.train.setup import Run, first_state, prepare
 from moe_jax.train.state import TrainState, everywhere
 from moe_jax.train.step import StepMetrics, make_gradients

@@ -13,11 +13,11 @@ from moe_jax.config import Config
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.model.flops import flops_per_token
 from moe_jax.model.stack import ModelDef, define, is_axes
-from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from moe_jax.parallel.rules import spec
 from moe_jax.train import resolve
 from moe_jax.train.copies import path_name
+from moe_jax.train.optim import Optimizer
 from moe_jax.train.state import abstract_state, make_optimizer, placed_state
 from moe_jax.train.step import StepOptions, abstract_batch, jit_train_step
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.eval.generate import make_sampler
 from moe_jax.eval.heldout import eval_row, make_eval_step
-from moe_jax.eval.sample import make_sampler
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.setup import Run
 from moe_jax.train.state import TrainState, everywhere

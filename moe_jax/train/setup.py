@@ -24,12 +24,12 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.layer import make_router
 from moe_jax.nn.params import param_dtype
 from moe_jax.ops.attention import check_attention
-from moe_jax.optim import Optimizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.train import resolve
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
+from moe_jax.train.optim import Optimizer
 from moe_jax.train.record import DATA_RECORD
 from moe_jax.train.state import (
     TrainState,

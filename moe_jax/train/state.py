@@ -15,10 +15,10 @@ from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.model.stack import ModelDef, init_on, is_axes
 from moe_jax.moe.layer import first_router_state
 from moe_jax.nn.params import param_dtype
-from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import param_sharding
 from moe_jax.train.copies import make_copies, of_copied
 from moe_jax.train.guard import first_guard
+from moe_jax.train.optim import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)

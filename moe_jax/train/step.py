@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Config
 from moe_jax.data.pipeline import Batch
-from moe_jax.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
 from moe_jax.model.stack import ModelDef
 from moe_jax.moe.layer import make_router
 from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
-from moe_jax.optim import Optimizer
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.guard import Guard, judge, next_guard
+from moe_jax.train.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
+from moe_jax.train.optim import Optimizer
 from moe_jax.train.state import TrainState, everywhere, state_shardings
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.metrics import ledger_row, moe_row
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.chips import peak_tflops
 from moe_jax.train.flight import FlightRecorder
+from moe_jax.train.metrics import ledger_row, moe_row
 from moe_jax.train.report import Reporter
 from moe_jax.train.setup import Run
 from moe_jax.train.step import StepMetrics

@@ -11,9 +11,9 @@ from moe_jax.data.pipeline import Batch
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.stack import define
 from moe_jax.moe.config import MoEConfig
-from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.train.copies import make_copies, with_copies
+from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import make_optimizer, new_state
 from moe_jax.train.step import StepOptions, jit_train_step, make_gradients
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.optim import Optimizer, OptimizerConfig, make_schedule
+from moe_jax.train.optim import Optimizer, OptimizerConfig, make_schedule
 
 CONFIG = OptimizerConfig(
     learning_rate=0.01,

@@ -14,9 +14,9 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.stack import define
 from moe_jax.moe import layer
 from moe_jax.moe.config import MoEConfig
-from moe_jax.optim import OptimizerConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding
+from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import (
     TrainState,
     from_disk,

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.losses import LossValues
 from moe_jax.train import step_log
 from moe_jax.train.guard import first_guard
+from moe_jax.train.losses import LossValues
 from moe_jax.train.step import StepMetrics
 
 ZERO = jnp.zeros(())
