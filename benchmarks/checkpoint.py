@@ -29,9 +29,9 @@ from unittest import mock
 import jax
 
 from moe_jax.checkpoint import Checkpoints, manifest
+from moe_jax.cli import train as trainer
 from moe_jax.files.formats import table
-from moe_jax.train import __main__ as trainer
-from moe_jax.train import loop
+from moe_jax.run import loop
 
 LEAF = (8, 1024, 2048)  # experts x width x expert width, 64 MiB
 LEAVES_PER_GIB = 16

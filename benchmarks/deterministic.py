@@ -11,7 +11,7 @@ Hopper GPU the grouped matmuls are the Mosaic kernels), with a checkpoint halfwa
               the SHA-256 of the last parameters
     again     the same run in a workdir of its own, likewise, from the first step
 
-and then times `python -m moe_jax.bench` on --bench (empty: not).  Further arguments go to the
+and then times `python -m moe_jax bench` on --bench (empty: not).  Further arguments go to the
 training runs.  JAX's compile cache is off, so that a new process does choose its kernels.
 """
 
@@ -95,7 +95,7 @@ def train(workdir: Path, variant: tuple[bool, str], steps: int, rest: list[str])
         "checkpoint.every_steps": steps // 2,
     }
     arguments = [
-        *("-m", "moe_jax.train", f"--config={ROOT / 'configs' / 'tiny.py'}"),
+        *("-m", "moe_jax", "train", f"--config={ROOT / 'configs' / 'tiny.py'}"),
         f"--workdir={workdir}",
         f"--config.data.store={workdir.parents[1] / 'stores'}",
         *(f"--config.{key}={value}" for key, value in values.items()),
@@ -125,7 +125,7 @@ def numbers(workdir: Path) -> dict[int, list[float]]:
 
 def digest(workdir: Path, step: int) -> str:
     """SHA-256 of the parameters of a checkpoint."""
-    command = ["-m", "moe_jax.checkpoint", f"--workdir={workdir}", "--verify"]
+    command = ["-m", "moe_jax", "checkpoint", f"--workdir={workdir}", "--verify"]
     lines = python(command, "").splitlines()
     return next(line.split()[-1] for line in lines if line.startswith(f"step {step} "))
 
@@ -134,7 +134,7 @@ def cost(folder: Path, variant: tuple[bool, str], config: str, steps: int) -> li
     """Cells: milliseconds a step, model TFLOP/s, seconds to compile."""
     deterministic, xla_flags = variant
     arguments = [
-        *("-m", "moe_jax.bench", f"--config={config}", f"--workdir={folder / 'bench'}"),
+        *("-m", "moe_jax", "bench", f"--config={config}", f"--workdir={folder / 'bench'}"),
         f"--config.data.store={folder.parent / 'stores'}",
         "--config.model.moe.dispatch=dropless",
         f"--config.train.deterministic={deterministic}",

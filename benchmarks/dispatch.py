@@ -2,7 +2,7 @@
 
     python benchmarks/dispatch.py [--steps=5]
 
-Each cell is a process of `python -m moe_jax.bench` on configs/cpu_small.py with 16 rows of 128
+Each cell is a process of `python -m moe_jax bench` on configs/cpu_small.py with 16 rows of 128
 bytes: the same active FLOPs at every E, and routing groups of 16 E tokens, so that an expert
 has 32 tokens of a group on average whatever E is.  Run it on an otherwise idle machine; `dense` at
 128 experts takes minutes.
@@ -34,7 +34,7 @@ def main() -> None:
 def time_one(path: str, experts: int, steps: int) -> str:
     """Milliseconds of the whole step, and of forward and backward alone."""
     command = [
-        *(sys.executable, "-m", "moe_jax.bench", f"--config={CONFIG}:{experts}"),
+        *(sys.executable, "-m", "moe_jax", "bench", f"--config={CONFIG}:{experts}"),
         f"--steps={steps}",
         "--gradients",
         "--config.data.sequence_length=128",

@@ -29,7 +29,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Step(Job):
-    """Whole steps by moe_jax.bench; `against` names the job whose tokens a second are the unit."""
+    """Whole steps by `moe_jax bench`; `against` names the job whose tokens/s are the unit."""
 
     against: str = ""
 
@@ -45,14 +45,14 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def text(given: Given) -> Job:
     """Tokenises the corpus, so that nobody's first step waits for it."""
-    return Job("text", (module("moe_jax.data", *_config(given, given.configs[0])),))
+    return Job("text", (module("moe_jax", "data", *_config(given, given.configs[0])),))
 
 
 def conformance(given: Given) -> list[Job]:
     """Every router on every dispatch path, against the float64 oracle."""
     if given.small:  # minutes on a CPU; the tests run it there
         return []
-    return [Job("conformance", (module("moe_jax.doctor", "--conformance"),))]
+    return [Job("conformance", (module("moe_jax", "doctor", "--conformance"),))]
 
 
 def numerics(given: Given) -> list[Job]:
@@ -169,7 +169,7 @@ def start(given: Given) -> list[Job]:
     for config in given.configs:
         name = f"start-{_stem(config)}"
         dropless = "--config.model.moe.dispatch=dropless"
-        once = module("moe_jax.bench", *_config(given, config), "--steps=1", dropless)
+        once = module("moe_jax", "bench", *_config(given, config), "--steps=1", dropless)
         env = {"JAX_COMPILATION_CACHE_DIR": str(given.scratch / name)}
         jobs.append(Job(name, (once, once), alone=True, env=env))
     return jobs
@@ -227,7 +227,8 @@ def bench(
     name = "-".join(filter(None, (_stem(config), dispatch, each, also)))
     virtual = (f"--devices={devices}",) if given.small and devices > 1 else ()
     command = module(
-        "moe_jax.bench",
+        "moe_jax",
+        "bench",
         *_config(given, config),
         f"--steps={given.steps}",
         "--profile",

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.model.config import ModelConfig
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEContext
@@ -38,9 +37,8 @@ def layer(shape: Shape, dispatch: str) -> tuple[Callable, Any]:
     """
     B, T, D, F, E, K = shape
     moe = MoEConfig(num_experts=E, expert_width=F, top_k=K, dispatch=dispatch)
-    config = ModelConfig(width=D, num_layers=1, moe=moe)
     params: Any
-    graph, params = nnx.split(MoE(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
+    graph, params = nnx.split(MoE(moe, D, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
     names = ("w_in_EDUF", "w_out_EFD")
     weights = {name: params[name][...].astype(jnp.bfloat16) for name in names}
     weights["router_kernel"] = params["router_kernel"][...]

@@ -3,7 +3,7 @@
     python benchmarks/mesh_curves.py [--precision=float32] [--steps=20]
         [--config.model.moe.router=gshard ...]
 
-Each row is a run of `python -m moe_jax.train --config=configs/tiny.py` on one device or on eight
+Each row is a run of `python -m moe_jax train --config=configs/tiny.py` on one device or on eight
 virtual ones, free-running from the same seed.  Further arguments go to every run.
 """
 
@@ -52,7 +52,7 @@ def train(folder: Path, mesh: dict[str, int], arguments: list[str]) -> list[dict
     workdir = Path(tempfile.mkdtemp(dir=folder))
     axes = {"data": 1} | mesh
     command = [
-        *(sys.executable, "-m", "moe_jax.train", f"--config={CONFIG}", f"--workdir={workdir}"),
+        *(sys.executable, "-m", "moe_jax", "train", f"--config={CONFIG}", f"--workdir={workdir}"),
         "--config.train.log_every=1",
         "--config.eval.every=0",
         "--config.eval.batches=1",

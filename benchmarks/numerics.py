@@ -3,7 +3,7 @@
     python -m benchmarks.numerics [--float8] [--config=configs/tiny.py] [--steps=300] [--seeds=1]
         [--config.model.moe.dispatch=dropless ...]
 
-Each run is `python -m moe_jax.train` in a process of its own; further arguments go to all of them.
+Each run is `python -m moe_jax train` in a process of its own; further arguments go to all of them.
 The language-model loss is smoothed over 20 steps, and each run is compared with the first, in
 float32: largest and mean relative difference of the smoothed losses, and that of the last.  A run
 like the first from another seed (other weights, other order of the data) shows how far apart losses
@@ -94,7 +94,7 @@ def train(workdir: Path, run: Run, arguments: list[str]) -> list[float]:
     """The language-model loss of each step of one run."""
     own = (f"precision={run.precision}", f"seed={run.seed}", *run.overrides)
     command = [
-        *(sys.executable, "-m", "moe_jax.train"),
+        *(sys.executable, "-m", "moe_jax", "train"),
         f"--workdir={workdir}",
         "--config.train.log_every=1",
         *(f"--config.{value}" for value in (*QUIET, *own)),

@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     print("|---|---|---|---|---|---|")
     for name in CONFIGS:
         config = f"--config=configs/{name}.py"
-        row = json.loads(output("moe_jax.bench", config, f"--steps={steps}").splitlines()[-1])
-        plan = output("moe_jax.plan", config, f"--topology={topology}")
+        row = json.loads(output("moe_jax", "bench", config, f"--steps={steps}").splitlines()[-1])
+        plan = output("moe_jax", "plan", config, f"--topology={topology}")
         measured = row["peak_memory_mib"] / 1024
         analytic, compiled = gib(plan, "total"), gib(plan, "compiled")
         bound = re.search(r"roofline: ([\d.,]+) ms", plan)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import jax
 
+from moe_jax.cli.commands import Command
+from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict
-from moe_jax.plan.analytic import estimate
-from moe_jax.plan.compiled import compile_plan
-from moe_jax.plan.lowering import make_plan
-from moe_jax.plan.topology import parse_topology
-from moe_jax.train import flags
+from moe_jax.tools.plan.analytic import estimate
+from moe_jax.tools.plan.compiled import compile_plan
+from moe_jax.tools.plan.lowering import make_plan
+from moe_jax.tools.plan.topology import parse_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
         name, where, *overrides = pair.split()
         topology = parse_topology(where)
         arguments = ["plan", f"--config={ROOT / 'configs' / name}", *overrides]
-        config = from_config_dict(flags.parse(arguments, workdir=False).config)
+        config = from_config_dict(parse(arguments, Command("", workdir=False)).config)
         plan = make_plan(config, topology.num_devices)
         if pair not in known:
             known[pair] = compile_plan(plan, topology, lambda line: None).peak

@@ -3,7 +3,7 @@
 Paper: none; 4 layers of width 256, top-2 experts of width 512, 8 rows of 256 bytes, float32.
 Cost: 14M, 52M, 203M parameters, 4.3M to 4.5M active: 56 GFLOP a step at any E.
 Expected: see the README's table of step times beside other frameworks on the same workload.
-Command: python -m moe_jax.bench --config=configs/cpu_small.py:8 --steps=20
+Command: python -m moe_jax bench --config=configs/cpu_small.py:8 --steps=20
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Paper: GShard, https://arxiv.org/abs/2006.16668 (600B is 36 layers of 2048 exper
   12-layer, 128-expert shapes).  The second expert is dispatched at random, by its weight.
 Cost: 13.2B parameters, 469M active; 2^20 tokens a step.  Four 8-GPU nodes.
 Expected: no published figure is comparable (machine translation there).
-Command: python -m moe_jax.train --config=configs/gshard.py --workdir=runs/gshard
+Command: python -m moe_jax train --config=configs/gshard.py --workdir=runs/gshard
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=32
 """

@@ -6,7 +6,7 @@ Cost: 46.7B parameters, 12.9B active; 2^22 tokens a step.  Weights, gradients an
   float32 need 750 GB.  `fsdp` takes the devices beside `expert`; with few of
   them, set train.accumulation so that a device holds a row or two at a time (not yet run).
 Expected: no published loss; the released weights are the reference for the architecture.
-Command: python -m moe_jax.train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral
+Command: python -m moe_jax train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'
   --config.data.tokenizer=tokenizer.model
 """

@@ -4,7 +4,7 @@ Paper: OLMoE, https://arxiv.org/abs/2409.02060.  Dropless, weights not renormali
   the whole projection, balance 0.01, z-loss 0.001, AdamW 4e-4, 4M tokens a step, 5.1T tokens.
 Cost: 6.92B parameters, 1.28B active; the paper used 256 H100 for 10 days.
 Expected: the curves of the paper's appendix, on its data mix; no run of ours reached them yet.
-Command: python -m moe_jax.train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe
+Command: python -m moe_jax train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe
   --config.data.source=jsonl --config.data.files='gs://BUCKET/*.jsonl'
   --config.data.tokenizer=tokenizer.json
 """

@@ -6,7 +6,7 @@ Cost: 30.5B parameters, 3.35B active; 2^22 tokens a step.  Weights, gradients an
   float32 need 490 GB.  `fsdp` takes the devices beside `expert`; with few of
   them, set train.accumulation so that a device holds a row or two at a time (not yet run).
 Expected: no published loss; the released weights are the reference for the architecture.
-Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3
+Command: python -m moe_jax train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'
   --config.data.tokenizer=tokenizer.json
 """

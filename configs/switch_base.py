@@ -4,7 +4,7 @@ Paper: Switch Transformers, https://arxiv.org/abs/2101.03961 (an encoder-decoder
 Cost: 3.71B parameters, 110M active; 2^20 tokens a step.  One 8-GPU node.
 Expected: the paper's speed-up over its dense twin in steps to equal loss; no figure of it is
   comparable, since the model and the data differ.
-Command: python -m moe_jax.train --config=configs/switch_base.py --workdir=runs/switch_base
+Command: python -m moe_jax train --config=configs/switch_base.py --workdir=runs/switch_base
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=8
 """

@@ -5,7 +5,7 @@ Paper: Switch Transformers, https://arxiv.org/abs/2101.03961, table 9.  As a cau
 Cost: 1.571T parameters, 1.47B active; 2^20 tokens a step.  Parameters, gradients and
   Adafactor's factored moments in float32 need 13 TB: a v5p-512 slice or larger.
 Expected: it is here to be planned and compiled ahead of time, not to reproduce a figure.
-Command: python -m moe_jax.train --config=configs/switch_c.py --workdir=runs/switch_c
+Command: python -m moe_jax train --config=configs/switch_c.py --workdir=runs/switch_c
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=256
 """

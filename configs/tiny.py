@@ -3,7 +3,7 @@
 Paper: none; a byte-level model of 4 layers, 8 experts of width 256, two a token.
 Cost: 7.5M parameters (2.8M active), 200 steps of 4,096 bytes: under 3 minutes on 2 CPU cores.
 Expected: held-out loss under 1.75 nats per byte on the `stdlib` corpus.
-Command: python -m moe_jax.train --config=configs/tiny.py --workdir=runs/tiny
+Command: python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny
 
 `dense` replaces the experts by one FFN of the same FLOPs a token.
 """

@@ -16,7 +16,7 @@ class Job:
     """One training run."""
 
     name: str  # stable, safe as a file name and as a cluster's job name: [a-z0-9-]+
-    arguments: tuple[str, ...]  # of `python -m moe_jax.train`
+    arguments: tuple[str, ...]  # of `python -m moe_jax train`
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z0-9-]+", self.name):
@@ -28,4 +28,4 @@ class Job:
 def supervised(python: str, arguments: Sequence[str], max_stuck: int) -> list[str]:
     """Command of one process of a run: the trainer under launch/supervise.py, from a checkout."""
     supervisor = [python, "-m", "launch.supervise", f"--max_stuck={max_stuck}", "--"]
-    return [*supervisor, python, "-m", "moe_jax.train", *arguments]
+    return [*supervisor, python, "-m", "moe_jax", "train", *arguments]

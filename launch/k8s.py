@@ -1,7 +1,7 @@
 """Kubernetes: python -m launch.k8s --name=NAME --image=IMAGE [OPTIONS] -- ARGUMENTS
 
 Prints a JobSet (jobset.sigs.k8s.io) as JSON, which kubectl reads; --apply hands it to kubectl.
-ARGUMENTS are those of python -m moe_jax.train; the image holds moe_jax, its directory the configs.
+ARGUMENTS are those of python -m moe_jax train; the image holds moe_jax, its directory the configs.
 
   python -m launch.k8s --name=mixtral --image=IMAGE --apply --queue=tpu \\
       --tpu=tpu-v5p-slice --topology=4x4x8 --hosts=32 --chips=4 -- \\
@@ -123,7 +123,7 @@ def _job_spec(job: Job, options: K8sOptions) -> dict[str, Any]:
 
 
 def _pod_spec(job: Job, options: K8sOptions) -> dict[str, Any]:
-    command = [options.python, "-m", "moe_jax.train", *job.arguments]
+    command = [options.python, "-m", "moe_jax", "train", *job.arguments]
     amount = {"google.com/tpu": options.chips} if options.tpu else {"nvidia.com/gpu": options.gpus}
     container: dict[str, Any] = {
         "name": _POD,

@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def command(job: Job) -> list[str]:
     """What starts a job on this machine."""
-    return [sys.executable, "-m", "moe_jax.train", *job.arguments]
+    return [sys.executable, "-m", "moe_jax", "train", *job.arguments]
 
 
 class Local:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains configs/tiny.py on this machine: makes the environment, trains, says what to do next.
 #
-#   bash launch/local.sh [FLAGS OF python -m moe_jax.train]
+#   bash launch/local.sh [FLAGS OF python -m moe_jax train]
 #
 # --config and --workdir have defaults here and may be given.  The exit code is the trainer's.
 set -u
@@ -40,7 +40,7 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 # In the background, so that a signal sent to this script reaches the trainer: it then writes a
 # checkpoint and leaves with 42.  Ctrl-C is passed on as SIGTERM for the same reason.
-"$VENV_PYTHON" -m moe_jax.train "$@" &
+"$VENV_PYTHON" -m moe_jax train "$@" &
 trainer=$!
 trap 'kill -TERM "$trainer" 2>/dev/null' TERM INT
 code=0
@@ -87,7 +87,7 @@ without() {
 }
 
 python="$(q "${prefix}.venv/bin/python")"
-train="$python -m moe_jax.train"
+train="$python -m moe_jax train"
 again="$(without config.train.steps -- "$@")"
 mesh="$(without workdir init_from devices config.mesh.expert -- "$@")"
 text="$(without workdir config.data.source config.data.files -- "$@")"
@@ -97,7 +97,7 @@ print(2 * json.load(open(sys.argv[1]))["train"]["steps"])' "$workdir/config.json
 cat <<END
 
 Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
-Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax.checkpoint --workdir=$(q "$workdir"))
+Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax checkpoint --workdir=$(q "$workdir"))
 Samples:      $workdir/samples.txt
 
 Go on:        bash $(q "${prefix}launch/local.sh")$again --config.train.steps=$steps

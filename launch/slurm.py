@@ -1,4 +1,4 @@
-"""Slurm: python -m launch.slurm --name=NAME [OPTIONS] -- ARGUMENTS OF python -m moe_jax.train
+"""Slurm: python -m launch.slurm --name=NAME [OPTIONS] -- ARGUMENTS OF python -m moe_jax train
 
 Writes a batch script, submits it and prints the job's id.  The processes find each other through
 Slurm.  Each runs under launch/supervise.py: a process that is lost is started again where it was.

@@ -1,6 +1,6 @@
 """Runs a trainer and runs it again: python -m launch.supervise [OPTIONS] -- COMMAND ...
 
-  python -m launch.supervise -- python -m moe_jax.train --config=configs/tiny.py --workdir=runs/tiny
+  python -m launch.supervise -- python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny
 
 COMMAND is run again after exit codes 42, 134, 137 and 143 and after a death by signal, one line
 each time; a signal of any kind counts, a crash in native code included.  After any other code,
@@ -186,7 +186,7 @@ def progress(workdir: Any) -> tuple[int, int]:
     """How often the run went back, and the step it goes on from: the greater pair is further on."""
     kept = kept_step(workdir)
     try:
-        # As moe_jax/train/rewind.py has it.
+        # As moe_jax/record/rewind.py has it.
         lines = (workdir / "rewinds.jsonl").read_text(encoding="utf-8").splitlines()
         last = json.loads(lines[-1])
         # Where it was killed on its way back, the next start sets later checkpoints aside.

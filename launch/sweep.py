@@ -27,7 +27,7 @@ from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
-_CHECK = [sys.executable, "-m", "moe_jax.train.check"]
+_CHECK = [sys.executable, "-m", "moe_jax", "check"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(jobs: Sequence[Job], devices: int) -> dict[str, dict[str, Any]]:
-    """For each job by name what `moe_jax.train.check` answers: problem, finished, changed.
+    """For each job by name what `python -m moe_jax check` answers: problem, finished, changed.
 
     Args:
       jobs: all of the sweep.

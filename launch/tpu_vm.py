@@ -1,7 +1,7 @@
 """TPU VMs: python -m launch.tpu_vm COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 
   create    ask for the VM (a queued resource) and wait for it; its start-up script prepares every
-            host and, with ARGUMENTS of python -m moe_jax.train, trains
+            host and, with ARGUMENTS of python -m moe_jax train, trains
   install   prepare every host now
   run       create the VM, or use the one that is there; train, follow the run, ask again for a VM
             that was taken away; ends with the run's exit code

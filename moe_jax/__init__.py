@@ -1,3 +1,3 @@
 """moe_jax: sparse mixture-of-experts pretraining in JAX and Flax."""
 
-__version__ = "0.1.0"
+from moe_jax.version import __version__ as __version__

@@ -1,6 +1,6 @@
 """Trainers that meet bad batches: the gradient of some steps of the data is not what it should be.
 
-`python -m bad_batches PLAN ARGUMENTS` is moe_jax.train with the bad batches of PLAN, a JSON object:
+`python -m bad_batches PLAN ARGUMENTS` is the trainer with the bad batches of PLAN, a JSON object:
 `factors` maps steps of the data to what their gradients are multiplied by ("nan" or a number), and
 `kill` names a method that ends the process with SIGKILL instead of being called the n-th time.
 """
@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import moe_jax.train.__main__
+import moe_jax.cli.train
 from moe_jax.checkpoint.folder import StepFolder
-from moe_jax.data.pipeline import Batch, Batches
+from moe_jax.cli.exit import run
+from moe_jax.data.batch import Batch
+from moe_jax.data.pipeline import Batches
+from moe_jax.record.report import Reporter
+from moe_jax.record.rewind import Rewinds
+from moe_jax.run.control import Control
 from moe_jax.train import step as step_module
-from moe_jax.train.control import Control
-from moe_jax.train.report import Reporter
-from moe_jax.train.rewind import Rewinds
 
 METHODS = {
     "write": (Rewinds, "_write"),
@@ -80,5 +82,5 @@ if __name__ == "__main__":
         setattr(owner, name, value)
     for name, times in plan.get("kill", {}).items():
         kill_at(name, times)
-    sys.argv[0] = "moe_jax.train"
-    moe_jax.train.__main__.cli()
+    sys.argv[0] = "moe_jax train"
+    run(moe_jax.cli.train.main)

@@ -62,7 +62,7 @@ def cli_env() -> dict[str, str]:
 
 @pytest.fixture
 def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
-    """`run_cli(["moe_jax.train", "--config=...", ...], timeout=...)` in a process of its own.
+    """`run_cli(["moe_jax", "train", "--config=...", ...], timeout=...)` in a process of its own.
 
     The process works in `tmp_path` unless `cwd` says otherwise, so nothing lands in the checkout.
     Raises subprocess.TimeoutExpired, the process killed, when `timeout` seconds do not suffice.
@@ -93,7 +93,7 @@ def pair(cli_env: dict[str, str]):
     started: list[subprocess.Popen] = []
 
     def start(
-        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax.train"), **env: str
+        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax", "train"), **env: str
     ) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))

@@ -1,6 +1,6 @@
 """A device whose copy of the state loses one bit.
 
-`python faulty_device.py STEP ARGUMENTS` is moe_jax.train whose last device does so after STEP.
+`python faulty_device.py STEP ARGUMENTS` is `moe_jax train` whose last device does so after STEP.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from moe_jax.train import __main__ as program
+from moe_jax.cli import train as program
 
 
 def one_ulp(x: jax.Array, number: int) -> jax.Array:
@@ -52,5 +52,5 @@ def corrupts(step: int, number: int = -1):
 
 if __name__ == "__main__":
     program.start_lowering = corrupts(int(sys.argv.pop(1)))
-    sys.argv[0] = "moe_jax.train"
+    sys.argv[0] = "moe_jax train"
     program.cli()

@@ -34,7 +34,7 @@ def two_process_flags(workdir: Path, files: str) -> tuple[str, ...]:
 def digest(workdir: Path, env: dict[str, str]) -> str:
     """SHA-256 of the parameters of the last checkpoint."""
     done = subprocess.run(
-        [sys.executable, "-m", "moe_jax.checkpoint", f"--workdir={workdir}", "--verify"],
+        [sys.executable, "-m", "moe_jax", "checkpoint", f"--workdir={workdir}", "--verify"],
         env=env,
         capture_output=True,
         text=True,
@@ -52,7 +52,7 @@ def trainer(workdir: Path, variable: str) -> int:
         with contextlib.suppress(OSError):  # ended meanwhile
             words = (process / "cmdline").read_text().split("\0")
             variables = (process / "environ").read_text().split("\0")
-            trains = words[1:3] == ["-m", "moe_jax.train"] and f"--workdir={workdir}" in words
+            trains = words[1:3] == ["-m", "moe_jax", "train"] and f"--workdir={workdir}" in words
             if trains and variable in variables:
                 found.append(int(process.name))
     [pid] = found

@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
+from moe_jax.cli.parse import load_config
 from moe_jax.config import Config, from_config_dict
-from moe_jax.train.flags import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the", "model", "reads", "a", "small", "text", "and", "learns", "which", "word", "follows")
@@ -46,7 +46,7 @@ def write_corpus(folder: Path, documents: int = 64) -> str:
 
 
 def flags(workdir: Path, files: str, **overrides: object) -> list[str]:
-    """Arguments of moe_jax.train for a small run; `train__steps=3` overrides train.steps."""
+    """Arguments of `moe_jax train` for a small run; `train__steps=3` overrides train.steps."""
     values = SMALL | {"data.files": files} | _dotted(overrides)
     return [
         f"--config={ROOT / 'configs' / 'tiny.py'}",

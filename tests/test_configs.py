@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Config, default_config, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.train.resolve import resolve
+from moe_jax.run.resolve import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BYTES = 258

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_run import small_config
 
-from moe_jax import ledger
 from moe_jax.checkpoint import manifest
 from moe_jax.config import read_config, to_dict, to_json
 from moe_jax.data.build import build
@@ -25,12 +24,14 @@ from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import LONGEST, UserError
 from moe_jax.moe.types import Fates, Ledger
-from moe_jax.results.group import group
-from moe_jax.results.read import read_run, read_runs
-from moe_jax.results.table import groups_table, runs_table
-from moe_jax.train.report import has_last_eval, read_row, truncate
-from moe_jax.train.settings import SETTINGS, Settings, read_settings
-from moe_jax.train.setup import _check_same_text, settle
+from moe_jax.record.report import has_last_eval, read_row, truncate
+from moe_jax.record.settings import SETTINGS, Settings, read_settings
+from moe_jax.run.resume import check_same_text
+from moe_jax.run.setup import settle
+from moe_jax.tools import ledger
+from moe_jax.tools.results.group import group
+from moe_jax.tools.results.read import read_run, read_runs
+from moe_jax.tools.results.table import groups_table, runs_table
 
 SECONDS = 10  # for one file of a few KiB: longer is a hang
 COUNTS = pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.full)])
@@ -193,7 +194,7 @@ def test_the_record_of_the_data(tmp_path, count):
 
     def check(raw: bytes) -> None:
         path.write_bytes(raw)
-        refused_or_fine(lambda: _check_same_text(store, tmp_path), "data.json")
+        refused_or_fine(lambda: check_same_text(store, tmp_path), "data.json")
 
     fuzz(count, json_file({"fingerprint": store.fingerprint}), check)
 

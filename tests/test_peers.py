@@ -5,9 +5,9 @@ from small_run import ROOT
 
 from benchmarks.peers.compare import Result, plan, summary
 from benchmarks.peers.shape import peer_shape
+from moe_jax.cli.parse import load_config
 from moe_jax.config import Config, from_config_dict
 from moe_jax.errors import UserError
-from moe_jax.train.flags import load_config
 
 
 def config(name: str, **overrides: object) -> Config:

@@ -137,7 +137,7 @@ def commands(
     if given.gpus > 1:
         start += ["torch.distributed.run", f"--nproc_per_node={given.gpus}", "-m"]
     peer = [given.python_peer, *start, "benchmarks.peers.hf_step", *shared, f"--batch={batch}"]
-    ours = [given.python_ours, "-m", "moe_jax.bench", *shared]
+    ours = [given.python_ours, "-m", "moe_jax", "bench", *shared]
     return {
         "peer": [*peer, f"--python-ours={given.python_ours}", *["--no-compile"] * given.small],
         "ours": [

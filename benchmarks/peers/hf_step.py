@@ -155,7 +155,7 @@ def row(
     device: torch.device,
     ranks: int,
 ) -> dict[str, Any]:
-    """The line, with the names of `python -m moe_jax.bench`."""
+    """The line, with the names of `python -m moe_jax bench`."""
     cuda, seconds = device.type == "cuda", statistics.median(times)
     tokens = given.batch * shape["sequence_length"] * ranks
     return {

@@ -10,17 +10,19 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moe_jax.cli.commands import Command
+from moe_jax.cli.exit import run
+from moe_jax.cli.parse import parse
 from moe_jax.config import Config, from_config_dict
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.moe.layer import make_router
-from moe_jax.train import flags
+from moe_jax.moe.components import make_router
 
 
 def main(argv: Sequence[str]) -> int:
-    config = from_config_dict(flags.parse(argv, workdir=False).config)
+    config = from_config_dict(parse(argv, Command("", workdir=False)).config)
     print(json.dumps(peer_shape(config)))
     return 0
 
@@ -105,4 +107,4 @@ def _arguments(model: ModelConfig, length: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    run(main)

@@ -33,7 +33,7 @@ class Pair:
 
     Args:
       folder: of the run, the store and the logs.
-      arguments: of `python -m moe_jax.train`, beside the workdir and what makes two processes.
+      arguments: of `python -m moe_jax train`, beside the workdir and what makes two processes.
       eval_every: steps between two evaluations, which are seen by nothing else.
       env: of the processes.
     """
@@ -46,7 +46,7 @@ class Pair:
         self._store, self._checkpoints = folder / "stores", self.workdir / "checkpoints"
         folder.mkdir(parents=True)
         train = [
-            *(sys.executable, "-m", "moe_jax.train", *arguments, f"--workdir={self.workdir}"),
+            *(sys.executable, "-m", "moe_jax", "train", *arguments, f"--workdir={self.workdir}"),
             *(f"--coordinator=localhost:{_free_port()}", "--process_count=2"),
             "--devices=1",
         ]

@@ -4,7 +4,7 @@ Paper: Scaling Laws for Fine-Grained Mixture of Experts (arXiv 2402.07871): gran
   expert into G of 1/G of its width and asks for G times as many; parameters and FLOPs stay.
 Cost: 6 runs of 200 steps of 4,096 bytes, 3 to 8 minutes each on 2 CPU cores.
 Command: python -m launch.sweep --sweep=configs/sweeps/granularity.py --workdir=runs/granularity
-Plot: python -m moe_jax.results --workdir=runs/granularity --plot=granularity.png
+Plot: python -m moe_jax results --workdir=runs/granularity --plot=granularity.png
 
 SIZES are the experts at G = 1, where a token goes to two of them; only the router
 grows with G.  A routing group keeps its tokens an expert, as K and E grow alike.

@@ -3,7 +3,7 @@
 Paper: none; the first thing to know before two models are compared (each at its own best rate).
 Cost: 10 runs of 200 steps of 4,096 bytes, about 3 minutes each on 2 CPU cores.
 Command: python -m launch.sweep --sweep=configs/sweeps/learning_rate.py --workdir=runs/rate
-Plot: python -m moe_jax.results --workdir=runs/rate --plot=rate.png --x=optimizer.learning_rate
+Plot: python -m moe_jax results --workdir=runs/rate --plot=rate.png --x=optimizer.learning_rate
 """
 
 

@@ -103,7 +103,7 @@ def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout())
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)
     path = epath.Path(root) / fingerprint[:16]
     if read_manifest(path) is None:
-        raise UserError(f"There is no store {path}: build it with python -m moe_jax.data.")
+        raise UserError(f"There is no store {path}: build it with python -m moe_jax data.")
     return _opened(path, streams, fingerprint)
 
 

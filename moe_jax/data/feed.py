@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from moe_jax.data.pipeline import Batch
+from moe_jax.data.batch import Batch
 
 LEAVE = 5.0  # seconds to wait for a read that is under way when nobody wants it any more
 RowsFn = Callable[[int, np.ndarray], Batch]

@@ -18,27 +18,12 @@ import grain
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.data.batch import Batch
 from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
 from moe_jax.errors import UserError
 
 ENDLESS = 2**53  # rows: no run reads so many
 HELDOUT_SEED = 0  # every run evaluates on the same windows in the same order
-
-
-class Batch(NamedTuple):
-    """Some rows of a batch; NumPy arrays here, jax.Arrays of the global batch from a feed.
-
-    Where `loss_mask_BT` is False, target, source and bytes say nothing.
-    """
-
-    tokens_BT: Any  # int32
-    targets_BT: Any  # int32, the next token
-    segments_BT: Any  # int32, 1.. by document within the row; 0 is padding
-    positions_BT: Any  # int32, from the row's start, or the document's when confined
-    loss_mask_BT: Any  # bool, the target is a token (and, when confined, of the same document)
-    sources_BT: Any  # int32, source id of the target
-    bytes_BT: Any  # int32, UTF-8 bytes of the target; a document's sum is exact (eos counts 1)
-    row_B: Any  # int32, row of the global batch
 
 
 class Supply(NamedTuple):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.eval.heldout import never_dropping
-from moe_jax.model.stack import ModelDef, forward, head_weight
+from moe_jax.model.define import ModelDef
+from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEContext
 from moe_jax.parallel.rules import sharding
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.data.pipeline import Batch
+from moe_jax.data.batch import Batch
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.stack import ModelDef, define, forward, head_weight
+from moe_jax.model.define import ModelDef, define
+from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import token_nll
 

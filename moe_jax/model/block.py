@@ -25,11 +25,24 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=scoped(rngs, "attention"))
         self.ffn_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
-        self.ffn = (
-            MoE(config, dtype=dtype, rngs=ffn_rngs)
-            if config.is_moe(layer)
-            else DenseFFN(config, dtype=dtype, rngs=ffn_rngs)
-        )
+        if config.is_moe(layer):
+            self.ffn = MoE(
+                config.moe,
+                D,
+                activation=config.activation,
+                depth=config.num_layers,
+                dtype=dtype,
+                rngs=ffn_rngs,
+            )
+        else:
+            self.ffn = DenseFFN(
+                D,
+                config.ffn_width,
+                activation=config.activation,
+                depth=config.num_layers,
+                dtype=dtype,
+                rngs=ffn_rngs,
+            )
 
     def __call__(
         self,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.stack import define, is_axes
-from moe_jax.moe.layer import make_router
+from moe_jax.model.define import define, is_axes
+from moe_jax.moe.components import make_router
 
 
 class ParamCounts(NamedTuple):

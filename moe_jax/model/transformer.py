@@ -1,6 +1,6 @@
 """The decoder-only Transformer as one module: who owns which parameter.
 
-Training runs it through stack.py, which splits it once into pure trees.
+Training runs it through forward.py, on the pure trees into which define.py splits it once.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.block import Block
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.layer import refuse_lookahead
+from moe_jax.moe.components import refuse_lookahead
 from moe_jax.nn.norms import RMSNorm
 from moe_jax.nn.params import fan_in, param, param_dtype, scoped, truncated_normal
 

@@ -1,86 +1,50 @@
 """The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.errors import UserError
-from moe_jax.model.config import ModelConfig
 from moe_jax.moe.accounting import account
+from moe_jax.moe.components import make_dispatch, make_router
 from moe_jax.moe.config import MoEConfig
-from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.noise import EXPERT_DROPOUT, row_uniform
-from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.types import (
     Choice,
-    Dispatch,
     DispatchIn,
     ExpertChoice,
     MoEAux,
     MoEContext,
-    Router,
     RouterIn,
     TokenChoice,
 )
 from moe_jax.nn.ffn import DenseFFN
 from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in, scoped, truncated_normal
 from moe_jax.ops.expert_activation import ACTIVATE
-from moe_jax.registry import build
-
-
-def make_router(config: MoEConfig) -> Router:
-    """The configured router; raises UserError for an unknown name or knob."""
-    return build(ROUTERS, config.router, config, "model.moe.router")
-
-
-def make_dispatch(config: MoEConfig) -> Dispatch:
-    """The configured dispatch path; raises UserError for an unknown name or knob."""
-    return build(DISPATCH, config.dispatch, config, "model.moe.dispatch")
-
-
-def first_router_state(config: MoEConfig, layers: int, dtype: Any) -> dict[str, jax.Array]:
-    """What the routers of `layers` MoE layers carry before the first step: [layers, ...]."""
-    return {
-        name: jnp.full((layers, *spec.shape), spec.initial, dtype)
-        for name, spec in make_router(config).state_specs(config.num_experts).items()
-    }
-
-
-def refuse_lookahead(config: MoEConfig) -> None:
-    """Raises UserError for routing in which later tokens decide about earlier ones.
-
-    A layer alone accepts it; a next-token model would learn to read the future from it.
-    """
-    if not make_router(config).causal:
-        raise UserError(
-            f"model.moe.router {config.router} lets later tokens decide about the experts of "
-            f"earlier ones, so a next-token model would see the future: use a router whose tokens "
-            f"choose for themselves, such as top_k."
-        )
-    if config.priority == "batch":
-        raise UserError(
-            "model.moe.priority batch lets later tokens take the slots of earlier ones, so a "
-            "next-token model would see the future: use priority token."
-        )
 
 
 class MoE(nnx.Module):
     """E routed experts, and optionally always-on shared ones, in place of a dense FFN."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
-        moe, D = config.moe, config.width
-        E, F, own = moe.num_experts, moe.expert_width, param_dtype(dtype)
-        U = ACTIVATE[config.activation][0]
-        self.router = make_router(moe)
-        self.dispatch = make_dispatch(moe)
-        self.activation, self.matmul = config.activation, moe.matmul
-        self.expert_dropout = moe.expert_dropout
-        self.freeze_router = moe.freeze_router
+    def __init__(
+        self,
+        config: MoEConfig,
+        width: int,
+        *,
+        activation: str = "swiglu",
+        depth: int = 1,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        D, E, F, own = width, config.num_experts, config.expert_width, param_dtype(dtype)
+        U = ACTIVATE[activation][0]
+        self.router = make_router(config)
+        self.dispatch = make_dispatch(config)
+        self.activation, self.matmul = activation, config.matmul
+        self.expert_dropout = config.expert_dropout
+        self.freeze_router = config.freeze_router
         self.router_names = []
         for name, spec in self.router.param_specs(D, E).items():
             init = truncated_normal(spec.std)
@@ -90,13 +54,19 @@ class MoE(nnx.Module):
         # Fan-in is one expert's: the stack of E is not an input dimension.
         into = ("experts", "expert_embed", None, "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
-        out_init = residual_fan_in(F, config.num_layers)
+        out_init = residual_fan_in(F, depth)
         self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own, narrow=True)
         self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own, narrow=True)
-        wide = dataclasses.replace(config, ffn_width=moe.shared_experts * F or F)
-        self.shared = (
-            DenseFFN(wide, dtype=dtype, rngs=scoped(rngs, "shared")) if moe.shared_experts else None
-        )
+        self.shared = None
+        if config.shared_experts:
+            self.shared = DenseFFN(
+                width,
+                config.shared_experts * F,
+                activation=activation,
+                depth=depth,
+                dtype=dtype,
+                rngs=scoped(rngs, "shared"),
+            )
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: MoEContext

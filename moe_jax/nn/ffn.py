@@ -1,29 +1,37 @@
 """Dense feed-forward network."""
 
-from typing import Any
-
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.model.config import ModelConfig
 from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in
 from moe_jax.nn.remat import FFN_HIDDEN
 from moe_jax.ops.linear import linear
 
 
 class DenseFFN(nnx.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202) or GELU without a gate; F = ffn_width."""
+    """SwiGLU (https://arxiv.org/abs/2002.05202) or GELU without a gate; F = hidden."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
-        D, F, own = config.width, config.ffn_width, param_dtype(dtype)
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str,
+        depth: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """`depth`: layers of the model, for the initial values of the output projection."""
+        D, F, own = width, hidden, param_dtype(dtype)
         into, out = ("embed", "mlp"), ("mlp", "embed")
-        out_init = residual_fan_in(F, config.num_layers)
+        out_init = residual_fan_in(F, depth)
         self.w_in_DF = param(rngs, "w_in", (D, F), into, fan_in(D), own, narrow=True)
         self.w_gate_DF = (
             param(rngs, "w_gate", (D, F), into, fan_in(D), own, narrow=True)
-            if config.activation == "swiglu"
+            if activation == "swiglu"
             else None
         )
         self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own, narrow=True)

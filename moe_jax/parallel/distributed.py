@@ -15,6 +15,7 @@ DONE = 0  # exit code: finished, or stopped by a person's STOP file
 FIX = 1  # something a person must fix
 DIVERGED = 3  # the loss is gone; running again would lose it again
 AGAIN = 42  # run the same command again: preempted, the watchdog fired, or a peer is gone
+INTERRUPTED = 130  # Ctrl-C, as shells have it
 # What gloo's collectives, NCCL's and JAX's coordination service say of a process that is gone.
 _LOST = (
     *("Gloo", "Connection closed by peer", "Connection reset by peer"),
@@ -122,6 +123,13 @@ def lost_peer(error: BaseException) -> bool:
         chain = chain.__cause__
     said = any(word in text for text in texts for word in _LOST)
     return said and jax.distributed.is_initialized()
+
+
+def exit_code(error: BaseException) -> int:
+    """The code with which a command ends the process after `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return AGAIN if not isinstance(error, UserError) and lost_peer(error) else FIX
 
 
 def lead() -> bool:

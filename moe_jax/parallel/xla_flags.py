@@ -38,3 +38,11 @@ def kernels_are_deterministic() -> bool:
     names = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
     given = os.environ.get("XLA_FLAGS", "").lower()
     return any(f"--{name}={value}" in given for name in names for value in ("true", "1"))
+
+
+def use_virtual_devices(count: int) -> None:
+    """The CPU, as `count` devices; call it before anything touches a device."""
+    import jax  # here: the command line is read before JAX is imported
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)

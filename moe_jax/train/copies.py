@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.model.stack import ModelDef
+from moe_jax.model.define import ModelDef
 from moe_jax.nn.params import param_dtype
 
 Copies = dict[str, jax.Array]  # path of a parameter -> it in the computation's dtype

@@ -1,14 +1,17 @@
 """The training loss of one microbatch, as sums to be divided by the whole batch's counts."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.model.stack import ModelDef, Params, forward, head_weight
+from moe_jax.data.batch import Batch
+from moe_jax.model.define import ModelDef, Params
+from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 
@@ -41,8 +44,8 @@ class LossValues:
 jax.tree_util.register_dataclass(LossValues)
 
 
-def count(batch: Any, dtype: Any) -> Counts:
-    """Counts of a data.pipeline.Batch of any leading shape."""
+def count(batch: Batch, dtype: DTypeLike) -> Counts:
+    """Counts of a batch of any leading shape."""
     return Counts(
         batch.loss_mask_BT.sum(dtype=jnp.int32).astype(dtype),
         (batch.segments_BT > 0).sum(dtype=jnp.int32).astype(dtype),
@@ -50,9 +53,9 @@ def count(batch: Any, dtype: Any) -> Counts:
 
 
 def loss_sums(
-    model: ModelDef, params: Params, batch: Any, context: MoEContext, mesh: Mesh
+    model: ModelDef, params: Params, batch: Batch, context: MoEContext, mesh: Mesh
 ) -> LossSums:
-    """Forward pass of one microbatch (a data.pipeline.Batch with axes B, T)."""
+    """Forward pass of one microbatch (a batch with axes B, T)."""
     x_BTD, moe = forward(
         model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
     )

@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checkpoint import disk_needed
-from moe_jax.config import Config
+from moe_jax.model.define import ModelDef, is_axes
+from moe_jax.model.initialize import init_on
 from moe_jax.model.layout import Layout, to_layers, to_stacked
-from moe_jax.model.stack import ModelDef, init_on, is_axes
-from moe_jax.moe.layer import first_router_state
+from moe_jax.moe.components import first_router_state
 from moe_jax.nn.params import param_dtype
 from moe_jax.parallel.rules import param_sharding
 from moe_jax.train.copies import make_copies, of_copied
@@ -37,13 +37,6 @@ class TrainState:
 
 
 jax.tree_util.register_dataclass(TrainState)
-
-
-def make_optimizer(config: Config) -> Optimizer:
-    """The optimizer of a config, which leaves a frozen router's parameters alone."""
-    moe = config.model.moe
-    frozen = ("router_",) if moe.freeze_router and not config.model.dense else ()
-    return Optimizer(config.optimizer, config.train.steps, frozen)
 
 
 def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array) -> TrainState:

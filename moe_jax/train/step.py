@@ -11,10 +11,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import Config
-from moe_jax.data.pipeline import Batch
-from moe_jax.model.stack import ModelDef
-from moe_jax.moe.layer import make_router
+from moe_jax.data.batch import Batch
+from moe_jax.model.define import ModelDef
+from moe_jax.moe.components import make_router
 from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies
@@ -51,18 +50,6 @@ class StepOptions:
     spike_factor: float  # 0: finite steps are never refused
     num_sources: int  # of the data, for the ledger
     debug: bool  # assert conservation inside the step
-
-    @classmethod
-    def of(cls, config: Config, num_sources: int = 1) -> "StepOptions":
-        """What the train step takes from a resolved config."""
-        return cls(
-            seed=config.seed,
-            group_rows=config.model.moe.group_rows,
-            clip_norm=config.optimizer.clip_norm,
-            spike_factor=config.train.spike_factor,
-            num_sources=num_sources,
-            debug=config.train.debug,
-        )
 
 
 def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
@@ -194,11 +181,9 @@ def jit_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))
 
 
-def abstract_batch(config: Config, mesh: Any) -> Batch:
-    """The batch of one step as a feed hands it over."""
-    parts = config.train.accumulation
-    rows = (parts, config.train.batch_size // parts)
-    shape = (*rows, config.data.sequence_length)
+def abstract_batch(microbatch: tuple[int, int, int], mesh: Any) -> Batch:
+    """The batch of one step as a feed hands it over; `microbatch` is (accumulation, rows, T)."""
+    shape, rows = microbatch, microbatch[:2]
     tokens = sharding(mesh, (None, "batch", None))
     whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=tokens)

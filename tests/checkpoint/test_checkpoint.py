@@ -19,7 +19,7 @@ from checkpoint_trees import (
 )
 
 from moe_jax.checkpoint import Checkpoints, array_digest, check_disk, disk_needed, named_leaves
-from moe_jax.checkpoint.__main__ import main
+from moe_jax.cli.checkpoint import main
 from moe_jax.errors import UserError
 
 

@@ -16,7 +16,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.dispatch.dense import Dense
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.plan.lowering import lower, make_plan
+from moe_jax.tools.plan.lowering import lower, make_plan
 
 
 class AllAtOnce(Dense):

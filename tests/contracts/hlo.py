@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.parallel.hlo import replica_groups
+from moe_jax.tools.hlo import replica_groups
 
 
 class Collective(NamedTuple):

@@ -10,7 +10,9 @@ from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.stack import define, forward, init
+from moe_jax.model.define import define
+from moe_jax.model.forward import forward
+from moe_jax.model.initialize import init
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.layer import MoE
@@ -56,7 +58,14 @@ def context(mesh) -> MoEContext:
 
 def one_layer(config: ModelConfig, mesh):
     """(inputs [seed] -> x_BTD, x_BTD -> (y_BTD, aux))."""
-    layer = MoE(config, dtype=jnp.float32, rngs=nnx.Rngs(params=0))
+    layer = MoE(
+        config.moe,
+        config.width,
+        activation=config.activation,
+        depth=config.num_layers,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(params=0),
+    )
     graph, state = nnx.split(layer)
     kernel = np.random.default_rng(0).normal(size=(D, E)).astype(np.float32)
     state["router_kernel"].set_value(jnp.asarray(kernel))

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.doctor.conformance import cases, run
-from moe_jax.doctor.conformance.cells import Cell, all_cells, pairwise
-from moe_jax.doctor.conformance.compare import Error
-from moe_jax.doctor.conformance.oracle import expected, route
-from moe_jax.doctor.conformance.reference import REFERENCE
 from moe_jax.errors import UserError
 from moe_jax.moe.routers import ROUTERS
+from moe_jax.tools.doctor.conformance import cases, run
+from moe_jax.tools.doctor.conformance.cells import Cell, all_cells, pairwise
+from moe_jax.tools.doctor.conformance.compare import Error
+from moe_jax.tools.doctor.conformance.oracle import expected, route
+from moe_jax.tools.doctor.conformance.reference import REFERENCE
 
 CELLS = all_cells()
 CHOSEN = pairwise(CELLS)

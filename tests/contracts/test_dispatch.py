@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.doctor.conformance import cases
-from moe_jax.doctor.conformance.cases import E
-from moe_jax.doctor.conformance.compare import TOLERANCES, worst
-from moe_jax.doctor.conformance.oracle import expected
-from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.moe.config import PRIORITIES
 from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.tools.doctor.conformance import cases
+from moe_jax.tools.doctor.conformance.cases import E
+from moe_jax.tools.doctor.conformance.compare import TOLERANCES, worst
+from moe_jax.tools.doctor.conformance.oracle import expected
+from moe_jax.tools.doctor.conformance.subject import compiled
 
 BOUNDED = [name for name, path in DISPATCH.items() if path().capacity(8, 1, 2, True) is not None]
 

@@ -11,10 +11,6 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import PRECISIONS, default_config, from_config_dict
-from moe_jax.doctor.conformance import cases
-from moe_jax.doctor.conformance.compare import errors
-from moe_jax.doctor.conformance.oracle import Outcome, expected, route
-from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.config import BALANCE_SCOPES, PRIORITIES, MoEConfig
@@ -22,7 +18,11 @@ from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.train.resolve import resolve
+from moe_jax.run.resolve import resolve
+from moe_jax.tools.doctor.conformance import cases
+from moe_jax.tools.doctor.conformance.compare import errors
+from moe_jax.tools.doctor.conformance.oracle import Outcome, expected, route
+from moe_jax.tools.doctor.conformance.subject import compiled
 
 # Parts of few draws each: after some draws hypothesis rather varies those it has.
 DRAWS = 9  # the first of each part is the smallest there is, the same in all

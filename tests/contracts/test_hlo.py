@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.doctor.conformance import cases
-from moe_jax.doctor.conformance.cases import MESHES, E
-from moe_jax.doctor.conformance.subject import arguments, forward_backward, mesh_of
 from moe_jax.moe.dispatch.capacity import Capacity
 from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.types import DispatchIn, TokenChoice
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
+from moe_jax.tools.doctor.conformance import cases
+from moe_jax.tools.doctor.conformance.cases import MESHES, E
+from moe_jax.tools.doctor.conformance.subject import arguments, forward_backward, mesh_of
 
 FOURFOLD = {"fsdp2_expert2_tensor2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2)}
 SIZES = MESHES | FOURFOLD

@@ -17,10 +17,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.doctor.conformance import cases
-from moe_jax.doctor.conformance.compare import TOLERANCES, errors
-from moe_jax.doctor.conformance.oracle import expected
-from moe_jax.doctor.conformance.subject import compiled
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.dispatch import bounded as slots
 from moe_jax.moe.dispatch import capacity, einsum, packed, region
@@ -30,6 +26,10 @@ from moe_jax.moe.routers.sigmoid_bias import SigmoidBias
 from moe_jax.moe.types import ExpertChoice, Mean
 from moe_jax.parallel import collectives
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.tools.doctor.conformance import cases
+from moe_jax.tools.doctor.conformance.compare import TOLERANCES, errors
+from moe_jax.tools.doctor.conformance.oracle import expected
+from moe_jax.tools.doctor.conformance.subject import compiled
 
 ALONE = MeshConfig(data=1)
 EXPERTS_APART = MeshConfig(data=1, expert=2)
@@ -358,9 +358,7 @@ def stds_of_experts() -> np.ndarray:
     """Of each expert's w_in at init, as multiples of 1 / sqrt(fan-in)."""
     plain = cases.layer("top_k", "dense", "one_device", "float32", remat=False).model
     moe = dataclasses.replace(plain.moe, num_experts=64)
-    layer = moe_layer.MoE(
-        dataclasses.replace(plain, moe=moe), dtype=jnp.float32, rngs=nnx.Rngs(params=0)
-    )
+    layer = moe_layer.MoE(moe, plain.width, dtype=jnp.float32, rngs=nnx.Rngs(params=0))
     return np.asarray(layer.w_in_EDUF[...]).std((1, 2, 3)) * np.sqrt(plain.width)
 
 

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.data import feed as feed_module
+from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed, _Assembler
-from moe_jax.data.pipeline import Batch, Batches
+from moe_jax.data.pipeline import Batches
 
 SHAPE = (2, 8, 12)
 

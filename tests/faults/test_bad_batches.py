@@ -14,12 +14,12 @@ import pytest
 from bad_batches import patches
 from small_run import ROOT, flags, train_rows, write_corpus
 
-from moe_jax import replay
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli.train import main
 from moe_jax.parallel.distributed import DIVERGED, DONE
-from moe_jax.train.__main__ import main
-from moe_jax.train.rewind import Rewind, read_rewinds
-from moe_jax.train.settings import read_settings
+from moe_jax.record.rewind import Rewind, read_rewinds
+from moe_jax.record.settings import read_settings
+from moe_jax.tools import replay
 
 pytestmark = pytest.mark.full
 

@@ -12,9 +12,9 @@ from checkpoint_trees import files_of, flip_bit
 from small_run import flags
 from trainer import OVERRIDES, Trainer, assert_same_end, checkpoints
 
+from moe_jax.cli import train as trainer
 from moe_jax.parallel.distributed import DONE, FIX
-from moe_jax.train import __main__ as trainer
-from moe_jax.train.setup import prepare
+from moe_jax.run.setup import prepare
 
 STEPS = 6
 RUN = OVERRIDES | {"train.steps": STEPS}

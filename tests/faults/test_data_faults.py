@@ -12,6 +12,7 @@ from garbage import corpus_with_a_bad_record
 from jax.sharding import SingleDeviceSharding
 from small_run import flags, small_config, write_corpus
 
+from moe_jax.cli.train import main
 from moe_jax.config import to_json
 from moe_jax.data.build import Layout, build
 from moe_jax.data.config import DataConfig
@@ -20,9 +21,8 @@ from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import array_digests, key_value_store, open_store, sealed
 from moe_jax.data.tokenizers import train_bpe
 from moe_jax.errors import UserError
-from moe_jax.train.__main__ import main
-from moe_jax.train.record import write_run_record
-from moe_jax.train.setup import prepare
+from moe_jax.record.provenance import write_run_record
+from moe_jax.run.setup import prepare
 
 LAYOUT = Layout(64, 512)
 T = 12

@@ -21,7 +21,8 @@ TOLD = """
 import hashlib, json, os, signal, sys
 import numpy as np
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.train.__main__ import cli
+from moe_jax.cli.exit import run
+from moe_jax.cli.train import main
 
 given = DeviceFeed.__next__
 
@@ -35,8 +36,8 @@ def told(self):
     return step, batch
 
 DeviceFeed.__next__ = told
-sys.argv[0] = "moe_jax.train"
-cli()
+sys.argv[0] = "moe_jax train"
+run(main)
 """
 
 
@@ -118,8 +119,9 @@ def test_two_epochs_with_three_kills_lose_and_double_no_example(tmp_path, cli_en
 ROTS = """
 import os, pathlib, sys
 import moe_jax.data.store
-from moe_jax.train.control import Control
-from moe_jax.train.__main__ import cli
+from moe_jax.run.control import Control
+from moe_jax.cli.exit import run
+from moe_jax.cli.train import main
 
 moe_jax.data.store.CACHE_BYTES = 0
 after = Control.after
@@ -137,8 +139,8 @@ def rot(self, done, preemption):
     return after(self, done, preemption)
 
 Control.after = rot
-sys.argv[0] = "moe_jax.train"
-cli()
+sys.argv[0] = "moe_jax train"
+run(main)
 """
 
 
@@ -195,7 +197,7 @@ def test_bad_data_ends_the_command_with_one_line(tmp_path, run_cli):
         (f"{tmp_path}/none-*.txt", "text", "no file matches"),
         (f"{tmp_path}/*.txt", "text", "empty.txt is empty"),
     ):
-        done = run_cli(["moe_jax.train", *flags(tmp_path / "run", files, data__source=kind)])
+        done = run_cli(["moe_jax", "train", *flags(tmp_path / "run", files, data__source=kind)])
         assert done.code == 1 and done.err.startswith("Error: "), done.err
         assert done.err.count("\n") == 1 and pattern in done.err
         assert not (tmp_path / "run").exists()

@@ -17,12 +17,13 @@ from small_run import eval_rows, flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import named_leaves
+from moe_jax.cli import train as trainer
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
-from moe_jax.train import __main__ as trainer
-from moe_jax.train import loop
-from moe_jax.train.setup import first_state, prepare
+from moe_jax.run import loop
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
 STEPS, FIRST = 14, 4
@@ -44,7 +45,7 @@ EXACT = (
     *("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens", "unaccounted"),
 )
 ROUNDED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
-CLOSE = 1e-10  # as tests/train/test_mesh_invariance.py allows 20 steps
+CLOSE = 1e-10  # as tests/run/test_mesh_invariance.py allows 20 steps
 
 
 @pytest.fixture(autouse=True)

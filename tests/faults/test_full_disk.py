@@ -84,7 +84,7 @@ def test_a_run_goes_on_once_there_is_room(disk, tmp_path, corpus, trainers):
     straight = tmp_path / "straight"
     assert trainers(flags(straight, corpus, **OVERRIDES)).finish() == DONE
     folder, here = disk.folder / "run" / "checkpoints", disk.here / "run" / "checkpoints"
-    python = [sys.executable, "-m", "moe_jax.train"]
+    python = [sys.executable, "-m", "moe_jax", "train"]
     program = [*disk.prefix, sys.executable, "-c", MODES_COUNT, *python]
     command = flags(disk.folder / "run", corpus, **OVERRIDES)
 

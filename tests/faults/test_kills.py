@@ -24,9 +24,10 @@ PHASES = {
 NOTES = """
 import hashlib, sys
 from moe_jax.data.pipeline import Batches
-from moe_jax.train.__main__ import cli
+from moe_jax.cli.exit import run
+from moe_jax.cli.train import main
 
-note, sys.argv = sys.argv[1], ["moe_jax.train", *sys.argv[2:]]
+note, sys.argv = sys.argv[1], ["moe_jax", "train", *sys.argv[2:]]
 rows = Batches.rows
 
 def noted(self, step, row_ids):
@@ -36,7 +37,7 @@ def noted(self, step, row_ids):
     return batch
 
 Batches.rows = noted
-cli()
+run(main)
 """
 
 

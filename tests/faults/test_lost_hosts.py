@@ -24,7 +24,7 @@ MEETS = f"""
 import os, signal, sys
 from jax.experimental import multihost_utils
 from moe_jax.parallel import distributed
-from moe_jax.train import flags
+from moe_jax.cli.exit import run
 
 def main(argv):
     distributed.start(argv[1], 2, int(argv[2]), heartbeat={HEARTBEAT})
@@ -36,7 +36,7 @@ def main(argv):
         os.kill(os.getpid(), signal.SIGSTOP)
     multihost_utils.sync_global_devices("never")
 
-flags.run(main)
+run(main)
 """
 # The same, with a host that is killed once Python has run all that was to be done at its exit.
 ENDS = """
@@ -48,8 +48,9 @@ if sys.argv[2] == "1":
 RAISES = """
 import sys, threading
 from moe_jax.checkpoint import manifest
-from moe_jax.train.__main__ import cli
-from moe_jax.train.control import Control
+from moe_jax.cli.exit import run
+from moe_jax.cli.train import main
+from moe_jax.run.control import Control
 
 after, write = Control.after, manifest.write
 
@@ -63,8 +64,8 @@ def raise_after(self, done, preemption):
     return after(self, done, preemption)
 
 Control.after, manifest.write = raise_after, write_slowly
-sys.argv[0] = "moe_jax.train"
-cli()
+sys.argv[0] = "moe_jax train"
+run(main)
 """
 
 
@@ -128,7 +129,7 @@ def test_supervisors_bring_a_run_to_its_end(tmp_path, corpus, trainers, straight
 
     python = [sys.executable, "-m"]
     program = [*python, "launch.supervise", "--wait=1", "--max_wait=5", "--"]
-    program += [*python, "moe_jax.train"]
+    program += [*python, "moe_jax", "train"]
     command = flags(tmp_path / "run", corpus, **RUN)
     pair = [trainers([*command, *own], program=program) for own in peers(2, 1)]
     pair[0].wait_for("^step 5/")

@@ -43,7 +43,7 @@ def run_until(command: list[str], env: dict[str, str], text: str) -> None:
 @pytest.mark.full
 def test_killed_twice_and_finished(tmp_path, cli_env, run_cli):
     workdir = tmp_path / "run"
-    command = ["moe_jax.train", *flags(workdir, write_corpus(tmp_path / "text"), **OVERRIDES)]
+    command = ["moe_jax", "train", *flags(workdir, write_corpus(tmp_path / "text"), **OVERRIDES)]
     began = time.time()
     run_until(command, cli_env, f"step {2 * EVERY + 30}/")  # at least one save is done by then
     first = Checkpoints(workdir / "checkpoints").steps()[-1]
@@ -52,11 +52,11 @@ def test_killed_twice_and_finished(tmp_path, cli_env, run_cli):
     assert done.code == 0, done.err
     wall = time.time() - began
 
-    shown = run_cli(["moe_jax.goodput", f"--workdir={workdir}"])
+    shown = run_cli(["moe_jax", "goodput", f"--workdir={workdir}"])
     assert shown.code == 0, shown.err
     assert "| 100.0 |" in shown.out and shown.out.count("| killed ") == 2
 
-    told = json.loads(run_cli(["moe_jax.goodput", f"--workdir={workdir}", "--json"]).out)
+    told = json.loads(run_cli(["moe_jax", "goodput", f"--workdir={workdir}", "--json"]).out)
     killed, early, last = told["attempts"]
     assert [each["exit_code"] for each in told["attempts"]] == [None, None, 0]
     assert (killed["resumed_from"], last["resumed_from"], last["reached"]) == (0, first, STEPS)

@@ -10,7 +10,9 @@ from trainer import OVERRIDES, checkpoints, peers
 
 from moe_jax.checkpoint.tree import array_digest, named_leaves
 from moe_jax.parallel.distributed import DONE
-from moe_jax.train.setup import Run, first_state, prepare
+from moe_jax.run.context import Run
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
 STEPS = 4

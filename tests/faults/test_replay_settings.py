@@ -37,7 +37,7 @@ def run(tmp_path_factory, corpus, cli_env):
 @pytest.fixture
 def replayed(run_cli, run):
     def again(step: int, *more: str, workdir=run):
-        return run_cli(["moe_jax.replay", f"--workdir={workdir}", f"--step={step}", *more])
+        return run_cli(["moe_jax", "replay", f"--workdir={workdir}", f"--step={step}", *more])
 
     return again
 
@@ -78,7 +78,7 @@ def test_steps_of_two_processes(replayed, run, corpus, pair, tmp_path):
 
     command = [f"--workdir={workdir}", "--step=14", "--from_beginning"]
     ended = [
-        (one, *one.communicate(timeout=ENDS)) for one in pair(command, ("-m", "moe_jax.replay"))
+        (one, *one.communicate(timeout=ENDS)) for one in pair(command, ("-m", "moe_jax", "replay"))
     ]
     assert [one.returncode for one, _, _ in ended] == [DONE] * 2, ended
     assert "Step 14 is bit for bit what metrics.jsonl has." in ended[0][1]

@@ -14,8 +14,8 @@ from benchmarks.soak import pair
 from benchmarks.soak.__main__ import plan, soak
 from benchmarks.soak.compare import differences
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.train.report import eval_line, train_line
-from moe_jax.train.resolve import describe
+from moe_jax.record.report import eval_line, train_line
+from moe_jax.run.resolve import describe
 
 
 def test_three_kills(tmp_path, monkeypatch, cli_env):

@@ -62,10 +62,11 @@ Stream.documents = slowly
 """
 CLI = """
 import sys
-from moe_jax.train.__main__ import cli
+from moe_jax.cli.exit import run
+from moe_jax.cli.train import main
 
-sys.argv[0] = "moe_jax.train"
-cli()
+sys.argv[0] = "moe_jax train"
+run(main)
 """
 
 

@@ -8,7 +8,7 @@ from small_run import ROOT, SMALL
 from trainer import OVERRIDES
 
 from launch.runs import expand
-from moe_jax.train.lock import alone_in
+from moe_jax.record.lock import alone_in
 
 RUN = SMALL | OVERRIDES | {"train.steps": 2}
 

@@ -8,11 +8,11 @@ from bad_batches import patches
 from small_run import eval_rows, flags, train_rows
 from trainer import OVERRIDES, checkpoints
 
+from moe_jax.cli.check import check
+from moe_jax.cli.train import main
 from moe_jax.data.store import open_store
 from moe_jax.parallel.distributed import DONE
 from moe_jax.train import guard
-from moe_jax.train.__main__ import main
-from moe_jax.train.check import check
 
 MANY = 10_000
 # Nothing is due at the end of the text but for its being the end.

@@ -40,7 +40,7 @@ class Trainer:
         self,
         arguments: Sequence[str],
         env: dict[str, str],
-        program: Sequence[str] = (sys.executable, "-m", "moe_jax.train"),
+        program: Sequence[str] = (sys.executable, "-m", "moe_jax", "train"),
         cwd: Path | None = None,
     ):
         self.lines: list[str] = []

@@ -11,15 +11,15 @@ from small_run import flags, write_corpus
 
 from launch.shell import LaunchError
 from launch.sweep import _write_record
+from moe_jax.cli.train import main
 from moe_jax.data.build import Layout, build
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
 from moe_jax.files.workdir import locate
-from moe_jax.results.read import read_runs
-from moe_jax.train.__main__ import main
-from moe_jax.train.report import Reporter
-from moe_jax.train.timekeeper import Timekeeper
+from moe_jax.record.report import Reporter
+from moe_jax.tools.results.read import read_runs
+from moe_jax.watch.timekeeper import Timekeeper
 
 
 @pytest.fixture

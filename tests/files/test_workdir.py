@@ -13,10 +13,10 @@ from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import Mirror, is_remote, locate
 from moe_jax.parallel.distributed import Preemption
-from moe_jax.train.control import STOP_FILE, Control, Stop
-from moe_jax.train.record import write_run_record
-from moe_jax.train.report import Reporter, has_last_eval
-from moe_jax.train.timekeeper import GOODPUT, Timekeeper
+from moe_jax.record.provenance import write_run_record
+from moe_jax.record.report import Reporter, has_last_eval
+from moe_jax.run.control import STOP_FILE, Control, Stop
+from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
 
 class Buckets(MemoryFileSystem):

@@ -137,7 +137,7 @@ def expanded(text, environment):
 def test_arguments_arrive_as_they_were_given():
     [container] = pod_of(manifest(Job("one", AWKWARD), GPU))["containers"]
     arrived = [expanded(argument, {"HOME": "/root"}) for argument in container["command"]]
-    assert arrived == ["python", "-m", "moe_jax.train", *AWKWARD]
+    assert arrived == ["python", "-m", "moe_jax", "train", *AWKWARD]
 
 
 @pytest.mark.parametrize(

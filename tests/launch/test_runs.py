@@ -8,10 +8,10 @@ import pytest
 from launch.job import Job
 from launch.runs import expand, job, run_name
 from launch.shell import LaunchError
+from moe_jax.cli.check import check
+from moe_jax.cli.parse import load_config
 from moe_jax.config import from_config_dict
 from moe_jax.model.flops import flops_per_token
-from moe_jax.train.check import check
-from moe_jax.train.flags import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs/sweeps").glob("*.py"))

@@ -39,7 +39,7 @@ def test_a_node_knows_who_it_is(tmp_path):
     done = subprocess.run(["bash", "-c", TASK["run"]], env=env, capture_output=True, check=True)
     arguments, variables = json.loads(done.stdout)
     assert arguments == [
-        *("-m", "moe_jax.train", "--config=configs/tiny.py", "--workdir=gs://b/two words"),
+        *("-m", "moe_jax", "train", "--config=configs/tiny.py", "--workdir=gs://b/two words"),
         *("--config.train.steps=3", "--devices=2"),
     ]
     assert variables == {

@@ -16,7 +16,7 @@ from launch.job import Job
 from launch.shell import LaunchError, Shell
 from launch.slurm import SlurmOptions, main, script, submit
 
-SUPERVISED = ["-m", "launch.supervise", "--max_stuck=7", "--", "trainer", "-m", "moe_jax.train"]
+SUPERVISED = ["-m", "launch.supervise", "--max_stuck=7", "--", "trainer", "-m", "moe_jax", "train"]
 AWKWARD = ("--a=two words", "--b='\"$HOME`id`", "--c=line\nbreak", "--d=")
 
 

@@ -17,7 +17,7 @@ from launch import local, sweep
 from launch.job import Job
 from launch.runs import expand, job
 from launch.shell import LaunchError, option
-from moe_jax.train.lock import alone_in
+from moe_jax.record.lock import alone_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs/sweeps").glob("*.py"))

@@ -121,7 +121,7 @@ def test_arguments_arrive_as_they_were_given(tmp_path):
         subprocess.run(["flock", lock, "true"], check=True)
         supervised = ["-m", "launch.supervise", "--max_stuck=5", "--", str(program)]
         given = seen.read_text().split("\0")[:-1]
-        assert given == [*supervised, "-m", "moe_jax.train", *AWKWARD]
+        assert given == [*supervised, "-m", "moe_jax", "train", *AWKWARD]
         assert (tmp_path / "home of host" / "exit_code").read_text() == "3\n"
         seen.unlink()
 
@@ -216,7 +216,7 @@ def test_a_run_on_a_vm_that_is_there(tmp_path, cloud):
     for home in (cloud / "one" / "hosts").iterdir():
         subprocess.run(["flock", str(home / "lock"), "true"], check=True)
     seen = (tmp_path / "seen").read_text().splitlines()
-    command = f"-m launch.supervise --max_stuck=3 -- {program} -m moe_jax.train --workdir=gs://b/c"
+    command = f"-m launch.supervise --max_stuck=3 -- {program} -m moe_jax train --workdir=gs://b/c"
     assert seen == [command, command]
 
 

@@ -59,8 +59,7 @@ def test_rope_angles_are_float32_for_bfloat16():
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_dense_ffn(x64, activation):
-    config = ModelConfig(width=24, ffn_width=10, activation=activation)
-    ffn = DenseFFN(config, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    ffn = DenseFFN(24, 10, activation=activation, depth=4, dtype=jnp.float64, rngs=nnx.Rngs(0))
     x = normal((2, 3, 24))
     up = np.asarray(x) @ np.asarray(ffn.w_in_DF[...])
     if ffn.w_gate_DF is None:

@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.define import define, is_axes
+from moe_jax.model.forward import forward, head_weight
+from moe_jax.model.initialize import init, init_on
 from moe_jax.model.layout import Layout, make_layout, to_layers, to_stacked
-from moe_jax.model.stack import define, forward, head_weight, init, init_on, is_axes
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.types import MoEContext
 from moe_jax.nn.remat import REMAT

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli.exit import run
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
-from moe_jax.train import flags
 
 SLURM = {
     "SLURM_NTASKS": "4",
@@ -154,7 +154,6 @@ import signal, threading
 import jax
 import jax.numpy as jnp
 from moe_jax.parallel import distributed
-from moe_jax.train import flags
 
 def slow(x):
     for _ in range(300):
@@ -186,9 +185,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
-from moe_jax.train import flags
+from moe_jax.cli.commands import PROCESS_FLAGS, Command
+from moe_jax.cli.parse import parse
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-given = flags.parse(sys.argv, extra=flags.PROCESS_FLAGS, config=False).flags
+given = parse(sys.argv, Command("", PROCESS_FLAGS, config=False)).flags
 distributed.start(given.coordinator, given.process_count, given.process_id)
 assert jax.process_count() == 2
 """
@@ -292,7 +292,7 @@ def test_a_command_that_loses_a_peer_asks_to_be_run_again(monkeypatch, capfd):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", end)
     with pytest.raises(Gone, match="42"):
-        flags.run(main)
+        run(main)
     said = capfd.readouterr().err
     assert "ValueError: Connection reset by peer" in said
     assert said.endswith("Another process of this run is gone: exit code 42.\n")

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config, DataConfig, TrainConfig
-from moe_jax.data.pipeline import Batch
+from moe_jax.data.batch import Batch
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.stack import define
+from moe_jax.model.define import define
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
+from moe_jax.run.context import make_optimizer, make_step_options
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.optim import OptimizerConfig
-from moe_jax.train.state import make_optimizer, new_state
-from moe_jax.train.step import StepOptions, jit_train_step, make_gradients
+from moe_jax.train.state import new_state
+from moe_jax.train.step import jit_train_step, make_gradients
 
 B, T, V = 4, 8, 50
 
@@ -43,7 +44,7 @@ def make(accumulation: int, scan: bool, dtype=jnp.bfloat16):
     )
     model, optimizer = define(config.model, dtype), make_optimizer(config)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    options = StepOptions.of(config)
+    options = make_step_options(config)
     state = new_state(model, optimizer, mesh, jax.random.key(0))
     step = jit_train_step(model, optimizer, options, mesh)
     return model, options, mesh, state, step, batch(accumulation)

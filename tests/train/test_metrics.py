@@ -11,13 +11,15 @@ import pytest
 from small_run import WORDS, eval_rows, flags, rows, small_config, train_rows, write_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe_jax.cli.train import main
 from moe_jax.data.pipeline import HeldOut
-from moe_jax.model.stack import define, forward, head_weight
+from moe_jax.model.define import define
+from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEContext
-from moe_jax.train.__main__ import main
-from moe_jax.train.evaluate import Evaluator
-from moe_jax.train.report import LEDGER
-from moe_jax.train.setup import first_state, prepare
+from moe_jax.record.report import LEDGER
+from moe_jax.run.evaluate import Evaluator
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare
 
 STEPS = 6
 LOGGED = (

@@ -1,0 +1,44 @@
+"""python -m moe_jax bench --config=...: one JSON line of how fast a config trains here."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.parse import parse
+from moe_jax.config import from_config_dict
+from moe_jax.errors import UserError
+from moe_jax.parallel.host_memory import keep_freed_memory
+from moe_jax.run.loop import start_lowering
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare, set_numerics
+from moe_jax.tools.bench.breakdown import breakdown_table
+from moe_jax.tools.bench.measure import measure
+from moe_jax.tools.bench.random_rows import random_rows
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train some steps on the config's own data and print their speed; keeps only the store."""
+    parsed = parse(argv, COMMANDS["bench"])
+    if parsed.flags.steps < 1:
+        raise UserError(f"--steps={parsed.flags.steps}: time 1 step or more.")
+    keep_freed_memory()
+    config = from_config_dict(parsed.config)
+    set_numerics(config)
+    workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench").absolute()
+    run = prepare(config, workdir, _progress)
+    lowered = start_lowering(run)
+    given, state = parsed.flags, first_state(run, "", _progress)
+    rows = random_rows(run.config) if given.random else run.batches.rows
+    row = measure(run, state, lowered, rows, given.steps, given.gradients, given.profile)
+    if given.profile:
+        _progress(breakdown_table(row["profile_ms"]))
+        if row["collectives_hidden_ms"]:
+            _progress(f"beside other kernels: {row['collectives_hidden_ms']:.2f} ms of collectives")
+    print(json.dumps({"config": parsed.flags.config, **row}), flush=True)
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

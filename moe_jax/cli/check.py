@@ -1,0 +1,92 @@
+"""Checks many runs at once, without text and without training: what launch/sweep.py asks first.
+
+python -m moe_jax check [--devices=N] < LINES
+
+Each line on stdin is a JSON list: the arguments of one `python -m moe_jax train`.  For each, one
+JSON object on stdout: {"problem": SENTENCE or null, "finished": BOOL, "changed": [KEY, ...]}.
+`changed` names what a finished run did otherwise.  --devices says how many devices a run will have;
+without it those of this machine count.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.parse import parse
+from moe_jax.config import Config, from_config_dict, read_config, to_dict
+from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder, locate
+from moe_jax.model.define import define
+from moe_jax.record.report import METRICS, has_last_eval
+from moe_jax.run.context import make_optimizer
+from moe_jax.run.resolve import check_shapes
+from moe_jax.run.setup import settle
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads stdin, answers each line; returns 0 whatever the answers are."""
+    given = parse(argv, COMMANDS["check"]).flags
+    runs = [json.loads(line) for line in sys.stdin if line.strip()]
+    for arguments in runs:
+        with contextlib.redirect_stdout(sys.stderr):  # a config file may print
+            answer = check(arguments, given.devices or jax.device_count())
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
+    """What is wrong with one run (None: nothing), and whether it has already come to its end."""
+    problem, finished, changed = None, False, []
+    try:
+        config, workdir = checked(arguments, num_devices)
+        finished = has_last_eval(workdir / METRICS, config.train.steps, config.data.max_epochs)
+        changed = _changed(config, workdir) if finished else []
+    except UserError as error:
+        problem = str(error)
+    except (Exception, SystemExit) as error:  # of the config file's code: anything may happen
+        problem = f"{type(error).__name__}: {error}"
+    return {"problem": problem, "finished": finished, "changed": changed}
+
+
+def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]:
+    """A run's config as it will run, and its workdir.
+
+    Raises:
+      UserError: what the trainer would refuse before it reads any text.
+    """
+    parsed = parse(["moe_jax train", *arguments], COMMANDS["train"])
+    workdir = locate(parsed.flags.workdir)
+    config, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
+    sizes = dataclasses.asdict(config.mesh)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_shapes(define(config.model, jnp.float32), mesh)
+    make_optimizer(config)
+    return config, workdir
+
+
+def _changed(config: Config, workdir: Folder) -> list[str]:
+    """Keys in which the workdir's record differs, the mesh aside; none where it cannot be read."""
+    try:
+        record = read_config(workdir / "config.json")
+    except (FileNotFoundError, UserError):
+        return []
+    old, new = _flat(to_dict(record)), _flat(to_dict(config))
+    keys = sorted(old.keys() | new.keys())
+    return [key for key in keys if old.get(key) != new.get(key) and not key.startswith("mesh.")]
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat

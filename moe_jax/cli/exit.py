@@ -1,0 +1,62 @@
+"""How a command ends: its exit code, one sentence for a user's mistake, a traceback for a bug."""
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jax
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import AGAIN, FIX, INTERRUPTED, exit_code
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command's `main(argv)` and exits: its result (None: 0), or 1 after an exception.
+
+    Without `argv` it gets the process's own arguments.
+
+    A UserError is printed as its one sentence, any other exception with its traceback.  42 where
+    an exception says that another process is gone.  Several processes end together: one that is
+    lost before that takes the others with it, and all of them are run again.
+    """
+    failed, together = True, False
+    threading.excepthook = _thread_failed
+    try:
+        code = main(sys.argv if argv is None else argv) or 0
+        together = jax.distributed.is_initialized()
+        jax.distributed.shutdown()  # waits for the others; alone it does nothing
+        failed = False
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        code = FIX
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        code = exit_code(error)
+        if code == AGAIN:
+            print(f"Another process of this run is gone: exit code {code}.", file=sys.stderr)
+    waits = any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
+    if together or (failed and (waits or jax.distributed.is_initialized())):
+        # Where all have met at the end, one that is killed while Python takes itself apart would be
+        # run again, and wait in vain for the others.  After a failure an orderly exit waits for the
+        # other processes, and they wait for this one: for minutes.  So do threads of Orbax for a
+        # save that could not begin.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """A full disk in a library's thread, such as TensorBoard's, is one line; the run says more."""
+    if isinstance(args.exc_value, OSError):
+        print(
+            f"{args.thread.name if args.thread else 'A thread'}: {args.exc_value}", file=sys.stderr
+        )
+    else:
+        threading.__excepthook__(args)

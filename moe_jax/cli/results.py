@@ -1,0 +1,34 @@
+"""Table of the runs below a folder: python -m moe_jax results --workdir=DIR
+
+[--csv=FILE] [--plot=FILE] [--x=KEY].  Every run is listed; one that has not come to its end, or
+whose files are damaged, with what is wrong.  Means are over runs that differ in their seed alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.parse import parse
+from moe_jax.tools.results.group import group
+from moe_jax.tools.results.plot import write_plot
+from moe_jax.tools.results.read import read_runs
+from moe_jax.tools.results.table import NOTE, groups_table, runs_table, write_csv
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the tables and writes the files; raises UserError where there is no run."""
+    given = parse(argv, COMMANDS["results"]).flags
+    jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the runs
+    results = read_runs(Path(given.workdir))
+    groups = group(results)
+    print(runs_table(results))
+    if groups:
+        print(f"\n{groups_table(groups)}")
+    print(f"\n{NOTE}")
+    if given.csv:
+        write_csv(Path(given.csv), results)
+    if given.plot:
+        write_plot(Path(given.plot), groups, given.x)
+    return 0

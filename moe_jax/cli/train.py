@@ -1,0 +1,160 @@
+"""python -m moe_jax train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
+
+import contextlib
+import pathlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.parse import parse
+from moe_jax.config import from_config_dict, to_json
+from moe_jax.errors import UserError
+from moe_jax.files.workdir import is_remote, locate
+from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.parallel import distributed
+from moe_jax.parallel.distributed import lost_peer
+from moe_jax.parallel.host_memory import keep_freed_memory
+from moe_jax.record.lock import alone_in
+from moe_jax.record.provenance import write_run_record
+from moe_jax.record.report import METRICS, Reporter
+from moe_jax.record.rewind import Rewinds
+from moe_jax.record.settings import record_settings
+from moe_jax.run.context import Run
+from moe_jax.run.end import end_of
+from moe_jax.run.loop import SAMPLES, start_lowering, train
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare, set_numerics
+from moe_jax.watch.phases import Phases
+from moe_jax.watch.timekeeper import Timekeeper
+from moe_jax.watch.watchdog import LEAD_GRACE, Watchdog
+
+# Seconds that a process with an error waits for the save it has a part in: after 30 all have ended.
+SAVE_GRACE = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """One run of the command; returns its exit code."""
+    # ---- command line and processes
+    parsed = parse(argv, COMMANDS["train"])
+    given = parsed.flags
+    config = from_config_dict(parsed.config)
+    keep_freed_memory()
+    heartbeat = config.watchdog.heartbeat
+    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
+    preemption = distributed.Preemption()
+    with contextlib.ExitStack() as held:
+        watchdog = held.enter_context(Watchdog(config.watchdog))
+
+        # ---- everything that can be wrong is found out here, before anything is compiled
+        with watchdog("start"):
+            set_numerics(config)
+            workdir = locate(given.workdir)
+            watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
+            lead = distributed.lead()
+            watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
+            run = prepare(config, workdir, _say, alive=watchdog.alive)
+            for line in _describe(run):
+                _say(line)
+            # From here on the workdir belongs to this process.
+            if lead:
+                held.enter_context(alone_in(workdir))
+        timekeeper = held.enter_context(Timekeeper(workdir, lead))
+        watch = Phases(watchdog, timekeeper)
+
+        # ---- state
+        lowered, began = start_lowering(run), time.perf_counter()
+        with watch("checkpoint"):
+            rewinds = Rewinds(workdir, run.checkpoints, _say)
+            state = first_state(run, given.init_from, _say)
+            jax.block_until_ready(state.params)
+            start = int(state.step)
+            rewinds.check(start)
+        with watchdog("start"):
+            watch.resumed(start)
+            _say(f"state ready in {time.perf_counter() - began:.1f} s")
+            if lead:
+                resolved = to_json(run.config)
+                write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
+            last = end_of(run, rewinds.history).step
+            reporter = Reporter(workdir, last, lead, start if start else None)
+            if lead:
+                record_settings(
+                    run.workdir, run.config, run.mesh, start
+                )  # after later rows are set aside
+
+        # ---- train
+        with _last_save(run, watch), _closing(reporter, watch):
+            preemption.defer()
+            code = train(run, state, lowered, reporter, preemption, watch, rewinds)
+        with watchdog("checkpoint"):
+            timekeeper.ended(code)
+    results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
+    there = [(what, workdir / name) for what, name in results.items()]
+    _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
+    return code
+
+
+@contextlib.contextmanager
+def _last_save(run: Run, watch: Phases) -> Iterator[None]:
+    """Waits for the save under way, also where an error ends the run: its step is a good one.
+
+    Python ends without waiting, and Orbax then fails.  Of several processes the one with the error
+    waits a while only: the others finish a save that was begun everywhere, but may have no part in
+    this one.  Where another process is gone nobody waits.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            with watch("checkpoint"), contextlib.suppress(UserError):
+                run.checkpoints.close()
+        elif not lost_peer(error):
+            _wait_a_while(run.checkpoints)
+        raise
+    with watch("checkpoint"):
+        run.checkpoints.close()
+
+
+@contextlib.contextmanager
+def _closing(reporter: Reporter, watch: Phases) -> Iterator[None]:
+    """Files may hang when they are closed as well."""
+    try:
+        yield
+    finally:
+        with watch("checkpoint"):
+            reporter.close()
+
+
+def _wait_a_while(checkpoints: Checkpoints) -> None:
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to be told
+            checkpoints.wait()
+
+    waits = threading.Thread(target=wait, daemon=True)
+    waits.start()
+    waits.join(SAVE_GRACE)
+
+
+def _say(line: str) -> None:
+    if distributed.lead():
+        print(line, flush=True)
+
+
+def _describe(run: Run) -> list[str]:
+    config, store = run.config, run.store
+    counts = param_counts(config.model)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    accumulation, rows, length = run.microbatch
+    return [
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {config.mesh}, "
+        f"{config.precision}",
+        f"{counts.total / 1e6:,.2f}M parameters, {counts.active / 1e6:,.2f}M active, "
+        f"{flops / 1e6:,.1f}M model FLOPs a token",
+        f"{accumulation} x {rows} rows of {length} tokens a step, {config.train.steps} steps",
+        f"store {store.path}: {store.train.num_tokens:,} tokens to train on, "
+        f"{store.heldout.num_tokens:,} held out, vocabulary {store.vocab_size}",
+    ]

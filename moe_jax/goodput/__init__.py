@@ -1,4 +1,0 @@
-"""Where the time of a run went, restarts included.
-
-account.py adds up the rows that train/timekeeper.py writes, show.py prints and plot.py draws them.
-"""

@@ -1,0 +1,86 @@
+"""Everything about a model but its parameters, as plain trees.
+
+A parameter tree is nested dicts of arrays: {"embed_VD", "blocks": {"0": ..., ...}, "norm": ...,
+"head_DV"}, with "stack" beside "blocks" where layers are scanned (layout.py).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.layout import Layout, make_layout, to_stacked
+from moe_jax.model.transformer import Transformer
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """Everything about a model but its parameters."""
+
+    config: ModelConfig
+    dtype: Any  # of the computation; parameters are float32 or wider
+    layout: Layout
+    trunk: nnx.GraphDef  # the Transformer without its blocks
+    blocks: tuple[nnx.GraphDef, ...]  # one for each layer
+    abstract: Params  # jax.ShapeDtypeStruct of every parameter
+    logical_axes: Params  # tuple of logical axis names of every parameter
+    narrow: Params  # whether the parameter is read in `dtype` alone
+
+
+def define(config: ModelConfig, dtype: Any) -> ModelDef:
+    """Shapes, logical axes and graph definitions; allocates nothing.
+
+    `config.vocab_size` must be resolved.
+    """
+    dtype = jnp.dtype(dtype)
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    trunk, blocks, states = split_model(model)
+    abstract = map_variables(states, value_of)
+    axes = map_variables(states, lambda variable: variable.get_metadata("logical_axes"))
+    narrow = map_variables(states, lambda variable: variable.get_metadata("narrow", False))
+    layout = make_layout(config)
+    return ModelDef(
+        config=config,
+        dtype=dtype,
+        layout=layout,
+        trunk=trunk,
+        blocks=blocks,
+        abstract=jax.eval_shape(lambda tree: to_stacked(tree, layout), abstract),
+        logical_axes=to_stacked(
+            axes, layout, lambda *leaves: ("layers", *leaves[0]), is_leaf=is_axes
+        ),
+        narrow=to_stacked(narrow, layout, lambda *leaves: leaves[0]),
+    )
+
+
+def is_axes(leaf: Any) -> bool:
+    """Whether `leaf` is a leaf of a tree of logical axes."""
+    return isinstance(leaf, tuple)
+
+
+def value_of(variable: nnx.Variable) -> Any:
+    """The array that a variable holds."""
+    return variable.getvalue_of()
+
+
+def split_model(
+    model: Transformer,
+) -> tuple[nnx.GraphDef, tuple[nnx.GraphDef, ...], dict[str, Any]]:
+    """Graph definitions of trunk and blocks, and a dict tree with their Param variables."""
+    pairs = [nnx.split(block, nnx.Param) for block in model.blocks]
+    model.blocks = nnx.List([])
+    trunk, state = nnx.split(model, nnx.Param)
+    blocks = {str(layer): state for layer, (_, state) in enumerate(pairs)}
+    return trunk, tuple(graph for graph, _ in pairs), {**state, "blocks": blocks}
+
+
+def map_variables(tree: Any, function: Any) -> Any:
+    """`function` of every Variable, as plain nested dicts."""
+    if isinstance(tree, nnx.Variable):
+        return function(tree)
+    return {str(key): map_variables(value, function) for key, value in tree.items()}

@@ -1,0 +1,94 @@
+"""What a run was: its resolved config, overrides, package versions and git revision."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.version import __version__
+
+DATA_RECORD = "data.json"
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorstore",
+    "grain",
+    "ml_collections",
+    "numpy",
+)
+
+
+def write_run_record(
+    workdir: str, config_json: str, overrides: Mapping[str, Any], data_fingerprint: str
+) -> None:
+    """Writes config.json, overrides.json, data.json and versions.json into `workdir`, making it.
+
+    Called by process 0 at every start; a resumed run replaces the files.
+
+    Args:
+      workdir: folder of the run.
+      config_json: the resolved config as `moe_jax.config.to_json` writes it.
+      overrides: the --config.* overrides of the command line.
+      data_fingerprint: of the token store.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    files = {
+        "config.json": config_json,
+        "overrides.json": json.dumps(overrides, indent=2, sort_keys=True, default=str) + "\n",
+        DATA_RECORD: json.dumps({"fingerprint": data_fingerprint}) + "\n",
+        "versions.json": json.dumps(versions(), indent=2, sort_keys=True) + "\n",
+    }
+    folder = epath.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            json_files.replace_text(folder / name, text)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "
+            f"folder or change its permissions."
+        ) from None
+
+
+def versions() -> dict[str, Any]:
+    """Python, packages, devices and, where moe_jax runs from a git checkout, its revision."""
+    packages: dict[str, str | None] = {"moe_jax": __version__}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "git": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package lies in, `-dirty` if changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

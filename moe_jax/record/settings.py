@@ -1,0 +1,131 @@
+"""With what the steps of a run were taken: its resolved config, devices, processes, versions.
+
+WORKDIR/settings.jsonl has a line for each time any of it changed.  `tools/replay.py` reads it:
+other devices, another mesh, or another `train.steps` make the same step round otherwise, or another
+step.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.config import Config, from_config_dict, to_dict
+from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
+from moe_jax.record.provenance import versions
+
+SETTINGS = "settings.jsonl"
+MOST = 2**20  # devices, or processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One line of the file."""
+
+    after: int  # the step that the run went on from; those after it were taken so
+    config: dict[str, Any]  # resolved, as `moe_jax.config.to_dict` gives it
+    platform: str
+    devices: int
+    processes: int
+    xla_flags: str
+    versions: dict[str, Any]  # as in versions.json
+
+    def typed(self) -> Config:
+        """Its config; raises UserError where that is damaged or of another version."""
+        try:
+            return from_config_dict(self.config)
+        except UserError as error:
+            raise UserError(f"{SETTINGS} is damaged or of another version: {error}") from None
+
+
+def record_settings(workdir: Folder, config: Config, mesh: Mesh, step: int) -> None:
+    """Writes down with what the steps after `step` are taken, if that has changed.
+
+    Process 0 calls it when a run begins or goes on, before the first step.
+
+    Raises:
+      UserError: the file cannot be written, or is damaged.
+    """
+    now = Settings(
+        after=step,
+        config=to_dict(config),
+        platform=mesh.devices.flat[0].platform,
+        devices=mesh.size,
+        processes=jax.process_count(),
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        versions=versions(),
+    )
+    before = read_settings(workdir)
+    if not before or dataclasses.replace(before[-1], after=step) != now or before[-1].after > step:
+        _write(workdir, (*before, now))
+
+
+def settings_go_back(workdir: Folder, step: int) -> None:
+    """The process that wrote the last line takes the steps after `step` again."""
+    before = read_settings(workdir)
+    if before and before[-1].after > step:
+        _write(workdir, (*before, dataclasses.replace(before[-1], after=step)))
+
+
+def settings_of(history: Sequence[Settings], step: int) -> Settings:
+    """With what `step`, counted from 1, was taken: when it was taken last, if that was often.
+
+    Raises:
+      UserError: an older version took it, which wrote nothing down.
+    """
+    for settings in reversed(history):
+        if settings.after < step:
+            return settings
+    raise UserError(
+        f"{SETTINGS} does not say with what devices and config step {step} was taken: ask for a "
+        f"later step."
+    )
+
+
+def read_settings(workdir: Folder) -> tuple[Settings, ...]:
+    """The lines of a workdir's file; none where there is no file.
+
+    Raises:
+      UserError: it cannot be read, or is damaged.
+    """
+    path, found = workdir / SETTINGS, []
+    try:
+        lines = json_files.read_lines(path)
+    except FileNotFoundError:
+        return ()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_settings(json_files.parse(line)))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path} is damaged in line {number}: bring it back, or move it away (the steps "
+                f"until now can then not be replayed)."
+            ) from None
+    return tuple(found)
+
+
+def _settings(row: Any) -> Settings:
+    """Raises TypeError or ValueError for a row that no run wrote."""
+    settings = Settings(**row)
+    if tuple(map(type, vars(settings).values())) != (int, dict, str, int, int, str, dict):
+        raise TypeError(row)
+    if settings.after < 0 or not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
+        raise ValueError(row)
+    return settings
+
+
+def _write(workdir: Folder, history: Sequence[Settings]) -> None:
+    text = "".join(f"{json.dumps(dataclasses.asdict(one), sort_keys=True)}\n" for one in history)
+    try:
+        json_files.replace_text(workdir / SETTINGS, text)
+    except OSError as error:
+        raise UserError(
+            f"{workdir / SETTINGS} cannot be written ({error.strerror or error}): make room, then "
+            f"run the same command again."
+        ) from None

@@ -1,0 +1,30 @@
+"""Where a run ends: at train.steps, or where a source was read data.max_epochs times."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe_jax.record.rewind import Rewind, last_step
+from moe_jax.run.context import Run
+
+
+class End(NamedTuple):
+    """The end of a run, as long as it does not go back once more."""
+
+    step: int  # the last one
+    of: int  # train.steps
+    epochs: int  # data.max_epochs where that ends the run before train.steps, else 0
+    text: str  # what is used up by then
+    line: str  # for the start-up log; empty where text is read for ever
+
+
+def end_of(run: Run, rewinds: Sequence[Rewind]) -> End:
+    """Batches that the run has left out by going back are used up as well."""
+    steps, epochs = run.config.train.steps, run.config.data.max_epochs
+    if run.supply is None:
+        return End(steps, steps, 0, "", "")
+    last, text = last_step(rewinds, run.supply.steps), run.supply.text(run.store.streams)
+    line = f"data.max_epochs {epochs}: the {text} is used up after step {last}"
+    if last >= steps:
+        return End(steps, steps, 0, "", f"{line}, the run ends at {steps}")
+    line += f", the run ends there and not at train.steps {steps}"
+    return End(last, steps, epochs, text, line)

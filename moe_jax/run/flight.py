@@ -1,0 +1,126 @@
+"""The flight record: what a person needs to look at a step that was refused, and to repeat it."""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import fingerprint
+from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
+from moe_jax.parallel.distributed import lead
+from moe_jax.record.provenance import versions
+from moe_jax.record.report import plain
+from moe_jax.record.rewind import Rewinds
+from moe_jax.record.settings import read_settings
+from moe_jax.run.context import Run
+
+FLIGHT = "flight"
+MOST = 20  # records of a run
+STEPS = 50  # of routing statistics before the refused one
+
+Row = dict[str, Any]
+
+
+def record_path(workdir: Folder, step: int) -> Folder:
+    """Where the newest record of a step is, if there is one."""
+    return workdir / FLIGHT / str(step) / "record.json"
+
+
+class FlightRecorder:
+    """Keeps the metrics of the last steps in memory and writes them beside a step that went wrong.
+
+    WORKDIR/flight/<step>/record.json, by process 0.  A step that is refused again with other data,
+    after the run went back, sets the older record aside as record.1.json and so on.
+
+    Args:
+      row: what makes a row of a step's metrics (`step_log.step_row`); called only for a record.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        rewinds: Rewinds,
+        row: Callable[[Any], Row],
+        say: Callable[[str], None],
+    ):
+        self._run, self._rewinds, self._row, self._say = run, rewinds, row, say
+        self._steps: collections.deque[tuple[int, Any]] = collections.deque(maxlen=STEPS + 1)
+
+    def saw(self, step: int, metrics: Any) -> None:
+        """The metrics of `step`, read from the devices."""
+        self._steps.append((step, metrics))
+
+    def write(self, why: str, last: bool = False) -> None:
+        """A record of the step seen last, also where there are many if that is the `last` refused.
+
+        Where it cannot be written the run goes on.
+        """
+        if not lead():
+            return
+        step, _ = self._steps[-1]
+        folder = self._run.workdir / FLIGHT
+        try:
+            if len(list(folder.glob("*/record*.json"))) >= MOST and not last:
+                self._say(f"no flight record of step {step}: {folder} holds {MOST}, move some away")
+                return
+            self._replace(record_path(self._run.workdir, step), self._record(step, why))
+        except (OSError, UserError) as error:
+            self._say(f"no flight record of step {step}: {error}")
+
+    def _replace(self, path: Folder, record: Row) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _data_step(path) != record["data_step"]:
+            number = 1
+            while (aside := path.with_name(f"record.{number}.json")).exists():
+                number += 1
+            path.rename(aside)
+        json_files.replace_text(path, json.dumps(record, allow_nan=False) + "\n")
+
+    def _record(self, step: int, why: str) -> Row:
+        run, data_step = self._run, self._rewinds.data_step(step - 1)
+        history = [{"step": n, **plain(self._row(metrics))} for n, metrics in self._steps]
+        return {
+            "step": step,
+            "why": why,
+            "row": history[-1],
+            "data_step": data_step,
+            "rewinds": len(self._rewinds.history),  # lines of rewinds.jsonl that were in force
+            "settings": len(read_settings(run.workdir)),  # and of settings.jsonl
+            "batch": _batch(run, data_step),
+            "rng": {
+                "seed": run.config.seed,
+                "implementation": "threefry2x32",
+                "step": step - 1,
+                "key": "fold_in(fold_in(key(seed), step), row), row of the global batch",
+            },
+            "config": fingerprint(run.config),
+            "mesh": dataclasses.asdict(run.config.mesh),
+            "devices": math.prod(run.mesh.devices.shape),
+            "versions": versions(),
+            "history": history,
+        }
+
+
+def _batch(run: Run, data_step: int) -> Row:
+    """Window and sources of every row of the global batch."""
+    row_ids = np.arange(run.batches.batch_size)
+    batch, names = run.batches.rows(data_step, row_ids), run.store.sources
+    pairs = zip(batch.sources_BT, batch.loss_mask_BT, strict=True)
+    return {
+        "rows": row_ids.tolist(),
+        "windows": run.batches.window_ids(data_step, row_ids).tolist(),
+        "sources": [[names[i] for i in np.unique(source[mask])] for source, mask in pairs],
+    }
+
+
+def _data_step(path: Folder) -> int | None:
+    try:
+        return json_files.load(path)["data_step"]
+    except (ValueError, TypeError, KeyError):
+        return None

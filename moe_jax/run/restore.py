@@ -1,0 +1,118 @@
+"""The state that a run begins or goes on with: a checkpoint's, another run's weights, or new."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from moe_jax import checkpoint
+from moe_jax.errors import UserError
+from moe_jax.model.define import define
+from moe_jax.model.layout import to_stacked
+from moe_jax.nn.params import param_dtype
+from moe_jax.run.context import Run, Say
+from moe_jax.train.copies import make_copies
+from moe_jax.train.guard import first_guard
+from moe_jax.train.state import (
+    TrainState,
+    everywhere,
+    from_disk,
+    new_state,
+    param_shardings,
+    placed_state,
+    state_shardings,
+    to_disk,
+)
+
+
+def first_state(run: Run, init_from: str, say: Say) -> TrainState:
+    """The newest good checkpoint of the workdir, else other weights, else a fresh state."""
+    found = run.checkpoints.restore_latest(lambda step: _target(run, step), say)
+    if found is not None:
+        step, tree = found
+        say(f"resuming from step {step}")
+        return _placed(run, step, tree, say)
+    return fresh_state(run, init_from, say)
+
+
+def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
+    """What a run begins with: other weights, else new ones."""
+    weights: dict[str, Any] = {}
+    if init_from:
+        say(f"starting from the weights in {init_from}")
+        weights = _weights_of(run, init_from, say)  # refused before anything is compiled
+    key = jax.random.key(run.config.seed, impl="threefry2x32")
+    state = new_state(run.model, run.optimizer, run.mesh, key)
+    if weights:
+        copies = make_copies(run.model, weights["params"])
+        state = dataclasses.replace(state, **weights, copies=copies)
+    return state
+
+
+def _disk_target(run: Run) -> dict[str, Any]:
+    """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
+    flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
+    target = placed_state(flat, run.optimizer, run.mesh)
+    return to_disk(target, flat.layout)
+
+
+def restored_state(run: Run, step: int, say: Say) -> TrainState:
+    """The checkpoint of `step`, which verifies, on the run's mesh."""
+    return _placed(run, step, run.checkpoints.restore(step, _target(run, step)), say)
+
+
+def moved_state(state: TrainState, old: Run, new: Run, say: Say) -> TrainState:
+    """The state of `old` as `new` has it: on its mesh, its layers stacked as that model's are."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, _disk_target(new))
+    tree = jax.device_put(to_disk(state, old.model.layout), where)
+    return _placed(new, int(state.step), tree, say)
+
+
+def _target(run: Run, step: int) -> dict[str, Any]:
+    """`_disk_target`, without the step guard where the checkpoint of `step` is older than that."""
+    target = _disk_target(run)
+    if not any(name.startswith("guard/") for name in run.checkpoints.describe(step)):
+        del target["guard"]
+    return target
+
+
+def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
+    """The state of a checkpoint's tree, its layers stacked as the model has them."""
+    if "guard" not in tree:
+        say("the checkpoint is older than the step guard: its running means start anew")
+        fresh = jax.jit(
+            lambda: first_guard(param_dtype(run.model.dtype), step),
+            out_shardings=everywhere(run.mesh),
+        )
+        tree = tree | {"guard": fresh()}
+    if not run.model.layout.repeats:
+        return from_disk(tree, run.model)
+    shardings = state_shardings(run.model, run.optimizer, run.mesh)
+    return jax.jit(lambda tree: from_disk(tree, run.model), out_shardings=shardings)(tree)
+
+
+def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
+    """`params` of another run's newest good checkpoint, and `router` state.
+
+    Without `router` where that run's router keeps other state: this one's then starts anew.
+    """
+    other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
+    good = (step for step in reversed(other.steps()) if other.verify(step) is None)
+    step = next(good, None)  # a bad one is passed over but not moved: the run is not ours
+    if step is None:
+        raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
+    target = _disk_target(run)
+    params = other.restore_subtree(step, "params", target["params"])
+    where = param_shardings(run.model, run.mesh)
+    stack = jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)
+    found = {"params": stack(params)}
+    here = sorted(target["router"])
+    there = sorted(k.split("/")[1] for k in other.describe(step) if k.startswith("router/"))
+    if here == there:
+        found["router"] = other.restore_subtree(step, "router", target["router"])
+    else:
+        mine, its = (", ".join(names) or "none" for names in (here, there))
+        say(f"router state starts anew: this run's router keeps {mine}, that run's kept {its}")
+    other.close()
+    return found

@@ -1,0 +1,126 @@
+"""Everything a run stands on before its first step: config, mesh, model, data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import checkpoint
+from moe_jax.config import Config
+from moe_jax.data.build import build, store_root
+from moe_jax.data.pipeline import Batches, HeldOut
+from moe_jax.data.store import Store
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder
+from moe_jax.model.define import define
+from moe_jax.ops.attention import check_attention
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.xla_flags import use_deterministic_kernels
+from moe_jax.run import resolve
+from moe_jax.run.context import Run, Say, make_optimizer
+from moe_jax.run.resume import check_resume, check_same_text, keep_groups, saved_config
+from moe_jax.train.state import (
+    checkpoint_bytes,
+)
+
+
+def prepare(
+    config: Config,
+    workdir: Folder,
+    say: Say,
+    devices: Sequence[Any] | None = None,
+    alive: Callable[[], None] = lambda: None,
+    text: Callable[..., Store] = build,
+) -> Run:
+    """Resolve the config, build or open the store, define the model, check that all of it fits.
+
+    Args:
+      config: as written.
+      workdir: folder of the run; nothing is written to it here.
+      say: called with lines for the start-up log.
+      devices: to run on; None: every device of every process.
+      alive: called whenever some of the text was read or stored, which may take hours.
+      text: what gets the store, called as `build` is.
+
+    Raises:
+      UserError: anything the user has to change, before anything is compiled.
+    """
+    devices = jax.devices() if devices is None else devices
+    # What needs no text comes first: tokenising may take hours.
+    config, notes = settle(config, workdir, len(devices))
+    check_attention(
+        config.model.attention,
+        devices[0].platform,
+        config.data.sequence_length,
+        jnp.dtype(config.precision),
+    )
+    store = text(config.data, store_root(config.data, workdir), progress=say, alive=alive)
+    store.check_vocabulary(config.model.vocab_size)
+    if saved_config(workdir) is not None:
+        check_same_text(store, workdir)
+    mesh = make_mesh(config.mesh, devices)
+    model = define(config.model, jnp.dtype(config.precision))
+    resolve.check_shapes(model, mesh)
+    optimizer = make_optimizer(config)
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
+    )
+    checkpoint.check_disk(checkpoints.root, checkpoint_bytes(model, optimizer))
+    batches = Batches.for_training(
+        store,
+        config.seed,
+        config.train.batch_size,
+        config.data.sequence_length,
+        config.model.confine_attention,
+    )
+    supply = batches.supply(config.data.max_epochs)
+    if supply is not None and not supply.steps:
+        raise UserError(
+            f"The {supply.text(store.streams)}, read {config.data.max_epochs} times "
+            f"(data.max_epochs), makes no batch of {config.train.batch_size}: add text, raise that "
+            f"or lower train.batch_size."
+        )
+    heldout = HeldOut(
+        store,
+        config.train.batch_size // config.train.accumulation,
+        config.data.sequence_length,
+        config.model.confine_attention,
+    )
+    for line in [*notes, *resolve.describe(config)]:
+        say(line)
+    return Run(
+        config, workdir, mesh, model, optimizer, store, batches, supply, heldout, checkpoints
+    )
+
+
+def set_numerics(config: Config) -> None:
+    """JAX's own settings for a config: after `distributed.start`, before anything is compiled.
+
+    Raises:
+      UserError: float64 on devices that do not have it.
+    """
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+        if jax.default_backend() != "cpu":
+            raise UserError(
+                "precision float64 is the oracle and runs on the CPU: set "
+                "JAX_PLATFORMS=cpu or another precision."
+            )
+    if config.train.deterministic:
+        use_deterministic_kernels()
+
+
+def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:
+    """The config as it will run, with notes for the log, from all but the text.
+
+    Raises:
+      UserError: sizes that do not fit, or another run than the one that is in `workdir`.
+    """
+    saved = saved_config(workdir)
+    if saved is not None:
+        config = keep_groups(config, saved)
+    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    config, notes = resolve.resolve(config, num_devices, vocabulary)
+    return config, notes + (check_resume(config, saved) if saved is not None else [])

@@ -1,0 +1,254 @@
+"""Checks of the balance loss: its value at an even load, and its gradient on any mesh."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.config import Config
+from moe_jax.data.batch import Batch
+from moe_jax.model.define import define
+from moe_jax.model.initialize import init
+from moe_jax.moe.components import first_router_state, make_router
+from moe_jax.moe.config import BALANCE_SCOPES, MoEConfig
+from moe_jax.moe.types import ExpertChoice, RouterIn
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
+from moe_jax.parallel.rules import sharding
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.shrink import shrink
+from moe_jax.tools.doctor.start import NO_EXPERTS
+from moe_jax.tools.doctor.subject import Subject
+from moe_jax.train.state import everywhere, param_shardings
+from moe_jax.train.step import StepOptions, make_gradients
+
+UNIFORM_TOLERANCE = 1e-3  # of means in float32
+MESH_TOLERANCE = 1e-3  # of float32 gradients, summed in another order
+GROUP_ROWS, LENGTH = 2, 16
+IDS_PER_EXPERT = 256
+VOCABULARY = 256
+
+
+class Routed(NamedTuple):
+    """A router's balance loss on some tokens, and the same from the load of its choices alone."""
+
+    balance: float
+    spread: float  # E times the sum of squared shares of the load: 1 when even, E at worst
+
+
+def balance_at_uniform(subject: Subject) -> Finding:
+    """Tokens that prefer the experts in turn, through the router's own `route`; then all alike."""
+    if not subject.moe_layers:
+        return NO_EXPERTS
+    return uniform_balance(subject.run.config.model.moe)
+
+
+def uniform_balance(moe: MoEConfig) -> Finding:
+    """The balance loss of the router that `moe` names, against the load that it made.
+
+    A table of token ids may be unable to load its experts evenly: its size need not be a multiple
+    of E.  That is no fault of the loss.
+    """
+    even, alike = routed(moe), routed(moe, alike=True)
+    figure = f"{even.balance:.4f} with router {moe.router}, {moe.num_experts} experts"
+    figure += f", top-{moe.top_k}"
+    if alike.spread - 1 <= UNIFORM_TOLERANCE:
+        figure += ": balanced by construction, whatever the router learns"
+        reacts = True
+    else:
+        figure += f"; {alike.balance:.2f} where all tokens are alike"
+        reacts = alike.balance - 1 > UNIFORM_TOLERANCE
+    if abs(even.spread - 1) > UNIFORM_TOLERANCE:
+        figure += f"; its choices load the experts to {even.spread:.4f}"
+    return Finding(
+        reacts and abs(even.balance - even.spread) <= UNIFORM_TOLERANCE,
+        figure,
+        f"Make the balance loss of router {moe.router} shares of the choices times mean "
+        f"probabilities times E, both of which sum to 1.",
+    )
+
+
+def routed(moe: MoEConfig, alike: bool = False) -> Routed:
+    """What the router makes of tokens of which each expert is the first choice equally often.
+
+    Token s sees the unit matrix as its router, and its logits are one ramp turned by s, so that
+    every expert comes once at every rank.  A router without parameters sees many token ids.
+    `alike`: all tokens are the first one.
+    """
+    router, E = make_router(moe), moe.num_experts
+    specs = router.param_specs(E, E)
+    S = E if specs else E * IDS_PER_EXPERT
+    token_S = np.zeros(S, np.int32) if alike else np.arange(S, dtype=np.int32)
+    turned_SE = (np.arange(E) - token_S[:, None]) % E
+    params = {
+        name: jnp.eye(E) if name == "kernel" else jnp.zeros(spec.shape)
+        for name, spec in specs.items()
+    }
+    inputs = RouterIn(
+        x_GSD=jnp.asarray(-4.0 * turned_SE[None] / E, jnp.float32),
+        token_ids_GS=jnp.asarray(token_S[None]),
+        mask_GS=jnp.ones((1, S), bool),
+        keys_GR=jax.random.key(0, impl="threefry2x32")[None, None],
+        train=False,
+    )
+    state = {name: leaf[0] for name, leaf in first_router_state(moe, 1, jnp.float32).items()}
+    choice, aux = jax.jit(lambda params: router.route(inputs, params, state))(params)
+    by_token = choice.by_token(S) if isinstance(choice, ExpertChoice) else choice
+    share_E = np.bincount(np.asarray(by_token.ids_GSK)[by_token.valid_GSK], minlength=E)
+    share_E = share_E / share_E.sum()
+    return Routed(float(aux.balance.value()), float(E * (share_E**2).sum()))
+
+
+def balance_gradient(subject: Subject) -> Finding:
+    """The balance loss alone, through one layer and the train step's own gradients.
+
+    One device against the run's mesh (eight virtual devices where that has one), in every scope;
+    and two microbatches there in the scopes that promise to be free of them.  Rows are padded
+    unevenly: a mean of means would show.
+    """
+    if not subject.moe_layers:
+        return NO_EXPERTS
+    sizes, devices = _other_mesh(subject)
+    config = one_layer(shrink(subject.plan.asked, sizes))
+    alone, mesh = make_mesh(MeshConfig(1), _first_here(devices)), make_mesh(sizes, devices)
+    rows = 2 * GROUP_ROWS * sizes.batch_shards
+    params = _first_params(config)
+    first, spread = Rows(config, params, alone, 1, rows), Rows(config, params, mesh, 1, rows)
+    halves = Rows(config, params, mesh, 2, rows)
+    worst = (0.0, "")
+    for scope in BALANCE_SCOPES:
+        expected = gradient(first, scope)
+        # `global` is a product of means over the whole microbatch: it depends on accumulation.
+        found = gradient(spread if scope == "global" else halves, scope)
+        size = _norm(expected)
+        if not size:
+            return Finding(True, f"0: router {config.model.moe.router} has no balance gradient")
+        off = _norm([x - y for x, y in zip(found, expected, strict=True)]) / size
+        if not off <= worst[0]:
+            worst = (off, scope)
+    axes = " x ".join(f"{k} {n}" for k, n in dataclasses.asdict(sizes).items() if n > 1)
+    return Finding(
+        worst[0] <= MESH_TOLERANCE,
+        f"relative difference at most {worst[0]:.1e} (scope {worst[1] or 'any'}): 1 device against "
+        f"{axes or '1 device'}, in group and row with 2 microbatches there",
+        "Take the balance loss per logical group or row, as a sum and a count that devices and "
+        "microbatches add.",
+    )
+
+
+def _other_mesh(subject: Subject) -> tuple[MeshConfig, Sequence[Any]]:
+    """The run's mesh; where that has one device, all virtual CPU devices as data x expert."""
+    if len(subject.devices) > 1:
+        return subject.run.config.mesh, subject.devices
+    devices = jax.devices("cpu")
+    expert = math.gcd(max(1, len(devices) // 2), subject.config.model.moe.num_experts)
+    return MeshConfig(data=len(devices) // expert, expert=expert), devices
+
+
+def _first_here(devices: Sequence[Any]) -> list[Any]:
+    """One device of this process."""
+    return [device for device in devices if device.process_index == jax.process_index()][:1]
+
+
+def one_layer(config: Config) -> Config:
+    """Its router in a model of one layer, whose only loss is the balance.
+
+    No dispatch path and no head has a part in that: the ones here compile fastest.
+    """
+    model = config.model
+    moe = dataclasses.replace(
+        model.moe,
+        every=1,
+        first_dense=0,
+        group_rows=GROUP_ROWS,
+        dispatch="dense",
+        balance_weight=1.0,
+        z_weight=0.0,
+    )
+    model = dataclasses.replace(
+        model,
+        vocab_size=VOCABULARY,
+        num_layers=1,
+        scan_layers=False,
+        remat="none",
+        attention="xla",
+        cross_entropy="full",
+        logits_z_weight=0.0,
+        moe=moe,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+class Rows:
+    """A one-layer model, its parameters and a batch, on a mesh and cut into microbatches."""
+
+    def __init__(self, config: Config, params: Any, mesh: Mesh, parts: int, rows: int):
+        """The same numbers whatever the mesh and the number of parts."""
+        where = param_shardings(define(config.model, jnp.float32), mesh)
+        self.config, self.mesh = config, mesh
+        self.params = jax.tree.map(_place, params, where)
+        self.batch = _batch(config.seed, rows, parts, mesh)
+
+
+def _first_params(config: Config) -> Any:
+    """NumPy arrays: every process makes the same."""
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    return jax.device_get(jax.jit(partial(init, define(config.model, jnp.float32)))(key))
+
+
+def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def gradient(on: Rows, scope: str) -> list[np.ndarray]:
+    """Gradient of the balance loss in `scope` for every parameter, in float32."""
+    moe = dataclasses.replace(on.config.model.moe, balance_scope=scope)
+    model = define(dataclasses.replace(on.config.model, moe=moe), jnp.float32)
+    options = StepOptions(
+        seed=on.config.seed,
+        group_rows=GROUP_ROWS,
+        clip_norm=0.0,
+        spike_factor=0.0,
+        num_sources=1,
+        debug=False,
+    )
+    evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=everywhere(on.mesh))
+    state = first_router_state(moe, 1, jnp.float32)
+    # At a lower precision rounding would move tokens between experts.
+    with jax.default_matmul_precision("highest"):
+        grads = evaluate(on.params, state, on.batch, jnp.int32(0))[0]
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(jax.device_get(grads))]
+
+
+def _norm(leaves: Sequence[np.ndarray]) -> float:
+    return math.sqrt(sum(float((leaf**2).sum()) for leaf in leaves))
+
+
+def _batch(seed: int, rows: int, parts: int, mesh: Mesh) -> Batch:
+    """Random tokens, rows padded at random places; no target counts, so there is no other loss."""
+    draw = np.random.default_rng(seed)
+    shape = (rows, LENGTH)
+    tokens = draw.integers(VOCABULARY, size=shape, dtype=np.int32)
+    real = np.arange(LENGTH) < draw.integers(1, LENGTH + 1, size=(rows, 1))
+    nothing = np.zeros(shape, np.int32)
+    arrays = Batch(
+        tokens_BT=tokens,
+        targets_BT=tokens,
+        segments_BT=real.astype(np.int32),
+        positions_BT=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape),
+        loss_mask_BT=np.zeros(shape, bool),
+        sources_BT=nothing,
+        bytes_BT=nothing,
+        row_B=np.arange(rows, dtype=np.int32),
+    )
+
+    def place(array: np.ndarray) -> jax.Array:
+        array = array.reshape(parts, rows // parts, *array.shape[1:])
+        return _place(array, sharding(mesh, (None, "batch", None)[: array.ndim]))
+
+    return Batch(*map(place, arrays))

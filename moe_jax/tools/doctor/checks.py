@@ -1,0 +1,29 @@
+"""THE table of checks: name -> function of a Subject.  A new check is a function and one line.
+
+Order matters in one way: checks of the initial parameters stand above those that take steps.
+"""
+
+from collections.abc import Callable
+
+from moe_jax.tools.doctor.balance import balance_at_uniform, balance_gradient
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.fit import data_wait, divides, memory, saves_bitwise
+from moe_jax.tools.doctor.learning import gradients_arrive, router_gradient, step_changes
+from moe_jax.tools.doctor.start import activations, capacity, expert_init, first_loss
+from moe_jax.tools.doctor.subject import Subject
+
+CHECKS: dict[str, Callable[[Subject], Finding]] = {
+    "mesh, batch and groups divide": divides,
+    "memory against the device": memory,
+    "expert init std": expert_init,
+    "loss at init is log V": first_loss,
+    "activation scale": activations,
+    "capacity and drops": capacity,
+    "balance is 1 at uniform": balance_at_uniform,
+    "balance gradient on any mesh": balance_gradient,
+    "router's language-model gradient": router_gradient,
+    "every parameter has a gradient": gradients_arrive,
+    "a step changes every parameter": step_changes,
+    "save, restore, bitwise": saves_bitwise,
+    "wait for data": data_wait,
+}

@@ -1,0 +1,95 @@
+"""Chooses what runs in a config's place, and makes every check of it."""
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Mapping
+
+import jax
+
+from moe_jax.config import Config
+from moe_jax.errors import UserError
+from moe_jax.files.workdir import Folder
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.shrink import (
+    TEXT,
+    affordable,
+    at_peak,
+    changes,
+    named_devices,
+    shrink,
+    shrink_mesh,
+)
+from moe_jax.tools.doctor.subject import Subject
+from moe_jax.tools.plan.lowering import make_plan
+
+Say = Callable[[str], None]
+Checks = Mapping[str, Callable[[Subject], Finding]]
+
+
+def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> Subject:
+    """The config itself on accelerators; on CPUs a shrunk one, and a line that says what shrank.
+
+    Args:
+      config: as asked for.
+      num_devices: virtual devices that were asked for; 0: the machine's own.
+      folder: for checkpoints and, beside it, tokenised text.
+      say: called with lines for the report.
+
+    Raises:
+      UserError: the config does not fit the devices, or its text cannot be read.
+    """
+    devices = jax.devices()
+    shrunk = jax.default_backend() == "cpu"
+    if shrunk:
+        mesh = config.mesh if num_devices else shrink_mesh(config.mesh)
+        plan = make_plan(config, num_devices or named_devices(config.mesh))
+        devices = devices[: num_devices or named_devices(mesh)]
+        small = shrink(config, mesh.resolve(len(devices)))
+        many = "1 CPU device" if len(devices) == 1 else f"{len(devices)} virtual CPU devices"
+        say(f"no accelerator: a shrunk config runs on {many}")
+        _say_changes(config, small, say)
+    else:
+        plan = make_plan(config, len(devices))
+        data = affordable(config.data, TEXT)
+        small = dataclasses.replace(config, data=data)
+        say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
+        if data != config.data:
+            say("its own text is not there or takes long to tokenise")
+            _say_changes(config, small, say)
+    subject = Subject(plan, at_peak(small), shrunk, folder, devices, say)
+    subject.config = subject.run.config
+    return subject
+
+
+def _say_changes(old: Config, new: Config, say: Say) -> None:
+    text = ", ".join(changes(old, new)) or "nothing had to shrink"
+    for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False):
+        say(f"    {line}")
+
+
+def examine(subject: Subject, checks: Checks, say: Say) -> int:
+    """Makes every check, whatever the others found; returns how many failed."""
+    failed = 0
+    for name, check in checks.items():
+        finding = attempt(check, subject)
+        failed += not finding.ok
+        report(name, finding, say)
+    return failed
+
+
+def attempt(check: Callable[[Subject], Finding], subject: Subject) -> Finding:
+    """What the check found; an exception in it is its failure, and no other's."""
+    try:
+        return check(subject)
+    except UserError as error:
+        return Finding(False, "0 figures: refused", str(error))
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Finding(False, "0 figures: the check broke", f"Fix what raised {what}")
+
+
+def report(name: str, finding: Finding, say: Say) -> None:
+    """One line, and one more for a failure."""
+    say(f"{'ok  ' if finding.ok else 'FAIL'}  {name:<34}{finding.figure}")
+    if not finding.ok:
+        say(f"      {finding.fix}")

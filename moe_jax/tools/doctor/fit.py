@@ -1,0 +1,97 @@
+"""Checks of what surrounds the model: mesh, memory, checkpoints, data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moe_jax.run.loop import save
+from moe_jax.run.restore import first_state
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.subject import STEPS, Subject, bits
+from moe_jax.tools.plan.analytic import estimate
+from moe_jax.tools.plan.report import gib
+from moe_jax.train.state import TrainState, everywhere
+
+MOST_WAIT = 0.1  # of a step
+
+
+def divides(subject: Subject) -> Finding:
+    """The config as asked for was resolved on its mesh; `examine` reports what it refuses."""
+    config = subject.plan.config
+    rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
+    sizes = dataclasses.asdict(config.mesh).items()
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "1 device"
+    figure = f"{mesh}: {rows} rows a device and microbatch"
+    if not config.model.dense:
+        group = config.model.moe.group_rows
+        tokens = group * config.data.sequence_length
+        figure += f", groups of {group} rows, {tokens:,} tokens"
+    subject.run  # noqa: B018  what runs in its place has to fit, too
+    return Finding(True, figure)
+
+
+def memory(subject: Subject) -> Finding:
+    """The plan's analytic estimate for the config as asked for, whatever is run."""
+    needed = estimate(subject.plan)
+    state = needed.parameters + needed.gradients + needed.optimizer
+    figure = (
+        f"{gib(needed.total)} a device of {subject.plan.mesh.size}: {gib(state)} of parameters, "
+        f"gradients and optimizer"
+    )
+    stats = None if subject.shrunk else subject.devices[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return Finding(True, f"{figure}; only reported, no accelerator to compare with")
+    limit = float(stats["bytes_limit"])
+    return Finding(
+        needed.total <= limit,
+        f"{figure}; it has {gib(limit)}",
+        "Raise mesh.fsdp, mesh.expert or train.accumulation, or set model.remat: `python -m "
+        "moe_jax plan --search` ranks them.",
+    )
+
+
+def saves_bitwise(subject: Subject) -> Finding:
+    """Saves the state after some steps, restores it as a resumed run would, compares every leaf.
+
+    By checksums on the devices: two states at once may not fit.
+    """
+    run = subject.run
+    subject.steps  # noqa: B018  moments and router state are no longer what they began as
+    marks = jax.jit(_marks, out_shardings=everywhere(run.mesh))
+    before = jax.device_get(marks(subject.state))
+    save(run, subject.state, int(subject.state.step))
+    run.checkpoints.wait()
+    del subject.state  # `first_state` is the newest checkpoint from here on
+    subject.state = first_state(run, "", lambda line: None)
+    after = jax.device_get(marks(subject.state))
+    paths = jax.tree.leaves_with_path(before)
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, old), new in zip(paths, jax.tree.leaves(after), strict=True)
+        if old != new
+    ]
+    return Finding(
+        not bad,
+        f"{len(paths) - len(bad)} of {len(paths)} arrays are equal bit by bit",
+        f"Look at the disk and at moe_jax/checkpoint: {', '.join(bad[:4])} came back changed.",
+    )
+
+
+def _marks(state: TrainState) -> Any:
+    return jax.tree.map(lambda leaf: bits(leaf, range(leaf.ndim)), state)
+
+
+def data_wait(subject: Subject) -> Finding:
+    """Mean time a step waits for its batch, as a share of the step."""
+    steps = subject.steps
+    share = steps.wait / steps.seconds
+    figure = f"{share:.1%} of a step ({1e3 * steps.wait:.1f} of {1e3 * steps.seconds:.1f} ms)"
+    figure += f", mean of {STEPS}"
+    if subject.shrunk:
+        return Finding(True, f"{figure}; only reported, the step is shrunk")
+    return Finding(
+        share <= MOST_WAIT,
+        figure,
+        "Put data.store on a local or faster disk, or give the host more cores.",
+    )

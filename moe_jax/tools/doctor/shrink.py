@@ -1,0 +1,146 @@
+"""A smaller config that still exercises every choice of the one that was asked for.
+
+What it keeps: router, dispatch path, choices a token, activation, norms, tied head, the period of
+MoE layers, scopes, capacity factors, remat, scanning, dtype, optimizer.  What it caps: sizes.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from moe_jax.config import Config, to_dict
+from moe_jax.data.config import DataConfig
+from moe_jax.data.corpora import find_streams
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.model.config import ModelConfig
+from moe_jax.moe.components import make_router
+from moe_jax.moe.config import MoEConfig
+from moe_jax.parallel.mesh import MeshConfig
+
+DEVICES = 8  # virtual ones, at most, unless --devices asks for more
+WIDTH, FFN_WIDTH, HEAD_DIM, VOCABULARY, LENGTH, ROWS = 64, 128, 16, 2048, 64, 16
+SMALL_TEXT, TEXT = 16 * 2**20, 256 * 2**20  # bytes tokenised for a shrunk run, and for a real one
+
+
+def named_devices(mesh: MeshConfig) -> int:
+    """Devices that the sizes written in the config multiply to; -1 counts 1."""
+    return math.prod(abs(size) for size in dataclasses.astuple(mesh))
+
+
+def shrink_mesh(mesh: MeshConfig) -> MeshConfig:
+    """Halves the largest axis until DEVICES suffice; an axis of -1 takes what they leave."""
+    sizes = dataclasses.asdict(mesh)
+    while math.prod(abs(size) for size in sizes.values()) > DEVICES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        sizes[largest] = max(1, sizes[largest] // 2)
+    return MeshConfig(**sizes)
+
+
+def shrink(config: Config, mesh: MeshConfig) -> Config:
+    """`config` with its sizes capped, on a resolved mesh that its own sizes fit."""
+    train, shards = config.train, mesh.batch_shards
+    accumulation = min(train.accumulation, 2)
+    group_rows = min(config.model.moe.group_rows, 2)
+    rows = min(
+        train.batch_size // (train.accumulation * shards), max(2, ROWS // (accumulation * shards))
+    )
+    rows -= rows % max(group_rows, 1)
+    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    model = _shrink_model(config.model, mesh, vocabulary)
+    moe = dataclasses.replace(model.moe, group_rows=group_rows)
+    length = min(config.data.sequence_length, LENGTH)
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(model, moe=moe),
+        data=dataclasses.replace(affordable(config.data, SMALL_TEXT), sequence_length=length),
+        train=dataclasses.replace(
+            train, batch_size=accumulation * shards * max(rows, 1), accumulation=accumulation
+        ),
+    )
+
+
+def _shrink_model(model: ModelConfig, mesh: MeshConfig, vocabulary: int) -> ModelConfig:
+    tensor = mesh.tensor
+    kv_heads = _cap(model.num_kv_heads, 2, tensor)
+    width = _cap(model.width, WIDTH, mesh.fsdp)
+    # Two periods: layers that are scanned are scanned still.
+    layers = 2 if model.dense else model.moe.first_dense + 2 * model.moe.every
+    moe = model.moe
+    if not model.dense:
+        moe = dataclasses.replace(
+            moe,
+            num_experts=_experts(moe, mesh.expert),
+            expert_width=_cap(moe.expert_width, WIDTH, tensor),
+        )
+    return dataclasses.replace(
+        model,
+        vocab_size=max(_cap(model.vocab_size, VOCABULARY, tensor), vocabulary)
+        if model.vocab_size
+        else 0,
+        num_layers=min(model.num_layers, layers),
+        width=width,
+        num_heads=kv_heads * min(model.num_heads // model.num_kv_heads, 2),
+        num_kv_heads=kv_heads,
+        head_dim=min(model.head_dim, HEAD_DIM),
+        ffn_width=_cap(model.ffn_width, FFN_WIDTH, tensor),
+        attention="auto",
+        moe=moe,
+    )
+
+
+def _cap(value: int, most: int, multiple: int) -> int:
+    """`value`, or the smallest multiple that is `most` or more."""
+    return min(value, math.ceil(most / multiple) * multiple)
+
+
+def _experts(moe: MoEConfig, shards: int) -> int:
+    """The fewest experts, above K twice over, that the mesh divides and the router takes."""
+    least = math.ceil(max(2 * moe.top_k, 8) / shards) * shards
+    for experts in range(least, moe.num_experts, shards):
+        try:
+            make_router(dataclasses.replace(moe, num_experts=experts))
+        except UserError:  # it asks for more, or for a multiple of its expert groups
+            continue
+        return experts
+    return moe.num_experts
+
+
+def affordable(data: DataConfig, most: int) -> DataConfig:
+    """The config's own text, unless it is absent or more than `most` bytes: then `stdlib`."""
+    try:
+        files = [file for stream in find_streams(data) for file in stream.files]
+        if data.source == "stdlib" and not data.mixture:
+            return data
+        if sum(file.path.stat().length for file in files) <= most:
+            return data
+    except (UserError, OSError):
+        pass
+    return dataclasses.replace(data, source="stdlib", files="", field="text", mixture={}, store="")
+
+
+def at_peak(config: Config) -> Config:
+    """The learning rate at its peak from step 0: in a warm-up the first step moves nothing."""
+    optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Each key that differs, as `model.width 4096 -> 64`."""
+    before, after = _flat(to_dict(old), ""), _flat(to_dict(new), "")
+    keys = [key for key in after if before.get(key) != after[key]]
+    keys += [key for key in before if key not in after]
+    return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in keys]
+
+
+def _flat(tree: dict[str, Any], above: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return "''" if value in ("", None, {}) else str(value)

@@ -1,0 +1,170 @@
+"""Checks of the initial parameters: their scale, what they make of a batch, what they drop."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.model.layout import to_layers
+from moe_jax.model.rope import rope_tables
+from moe_jax.moe.components import make_dispatch
+from moe_jax.moe.types import MoEContext
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
+from moe_jax.train.state import everywhere
+from moe_jax.train.step import row_keys
+
+SIGMAS = 5  # of the estimate of a standard deviation
+LOSS_TOLERANCE = 1.0  # nats
+MOST_GROWTH, LEAST_SCALE = 10.0, 0.01
+MOST_DROPPED = 0.5
+
+NO_EXPERTS = Finding(True, "dense model: no experts")
+
+
+def expert_init(subject: Subject) -> Finding:
+    """Each expert's std against 1 / sqrt(fan-in of one expert), and of 2 L for the way back.
+
+    A sample of n numbers has a std that is off by 1 / sqrt(2 n), relatively.
+    """
+    if not subject.moe_layers:
+        return NO_EXPERTS
+    run = subject.run
+    config, params = run.model.config, subject.state.params
+    std = jax.jit(
+        lambda p: reduce_leaves(run.model, p, lambda leaf, axes: leaf.std(axes)),
+        out_shardings=everywhere(run.mesh),
+    )
+    D, F = config.width, config.moe.expert_width
+    targets = {
+        "w_in_EDUF": (1 / math.sqrt(D), D * F),
+        "w_out_EFD": (1 / math.sqrt(F * 2 * config.num_layers), D * F),
+    }
+    worst = (0.0, 1.0, "", 0.0)  # deviations over the tolerance, ratio, where, tolerance
+    for name, found_E in by_layer(run.model, jax.device_get(std(params))).items():
+        leaf = name.rsplit("/", 1)[-1]
+        if leaf not in targets or found_E.ndim != 1:
+            continue
+        target, size = targets[leaf]
+        tolerance = SIGMAS / math.sqrt(2 * size)
+        expert = int(np.abs(found_E / target - 1).argmax())
+        ratio = float(found_E[expert] / target)
+        off = abs(ratio - 1) / tolerance
+        if not off <= worst[0]:
+            worst = (off, ratio, f"{leaf} of expert {expert} in layer {layer_of(name)}", tolerance)
+    return Finding(
+        worst[0] <= 1,
+        f"worst ratio to target {worst[1]:.4f} ({worst[2]}), within {worst[3]:.1%}",
+        "Initialise expert weights with the fan-in of one expert, not of the stack of them.",
+    )
+
+
+def layer_of(name: str) -> str:
+    """`3` of `blocks/3/ffn/w_in_EDUF`."""
+    return name.split("/")[1]
+
+
+def first_loss(subject: Subject) -> Finding:
+    """Logits of about unit variance add half of it to log V; the rest of the tolerance is the
+    spread of a small batch."""
+    loss, uniform = subject.probe.loss, math.log(subject.run.config.model.vocab_size)
+    return Finding(
+        abs(loss - uniform) <= LOSS_TOLERANCE,
+        f"{loss:.3f} against {uniform:.3f} nats, within {LOSS_TOLERANCE:g}",
+        "Initialise the output head (the embedding where it is tied) with variance 1 / width, and "
+        "check that targets are the next tokens.",
+    )
+
+
+def activations(subject: Subject) -> Finding:
+    """Root mean square of the residual stream after each block, in evaluation mode."""
+    rms = residual_scale(subject)
+    growth = max((b / a for a, b in itertools.pairwise(rms)), default=1.0)
+    ok = bool(np.isfinite(rms).all()) and growth <= MOST_GROWTH and min(rms) >= LEAST_SCALE
+    shown = rms if len(rms) <= 6 else [*rms[:3], *rms[-3:]]
+    return Finding(
+        ok,
+        f"rms {', '.join(f'{x:.3g}' for x in shown)} (first to last layer), grows at most "
+        f"{growth:.2f}x a layer",
+        f"Scale what a block adds to the stream by 1 / sqrt(2 L): rms has to stay above "
+        f"{LEAST_SCALE:g} and grow less than {MOST_GROWTH:g}x a layer.",
+    )
+
+
+def residual_scale(subject: Subject) -> list[float]:
+    """rms after each block on the first microbatch; compiled once for each kind of block."""
+    run, state = subject.run, subject.state
+    model, config = run.model, run.model.config
+    batch = jax.tree.map(lambda leaf: leaf[0], subject.batch)
+    context = MoEContext(
+        token_ids_BT=batch.tokens_BT,
+        mask_BT=batch.segments_BT > 0,
+        row_keys_B=row_keys(run.config.seed, jnp.int32(0), batch.row_B),
+        mesh=run.mesh,
+        group_rows=run.step_options.group_rows,
+        train=False,
+    )
+    rope = rope_tables(batch.positions_BT, config.head_dim, config.rope_theta, model.dtype)
+    segments = batch.segments_BT if config.confine_attention else None
+
+    def block_of(layer: int) -> Any:
+        def block(params: Any, router: Any, x: jax.Array):
+            here = MoEContext(**{**vars(context), "router_state": router})
+            x, _ = nnx.merge(model.blocks[layer], params)(x, rope, segments, here)
+            return x, jnp.sqrt((x.astype(jnp.float32) ** 2).mean())
+
+        return jax.jit(block)
+
+    compiled: dict[bool, Any] = {}
+    x = state.params["embed_VD"].astype(model.dtype)[batch.tokens_BT]
+    blocks, found, moe_layer = to_layers(state.params, model.layout)["blocks"], [], 0
+    for layer in range(config.num_layers):
+        is_moe = config.is_moe(layer)
+        block = compiled.setdefault(is_moe, None) or block_of(layer)
+        compiled[is_moe] = block
+        router = {k: v[moe_layer] for k, v in state.router.items()} if is_moe else {}
+        moe_layer += is_moe
+        x, rms = block(blocks[str(layer)], router, x)
+        found.append(float(rms))
+    return found
+
+
+def capacity(subject: Subject) -> Finding:
+    """Slots in tokens of an expert and group, and the share of assignments dropped at init."""
+    if not subject.moe_layers:
+        return NO_EXPERTS
+    asked, run = subject.plan.config, subject.run.config
+    moe = subject.probe.moe
+    assert moe is not None
+    fates, stats = moe.stats.fates, moe.stats
+    dropped = fates.dropped_capacity + fates.dropped_buffer
+    share_L = dropped / np.maximum(fates.wanted(), 1)
+    worst = int(np.argmax(share_L))
+    figure = f"{_slots(asked)}; at init {share_L[worst]:.1%} dropped"
+    figure += f" (worst: layer {subject.moe_layers[worst]})"
+    if _slots(run) != _slots(asked):
+        figure += f" of a shrunk group ({_slots(run)})"
+    if not np.all(stats.conserved()):
+        return Finding(False, figure, "Count every assignment once: the ledger lost some.")
+    return Finding(
+        bool(share_L[worst] <= MOST_DROPPED),
+        figure,
+        "Raise model.moe.capacity_factor or model.moe.group_rows (or recv_factor of dropless): "
+        f"more than {MOST_DROPPED:.0%} of the assignments are dropped.",
+    )
+
+
+def _slots(config: Any) -> str:
+    moe = config.model.moe
+    tokens = moe.group_rows * config.data.sequence_length
+    train, evaluate = (
+        make_dispatch(moe).capacity(tokens, moe.top_k, moe.num_experts, train)
+        for train in (True, False)
+    )
+    if train is None:
+        return "unbounded in train and eval"
+    return f"{train:,} slots an expert in train, {evaluate:,} in eval, for {tokens:,} tokens"

@@ -1,0 +1,184 @@
+"""What the checks look at: one prepared run, evaluated as seldom as possible.
+
+Everything is made when it is first asked for.  A step consumes the state it starts from, so the
+checks of the initial parameters come before those of a step (see checks.py).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checkpoint import named_leaves
+from moe_jax.config import Config
+from moe_jax.data.batch import Batch
+from moe_jax.data.feed import DeviceFeed
+from moe_jax.files.workdir import Folder
+from moe_jax.model.define import ModelDef, is_axes
+from moe_jax.model.layout import to_layers
+from moe_jax.moe.types import MoEAux
+from moe_jax.run.context import Run
+from moe_jax.run.evaluate import batch_shardings
+from moe_jax.run.loop import compile_step
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare
+from moe_jax.tools.plan.lowering import Plan
+from moe_jax.train.losses import loss_values
+from moe_jax.train.state import TrainState, everywhere
+from moe_jax.train.step import StepMetrics, make_gradients
+
+STEPS = 5  # timed for the wait for data
+
+
+class Probe(NamedTuple):
+    """One evaluation of the language-model loss alone at the initial parameters."""
+
+    loss: float  # nats a target
+    gradients: dict[str, np.ndarray]  # name -> norm, or a norm for each expert
+    kept: np.ndarray  # [MoE layers, E], assignments that reached their expert
+    moe: MoEAux | None
+
+
+class Steps(NamedTuple):
+    """What the first steps did."""
+
+    changed: dict[str, np.ndarray]  # name -> whether it changed in the first one, by expert
+    skipped: bool
+    wait: float  # seconds a step waited for data, on average over the later ones
+    seconds: float  # that one of them took
+
+
+@dataclasses.dataclass
+class Subject:
+    """A config as asked for, and the run that is examined in its place."""
+
+    plan: Plan  # of the config as asked for
+    config: Config  # what runs: shrunk, or the same
+    shrunk: bool
+    workdir: Folder  # for the checkpoint; nobody else's
+    devices: Sequence[Any]
+    say: Callable[[str], None]
+
+    @cached_property
+    def run(self) -> Run:
+        """The prepared run.
+
+        Raises:
+          UserError: what the user has to change.
+        """
+        return prepare(self.config, self.workdir, lambda line: None, self.devices)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that hold experts."""
+        model = self.config.model
+        return [layer for layer in range(model.num_layers) if model.is_moe(layer)]
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The state that the next step starts from."""
+        return first_state(self.run, "", lambda line: None)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The batch of step 0."""
+        with self.feed(0, 1) as feed:
+            return next(feed)[1]
+
+    def feed(self, start: int, stop: int) -> DeviceFeed:
+        """The run's own batches."""
+        where = batch_shardings(self.run)
+        return DeviceFeed(self.run.batches.rows, self.run.microbatch, where, start, stop)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """The language-model loss, its gradients' norms, and where tokens went in training."""
+        model = language_model_only(self.run.model)
+        gradients = make_gradients(model, self.run.step_options, self.run.mesh)
+
+        def evaluate(params: Any, router: Any, batch: Batch):
+            grads, sums, counts = gradients(params, router, batch, jnp.int32(0))
+            norms = reduce_leaves(model, grads, _norm)
+            return loss_values(sums, counts, model).lm, norms, sums.moe
+
+        compiled = jax.jit(evaluate, out_shardings=everywhere(self.run.mesh))
+        found = compiled(self.state.params, self.state.router, self.batch)
+        loss, norms, moe = jax.device_get(found)
+        kept = np.zeros((0, 0)) if moe is None else moe.ledger.expert.kept
+        return Probe(float(loss), by_layer(model, norms), kept, moe)
+
+    @cached_property
+    def step_fn(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """The compiled train step, which donates its state."""
+        return compile_step(self.run)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Takes the first steps; `state` is then the one after them."""
+        mesh, model = self.run.mesh, self.run.model
+        marks = jax.jit(lambda p: reduce_leaves(model, p, bits), out_shardings=everywhere(mesh))
+        before = by_layer(model, jax.device_get(marks(self.state.params)))
+        self.state, metrics = self.step_fn(self.state, self.batch)
+        after = by_layer(model, jax.device_get(marks(self.state.params)))
+        changed = {name: np.asarray(old != after[name]) for name, old in before.items()}
+        waits, began = [], time.perf_counter()
+        with self.feed(1, 1 + STEPS) as feed:
+            for number, (_, batch) in enumerate(feed):
+                if number == 0:  # it waited for the feed to start
+                    began = time.perf_counter()
+                else:
+                    waits.append(feed.last_wait)
+                self.state, later = self.step_fn(self.state, batch)
+                jax.block_until_ready(later)
+        seconds = (time.perf_counter() - began) / STEPS
+        return Steps(changed, bool(metrics.skipped), float(np.mean(waits)), seconds)
+
+
+def language_model_only(model: ModelDef) -> ModelDef:
+    """The same model, whose loss has no auxiliary terms."""
+    config = model.config
+    moe = dataclasses.replace(config.moe, balance_weight=0.0, z_weight=0.0)
+    config = dataclasses.replace(config, logits_z_weight=0.0, moe=moe)
+    return dataclasses.replace(model, config=config)
+
+
+def reduce_leaves(model: ModelDef, tree: Any, reduce: Callable[[jax.Array, Any], Any]) -> Any:
+    """`reduce(leaf, axes)` of every parameter over all axes but those of layers and experts."""
+
+    def one(names, leaf):
+        kept = sum(name in ("layers", "experts") for name in names)
+        return reduce(leaf, tuple(range(kept, leaf.ndim)))
+
+    return jax.tree.map(one, model.logical_axes, tree, is_leaf=is_axes)
+
+
+def by_layer(model: ModelDef, reduced: Any) -> dict[str, np.ndarray]:
+    """What `reduce_leaves` gave, by name: `blocks/3/ffn/w_in_EDUF` -> [E]."""
+    return {k: np.asarray(v) for k, v in named_leaves(to_layers(reduced, model.layout)).items()}
+
+
+def bits(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """A checksum of the bits and where they stand; no single number can change unseen.
+
+    Every weight is odd, so a number that changes changes the sum modulo 2^32.
+    """
+    raw = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize])
+    if leaf.dtype.itemsize == 8:
+        raw = (raw >> 32) * 3 + raw
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in axes:
+        ramp = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place * jnp.uint32(0x9E3779B1) + ramp
+    return (raw.astype(jnp.uint32) * (2 * place + 1)).sum(tuple(axes), dtype=jnp.uint32)
+
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+def _norm(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+    return jnp.sqrt((leaf.astype(jnp.float32) ** 2).sum(tuple(axes)))

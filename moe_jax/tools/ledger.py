@@ -1,0 +1,218 @@
+"""Where a run's assignments went: python -m moe_jax ledger --workdir=DIR
+
+[--layer=N] [--from_step=N] [--csv=FILE].  Reads WORKDIR/ledger.jsonl, which holds the counts of
+every `train.ledger_every`-th step, and prints them by layer, expert, position in the row and data
+source; every share is of the line's own assignments.  Exits 1 where they do not add up.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.files.formats import table
+from moe_jax.files.workdir import Folder
+from moe_jax.moe.types import Fates, Ledger
+
+_HEADINGS = {
+    "kept": "kept",
+    "dropped_capacity": "over capacity",
+    "dropped_buffer": "over buffer",
+    "unsampled": "not sampled",
+    "padding": "padding",
+}
+_MOST = 2**53  # no step counts further
+WORST = 16  # experts listed when there are more
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Counts of some steps of a run, added."""
+
+    steps: list[int]
+    sources: list[str]
+    assignments: np.ndarray  # [L], from the shapes of the choices
+    ledger: Ledger  # Fates of int64 arrays [L, n]
+
+
+def read(path: Folder, from_step: int = 0) -> Totals:
+    """The counts of all rows from `from_step` on.
+
+    Raises:
+      UserError: no such file, a damaged line, or no row.
+    """
+    try:
+        lines = json_files.read_lines(path)
+    except (FileNotFoundError, UserError) as error:
+        why = "there is none" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+        raise UserError(
+            f"{path} cannot be read ({why}): name the workdir of a run with experts and "
+            f"train.ledger_every above 0."
+        ) from None
+    steps, total, shapes = [], None, None
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):  # it is still being written
+            break
+        try:
+            row = _parse(json_files.parse(line))
+            if shapes not in (None, row.shapes()):
+                raise ValueError("other shapes than the lines before")
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number}, is damaged ({error}): remove that line to see the others."
+            ) from None
+        shapes = row.shapes()
+        if row.step >= from_step:
+            steps.append(row.step)
+            total = row if total is None else row.after(total)
+    if total is None:
+        raise UserError(f"{path} has no step from {from_step} on: the run has not got that far.")
+    return Totals(steps, total.sources, total.assignments, total.ledger)
+
+
+class _Counts(NamedTuple):
+    """One row of the file."""
+
+    step: int
+    sources: list[str]
+    assignments: np.ndarray  # [L]
+    ledger: Ledger  # Fates of int64 arrays [L, n]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [array.shape for array in jax.tree.leaves(self.ledger)]
+
+    def after(self, other: "_Counts") -> "_Counts":
+        """The sum of both, with the names and the step of this one."""
+        ledger = jax.tree.map(np.add, other.ledger, self.ledger)
+        return _Counts(self.step, self.sources, other.assignments + self.assignments, ledger)
+
+
+def _parse(row: Any) -> _Counts:
+    """A row's counts, zeros for the fates it leaves out; ValueError for what is no such row."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no row of counts")
+    sources = row.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
+        raise ValueError("its sources are no names")
+    assignments = _whole(row.get("assignments"), 1)
+    axes = {}
+    for axis in Ledger._fields:
+        found = row.get(axis)
+        if not isinstance(found, dict) or not found or not found.keys() <= set(Fates._fields):
+            raise ValueError(f"its counts by {axis} are missing")
+        counts = {name: _whole(count, 2) for name, count in found.items()}
+        shapes = {count.shape for count in counts.values()}
+        if len(shapes) > 1 or {shape[0] for shape in shapes} != {len(assignments)}:
+            raise ValueError(f"its counts by {axis} do not have the same layers")
+        zeros = np.zeros(shapes.pop(), np.int64)
+        axes[axis] = Fates(**{name: zeros for name in Fates._fields} | counts)
+    if axes["source"].kept.shape[1] != len(sources):
+        raise ValueError("its counts by source are not those of its sources")
+    return _Counts(row["step"], sources, assignments, Ledger(**axes))
+
+
+def _whole(value: Any, ndim: int) -> np.ndarray:
+    """Counts of so many axes; ValueError for anything else."""
+    array = np.asarray(value)
+    if array.ndim != ndim or array.dtype.kind != "i" or not 0 <= array.min() <= array.max() < _MOST:
+        raise ValueError("something in it is no count")
+    return array.astype(np.int64)
+
+
+def discrepancy(totals: Totals) -> str | None:
+    """What does not add up: all fates to the assignments, each fate to the same on every axis."""
+    ledger = totals.ledger
+    counted = ledger.expert.total().sum(1)
+    if (counted != totals.assignments).any():
+        return f"NOT CONSERVED: {totals.assignments} assignments a layer, {counted} accounted for."
+    for fate in Fates._fields:
+        sums = {axis: getattr(fates, fate).sum(1) for axis, fates in ledger._asdict().items()}
+        for axis, found in sums.items():
+            if (found != sums["expert"]).any():
+                layer = int(np.argmax(found != sums["expert"]))
+                return (
+                    f"NOT CONSERVED: layer {layer} has {sums['expert'][layer]} assignments "
+                    f"'{_HEADINGS[fate]}' by expert and {found[layer]} by {axis}."
+                )
+    return None
+
+
+def report(totals: Totals, layer: int = -1) -> str:
+    """The tables as text."""
+    ledger = totals.ledger
+    first, last = totals.steps[0], totals.steps[-1]
+    per_layer = Fates(*(count_LE.sum(1) for count_LE in ledger.expert))
+    chosen = slice(None) if layer < 0 else slice(layer, layer + 1)
+    expert, position, source = (
+        Fates(*(count_LN[chosen].sum(0) for count_LN in fates)) for fates in ledger
+    )
+    buckets = len(position.kept)
+    spans = [f"{100 * i // buckets}-{100 * (i + 1) // buckets}%" for i in range(buckets)]
+    experts = [str(e) for e in range(len(expert.kept))]
+    which = "all layers" if layer < 0 else f"layer {layer}"
+    parts = [
+        f"{len(totals.steps)} steps from {first} to {last}",
+        _table("layer", [str(i) for i in range(len(per_layer.kept))], per_layer),
+        f"{which}, by position in the row",
+        _table("position", spans, position),
+        f"{which}, by data source",
+        _table("source", totals.sources, source),
+        *_experts(which, experts, expert),
+    ]
+    return "\n\n".join(parts)
+
+
+def _experts(which: str, names: list[str], expert: Fates) -> Iterator[str]:
+    """All experts, or those that dropped most and those that were chosen least."""
+    if len(names) <= WORST:
+        yield f"{which}, by expert"
+        yield _table("expert", names, expert)
+        return
+    dropped = expert.wanted() - expert.kept
+    for title, order in (
+        ("the experts that dropped most", np.argsort(-dropped, kind="stable")),
+        ("the experts chosen least", np.argsort(expert.wanted(), kind="stable")),
+    ):
+        some = order[: WORST // 2]
+        yield f"{which}, {title}, of {len(names)}"
+        yield _table("expert", [names[e] for e in some], Fates(*(count[some] for count in expert)))
+
+
+def _table(heading: str, names: Sequence[str], fates: Fates) -> str:
+    shown = {name: counts for name, counts in fates._asdict().items() if name != "dropped_buffer"}
+    if fates.dropped_buffer.any():
+        shown["dropped_buffer"] = fates.dropped_buffer
+    total = fates.total()
+    rows = [[heading, "assignments", *(_HEADINGS[name] for name in shown)]]
+    for i, name in enumerate(names):
+        if not total[i]:  # a source that these steps did not read
+            continue
+        share = (f"{counts[i] / max(1, total[i]):.2%}" for counts in shown.values())
+        rows.append([name, f"{total[i]:,}", *share])
+    return table(rows, left=1)
+
+
+def write_csv(path: Path, totals: Totals) -> None:
+    """One line for each layer and expert, position bucket or source.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["axis", "layer", "name", *Fates._fields])
+            for axis, fates in totals.ledger._asdict().items():
+                layers, size = fates.kept.shape
+                names = totals.sources if axis == "source" else range(size)
+                for layer in range(layers):
+                    for i, name in enumerate(names):
+                        writer.writerow([axis, layer, name, *(count[layer, i] for count in fates)])
+    except OSError as error:
+        raise UserError(f"--csv={path} cannot be written ({error.strerror}).") from None

@@ -1,0 +1,253 @@
+"""Bytes a device holds at its fullest, from first principles.
+
+Axes as everywhere: N tokens of one device in a microbatch, M rows in a dispatch buffer, D width, F
+expert width, U matrices into an expert, E experts, K choices, L layers, H and J heads, A head
+width, V vocabulary.  All sizes here are those of one device.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from moe_jax.model.config import ModelConfig
+from moe_jax.moe.components import make_dispatch
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.dispatch.dropless import buffer_rows as dropless_rows
+from moe_jax.ops.expert_activation import ACTIVATE
+from moe_jax.parallel.rules import spec
+from moe_jax.tools.plan.lowering import Plan, split_ways
+
+# Dispatch paths that weigh what experts made, which is in the derivative there; others weigh the
+# hidden layer.
+WEIGHED_AFTER = ("dense", "einsum")
+
+
+class Memory(NamedTuple):
+    """Bytes a device holds at the fullest moment of a step, by what they are for."""
+
+    parameters: float  # and their copies in the compute dtype
+    optimizer: float
+    gradients: float
+    activations: float
+    dispatch: float
+    collectives: float  # weights as the layer sees them, and what all-to-alls write into
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Sizes of one device's share of the model and of a microbatch."""
+
+    model: ModelConfig
+    sizes: dict[str, int]  # of the mesh axes
+    c: float  # bytes of a computed number
+    N: int
+    M: int  # 0 without experts
+    U: int
+
+    @property
+    def vocab(self) -> int:
+        """Columns of the head."""
+        return self.model.vocab_size // self.sizes["tensor"]
+
+    @property
+    def ffn(self) -> int:
+        """Columns of the experts' hidden layer."""
+        return self.model.moe.expert_width // self.sizes["tensor"]
+
+    @property
+    def dense_ffn(self) -> int:
+        """Columns of a dense hidden layer."""
+        return self.model.ffn_width // self.sizes["tensor"]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query and key/value heads."""
+        tensor = self.sizes["tensor"]
+        return self.model.num_heads // tensor, self.model.num_kv_heads // tensor
+
+
+def local_sizes(plan: Plan) -> Local:
+    """Sizes of one device's share."""
+    config, model = plan.config, plan.config.model
+    sizes = dataclasses.asdict(config.mesh)
+    rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
+    N = rows * config.data.sequence_length
+    M = 0 if model.dense else buffer_rows(plan, rows)
+    U = ACTIVATE[model.activation][0]
+    return Local(model, sizes, float(jnp.dtype(config.precision).itemsize), N, M, U)
+
+
+def buffer_rows(plan: Plan, rows: int) -> int:
+    """Rows of the buffer in which a device's experts find their tokens."""
+    config, moe = plan.config, plan.config.model.moe
+    dispatch = make_dispatch(moe)
+    T, K, E = config.data.sequence_length, moe.top_k, moe.num_experts
+    if moe.dispatch == "dense":
+        return rows * T * E
+    capacity = dispatch.capacity(moe.group_rows * T, K, E, True)
+    if capacity is not None:
+        return rows // moe.group_rows * E * capacity
+    recv_factor = getattr(dispatch, "recv_factor", 0.0)
+    return dropless_rows(rows * T, K, E, config.mesh.expert, recv_factor)
+
+
+def gathers_tokens(moe: MoEConfig) -> bool:
+    """Whether every expert shard gets all tokens, instead of those sent to it."""
+    return moe.dispatch == "dropless" and getattr(make_dispatch(moe), "recv_factor", 0.0) == 0
+
+
+def estimate(plan: Plan) -> Memory:
+    """The fullest moment of the step: at the loss, or while a layer goes back.
+
+    Scanned layers write their gradients into stacks that exist from the first layer that goes back
+    to the last; unrolled ones make them one by one, in the compute dtype, while what was saved
+    for them is given up.
+    """
+    parameters, copies, optimizer = state_bytes(plan)
+    local = local_sizes(plan)
+    model, c = local.model, local.c
+    # With several microbatches there are the sum of the gradients and those of one.
+    summed = parameters if plan.config.train.accumulation > 1 else 0.0
+    saved, layer = saved_bytes(plan, local), layer_bytes(local)
+    # The head's gradient is there whole from the loss on (ops/cross_entropy.py), the head with it.
+    head = local.vocab * model.width
+    logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
+    gathered = gathered_bytes(plan, local)
+    fixed = all_to_alls(plan) * local.M * model.width * c
+
+    def moment(gradients, activations, dispatch=0.0, collectives=0.0):
+        gradients += summed + head * 4
+        collectives += fixed
+        return Memory(parameters + copies, optimizer, gradients, activations, dispatch, collectives)
+
+    moments = [moment(0.0, saved + logits, collectives=head * c)]
+    if plan.model.layout.repeats:
+        back = saved + layer.activations
+        moments.append(moment(_gradient_bytes(plan), back, layer.dispatch, 2 * gathered))
+    else:
+        one = saved / model.num_layers
+        made = parameters * c / 4
+        for activations, gradients in ((saved, 0.0), (one, made)):
+            back = activations + layer.activations
+            moments.append(moment(gradients, back, layer.dispatch, 2 * gathered))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def state_bytes(plan: Plan) -> tuple[float, float, float]:
+    """Parameters, their copies in the compute dtype and optimizer state, exact."""
+    parameters = copies = optimizer = 0.0
+    for leaf in plan.leaves:
+        ways = split_ways(leaf.axes, plan.mesh.shape)
+        parameters += leaf.bytes / ways
+        copies += leaf.copy / ways
+        optimizer += leaf.beside / ways + leaf.whole
+    return parameters, copies, optimizer
+
+
+def _gradient_bytes(plan: Plan) -> float:
+    """Of one microbatch: a parameter with a copy has its gradient in the copy's dtype."""
+    return sum(
+        (leaf.copy or leaf.bytes) / split_ways(leaf.axes, plan.mesh.shape) for leaf in plan.leaves
+    )
+
+
+def moe_layers(model: ModelConfig) -> int:
+    """Layers that hold experts."""
+    return sum(model.is_moe(layer) for layer in range(model.num_layers))
+
+
+def saved_bytes(plan: Plan, local: Local) -> float:
+    """What all layers keep of the forward pass for the backward pass."""
+    model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
+    D, A = model.width, model.head_dim
+    H, J = local.heads
+    layers, sparse = model.num_layers, moe_layers(model)
+    stream = layers * N * D * c  # where each block begins
+    projections = layers * N * (H + 2 * J) * A * c
+    attention = layers * N * H * A * c
+    dense = (layers - sparse) * N * local.dense_ffn * c
+    wide = sparse * M * local.ffn * c
+    # The routers' logits, and tokens and their weights where their experts are.
+    dispatched = sparse * (N * model.moe.num_experts * 4 + M * (D * c + 4))
+    if model.moe.dispatch in WEIGHED_AFTER:
+        dispatched += sparse * M * D * c  # and back
+    if model.remat == "save_dispatch":
+        return stream + dispatched
+    if model.remat == "save_hidden":
+        return stream + dispatched + attention + U * (dense + wide)
+    if model.remat == "dots":
+        return 2 * stream + projections + U * dense
+    if model.remat != "none":
+        return stream
+    kept = 4 * stream + projections + attention + layers * N * H * 4 + dispatched
+    if not plan.model.layout.repeats:
+        return stream + kept + (U + 1) * (dense + wide)
+    # A scan keeps every operand of every derivative: float32 inside the norms, each factor of the
+    # activation, and the weights in the compute dtype as the layer saw them.
+    weights = layers * gathered_bytes(plan, local)
+    return stream + kept + 3 * layers * N * D * 4 + (2 * U + 2) * (dense + wide) + weights
+
+
+class Working(NamedTuple):
+    """What one layer holds while it goes back."""
+
+    activations: float
+    dispatch: float
+
+
+def layer_bytes(local: Local) -> Working:
+    """The fullest moment of one layer's backward pass, beside what was saved."""
+    model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
+    stream = 4 * N * model.width * c
+    if not moe_layers(model):
+        return Working(stream + N * local.dense_ffn * c * 2 * (U + 1), 0.0)
+    wide, narrow = M * local.ffn * c, M * model.width * c
+    if model.remat == "none":  # nothing is computed again: gradients alone
+        return Working(stream, (U + 1) * wide + 2 * narrow)
+    if model.moe.dispatch == "dropless":
+        # Before the activation and its gradient, and what lies between them; or the hidden layer
+        # forward again, with tokens sent, received and sorted, there and back.
+        here = model.moe.num_experts // local.sizes["expert"]
+        mask = M * here * 128 if here > 1 else 0  # ragged_dot's, a byte a lane
+        return Working(
+            stream, max((2 * U + 3) * wide + 4 * narrow, (U + 2) * wide + 5 * narrow + mask)
+        )
+    # A batched product computes the activation as it reads, and its gradient as it writes.
+    return Working(stream, 2 * U * wide + 3 * narrow)
+
+
+def passes_to_experts(model: ModelConfig) -> int:
+    """All-to-alls of one MoE layer's tokens: there and back, forward and backward, and perhaps
+    there again; what came back is in no one's derivative."""
+    return 5 if model.remat in ("full", "dots") else 4
+
+
+def all_to_alls(plan: Plan) -> int:
+    """All-to-alls in the program; a scan's body stands there once.  Each has a buffer of its own
+    in which it lands (see compiled.py)."""
+    model, layout = plan.config.model, plan.model.layout
+    if model.dense or plan.config.mesh.expert == 1:
+        return 0
+    if model.moe.dispatch not in ("capacity", "dropless") or gathers_tokens(model.moe):
+        return 0
+    layers = [*layout.unrolled(), *range(layout.prefix, layout.prefix + layout.period)]
+    present = layers if layout.repeats else range(model.num_layers)
+    return passes_to_experts(model) * sum(model.is_moe(layer) for layer in present)
+
+
+def gathered_bytes(plan: Plan, local: Local) -> float:
+    """One layer's weights in the compute dtype, without their fsdp split."""
+    sizes = plan.mesh.shape
+    if sizes["fsdp"] == 1 and plan.config.model.remat != "none":
+        return 0.0
+    total = 0.0
+    for leaf in plan.leaves:
+        if "fsdp" in str(spec(leaf.axes)) and leaf.name not in ("embed_VD", "head_DV"):
+            total += leaf.size * local.c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
+    return total / local.model.num_layers

@@ -1,0 +1,142 @@
+"""The train step of a config, resolved and lowered for devices that need not be here."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moe_jax.config import Config
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.model.define import ModelDef, define, is_axes
+from moe_jax.model.flops import flops_per_token
+from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from moe_jax.parallel.rules import spec
+from moe_jax.run import resolve
+from moe_jax.run.context import make_optimizer, make_step_options, microbatch_of
+from moe_jax.train.copies import path_name
+from moe_jax.train.optim import Optimizer
+from moe_jax.train.state import abstract_state, placed_state
+from moe_jax.train.step import abstract_batch, jit_train_step
+
+
+class Leaf(NamedTuple):
+    """One parameter (of scanned layers: all of them stacked) and its optimizer state."""
+
+    name: str
+    axes: tuple[str | None, ...]  # logical
+    size: int  # numbers
+    bytes: int
+    copy: int  # bytes of its copy in the computation's dtype
+    beside: int  # bytes of optimizer state of its shape, split as it is
+    whole: int  # bytes of other optimizer state, whole on every device
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config resolved for a number of devices."""
+
+    asked: Config  # as written
+    config: Config  # as run
+    model: ModelDef
+    optimizer: Optimizer
+    mesh: AbstractMesh  # its axes, without devices
+    leaves: tuple[Leaf, ...]
+    flops: float  # of the model, forward and backward, for one token
+    notes: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.config.train.batch_size * self.config.data.sequence_length
+
+
+def make_plan(config: Config, num_devices: int) -> Plan:
+    """What `python -m moe_jax train` would run on so many devices.
+
+    Raises:
+      UserError: what the trainer refuses before it compiles.
+    """
+    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    asked = config
+    config, notes = resolve.resolve(config, num_devices, vocabulary)
+    model = define(config.model, jnp.dtype(config.precision))
+    mesh = abstract_mesh(config.mesh)
+    resolve.check_shapes(model, mesh)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    optimizer = make_optimizer(config)
+    leaves = _leaves(model, optimizer)
+    return Plan(asked, config, model, optimizer, mesh, leaves, flops, notes)
+
+
+def _leaves(model: ModelDef, optimizer: Optimizer) -> tuple[Leaf, ...]:
+    state = abstract_state(model, optimizer)
+    params = jax.tree.leaves_with_path(state.params)
+    axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
+    moments = jax.tree.structure(state.params).flatten_up_to(state.optimizer)
+    paths = jax.tree.map_with_path(lambda path, _: path_name(path), state.params)
+    found = []
+    for (path, param), name, names, tree in zip(
+        params, jax.tree.leaves(paths), axes, moments, strict=True
+    ):
+        beside = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == param.shape)
+        whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree)) - beside
+        size = math.prod(param.shape)
+        copy = _bytes(state.copies[name]) if name in state.copies else 0
+        found.append(Leaf(path[-1].key, names, size, _bytes(param), copy, beside, whole))
+    return tuple(found)
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def split_ways(
+    axes: Sequence[str | None], sizes: Mapping[str, int], over: Sequence[str] = AXES
+) -> int:
+    """Into how many parts the mesh axes `over` split a parameter with these logical axes."""
+    ways = 1
+    for entry in spec(axes):
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            ways *= sizes[axis] if axis in over else 1
+    return ways
+
+
+def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulation: int) -> Plan:
+    """The same model on another mesh, under another policy, with another batch.
+
+    Raises:
+      UserError: as `make_plan`.
+    """
+    config = dataclasses.replace(
+        plan.asked,
+        mesh=mesh,
+        model=dataclasses.replace(plan.asked.model, remat=remat),
+        train=dataclasses.replace(
+            plan.asked.train, batch_size=batch_size, accumulation=accumulation
+        ),
+    )
+    devices = math.prod(dataclasses.astuple(mesh))
+    config, notes = resolve.resolve(config, devices, plan.config.model.vocab_size)
+    model = dataclasses.replace(plan.model, config=config.model)
+    resolve.check_shapes(model, abstract_mesh(mesh))
+    return dataclasses.replace(
+        plan, config=config, model=model, mesh=abstract_mesh(mesh), notes=notes
+    )
+
+
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """A mesh of these sizes without devices."""
+    return AbstractMesh(dataclasses.astuple(mesh), AXES)
+
+
+def lower(plan: Plan, devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The train step, lowered for these devices."""
+    config, model, optimizer = plan.config, plan.model, plan.optimizer
+    mesh = make_mesh(config.mesh, devices)
+    state = placed_state(model, optimizer, mesh)
+    step = jit_train_step(model, optimizer, make_step_options(config), mesh)
+    return step.lower(state, abstract_batch(microbatch_of(config), mesh))

@@ -1,0 +1,120 @@
+"""A plan as lines of text."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from moe_jax.model.flops import param_counts
+from moe_jax.tools.hlo import Collectives, mesh_axes
+from moe_jax.tools.plan.analytic import Memory
+from moe_jax.tools.plan.compiled import Compiled
+from moe_jax.tools.plan.lowering import Plan
+from moe_jax.tools.plan.roofline import Roofline, Traffic
+from moe_jax.tools.plan.search import Found, Rejected, mesh_text
+from moe_jax.tools.plan.topology import Topology
+from moe_jax.train.state import checkpoint_bytes
+
+_DAY = 86_400
+
+
+def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
+    """What is planned."""
+    config = plan.config
+    counts = param_counts(config.model)
+    rows, parts = config.train.batch_size, config.train.accumulation
+    yield (
+        f"{topology.name}: {topology.num_chips:,} chips, {topology.num_devices:,} devices "
+        f"({topology.chip.kind}), mesh {config.mesh}"
+    )
+    yield (
+        f"model: {counts.total:,} parameters, {counts.active:,} active, remat "
+        f"{config.model.remat}, layers {'scanned' if config.model.scan_layers else 'unrolled'}"
+    )
+    yield (
+        f"batch: {rows:,} rows of {config.data.sequence_length:,} tokens "
+        f"({plan.tokens:,} tokens) in {parts} microbatch{'es' if parts > 1 else ''}"
+    )
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float) -> Iterator[str]:
+    """Bytes of one device: by purpose from the analytic model, beside the compiled program's."""
+    yield "bytes per device at the fullest moment (analytic):"
+    for name, size in memory._asdict().items():
+        yield f"  {name:<12} {gib(size):>10}"
+    yield f"  {'total':<12} {gib(memory.total):>10} of {gib(chip_bytes)} usable"
+    if compiled is not None:
+        gap = memory.total / compiled.peak - 1
+        yield (
+            f"  {'compiled':<12} {gib(compiled.peak):>10} (state and batch "
+            f"{gib(compiled.arguments)}); the analytic total is {gap:+.1%}"
+        )
+
+
+def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:
+    """Bytes one device sends in a step."""
+    yield f"collectives, bytes one device sends a step ({how}){':' if found else ': none'}"
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    for one in found:
+        sums[one.op, one.axes] += one.bytes
+    for op in ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute"):
+        total = sum(size for (name, _), size in sums.items() if name == op)
+        if not total:
+            continue
+        parts = sorted(((size, axes) for (name, axes), size in sums.items() if name == op))
+        over = ", ".join(f"{gib(size)} over {axes}" for size, axes in reversed(parts))
+        yield f"  {op:<18} {gib(total):>10}  ({over})"
+
+
+def read_traffic(collectives: Collectives, plan: Plan) -> list[Traffic]:
+    """The traffic that a compiled program's collectives make."""
+    shape, devices = dict(plan.mesh.shape), plan.mesh.size
+    return [
+        Traffic(one.op, mesh_axes(one.group, shape), one.sent(devices)) for one in collectives.found
+    ]
+
+
+def describe_speed(
+    plan: Plan, topology: Topology, roof: Roofline, executed: float, budget: float
+) -> Iterator[str]:
+    """Step time, rates and costs, all of them bounds."""
+    yield (
+        f"FLOPs a step: {plan.flops * plan.tokens:.4g} of the model, "
+        f"{executed * topology.num_devices:.4g} executed (recomputation and empty slots)"
+    )
+    busy = ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in roof.limits.items())
+    yield f"roofline: {1e3 * roof.seconds:,.1f} ms a step, limited by {roof.limit} ({busy})"
+    yield (
+        f"MFU bound: {roof.mfu(roof.seconds):.1%}, and {roof.mfu(roof.exposed):.1%} "
+        f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
+    )
+    disk = checkpoint_bytes(plan.model, plan.optimizer)
+    yield f"checkpoint: {gib(disk)}"
+    rate = plan.tokens / roof.seconds
+    yield f"tokens a day, at most: {rate * _DAY:.4g}"
+    hours = budget / rate / 3600 * topology.num_chips
+    yield f"chip-hours for {budget:.3g} tokens, at least: {hours:,.0f}"
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 2**20:.2f} MiB"
+
+
+def describe_found(found: Found) -> str:
+    """One layout of a search."""
+    config, roof = found.plan.config, found.roof
+    return (
+        f"{mesh_text(config.mesh)}, remat {config.model.remat}, batch {config.train.batch_size:,} "
+        f"in {config.train.accumulation}: {gib(found.memory.total)}, {1e3 * roof.exposed:,.1f} ms, "
+        f"{roof.mfu(roof.exposed):.1%} to {roof.mfu(roof.seconds):.1%} MFU, "
+        f"limited by {roof.limit}"
+    )
+
+
+def describe_rejected(rejected: list[Rejected]) -> Iterator[str]:
+    """Why each layout is out; at the end those for memory, the least above it last."""
+    for one in sorted(rejected, key=lambda one: (one.needs > 0, -one.needs)):
+        yield f"rejected: {one.layout}: {one.why}"

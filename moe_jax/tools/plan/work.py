@@ -1,0 +1,127 @@
+"""What one device computes, moves to and from memory, and sends in a step, from first principles.
+
+Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
+"""
+
+from moe_jax.moe.components import make_dispatch
+from moe_jax.parallel.mesh import AXES
+from moe_jax.tools.plan.analytic import (
+    WEIGHED_AFTER,
+    Local,
+    gathers_tokens,
+    local_sizes,
+    moe_layers,
+    passes_to_experts,
+    state_bytes,
+)
+from moe_jax.tools.plan.lowering import Plan, split_ways
+from moe_jax.tools.plan.roofline import Traffic
+
+# Matrix products of a block that the backward pass computes again, by remat policy: those whose
+# results it needs and the policy does not keep.  An attention kernel always runs again, and what
+# experts made where the combine weighs it (WEIGHED_AFTER).
+_AGAIN = {
+    "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
+    "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
+    "save_hidden": ("q_DHA", "k_DJA", "v_DJA", "o_HAD"),
+    "dots": ("w_in_EDUF",),
+    "none": (),
+}
+
+
+def executed_flops(plan: Plan) -> float:
+    """FLOPs of one device's matrix products: recomputation and empty slots included."""
+    config, model = plan.config, plan.config.model
+    moe, T = model.moe, config.data.sequence_length
+    again = _AGAIN[model.remat]
+    if model.remat != "none" and moe.dispatch in WEIGHED_AFTER:
+        again += ("w_out_EFD",)
+    flops = plan.flops
+    slots = 1.0  # places in the experts' buffers for each assignment
+    if not model.dense:
+        capacity = make_dispatch(moe).capacity(moe.group_rows * T, moe.top_k, moe.num_experts, True)
+        if capacity is not None:
+            slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
+    for leaf in plan.leaves:
+        used = leaf.size
+        if "experts" in leaf.axes:
+            used *= moe.top_k / moe.num_experts * slots
+            flops += 6.0 * used * (1 - 1 / slots)
+        if leaf.name in again:
+            flops += 2.0 * used
+    if model.remat != "none":
+        flops += 2.0 * model.num_layers * T * model.num_heads * model.head_dim
+    return flops * plan.tokens / plan.mesh.size
+
+
+def moved_bytes(plan: Plan) -> float:
+    """Bytes between one device and its memory that no fusion avoids: the state once in and out,
+    and every weight in the compute dtype for each pass of each microbatch."""
+    parameters, copies, optimizer = state_bytes(plan)
+    passes = 3 + (plan.config.model.remat != "none")
+    c = local_sizes(plan).c
+    sizes = plan.mesh.shape
+    weights = sum(
+        leaf.size * c / split_ways(leaf.axes, sizes, ("expert", "tensor")) for leaf in plan.leaves
+    )
+    again = plan.config.train.accumulation
+    return 2 * (parameters + optimizer) + copies + 2 * parameters + passes * weights * again
+
+
+def traffic(plan: Plan) -> list[Traffic]:
+    """What one device sends in a step."""
+    local = local_sizes(plan)
+    return [*_weights(plan, local), *_tokens(plan, local), *_tensor(plan, local)]
+
+
+def _weights(plan: Plan, local: Local) -> list[Traffic]:
+    """Gathering what fsdp splits, and reducing gradients."""
+    sizes, again = local.sizes, plan.config.train.accumulation
+    gathers = 2  # forward, and again when the layer goes back
+    found = []
+    for leaf in plan.leaves:
+        used = {axis for axis in AXES if split_ways(leaf.axes, dict.fromkeys(AXES, 2), (axis,)) > 1}
+        whole = leaf.size * local.c / split_ways(leaf.axes, sizes, ("expert", "tensor"))
+        if "fsdp" in used and (n := sizes["fsdp"]) > 1:
+            found.append(Traffic("all-gather", "fsdp", again * gathers * whole * (n - 1) / n))
+            found.append(Traffic("reduce-scatter", "fsdp", again * whole * (n - 1) / n))
+        over = [axis for axis in ("data", "fsdp", "expert") if axis not in used and sizes[axis] > 1]
+        n = 1
+        for axis in over:
+            n *= sizes[axis]
+        if n > 1:
+            part = whole / (sizes["fsdp"] if "fsdp" in used else 1)
+            found.append(Traffic("all-reduce", " x ".join(over), again * 2 * part * (n - 1) / n))
+    return found
+
+
+def _tokens(plan: Plan, local: Local) -> list[Traffic]:
+    """Tokens to the experts and back, forward and backward."""
+    model, n = local.model, local.sizes["expert"]
+    if n == 1 or not local.M or model.moe.dispatch not in ("capacity", "dropless"):
+        return []
+    layers, times = moe_layers(model), passes_to_experts(model)
+    again = layers * plan.config.train.accumulation
+    if gathers_tokens(model.moe):
+        # The sums on the way home are in no one's derivative: only the way there is gone again.
+        tokens = again * (n - 1) * local.N * model.width * local.c
+        there = 2 + (times > 4)
+        return [
+            Traffic("all-gather", "expert", there * tokens),
+            Traffic("reduce-scatter", "expert", 2 * tokens),
+        ]
+    # The weights go wherever tokens go there, and their gradients home once.
+    a_row = times * model.width * local.c + (times - 2) * 4
+    return [Traffic("all-to-all", "expert", again * local.M * a_row * (n - 1) / n)]
+
+
+def _tensor(plan: Plan, local: Local) -> list[Traffic]:
+    """Sums over tensor: after attention and after the FFN, forward and backward."""
+    n, model = local.sizes["tensor"], local.model
+    if n == 1:
+        return []
+    times = 4 + (model.remat != "none")  # attention's again; the FFN's is in no one's derivative
+    stream = local.N * model.width * local.c
+    again = plan.config.train.accumulation
+    bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n
+    return [Traffic("all-reduce", "tensor", bytes_)]

@@ -1,0 +1,40 @@
+"""Compiles the plan in FOLDER/config.json.
+
+python -m moe_jax.tools.plan.worker FOLDER TOPOLOGY SAVE
+A process of its own, because XLA can be stopped in no other way.  See compiled.py, which starts it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from moe_jax.config import read_config
+from moe_jax.tools.plan.lowering import lower, make_plan
+from moe_jax.tools.plan.saved import save_step
+from moe_jax.tools.plan.topology import compile_devices, parse_topology
+
+
+def main(folder: str, name: str, save: str) -> None:
+    """Writes FOLDER/result.json, if it is let live so long."""
+    # What comes from the cache has no dumps, and may not be saved again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    topology = parse_topology(name)
+    if topology.chip.torus:
+        jax.config.update("jax_platforms", "cpu")  # the devices come from the topology
+    plan = make_plan(read_config(Path(folder, "config.json")), topology.num_devices)
+    devices, _ = compile_devices(topology)
+    executable = lower(plan, devices).compile()
+    memory = executable.memory_analysis()
+    assert memory is not None
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = {
+        "peak": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        "digest": save_step(executable, save) if save else "",
+    }
+    Path(folder, "result.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,159 @@
+"""One run's folder as numbers; whatever is missing or broken there becomes its state."""
+
+import dataclasses
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import Config, read_config
+from moe_jax.errors import UserError
+from moe_jax.files import json_files
+from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.record.report import METRICS, is_last, read_row
+
+DONE = "done"
+_NO_RUNS_BELOW = {"checkpoints", "stores", "tensorboard", "profile"}
+_SWEEP_RECORD = "sweep.json"  # of launch/sweep.py: run name -> overrides
+_RUN_NAME = re.compile("[a-z0-9-]+")  # as launch/runs.py makes them: no path to anywhere else
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run.  A number is None where the folder does not tell it."""
+
+    name: str  # its folder, below the one that was asked about
+    state: str  # DONE, or what it is instead
+    config: Config | None = None
+    best_heldout: float | None = None  # nats a token
+    train_loss: float | None = None  # language-model loss of the last logged step, nats a token
+    tokens_per_second: float | None = None  # median of the log steps
+    drop_fraction: float | None = None  # median of the log steps
+    parameters: int | None = None
+    active: int | None = None
+    flops_per_token: float | None = None  # model FLOPs, forward and backward
+    flops: float | None = None  # of all steps so far
+    curve: tuple[tuple[float, float], ...] = ()  # (model FLOPs so far, held-out loss)
+
+
+def read_runs(folder: Path) -> list[Result]:
+    """Every run at or below `folder`, and every run that a sweep there has planned.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--workdir={folder} is not a folder: name one with runs below it.")
+    results = [read_run(path, os.path.relpath(path, folder)) for path in _run_folders(folder)]
+    if not results:
+        raise UserError(f"--workdir={folder} holds no run: name a folder with runs below it.")
+    return results
+
+
+def read_run(folder: Path, name: str) -> Result:
+    """The run in `folder`; never raises for what it finds there."""
+    if not folder.is_dir():
+        return Result(name, "not started")
+    try:
+        config = read_config(folder / "config.json")
+        counts = param_counts(config.model)
+        per_token = flops_per_token(config.model, config.data.sequence_length)
+    except FileNotFoundError:
+        return Result(name, "no config.json")
+    except (UserError, ValueError) as error:  # of a vocabulary that was never resolved
+        return Result(name, str(error).removeprefix(f"{folder}/"))
+    known: dict[str, Any] = {
+        "config": config,
+        "parameters": counts.total,
+        "active": counts.active,
+        "flops_per_token": per_token,
+    }
+    try:
+        rows, broken = _read_rows(folder / METRICS)
+    except FileNotFoundError:
+        return Result(name, f"no {METRICS}", **known)
+    except UserError as error:
+        return Result(name, str(error).removeprefix(f"{folder}/"), **known)
+    step_flops = per_token * config.train.batch_size * config.data.sequence_length
+    train = [row for row in rows if "loss" in row]
+    heldout = [(row["step"], _number(row, "eval_loss")) for row in rows if "eval_loss" in row]
+    curve = tuple((step * step_flops, loss) for step, loss in heldout if loss is not None)
+    return Result(
+        name,
+        _state(config, rows, train, broken),
+        best_heldout=min((loss for _, loss in curve), default=None),
+        train_loss=_number(train[-1], "lm_loss") if train else None,
+        tokens_per_second=_median(train, "tokens_per_second"),
+        drop_fraction=_median(train, "drop_fraction"),
+        flops=max((row["step"] for row in rows), default=0) * step_flops,
+        curve=curve,
+        **known,
+    )
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Planned runs in their sweep's order, whether their folders are there or not; then others."""
+    planned: dict[Path, None] = {}
+    found = []
+    for here, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if name not in _NO_RUNS_BELOW)
+        path = Path(here)
+        if _SWEEP_RECORD in files:
+            planned |= dict.fromkeys(path / name for name in _planned(path / _SWEEP_RECORD))
+        if "config.json" in files or METRICS in files:
+            found.append(path)
+    return [*planned, *(path for path in found if path not in planned)]
+
+
+def _planned(path: Path) -> list[str]:
+    try:
+        names = json_files.read(path)
+    except (FileNotFoundError, UserError):
+        return []
+    if not isinstance(names, Mapping):
+        return []
+    return [name for name in names if _RUN_NAME.fullmatch(name)]
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(rows, lines that are none); a torn last line is what a kill leaves and does not count."""
+    rows, broken = [], 0
+    lines = json_files.read_lines(path)
+    for line in lines:
+        row = read_row(line)
+        if row is not None:
+            rows.append(row)
+        elif line is not lines[-1] or line.endswith(b"\n"):
+            broken += 1
+    return rows, broken
+
+
+def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], broken: int) -> str:
+    steps = config.train.steps
+    if broken:
+        return f"{METRICS}: {broken} broken line{'s' * (broken > 1)}"
+    last = [_number(train[-1], name, keep=True) for name in ("loss", "grad_norm")] if train else []
+    if not all(math.isfinite(number or 0.0) for number in last):
+        return f"diverged at step {train[-1]['step']}"
+    if any("eval_loss" in row and row["step"] >= steps for row in rows):
+        return DONE
+    if any(is_last(row, steps, config.data.max_epochs) for row in rows):
+        return DONE
+    return f"step {max((row['step'] for row in rows), default=0)} of {steps}"
+
+
+def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    numbers = [number for row in rows if (number := _number(row, key)) is not None]
+    return statistics.median(numbers) if numbers else None
+
+
+def _number(row: Mapping[str, Any], key: str, keep: bool = False) -> float | None:
+    """row[key] as a number; None if there is none, or it is not finite (unless `keep`)."""
+    try:
+        number = float(row.get(key, ""))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if keep or math.isfinite(number) else None

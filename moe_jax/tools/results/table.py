@@ -1,0 +1,91 @@
+"""Results as text (a Markdown table) and as CSV."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_jax.errors import UserError
+from moe_jax.files.formats import table
+from moe_jax.tools.results.group import Group, Spread, labels
+from moe_jax.tools.results.read import Result
+
+# attribute of Result -> (heading, how a number is written)
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "best_heldout": ("held-out loss", "{:.4f}".format),
+    "train_loss": ("train loss", "{:.4f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "drop_fraction": ("dropped", "{:.1%}".format),
+    "parameters": ("parameters", lambda number: short(number)),
+    "active": ("active", lambda number: short(number)),
+    "flops_per_token": ("FLOPs/token", lambda number: short(number)),
+    "flops": ("FLOPs", "{:.2e}".format),
+}
+_WITH_DEVIATION = ("best_heldout", "train_loss")
+NOTE = (
+    "Losses are nats a token: the best held-out one, the last of training without auxiliary "
+    "losses; tokens/s and dropped are medians of the log steps; FLOPs are the model's."
+)
+
+
+def runs_table(results: Sequence[Result]) -> str:
+    """One line a run; `-` where a number is missing."""
+    label = labels(results)
+    rows = [["run", "config", "seed", "state", *(heading for heading, _ in _COLUMNS.values())]]
+    for run in results:
+        seed = "-" if run.config is None else str(run.config.seed)
+        numbers = [_cell(getattr(run, name), form) for name, (_, form) in _COLUMNS.items()]
+        rows.append([run.name, label.get(run.name, "-"), seed, _one_line(run.state), *numbers])
+    return table(rows, left=2)
+
+
+def groups_table(groups: Sequence[Group]) -> str:
+    """One line a configuration: means over its seeds, `±` one sample standard deviation."""
+    rows = [["config", "runs", *(heading for heading, _ in _COLUMNS.values())]]
+    for each in groups:
+        numbers = [_spread(each.spread(name), name) for name in _COLUMNS]
+        rows.append([each.label(), str(len(each.runs)), *numbers])
+    return table(rows, left=1)
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """One line a run, numbers in full; an empty cell where one is missing.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    label = labels(results)
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["run", "config", "seed", "state", *_COLUMNS])
+            for run in results:
+                seed = None if run.config is None else run.config.seed
+                numbers = (getattr(run, name) for name in _COLUMNS)
+                writer.writerow([run.name, label.get(run.name), seed, run.state, *numbers])
+    except OSError as error:
+        raise UserError(f"--csv={path} cannot be written ({error.strerror}).") from None
+
+
+def _cell(number: int | float | None, form: Callable[[float], str]) -> str:
+    return "-" if number is None else form(number)
+
+
+def _spread(spread: Spread | None, name: str) -> str:
+    form = _COLUMNS[name][1]
+    if spread is None:
+        return "-"
+    if spread.deviation is None or name not in _WITH_DEVIATION:
+        return form(spread.mean)
+    return f"{form(spread.mean)} ± {form(spread.deviation)}"
+
+
+def short(number: int | float) -> str:
+    """7510528 -> 7.51M."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")

@@ -1,0 +1,197 @@
+"""Where the time of a run goes, as rows of WORKDIR/goodput.jsonl.
+
+`python -m moe_jax goodput` reads them.  A row holds all that an attempt (one process, from its
+start to its end) has spent so far, so one that is torn or missing costs nothing.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.errors import UserError
+from moe_jax.files.lines import Lines
+from moe_jax.files.workdir import Folder, Mirror
+from moe_jax.parallel.distributed import exit_code
+
+GOODPUT = "goodput.jsonl"
+INIT = "init"
+# Seconds between two rows, or this share of a long attempt: what a kill leaves unaccounted for at
+# most.  A month's file stays below 3 MB: each copy to an object store replaces the whole file.
+BEAT, SHARE = 2.0, 1e-3
+_LEAVE = 5.0  # seconds to wait at the end for a thread that perhaps waits for a lost device
+_IMPORTED = time.monotonic()
+
+
+class Timekeeper:
+    """Adds up seconds by phase and writes them down; a context manager.
+
+    All before `resumed` is init, and nothing is written before it: a command that is refused leaves
+    no trace.  Waiting for data counts as step while the devices still work on a step: nothing is
+    lost by it.
+
+    A row has `attempt` (a name of its own), `began` and `time` (seconds since 1970), `from` (the
+    restored step), `step` (the last that is done), `seconds` by phase and, if it is the attempt's
+    last word, `end` (exit code).
+    """
+
+    def __init__(self, workdir: Folder, lead: bool, beat: float = BEAT):
+        """On any process but the lead nothing is counted or written."""
+        self._on = lead
+        if not lead:
+            return
+        age = _process_age()
+        self._attempt, self._began = uuid.uuid4().hex[:12], time.time() - age
+        self._seconds: dict[str, float] = {}
+        self._born = self._since = self._finished = time.monotonic() - age
+        self._phase = INIT
+        self._from: int | None = None
+        self._started = self._step = -1  # handed to the devices; done by them, at `_finished`
+        self._beat, self._written, self._over = beat, 0.0, False
+        self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._workdir = workdir
+
+    def _open(self) -> None:
+        self._mirror = Mirror(self._workdir)
+        try:
+            self._mirror.folder.mkdir(parents=True, exist_ok=True)
+            self._mirror.fetch(GOODPUT)
+            self._lines = Lines(self._mirror.folder / GOODPUT)
+        except OSError as error:
+            raise UserError(
+                f"{self._workdir / GOODPUT} cannot be written ({error.strerror or error}): change "
+                f"its permissions or choose another --workdir."
+            ) from None
+
+    def __enter__(self) -> "Timekeeper":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.ended(exit_code(error))
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """The body is `phase`; phases do not nest."""
+        if not self._on or self._from is None:
+            yield
+            return
+        self._turn_to(phase)
+        try:
+            yield
+        finally:
+            self._turn_to("")
+            if phase not in ("step", "data"):
+                self._write()
+
+    def resumed(self, step: int) -> None:
+        """The state is there; training goes on after `step`.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        if not self._on:
+            return
+        first = self._from is None
+        if first:
+            self._open()
+        self._turn_to("")
+        self._from = self._started = self._step = step
+        self._write()
+        if first:
+            self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
+            self._thread.start()
+
+    def started(self, step: int, outputs: Any) -> None:
+        """`step` was handed to the devices; it is done once `outputs` are there."""
+        if self._on:
+            self._started = step
+            self._outputs.put((step, outputs))
+
+    def ended(self, code: int) -> None:
+        """The last row: the process is about to end with exit code `code`."""
+        if not self._on or self._from is None:
+            return
+        self._outputs.put(None)
+        self._thread.join(_LEAVE)
+        self._write(end=code)
+        with self._lock:
+            self._over = True
+            self._lines.close()
+        with contextlib.suppress(UserError):
+            self._mirror.close()
+
+    def _turn_to(self, phase: str) -> None:
+        with self._lock:
+            self._book()
+            self._phase = phase
+
+    def _book(self) -> None:
+        """Adds the time since the last call to the phase of that time."""
+        now = time.monotonic()
+        phase, seconds = self._phase, now - self._since
+        if phase == "data":
+            idle = now - max(self._since, self._finished) if self._step >= self._started else 0.0
+            self._seconds["data"] = self._seconds.get("data", 0.0) + idle
+            phase, seconds = "step", seconds - idle
+        if phase:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._since = now
+
+    def _write(self, **more: int) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._book()
+            row = {
+                "attempt": self._attempt,
+                "began": self._began,
+                "time": time.time(),
+                "from": self._from,
+                "step": self._step,
+                "seconds": self._seconds,
+                **more,
+            }
+            with contextlib.suppress(UserError):  # the next row says the same and more
+                self._lines.append(row)
+            self._written = time.monotonic()
+
+    def _listen(self) -> None:
+        """Waits for the devices, and writes a row from time to time."""
+        while True:
+            now = time.monotonic()
+            left = self._written + max(self._beat, SHARE * (now - self._born)) - now
+            if left <= 0:
+                self._write()
+                with contextlib.suppress(UserError):  # out of reach for a while
+                    self._mirror.push_if_due()
+                continue
+            try:
+                item = self._outputs.get(timeout=left)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            step, outputs = item
+            with contextlib.suppress(Exception):  # the main thread meets the same and says so
+                jax.block_until_ready(outputs)
+                with self._lock:
+                    self._step, self._finished = step, time.monotonic()
+
+
+def _process_age() -> float:
+    """Seconds since this process began, imports included (elsewhere than on Linux: excluded)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot; see proc(5)
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED

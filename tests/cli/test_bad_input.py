@@ -1,0 +1,342 @@
+"""What a person can get wrong: one sentence, exit 1, nothing written and nothing lost."""
+
+import dataclasses
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+from small_run import flags, small_config, write_corpus
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli.train import main
+from moe_jax.config import to_json
+from moe_jax.errors import UserError
+from moe_jax.parallel.distributed import DIVERGED
+from moe_jax.record.lock import LOCK
+from moe_jax.record.provenance import write_run_record
+from moe_jax.run.loop import save
+from moe_jax.run.restore import first_state
+from moe_jax.run.setup import prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a case may use: good text files, the folder of stores, an empty folder, a saved run."""
+
+    files: str
+    stores: Path
+    empty: Path
+    saved: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    made = Place(write_corpus(root / "text"), root / "stores", root / "empty", root / "saved")
+    made.empty.mkdir()
+    config = small_config(made.files, **{"data.store": str(made.stores)})
+    run = prepare(config, made.saved, lambda line: None)
+    save(run, first_state(run, "", lambda line: None), 1)
+    run.checkpoints.close()
+    write_run_record(str(made.saved), to_json(run.config), {}, run.store.fingerprint)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """The trainer takes SIGTERM for the life of its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with the SHA-256 of its bytes, but the lock of a live run.
+
+    That is taken before any checkpoint is touched, and stays.
+    """
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LOCK
+    }
+
+
+def test_a_source_that_may_be_read_too_seldom_for_one_batch(place, tmp_path):
+    """The whole text would do; the mixture asks more of one part than it has."""
+    short = write_corpus(tmp_path / "short", 4)
+    mixture = {"long": {"files": place.files}, "short": {"files": short, "weight": 3.0}}
+    config = small_config("", **{"data.max_epochs": 1, "data.heldout_fraction": 0.3})
+    data = dataclasses.replace(config.data, mixture=mixture)
+    train = dataclasses.replace(config.train, batch_size=64)
+    config = dataclasses.replace(config, data=data, train=train)
+    with pytest.raises(
+        UserError, match=r"The text of data.mixture.short, read 1 times .*, makes no batch of 64"
+    ):
+        prepare(config, tmp_path / "run", lambda line: None)
+
+
+def arguments(place: Place, workdir: Path, overrides: dict[str, object]) -> list[str]:
+    return flags(workdir, place.files, **{"data.store": str(place.stores)} | overrides)
+
+
+# overrides of the small run on 8 devices -> what the sentence must say
+CONFIGS = {
+    "unknown key": ({"train.stepz": 5}, r"config\.train\.stepz .*did you mean 'steps'"),
+    "wrong type": ({"train.steps": "many"}, r"--config\.train\.steps=many .*type int"),
+    "heads and kv heads": (
+        {"model.num_heads": 3, "model.num_kv_heads": 2},
+        r"model\.num_heads \(3\) is not divisible by model\.num_kv_heads \(2\)",
+    ),
+    "experts and expert axis": (
+        {"model.moe.num_experts": 6, "mesh.expert": 4},
+        r"model\.moe\.num_experts \(6\) is not divisible by mesh\.expert \(4\)",
+    ),
+    "mesh and devices": ({"mesh.data": 3}, r"data 3 .* does not multiply to the 8 devices"),
+    "mesh and devices with a rest": ({"mesh.expert": 3}, r"does not multiply to the 8 devices"),
+    "group split by the mesh": (
+        {"model.moe.group_rows": 8},
+        r"model\.moe\.group_rows \(8\) does not divide the 4 rows",
+    ),
+    "group split by accumulation": (
+        {"model.moe.group_rows": 4, "train.accumulation": 2},
+        r"model\.moe\.group_rows \(4\) does not divide the 2 rows",
+    ),
+    "rows and devices": ({"train.batch_size": 12}, r"train\.batch_size \(12\) is not divisible"),
+    "K above E": (
+        {"model.moe.top_k": 9},
+        r"model\.moe\.top_k is 9 with 8 experts",
+    ),
+    "capacity factor": ({"model.moe.capacity_factor": 0.0}, r"capacity_factor is 0\.0: set it"),
+    "eval capacity factor": (
+        {"model.moe.eval_capacity_factor": -1.0},
+        r"eval_capacity_factor is -1\.0: set it",
+    ),
+    "no limit to the capacity": (
+        {"model.moe.capacity_factor": "inf"},
+        r"model\.moe\.capacity_factor is inf: give a finite number",
+    ),
+    "a capacity beyond all numbers": (
+        {"model.moe.eval_capacity_factor": 1e308},
+        r"eval_capacity_factor is 1e\+308: .*num_experts \(8\) already drops nothing",
+    ),
+    "a knob that is no number": (
+        {"optimizer.weight_decay": "nan"},
+        r"optimizer\.weight_decay is nan: give a finite number",
+    ),
+    "rope_theta": ({"model.rope_theta": 0.0}, r"model\.rope_theta must be above 0"),
+    "steps to trace": ({"train.profile_steps": "\u00b2:\u00b3"}, r"write FIRST:END"),
+    "remat policy": ({"model.remat": "foo"}, r"model\.remat 'foo' is unknown \(known: dots, full"),
+    "a sequence beyond all numbers": (
+        {"data.sequence_length": 10**20},
+        r"data\.sequence_length is 10{20}: give a number of at most",
+    ),
+    "a batch with too many divisors to try": (
+        {"train.batch_size": 10**9, "model.moe.group_rows": 0},
+        r"fewer than one batch of 1000000000",
+    ),
+    "attention of another platform": (
+        {"model.attention": "cudnn"},
+        r"model\.attention 'cudnn' runs on gpu and these devices are cpu: set it to 'auto'",
+    ),
+    "sequence longer than the store": (
+        {"data.sequence_length": 10_000_000},
+        r"fewer than data\.sequence_length \(10000000\)",
+    ),
+    "sequence longer than the held-out text": (
+        {"data.sequence_length": 5000, "train.batch_size": 8},
+        r"held-out text has \d+ tokens, fewer than data\.sequence_length \(5000\)",
+    ),
+    "corpus smaller than a batch": (
+        {"train.batch_size": 1 << 14},
+        r"fewer than one batch of 16384",
+    ),
+    "token id beyond the vocabulary": (
+        {"model.vocab_size": 100},
+        r"token ids up to 257, beyond model\.vocab_size \(100\)",
+    ),
+    "no files named": ({"data.files": ""}, r"data\.files is empty"),
+    "missing files": ({"data.files": "/nowhere/*.txt"}, r"no file matches '/nowhere/\*\.txt'"),
+    "unknown router": ({"model.moe.router": "topk"}, r"model\.moe\.router .*'top_k'"),
+    "unknown dispatch": ({"model.moe.dispatch": "droples"}, r"did you mean 'dropless'"),
+    "heads and tensor axis": (
+        {"mesh.tensor": 4, "mesh.data": 2},
+        r"k_DJA has kv_heads = 2, which mesh tensor \(4\) does not divide",
+    ),
+    "absurdly many layers": (
+        {"model.num_layers": 2**40},
+        r"model\.num_layers is 1099511627776: set at most 2048",
+    ),
+    "precision": ({"precision": "float16"}, r"precision is 'float16'"),
+}
+
+
+def check_sentence(error: pytest.ExceptionInfo, pattern: str) -> None:
+    assert error.match(pattern)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mistake_in_the_config(place, tmp_path, name):
+    overrides, pattern = CONFIGS[name]
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"good text, then \xff\xfe", r"bad\.txt is not UTF-8 at byte offset 16"),
+        (b"", r"bad\.txt is empty"),
+    ],
+)
+def test_unreadable_text(place, tmp_path, content, pattern):
+    write_corpus(tmp_path / "text", 4)
+    (tmp_path / "text" / "bad.txt").write_bytes(content)
+    overrides = {"data.files": str(tmp_path / "text" / "*.txt")}
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stray_argument(place, tmp_path):
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {}), "steps=3"])
+    check_sentence(error, "'steps=3' is not a flag")
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper/run"])
+def test_workdir_is_not_writable(place, tmp_path, below):
+    """As root every folder can be written, but not one in the place of a file."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / below, {})])
+    check_sentence(error, "--workdir=.*file.* cannot be written")
+    assert contents(tmp_path) == {"file": hashlib.sha256(b"mine").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        (
+            {"model.moe.expert_width": 48},
+            r": params/blocks/1/.* is float32\[8,32,2,32\] there and float32\[8,32,2,48\] in this",
+        ),
+        (
+            {"model.moe.num_experts": 4},
+            r": params/blocks/1/.* is float32\[32,8\] there and float32\[32,4\] in this config",
+        ),
+        ({"model.width": 48}, r": params/.* is float32\[.*32.*\] there and float32\[.*48.*\] in"),
+        ({"optimizer.name": "adafactor"}, r": optimizer/.* is (absent|float32.*) there and "),
+        ({"model.num_layers": 4}, r": params/blocks/2/.* is absent there and float32"),
+        ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
+        (
+            {"model.confine_attention": True},
+            r"config\.model\.confine_attention is True .* has False",
+        ),
+        ({"seed": 7}, r"config\.seed is 7 but the run in this workdir has 0"),
+        ({"train.batch_size": 64}, r"config\.train\.batch_size is 64 .* has 32"),
+        ({"model.moe.group_rows": 2}, r"config\.model\.moe\.group_rows is 2 .* has 4"),
+        ({"model.moe.router": "gshard"}, r"config\.model\.moe\.router is 'gshard' .* has 'top_k'"),
+        ({"model.moe.top_k": 3}, r"config\.model\.moe\.top_k is 3 .* has 2"),
+        ({"data.sequence_length": 64}, r"config\.data\.sequence_length is 64 .* has 32"),
+    ],
+)
+def test_workdir_of_another_run(place, overrides, pattern):
+    before = contents(place.saved)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, overrides)])
+    check_sentence(error, pattern)
+    assert contents(place.saved) == before
+
+
+@pytest.mark.parametrize("damage", [None, b"\xff\xfe", b"{"])
+def test_without_its_config_a_run_is_not_resumed(place, damage):
+    """It could not be told whether the data and the groups are still the same."""
+    path = place.saved / "config.json"
+    good = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {})])
+    check_sentence(error, r"config\.json, which says .* cannot be used .*bring it back")
+    path.write_bytes(good)
+
+
+def test_checkpoints_that_are_no_folder(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("mine")
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {})])
+    check_sentence(error, "checkpoints is not a folder")
+
+
+def test_init_from_a_folder_without_checkpoint(place, tmp_path):
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", {}), f"--init_from={place.empty}"])
+    check_sentence(error, "--init_from=.*empty holds no checkpoint")
+    assert not contents(tmp_path / "run") and not list(place.empty.iterdir())
+
+
+def test_the_command_prints_one_line(place, tmp_path, run_cli):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"caf\xe9 " * 10)
+    for overrides in ({"data.files": str(bad)}, {"mesh.expert": 2}):
+        done = run_cli(["moe_jax", "train", *arguments(place, tmp_path / "run", overrides)])
+        assert done.code == 1
+        assert done.err.startswith("Error: ") and done.err.endswith(".\n"), done.err
+        assert done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_good_run_is_good(place, tmp_path):
+    """The control: without an override nothing is refused."""
+    run = prepare(
+        small_config(place.files, **{"data.store": str(place.stores)}),
+        tmp_path / "run",
+        lambda line: None,
+        jax.devices(),
+    )
+    assert run.mesh.size == 8
+
+
+def test_text_that_changed_since_the_run_began(place, tmp_path):
+    files = write_corpus(tmp_path / "text", documents=70)
+    before = contents(place.saved)
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {"data.files": files})])
+    check_sentence(error, r"config\.data\.files is .* but the run in this workdir has")
+    (place.saved / "data.json").write_text('{"fingerprint": "of other text"}')
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {})])
+    check_sentence(error, "The text of the run in .*, or its tokenizer, has changed since it began")
+    (place.saved / "data.json").unlink()
+    assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
+
+
+def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
+    hot = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.steps": 12}
+    often = {"checkpoint.every_steps": 1, "optimizer.warmup_steps": 0}
+    code = main(["train", *arguments(place, tmp_path / "run", hot | often)])
+    assert code == DIVERGED
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}
+    saved = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    assert rows[-1]["step"] not in saved
+    *_, advice, last = capsys.readouterr().out.splitlines()
+    assert "samples" not in last  # there are none
+    assert "diverged (" in advice and f"move {saved[0]}, " in advice
+
+
+def test_adafactor_refuses_a_moment_dtype(place, tmp_path):
+    overrides = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
+    with pytest.raises(UserError) as error:
+        main(["train", *arguments(place, tmp_path / "run", overrides)])
+    check_sentence(error, "optimizer.moment_dtype is 'bfloat16', which adafactor does not know")

@@ -1,0 +1,59 @@
+"""One live run to a workdir, and a dead one is never in the way."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from moe_jax.errors import UserError
+from moe_jax.record.lock import LOCK, alone_in
+
+HOLDER = """
+import pathlib, signal, sys
+from moe_jax.record.lock import alone_in
+with alone_in(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    workdir = tmp_path / "made" / "on demand"
+    with alone_in(workdir):
+        with pytest.raises(UserError, match="is in use by ") as error, alone_in(workdir):
+            pass
+        assert f" process {os.getpid()} on " in str(error.value) and "\n" not in str(error.value)
+        with alone_in(tmp_path / "another"):
+            pass
+    with alone_in(workdir):
+        pass
+
+
+def test_a_killed_process_leaves_the_workdir_free(tmp_path, cli_env):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=cli_env, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"process {process.pid} on "), alone_in(tmp_path):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with alone_in(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / LOCK).read_text()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), alone_in(tmp_path / "file" / "run"):
+        pass
+
+
+def test_an_object_store_has_no_locks():
+    """Nothing of it is touched: no client of one is installed here."""
+    workdir = epath.Path("gs://bucket/run")
+    with alone_in(workdir), alone_in(workdir):
+        entered = True
+    assert entered

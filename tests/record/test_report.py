@@ -1,0 +1,165 @@
+"""The reporter: rows survive kills, lines read well, the bar stays on terminals."""
+
+import io
+import json
+import pathlib
+from contextlib import redirect_stdout
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from moe_jax.errors import UserError
+from moe_jax.record.report import METRICS, Reporter
+
+ROW = {
+    "step": 40,
+    "loss": 3.12344,
+    "lm_loss": 3.1,
+    "tokens_per_second": 21300.0,
+    "step_seconds": 0.5,
+    "mfu": None,
+    "drop_fraction": 0.012,
+    "layers": {"dead_experts": [0, 2], "router_entropy": [1.5, 1.25]},
+}
+
+
+class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def report(folder, rows, resumed=None) -> str:
+    stream = io.StringIO()
+    with redirect_stdout(stream), Reporter(folder, 200, True, resumed) as reporter:
+        for row in rows:
+            reporter.log(row)
+    return stream.getvalue()
+
+
+def read(path: pathlib.Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_plain_lines(tmp_path):
+    lines = report(tmp_path, [ROW, {"step": 50, "eval_loss": 2.5, "eval_bits_per_byte": 3.6067}])
+    assert lines.splitlines() == [
+        "step 40/200  loss 3.1234  lm 3.1000  tok/s 21.3k  mfu -  drop 1.2%  eta 1m20s",
+        "step 50/200  eval_loss 2.5000  eval_bits_per_byte 3.6067",
+    ]
+
+
+def test_rows_are_json_whatever_the_numbers_are(tmp_path):
+    row = {
+        "step": np.int64(1),
+        "loss": float("nan"),
+        "grad_norm": np.float32("inf"),
+        "kept": jnp.int32(7),
+        "layers": {"load": jnp.arange(2.0), "worst": [float("-inf")]},
+    }
+    assert "loss nan" in report(tmp_path, [row])
+
+    def refuse(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "loss": "nan",
+        "grad_norm": "inf",
+        "kept": 7,
+        "layers": {"load": [0.0, 1.0], "worst": ["-inf"]},
+    }
+
+
+def test_each_row_is_on_disk_when_log_returns(tmp_path):
+    reporter = Reporter(tmp_path, 200, True, None)
+    reporter.log(ROW)
+    assert read(tmp_path / METRICS) == [ROW]
+    reporter.close()
+
+
+def test_resume_sets_later_rows_and_a_torn_line_aside(tmp_path):
+    report(tmp_path, [{"step": step, "loss": 1.0} for step in (10, 20, 30)])
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"step": 15, "lo')
+    report(tmp_path, [{"step": 30, "loss": 2.0}], resumed=20)
+    assert [(r["step"], r["loss"]) for r in read(tmp_path / METRICS)] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 2.0),
+    ]
+    tail = (tmp_path / f"{METRICS}.1.tail").read_text()
+    assert tail == '{"step": 30, "loss": 1.0}\n{"step": 15, "lo'
+    report(tmp_path, [], resumed=10)
+    assert [r["step"] for r in read(tmp_path / f"{METRICS}.2.tail")] == [20, 30]
+    assert sorted(p.name for p in tmp_path.glob("metrics*")) == [
+        METRICS,
+        f"{METRICS}.1.tail",
+        f"{METRICS}.2.tail",
+    ]
+
+
+def test_a_row_without_its_line_end_is_torn(tmp_path):
+    """Kept, it would run into the next row."""
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}')
+    report(tmp_path, [{"step": 2, "loss": 1.0}], resumed=2)
+    assert read(tmp_path / METRICS) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+
+
+def test_resume_without_later_rows_leaves_the_file_alone(tmp_path):
+    report(tmp_path, [{"step": 10, "loss": 1.0}])
+    before = (tmp_path / METRICS).stat()
+    report(tmp_path, [], resumed=10)
+    assert (tmp_path / METRICS).stat().st_ino == before.st_ino
+    assert not list(tmp_path.glob("*.tail"))
+
+
+def test_a_fresh_start_keeps_no_row_of_a_run_that_saved_nothing(tmp_path):
+    report(tmp_path, [{"step": 0, "eval_loss": 5.0}, {"step": 1, "loss": 1.0}])
+    report(tmp_path, [{"step": 0, "eval_loss": 6.0}])
+    assert read(tmp_path / METRICS) == [{"step": 0, "eval_loss": 6.0}]
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it(tmp_path):
+    stream = Terminal()
+    with redirect_stdout(stream), Reporter(tmp_path, 200, True, None) as reporter:
+        reporter.log({"step": 30, "eval_loss": 2.25})
+        reporter.say("[not markup] saved step 30")
+        reporter.log(ROW)
+    shown = stream.getvalue()
+    assert "[not markup] saved step 30" in shown and "━" in shown
+    assert "\x1b[" in shown  # the bar is redrawn in place
+
+
+def test_other_processes_write_and_print_nothing(tmp_path):
+    stream = Terminal()
+    with redirect_stdout(stream), Reporter(tmp_path / "run", 200, False, None) as reporter:
+        reporter.log(ROW)
+        reporter.say("hello")
+    assert stream.getvalue() == "" and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_holds_every_number(tmp_path):
+    report(tmp_path, [ROW])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    found = {}
+    data = events.read_bytes()
+    while data:  # a record: length, checksum of it, payload, checksum of it
+        length = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    assert found["loss"] == (40, pytest.approx(3.12344))
+    assert found["layers/dead_experts/01"] == (40, 2.0)
+    assert found["layers/router_entropy/00"] == (40, 1.5)
+    assert "mfu" not in found and "step" not in found
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written"):
+        Reporter(tmp_path / "file", 1, True, None)

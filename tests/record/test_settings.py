@@ -1,0 +1,132 @@
+"""With what each step was taken, over resumes and rewinds, and what replay makes of it."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from moe_jax.config import Config, TrainConfig
+from moe_jax.errors import UserError
+from moe_jax.record.settings import (
+    SETTINGS,
+    Settings,
+    read_settings,
+    record_settings,
+    settings_go_back,
+    settings_of,
+)
+from moe_jax.tools import replay
+
+LAST = 20
+
+
+@pytest.fixture
+def begins(tmp_path, mesh_of):
+    """`begins(step, devices, train_steps)`: a process goes on from `step`."""
+
+    def begin(step: int, devices: int, train_steps: int = 200) -> None:
+        config = Config(train=TrainConfig(steps=train_steps))
+        record_settings(tmp_path, config, mesh_of(data=devices), step)
+
+    return begin
+
+
+def taken(workdir: Path) -> list[tuple[int, int]]:
+    found = [settings_of(read_settings(workdir), step) for step in range(1, LAST + 1)]
+    return [(settings.devices, settings.config["train"]["steps"]) for settings in found]
+
+
+def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begins):
+    """Against a list that every start and every rewind overwrites from its step on."""
+    expected = [(8, 200)] * LAST
+    lines = []
+    for step, devices, train_steps in (
+        (0, 8, 200),
+        (6, 8, 200),  # the same again
+        (6, 4, 200),
+        (10, 4, 300),  # another schedule
+        (3, 4, 300),  # the checkpoints in between were bad: as before, from an earlier step on
+        (12, 8, 200),
+        (12, 8, 200),
+    ):
+        begins(step, devices, train_steps)
+        expected[step:] = [(devices, train_steps)] * (LAST - step)
+        assert taken(tmp_path) == expected
+        lines.append(len(read_settings(tmp_path)))
+    assert lines == [1, 1, 2, 3, 4, 5, 5]
+    settings_go_back(tmp_path, 9)
+    expected[9:] = [(8, 200)] * (LAST - 9)
+    assert taken(tmp_path) == expected
+    settings_go_back(tmp_path, 14)
+    assert len(read_settings(tmp_path)) == 6
+
+    begins(14, 8, 300)
+    history = read_settings(tmp_path)
+    assert [leg.last for leg in replay._legs(history, 9, 17)] == [14, 17]
+    with pytest.raises(UserError, match="Step 3 was taken with 8 devices, the next with 4"):
+        replay._legs(history, 2, 11)
+
+
+def test_a_run_that_an_older_version_began(tmp_path, begins):
+    begins(7, 4)
+    assert settings_of(read_settings(tmp_path), 8).devices == 4
+    with pytest.raises(UserError, match=r"does not say with what .* step 7 was taken"):
+        settings_of(read_settings(tmp_path), 7)
+
+
+def test_a_flight_record_has_the_settings_before_the_run_went_on_with_others(tmp_path, begins):
+    begins(0, 8)
+    path = tmp_path / "flight" / "9" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"history": [{"step": 9}], "rewinds": 0, "settings": 1}))
+    begins(6, 4)
+    now = replay._logged(tmp_path)
+    assert [settings_of(now.settings, step).devices for step in (6, 9)] == [8, 4]
+    then = replay._flown(tmp_path, 9, now)
+    assert [settings_of(then.settings, step).devices for step in (6, 9)] == [8, 8]
+    assert (now.usable, then.usable) == (math.inf, 6)  # a later checkpoint has other bits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"after": -1},
+        {"after": "0"},
+        {"after": True},
+        {"config": []},
+        {"devices": 0},
+        {"devices": 2**40},
+        {"processes": None},
+        {"versions": 3},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, begins, change):
+    begins(0, 8)
+    begins(4, 4)
+    first, second = (tmp_path / SETTINGS).read_text().splitlines()
+    (tmp_path / SETTINGS).write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
+    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: bring it back"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000, "\udcff"])
+def test_so_is_one_that_is_no_line(tmp_path, text):
+    (tmp_path / SETTINGS).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="damaged in line 1"):
+        read_settings(tmp_path)
+
+
+def test_what_another_machine_would_round_otherwise_is_refused(tmp_path, begins):
+    begins(0, 8)
+    (settings,) = read_settings(tmp_path)
+    for change, sentence in (
+        ({"platform": "tpu"}, "used 8 devices of kind tpu and this is cpu"),
+        ({"devices": 16}, r"used 16 devices and 8 devices .*--devices=16"),
+    ):
+        other = cast(Settings, dataclasses.replace(settings, **change))
+        with pytest.raises(UserError, match=sentence):
+            replay._prepared(other, tmp_path)

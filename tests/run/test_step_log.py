@@ -1,0 +1,83 @@
+"""What the trainer makes of steps that were left out."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.run import step_log
+from moe_jax.train.guard import first_guard
+from moe_jax.train.losses import LossValues
+from moe_jax.train.step import StepMetrics
+
+ZERO = jnp.zeros(())
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """(StepLog, rows, ledger, lines, flight records) of a run that bears two steps in a row."""
+    clock = SimpleNamespace(stepped=lambda wait: None, read=lambda step: {})
+    monkeypatch.setattr(step_log, "Clock", lambda run: clock)
+    rows, ledger, lines, records = [], [], [], []
+    reporter = SimpleNamespace(log=rows.append, ledger=ledger.append, say=lines.append)
+    train = TrainConfig(steps=99, log_every=50, ledger_every=1, max_skipped=2)
+    config = SimpleNamespace(train=train)
+    run = SimpleNamespace(config=config, store=SimpleNamespace(sources=("a",)))
+    flight = SimpleNamespace(
+        saw=lambda step, metrics: None, write=lambda why, last: records.append(why)
+    )
+    return step_log.StepLog(run, reporter, flight, 0, 0, 99), rows, ledger, lines, records
+
+
+def take(log, step, skipped, spike=False):
+    loss, guard = LossValues(*[ZERO] * 5), first_guard(jnp.float32)
+    refused, far = jnp.asarray(skipped), jnp.asarray(spike)
+    log.started(step, StepMetrics(loss, ZERO, ZERO, ZERO, refused, far, guard, None), 0.0)
+
+
+def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
+    log, rows, ledger, lines, records = logged
+    for step, skipped in enumerate([False, True, True, False, True, True, True], 1):
+        take(log, step, skipped)
+        assert not log.diverged  # one step behind
+    log.flush()
+    assert [row["step"] for row in ledger] == [1, 4]
+    assert [row["step"] for row in rows if row["skipped"]] == [2, 3, 5, 6, 7]
+    assert [line.split(" is left out")[0] for line in lines] == [
+        f"step {step}" for step in (2, 3, 5, 6)
+    ]
+    assert "step 7 diverged (3 steps in a row were refused" in log.diverged
+    assert (log.changed, log.last) == (4, 7)
+    assert len(records) == 3  # of the first of each row, and of the one too many
+
+
+def test_a_run_that_was_stopped_among_refused_steps_counts_on(logged):
+    log, *_, records = logged
+    log.changed = 4  # as the state of step 6 has it
+    take(log, 7, True, spike=True)
+    log.flush()
+    assert "more than 100 times its running mean" in log.diverged
+    assert (log.changed, log.last, len(records)) == (4, 7, 1)
+
+
+def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
+    log, rows, *_ = logged
+    for step, skipped in enumerate([False, True, True, True, False], 1):
+        take(log, step, skipped)
+    log.flush()
+    assert (log.changed, log.last, rows[-1]["step"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("saved", "begins", "ends"),
+    [
+        ([], "lower optimizer.learning_rate", "from the beginning"),
+        ([2, 3], "lower optimizer.learning_rate", "from step 3"),
+        ([2, 4, 6], "move 4, 6 out of", "from step 2"),  # 6 was left out: the parameters of 4
+        ([4, 5, 6], "move 4, 5, 6 out of", "from the beginning"),
+    ],
+)
+def test_the_way_on_leads_back_before_the_parameters_that_diverged(saved, begins, ends):
+    advice = step_log.way_on(saved, changed=4)
+    assert advice.startswith(begins) and advice.endswith(ends)

@@ -1,0 +1,288 @@
+"""The doctor on a small run: all of it well once, then each check seen failing."""
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small_run import ROOT, flags, small_config, write_corpus
+
+from moe_jax.cli.parse import load_config
+from moe_jax.config import Config, from_config_dict
+from moe_jax.model import transformer
+from moe_jax.moe import components, layer
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
+from moe_jax.moe.types import Mean
+from moe_jax.nn.params import truncated_normal
+from moe_jax.run import resolve, setup
+from moe_jax.tools.doctor import balance, fit, learning, start
+from moe_jax.tools.doctor.checks import CHECKS
+from moe_jax.tools.doctor.examine import attempt, examine, make_subject
+from moe_jax.tools.doctor.finding import Finding
+from moe_jax.tools.doctor.shrink import (
+    affordable,
+    at_peak,
+    changes,
+    named_devices,
+    shrink,
+    shrink_mesh,
+)
+from moe_jax.tools.doctor.subject import Steps, Subject
+from moe_jax.train.optim import Optimizer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("doctor_text"))
+
+
+@pytest.fixture(scope="module")
+def patch():
+    """monkeypatch for a whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def subject_of(folder, corpus: str, **overrides) -> Subject:
+    config = small_config(corpus, **overrides)
+    return make_subject(config, 0, folder / "run", lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory, corpus, patch) -> tuple[Subject, dict[str, Finding], list[str]]:
+    """A healthy subject, what every check said of it, and the printed lines."""
+    patch.setattr(balance, "BALANCE_SCOPES", ("group",))  # each scope is compiled twice
+    subject, lines = subject_of(tmp_path_factory.mktemp("well"), corpus), []
+    found: dict[str, Finding] = {}
+
+    def keep(name, check):
+        def kept(subject):
+            found[name] = check(subject)
+            return found[name]
+
+        return kept
+
+    checks = {name: keep(name, check) for name, check in CHECKS.items()}
+    failed = examine(subject, checks, lines.append)
+    assert failed == 0, "\n".join(lines)
+    return subject, found, lines
+
+
+@pytest.fixture(scope="module")
+def ill(tmp_path_factory, corpus) -> Subject:
+    """Several faults at once, so that the model is compiled once for all of them."""
+    folder = tmp_path_factory.mktemp("ill")
+    with pytest.MonkeyPatch.context() as patch:
+        route = top_k.TopK.route
+
+        def cut(self, inputs, params, state):
+            choice, aux = route(self, inputs, params, state)
+            return choice._replace(weights_GSK=jax.lax.stop_gradient(choice.weights_GSK)), aux
+
+        patch.setattr(top_k.TopK, "route", cut)
+        patch.setattr(layer, "residual_fan_in", lambda size, layers: truncated_normal(10.0))
+        patch.setattr(transformer, "fan_in", lambda size: truncated_normal(2.0))
+        subject = subject_of(folder, corpus, model__moe__capacity_factor=0.1)
+        start.residual_scale(subject)
+        assert subject.probe.moe is not None  # evaluated while the faults are planted
+        return subject
+
+
+def test_every_check_has_a_figure(well):
+    _, found, lines = well
+    assert list(found) == list(CHECKS) and len(CHECKS) >= 13
+    for name, line in zip(CHECKS, lines, strict=True):
+        assert re.fullmatch(rf"ok    {re.escape(name)} +\S.*\d.*", line), line
+
+
+def test_a_dense_model_has_no_experts_to_check(tmp_path, corpus):
+    subject = subject_of(tmp_path, corpus, model__dense=True)
+    for check in (start.expert_init, start.capacity, balance.balance_gradient):
+        assert check(subject) == start.NO_EXPERTS
+    assert learning.router_gradient(subject) == balance.balance_at_uniform(subject)
+    assert "1 device" in fit.divides(subject).figure
+
+
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [
+        (start.expert_init, "fan-in of one expert"),
+        (start.first_loss, "output head"),
+        (start.activations, "1 / sqrt(2 L)"),
+        (start.capacity, "model.moe.capacity_factor"),
+        (learning.router_gradient, "combine weights"),
+        (learning.gradients_arrive, "blocks/1/ffn/router_kernel"),
+    ],
+)
+def test_faults_of_model_and_config_are_seen(ill, check, says):
+    finding = attempt(check, ill)
+    assert not finding.ok and says in finding.fix, finding
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_balance_is_one_at_uniform_for_every_router(router):
+    moe = MoEConfig(num_experts=8, top_k=2, router=router)
+    moe = dataclasses.replace(moe, top_k=components.make_router(moe).choices)
+    finding = balance.uniform_balance(moe)
+    assert finding.figure.startswith("1.000")
+    by_construction = router in ("soft", "expert_choice")
+    assert finding.ok and ("by construction" in finding.figure) == by_construction
+
+
+def test_balance_that_is_always_one_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        linear, "balance_loss", lambda *arrays, **knobs: Mean(np.float32(1), np.float32(1))
+    )
+    finding = balance.uniform_balance(MoEConfig())
+    assert not finding.ok and "1.00 where all tokens are alike" in finding.figure
+
+
+def test_a_table_that_cannot_be_even_is_no_fault_of_the_loss(monkeypatch):
+    """12 ids for 8 experts, one each: shares 2/12 and 1/12, 8 * (4 * 4 + 4) / 144 = 1.11."""
+    moe = MoEConfig(router="hash", top_k=1, options={"hash": {"table_size": 12}})
+    finding = balance.uniform_balance(moe)
+    assert finding.ok and "load the experts to 1.11" in finding.figure, finding
+
+    whole = hash.balance_loss
+
+    def doubled(*arrays, **knobs):
+        mean = whole(*arrays, **knobs)
+        return Mean(2 * mean.sum, mean.count)
+
+    monkeypatch.setattr(hash, "balance_loss", doubled)
+    assert not balance.uniform_balance(moe).ok
+
+
+def test_balance_divided_by_k_is_seen(well, monkeypatch):
+    whole = linear.balance_loss
+
+    def divided(probs_GSE, ids_GSK, mask_GS, **knobs):
+        mean = whole(probs_GSE, ids_GSK, mask_GS, **knobs)
+        return Mean(mean.sum / ids_GSK.shape[-1], mean.count)
+
+    monkeypatch.setattr(linear, "balance_loss", divided)
+    finding = balance.balance_at_uniform(well[0])
+    assert not finding.ok and finding.figure.startswith("0.5000")
+
+
+def test_balance_that_depends_on_accumulation_is_seen(well, monkeypatch):
+    whole = linear.balance_loss
+    monkeypatch.setattr(
+        linear,
+        "balance_loss",
+        lambda *arrays, scope, rows: whole(*arrays, scope="global", rows=rows),
+    )
+    finding = balance.balance_gradient(well[0])
+    assert not finding.ok and "scope group" in finding.figure
+
+
+def test_parameter_left_out_of_the_step_is_named(tmp_path, corpus, monkeypatch):
+    def without(config: Config) -> Optimizer:
+        return Optimizer(config.optimizer, config.train.steps, ("embed_VD",))
+
+    monkeypatch.setattr(setup, "make_optimizer", without)
+    finding = learning.step_changes(subject_of(tmp_path, corpus))
+    assert not finding.ok and finding.fix.endswith("changes: embed_VD.")
+
+
+def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
+    whole = setup.from_disk
+
+    def off_by_one_bit(tree, model):
+        state = whole(tree, model)
+        table = np.array(state.params["embed_VD"])
+        table.view(np.uint32)[3, 1] ^= 1
+        params = {**state.params, "embed_VD": jax.device_put(table)}
+        return dataclasses.replace(state, params=params)
+
+    monkeypatch.setattr(setup, "from_disk", off_by_one_bit)
+    finding = fit.saves_bitwise(well[0])
+    assert not finding.ok and "params/embed_VD came back" in finding.fix
+
+
+def test_accelerator_that_is_too_small_or_starved_is_seen(well):
+    chip = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    subject = dataclasses.replace(well[0], shrunk=False, devices=[chip])
+    assert not fit.memory(subject).ok
+    subject.__dict__["steps"] = Steps({}, skipped=False, wait=0.2, seconds=1.0)
+    assert not fit.data_wait(subject).ok
+    subject.__dict__["steps"] = Steps({}, skipped=True, wait=0.0, seconds=1.0)
+    assert "skipped" in learning.step_changes(subject).figure
+
+
+def test_experts_count_singly_and_only_where_a_token_came(well):
+    subject = dataclasses.replace(well[0])
+    kept = np.ones_like(well[0].probe.kept)
+    kept[0, 2] = 0
+    norms = {"blocks/1/ffn/w_in_EDUF": np.array([1.0, 0.0, 0.0, *[1.0] * 5])}
+    subject.__dict__["probe"] = well[0].probe._replace(kept=kept, gradients=norms)
+    finding = learning.gradients_arrive(subject)
+    assert not finding.ok and "w_in_EDUF[1]." in finding.fix
+    assert "no token reached layer 1 expert 2;" in finding.figure
+
+
+def test_on_an_accelerator_the_config_itself_runs(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    config, lines = small_config(corpus), []
+    subject = make_subject(config, 0, tmp_path / "run", lines.append)
+    assert not subject.shrunk and lines == [f"the config itself on {len(jax.devices())} x cpu"]
+    assert subject.config == at_peak(subject.plan.config) and subject.run.mesh.size == 8
+
+
+def test_a_check_that_breaks_ends_no_other(well):
+    def breaks(subject):
+        raise ZeroDivisionError("by\nzero")
+
+    lines = []
+    checks = {"first": breaks, "second": lambda subject: Finding(True, "1")}
+    assert examine(well[0], checks, lines.append) == 1
+    assert [line[:5].strip() for line in lines] == ["FAIL", "", "ok"]
+    assert lines[1].strip() == "Fix what raised ZeroDivisionError: by zero"
+
+
+def test_command_says_in_one_sentence_what_does_not_fit(run_cli, corpus, tmp_path):
+    arguments = [*flags(tmp_path, corpus), "--devices=3", "--config.mesh.expert=2"]
+    done = run_cli(["moe_jax", "doctor", *arguments])
+    assert done.code == 1 and "Traceback" not in done.err
+    first, second = done.out.splitlines()
+    assert first.startswith("FAIL  mesh, batch and groups divide")
+    assert second.strip().startswith("mesh data -1 x fsdp 1 x expert 2")
+
+
+def load(path) -> ConfigDict:
+    return load_config(str(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_shrunk_config_keeps_its_choices_and_fits(path):
+    config = from_config_dict(load(path))
+    mesh = shrink_mesh(config.mesh)
+    devices = named_devices(mesh)
+    small = shrink(config, mesh.resolve(devices))
+    assert devices <= 8
+    resolve.resolve(small, devices, tokenizer_vocab=259)
+    old, new = config.model, small.model
+    for name in ("router", "dispatch", "top_k", "every", "priority", "balance_scope", "options"):
+        assert getattr(new.moe, name) == getattr(old.moe, name), name
+    for name in ("activation", "qk_norm", "tied_head", "scan_layers", "remat", "dense"):
+        assert getattr(new, name) == getattr(old, name), name
+    assert new.moe_layers >= min(2, old.moe_layers) and new.width <= 64
+    assert f"model.width {old.width} -> {new.width}" in changes(config, small)
+
+
+def test_mesh_that_needs_more_devices_is_halved():
+    config = load(ROOT / "configs" / "gshard.py")
+    config.update({"mesh": {"expert": 32}})
+    mesh = shrink_mesh(from_config_dict(config).mesh)
+    assert mesh.expert == 8 and mesh.data == -1
+
+
+def test_text_that_is_large_or_absent_is_replaced(corpus):
+    data = small_config(corpus).data
+    assert affordable(data, 2**20) == data
+    assert affordable(data, 10).source == "stdlib"
+    assert affordable(dataclasses.replace(data, files="/absent/*"), 2**20).source == "stdlib"

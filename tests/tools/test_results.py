@@ -1,0 +1,215 @@
+"""Results of hand-made run folders, against numbers worked out by hand."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from small_run import small_config
+
+from moe_jax.cli.results import main
+from moe_jax.config import Config, to_json
+from moe_jax.errors import UserError
+from moe_jax.tools.results.group import group, labels
+from moe_jax.tools.results.plot import write_plot
+from moe_jax.tools.results.read import DONE, read_runs
+from moe_jax.tools.results.table import groups_table, runs_table
+
+V, L, D, H, A, F, E, K, T, B = 258, 2, 32, 2, 16, 64, 8, 2, 32, 32
+ATTENTION = 4 * D * H * A
+DENSE = 2 * V * D + L * (ATTENTION + 2 * D + 3 * D * F) + D
+SPARSE = DENSE + D * E + E * 3 * D * 32 - 3 * D * F  # the second layer's FFN becomes 8 experts
+SPARSE_ACTIVE = SPARSE - (E - K) * 3 * D * 32
+
+
+def config(**overrides: object) -> Config:
+    return small_config("*.txt", **{"model.vocab_size": V, "train.steps": 8} | overrides)
+
+
+def train_row(step: int, loss: float, speed: float = 100.0, drop: float = 0.0) -> dict:
+    return {
+        "step": step,
+        "loss": loss + 0.5,
+        "lm_loss": loss,
+        "tokens_per_second": speed,
+        "drop_fraction": drop,
+    }
+
+
+def write_run(folder: Path, config: Config | None, rows: list[dict] | None, tail: str = "") -> None:
+    folder.mkdir(parents=True)
+    if config is not None:
+        (folder / "config.json").write_text(to_json(config))
+    if rows is not None:
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows) + tail)
+
+
+FINISHED = [
+    train_row(1, 6.0, speed=10.0, drop=0.5),
+    train_row(4, 3.0, speed=90.0, drop=0.25),
+    {"step": 4, "eval_loss": 2.5},
+    train_row(8, 2.0, speed=110.0, drop=0.0),
+    {"step": 8, "eval_loss": 2.75},
+]
+
+
+def test_numbers_of_one_run(tmp_path):
+    write_run(tmp_path / "a", config(), FINISHED)
+    (run,) = read_runs(tmp_path)
+    assert (run.name, run.state) == ("a", DONE)
+    assert (run.best_heldout, run.train_loss) == (2.5, 2.0)
+    assert (run.tokens_per_second, run.drop_fraction) == (90.0, 0.25)
+    assert (run.parameters, run.active) == (SPARSE, SPARSE_ACTIVE)
+    matmul = V * D + L * ATTENTION + 3 * D * F + D * E + K * 3 * D * 32
+    assert run.flops_per_token == 6 * (matmul + L * T * H * A)
+    assert run.flops == run.flops_per_token * 8 * B * T
+    assert run.curve == ((run.flops / 2, 2.5), (run.flops, 2.75))
+
+
+def test_a_dense_run_and_a_run_that_is_the_folder_itself(tmp_path):
+    write_run(tmp_path / "a", config(model__dense=True), FINISHED)
+    (run,) = read_runs(tmp_path / "a")
+    assert (run.name, run.state) == (".", DONE)
+    assert run.parameters == run.active == DENSE
+
+
+def test_what_is_missing_or_broken_is_the_runs_state(tmp_path):
+    write_run(tmp_path / "empty metrics", config(), [])
+    write_run(tmp_path / "half", config(), FINISHED[:3], tail='{"step": 5, "lo')  # killed
+    write_run(tmp_path / "holes", config(), FINISHED, tail='no json\n{"step": "x"}\n')
+    write_run(tmp_path / "nan", config(), [*FINISHED[:3], {"step": 5, "loss": "nan"}])
+    steep = {"step": 3, "loss": 2.0, "grad_norm": "inf"}
+    write_run(tmp_path / "steep", config(), [*FINISHED[:1], steep])
+    write_run(tmp_path / "no config", None, FINISHED)
+    write_run(tmp_path / "no metrics", config(), None)
+    write_run(tmp_path / "torn config", None, FINISHED)
+    (tmp_path / "torn config" / "config.json").write_text('{"seed": ')
+    (tmp_path / "sweep.json").write_text('{"never": {}, "half": {}}')
+    states = {run.name: run.state for run in read_runs(tmp_path)}
+    assert list(states)[:2] == ["never", "half"]  # the sweep's order comes first
+    reason = states.pop("torn config")
+    assert reason.startswith("config.json is damaged (Expecting value at character 9)")
+    assert states == {
+        "never": "not started",
+        "empty metrics": "step 0 of 8",
+        "half": "step 4 of 8",
+        "holes": "metrics.jsonl: 2 broken lines",
+        "nan": "diverged at step 5",
+        "steep": "diverged at step 3",
+        "no config": "no config.json",
+        "no metrics": "no metrics.jsonl",
+    }
+
+
+def test_the_command_never_fails_for_a_damaged_run(tmp_path, capsys):
+    write_run(tmp_path / "good", config(), FINISHED)
+    write_run(tmp_path / "bytes", None, None)
+    (tmp_path / "bytes" / "config.json").write_bytes(b"\xff\xfe")
+    write_run(tmp_path / "list", config(), None)
+    (tmp_path / "list" / "metrics.jsonl").write_text('[1]\n{"step": 8, "eval_loss": "high"}\n3\n')
+    write_run(tmp_path / "old", None, FINISHED)
+    (tmp_path / "old" / "config.json").write_text('{"gone": 1}')
+    (tmp_path / "sweep.json").write_text("[")
+    assert main(["moe-results", f"--workdir={tmp_path}", f"--csv={tmp_path / 'all.csv'}"]) == 0
+    out = capsys.readouterr().out
+    for name in ("good", "bytes", "list", "old"):
+        assert f"| {name} " in out
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert {row["run"]: row["best_heldout"] for row in rows} == {
+        "good": "2.5",
+        "bytes": "",
+        "list": "",
+        "old": "",
+    }
+
+
+def seeds(tmp_path: Path) -> None:
+    """dense with seeds 0 to 2 (best 2.0, 2.2, 2.4), 8 experts with one that is done, one not."""
+    for seed, best in enumerate((2.0, 2.2, 2.4)):
+        rows = [train_row(8, best), {"step": 4, "eval_loss": 3.0}, {"step": 8, "eval_loss": best}]
+        write_run(tmp_path / f"dense{seed}", config(model__dense=True, seed=seed), rows)
+    write_run(tmp_path / "moe0", config(), FINISHED)
+    write_run(tmp_path / "moe1", config(seed=1), FINISHED[:3])
+
+
+def test_seeds_become_means_and_deviations(tmp_path):
+    seeds(tmp_path)
+    results = read_runs(tmp_path)
+    dense, sparse = group(results)
+    assert [run.name for run in dense.runs] == ["dense0", "dense1", "dense2"]
+    assert [run.name for run in sparse.runs] == ["moe0"]
+    assert dense.spread("best_heldout") == pytest.approx((2.2, 0.2))  # n - 1
+    assert sparse.spread("best_heldout") == (2.5, None)
+    assert dense.label() == "dense"
+    table = groups_table([dense, sparse]).splitlines()
+    assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
+        "dense",
+        "3",
+        "2.2000 ± 0.2000",
+        "2.2000 ± 0.2000",
+    ]
+    assert "| step 4 of 8 |" in runs_table(results)
+
+
+def test_labels_say_what_differs(tmp_path):
+    for experts in (4, 8):
+        overrides = {"model.moe.num_experts": experts}
+        write_run(tmp_path / f"moe{experts}", config(**overrides), FINISHED)
+    write_run(tmp_path / "dense", config(model__dense=True), FINISHED)
+    write_run(tmp_path / "damaged", None, FINISHED)
+    found = labels(read_runs(tmp_path))
+    assert found == {"moe4": "num_experts=4", "moe8": "num_experts=8", "dense": "dense"}
+
+
+def test_one_configuration_is_called_base(tmp_path):
+    write_run(tmp_path / "a", config(), FINISHED)
+    assert group(read_runs(tmp_path))[0].label() == "base"
+
+
+def rates(tmp_path: Path) -> None:
+    for rate in (1e-3, 1e-2):
+        for dense in (False, True):
+            overrides = {"optimizer.learning_rate": rate, "model.dense": dense}
+            write_run(tmp_path / f"{rate}{dense}", config(**overrides), FINISHED)
+
+
+@pytest.mark.parametrize("x", ["", "--x=optimizer.learning_rate"])
+def test_plots_are_written(tmp_path, x, capsys):
+    rates(tmp_path)
+    plot = tmp_path / "plot.png"
+    assert main(["moe-results", f"--workdir={tmp_path}", f"--plot={plot}", *filter(None, [x])]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+    capsys.readouterr()
+
+
+def test_a_plot_shows_the_means_of_seeds(tmp_path):
+    """Read from the SVG's own text: labels and title, no pixel compared."""
+    seeds(tmp_path)
+    groups = group(read_runs(tmp_path))
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        write_plot(tmp_path / "plot.svg", groups)
+    text = (tmp_path / "plot.svg").read_text()
+    assert "held-out loss (nats a token)" in text and "training compute (model FLOPs)" in text
+    assert "2 configurations, means over 1 to 3 seeds" in text
+    assert f"dense  ({DENSE / 1e3:.2f}k parameters)" in text
+
+
+@pytest.mark.parametrize("x", ["model.dense.more", "train.steps", "data.files"])
+def test_x_names_a_varied_number(tmp_path, x):
+    rates(tmp_path)
+    with pytest.raises(UserError, match=r"use one of model\.dense, optimizer\.learning_rate"):
+        write_plot(tmp_path / "p.png", group(read_runs(tmp_path)), x)
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        main(["moe-results", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match="is not a folder"):
+        main(["moe-results", f"--workdir={tmp_path / 'none'}"])
+    write_run(tmp_path / "a", config(), FINISHED[:1])
+    with pytest.raises(UserError, match="no run is at its end"):
+        main(["moe-results", f"--workdir={tmp_path}", f"--plot={tmp_path / 'p.png'}"])
+    with pytest.raises(UserError, match="cannot be written"):
+        main(["moe-results", f"--workdir={tmp_path}", f"--csv={tmp_path / 'no' / 'a.csv'}"])

@@ -1,0 +1,156 @@
+"""Seconds by phase, as rows that a kill cannot take back."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.watch import timekeeper
+from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
+
+NEVER = 1e9  # seconds between two rows
+
+
+class Outputs:
+    """Of a step that runs until `done` is set."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def block_until_ready(self):
+        assert self.done.wait(30)
+        return self
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock.now += 1` is a second; this process began 3 s before the test."""
+    clock = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(time=lambda: 5e8 + clock.now, monotonic=lambda: clock.now)
+    monkeypatch.setattr(timekeeper, "time", fake)
+    monkeypatch.setattr(timekeeper, "_process_age", lambda: 3.0)
+    return clock
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / GOODPUT).read_bytes().splitlines()]
+
+
+def until(condition):
+    """Waits for the other thread."""
+    tick = threading.Event()
+    assert any(condition() or tick.wait(0.002) for _ in range(10_000))
+
+
+def test_every_second_is_in_one_phase(tmp_path, clock):
+    with Timekeeper(tmp_path, True, NEVER) as keeper:
+        with keeper("checkpoint"):
+            clock.now += 4  # the state is made or loaded: init
+        keeper.resumed(7)
+        with keeper("data"):
+            clock.now += 1  # the devices have nothing to do yet
+        with keeper("compile"):
+            clock.now += 20
+        with keeper("step"):
+            clock.now += 5
+        clock.now += 2  # in no phase
+        with keeper("evaluation"):
+            clock.now += 10
+        keeper.ended(42)
+    last = rows(tmp_path)[-1]
+    assert last["seconds"] == {"init": 7, "data": 1, "step": 5, "compile": 20, "evaluation": 10}
+    assert last["time"] - last["began"] == 45  # 3 before, 42 here
+    assert (last["from"], last["step"], last["end"]) == (7, 7, 42)
+    assert len({row["attempt"] for row in rows(tmp_path)}) == 1
+
+
+def test_waiting_for_data_is_lost_only_while_the_devices_are_idle(tmp_path, clock):
+    with Timekeeper(tmp_path, True, NEVER) as keeper:
+        keeper.resumed(0)
+        outputs = [Outputs(), Outputs()]
+        keeper.started(1, outputs[0])
+        with keeper("data"):
+            clock.now += 3  # hidden behind step 1
+        outputs[0].done.set()
+        keeper.started(2, outputs[1])
+        with keeper("data"):
+            clock.now += 4  # hidden behind step 2 ...
+            outputs[1].done.set()
+            until(lambda: keeper._step == 2)
+            clock.now += 5  # ... which ends here
+        keeper.ended(0)
+    last = rows(tmp_path)[-1]
+    assert last["seconds"] == {"init": 3, "step": 7, "data": 5}
+    assert last["step"] == 2
+
+
+def test_rows_come_by_themselves_while_a_phase_is_open(tmp_path):
+    """A kill in the middle of a long compilation must not make it disappear."""
+    with Timekeeper(tmp_path, True, beat=0.005) as keeper:
+        keeper.resumed(0)
+        with keeper("compile"):
+            until(lambda: any("compile" in row["seconds"] for row in rows(tmp_path)))
+        keeper.ended(0)
+    compiling = [row["seconds"].get("compile", 0.0) for row in rows(tmp_path)]
+    assert compiling == sorted(compiling)
+
+
+def test_the_next_attempt_adds_to_the_file_also_after_a_torn_line(tmp_path, clock):
+    for step in (0, 5):
+        with Timekeeper(tmp_path, True, NEVER) as keeper:
+            keeper.resumed(step)
+            keeper.ended(0)
+        with (tmp_path / GOODPUT).open("a") as file:
+            file.write('{"attempt": "torn')
+    lines = (tmp_path / GOODPUT).read_text().splitlines()
+    torn = [line for line in lines if line.endswith("torn")]
+    whole = [json.loads(line) for line in lines if line not in torn]
+    assert len(torn) == 2
+    assert [row["from"] for row in whole if "end" in row] == [0, 5]
+    assert len({row["attempt"] for row in whole}) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("x"), 1), (ValueError("x"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_an_error_is_the_last_word(tmp_path, error, code):
+    with pytest.raises(type(error)), Timekeeper(tmp_path, True) as keeper:
+        keeper.resumed(0)
+        raise error
+    assert rows(tmp_path)[-1]["end"] == code
+
+
+def test_a_command_that_is_refused_writes_nothing(tmp_path):
+    with pytest.raises(UserError), Timekeeper(tmp_path, True) as keeper, keeper("checkpoint"):
+        raise UserError("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with Timekeeper(tmp_path, False) as keeper:
+        keeper.resumed(3)
+        with keeper("step"):
+            keeper.started(4, None)
+        keeper.ended(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock, monkeypatch):
+    with Timekeeper(tmp_path, True, NEVER) as keeper:
+        keeper.resumed(0)
+        before = len(rows(tmp_path))
+        with monkeypatch.context() as patch:
+
+            def full(row):
+                raise UserError("no space left")
+
+            patch.setattr(keeper._lines, "append", full)
+            keeper.resumed(1)
+            with keeper("checkpoint"):
+                clock.now += 6
+        assert len(rows(tmp_path)) == before
+        keeper.ended(0)
+    assert rows(tmp_path)[-1]["seconds"]["checkpoint"] == 6  # the next row says it all
