@@ -25,7 +25,7 @@ from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
 from moe_jax.run.context import Run
 from moe_jax.run.end import end_of
-from moe_jax.run.loop import SAMPLES, start_lowering, train
+from moe_jax.run.loop import SAMPLES, Trainer, start_lowering
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.watch.phases import Phases
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         # ---- train
         with _last_save(run, watch), _closing(reporter, watch):
             preemption.defer()
-            code = train(run, state, lowered, reporter, preemption, watch, rewinds)
+            code = Trainer(run, lowered, reporter, preemption, watch, rewinds).train(state)
         with watchdog("checkpoint"):
             timekeeper.ended(code)
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}

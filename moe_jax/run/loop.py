@@ -1,11 +1,11 @@
-"""The run, from its first step to its last."""
+"""The run from its first step to its last."""
 
 import contextlib
 import gc
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -30,82 +30,31 @@ from moe_jax.watch.profile import Profiler
 SAMPLES = "samples.txt"
 
 
-def train(
-    run: Run,
-    state: TrainState,
-    lowered: Future[jax.stages.Lowered],
-    reporter: Reporter,
-    preemption: Preemption,
-    watch: Phases,
-    rewinds: Rewinds,
-) -> int:
-    """Train from `state` to the end, a STOP file or a preemption; returns the exit code.
+class _Program(NamedTuple):
+    """What is compiled for the steps, once per process."""
 
-    Where too many steps in a row are refused the run goes back, as often as `train.max_rewinds`
-    allows.  Whatever ends the run, the last step is in a checkpoint, unless it diverged.
-    """
-    start, end = int(state.step), end_of(run, rewinds.history)
-    evaluate = Evaluator(run)
-    if end.line:
-        reporter.say(end.line)
-
-    # ---- already there: only what a kill after the last step may have cost
-    if start >= end.step:
-        if end.epochs:
-            reporter.say(f"{_used_up(start, end)} is done, raise data.max_epochs to go on")
-        else:
-            reporter.say(f"step {start} of {end.of} is done: raise train.steps to go on")
-        last = end.of if end.epochs else start
-        if not has_last_eval(run.workdir / METRICS, last, end.epochs):
-            _finish(run, state, evaluate, reporter, watch, end)
-        return DONE
-
-    # ---- steps
-    steps = _Steps(run, lowered, reporter, preemption, watch, rewinds, evaluate)
-    stop, now = steps.take(state)
-    while stop is Stop.DIVERGED:
-        with watch("checkpoint"):
-            step = _way_back(run, steps.log, reporter, rewinds)
-            if step is None:
-                return DIVERGED
-            state = restored_state(run, step, reporter.say)
-            jax.block_until_ready(state.params)
-        watch.resumed(step)
-        with watch("checkpoint"):
-            reporter.rewind(step)
-            if lead():
-                settings_go_back(run.workdir, step)
-        stop, now = steps.take(state)
-    steps.profiler.close()
-    if stop is Stop.DIFFER:
-        with watch("checkpoint"):
-            steps.replicas.give_up()
-        return AGAIN
-
-    # ---- end
-    assert now is not None
-    done = int(now.step)
-    if stop is Stop.END:
-        end = end_of(run, rewinds.history)
-        _finish(run, now, evaluate, reporter, watch, end)
-        if end.epochs:
-            reporter.say(_used_up(done, end))
-    with watch("checkpoint"):
-        run.checkpoints.wait()
-    if stop is Stop.PREEMPTED:
-        reporter.say(f"preempted: step {done} is saved, run the same command again")
-        return AGAIN
-    if stop is Stop.ASKED:
-        reporter.say(f"stopped by the file STOP: step {done} is saved")
-    return DONE
+    step: Any  # (state, batch) -> (state, StepMetrics); donates the state
+    replicas: ReplicaCheck
 
 
-class _Steps:
-    """Takes the run's steps.  What outlives going back is made once: the compiled step, the trace.
+class _Steps(NamedTuple):
+    """Consecutive steps, up to a reason to stop."""
 
-    Attributes:
-      log: of the steps taken last.
-      replicas: whether the state's copies are equal.
+    stop: Stop
+    state: TrainState | None  # after the last step, saved; None after DIVERGED and DIFFER
+    log: StepLog
+
+
+class Trainer:
+    """A run in progress: takes its steps and brings it to an end.
+
+    Args:
+      run: what does not change during the run.
+      lowered: the train step, from `start_lowering`; it is compiled when the first batch is there.
+      reporter: gets rows and lines.
+      preemption: notices SIGTERM.
+      watch: is told what the main thread waits for.
+      rewinds: the times the run went back; those of this process are added.
     """
 
     def __init__(
@@ -116,42 +65,88 @@ class _Steps:
         preemption: Preemption,
         watch: Phases,
         rewinds: Rewinds,
-        evaluate: Evaluator,
     ):
-        self._run, self._reporter, self._watch = run, reporter, watch
-        self._preemption, self._rewinds, self._evaluate = preemption, rewinds, evaluate
-        self.profiler = Profiler(run.config.train.profile_range(), run.workdir, reporter.say)
-        self._lowered = lowered
-        self._step_fn: Any = None
+        self._run, self._lowered, self._reporter = run, lowered, reporter
+        self._preemption, self._watch, self._rewinds = preemption, watch, rewinds
+        self._evaluate = Evaluator(run)
+        self._profiler = Profiler(run.config.train.profile_range(), run.workdir, reporter.say)
+        self._program: _Program | None = None
 
-    def take(self, state: TrainState) -> tuple[Stop, TrainState | None]:
-        """From `state` to a reason to stop; the last state is saved, or of no use (None)."""
+    def train(self, state: TrainState) -> int:
+        """Train to the end of the run, a STOP file or a preemption.
+
+        If more steps in a row are skipped than `train.max_skipped`, the run rewinds, up to
+        `train.max_rewinds` times.  Every exit leaves the last step in a checkpoint, unless the run
+        diverged or replicas of the state differ.
+
+        Args:
+          state: what the first step starts from; it is donated.
+
+        Returns:
+          The exit code of the process.
+        """
+        start, end = int(state.step), self._end()
+        if end.line:
+            self._reporter.say(end.line)
+        if start >= end.step:
+            return self._nothing_left(state, end)
+        steps = self._take_steps(state)
+        while steps.stop is Stop.DIVERGED:
+            rewound = self._rewind(steps.log)
+            if rewound is None:
+                return DIVERGED
+            if int(rewound.step) >= self._end().step:  # the rewind skipped all data that was left
+                steps = steps._replace(stop=Stop.END, state=rewound)
+            else:
+                steps = self._take_steps(rewound)
+        self._profiler.close()
+        if steps.state is None:  # the replicas differ
+            with self._watch("checkpoint"):
+                self._compiled().replicas.give_up()
+            return AGAIN
+        return self._stop(steps.stop, steps.state)
+
+    def _end(self) -> End:
+        return end_of(self._run, self._rewinds.history)
+
+    def _nothing_left(self, state: TrainState, end: End) -> int:
+        """The run is done: makes up for what a kill after its last step may have cost."""
+        start = int(state.step)
+        if end.epochs:
+            self._reporter.say(f"{_used_up(start, end)} is done, raise data.max_epochs to go on")
+        else:
+            self._reporter.say(f"step {start} of {end.of} is done: raise train.steps to go on")
+        last = end.of if end.epochs else start
+        if not has_last_eval(self._run.workdir / METRICS, last, end.epochs):
+            self._finish(state, end)
+        return DONE
+
+    def _take_steps(self, state: TrainState) -> _Steps:
+        """Take steps from `state`, which is before the end, until there is a reason to stop."""
         run, reporter, watch = self._run, self._reporter, self._watch
-        config, rows = run.config, self._rewinds.rows(run.batches)
-        start, total = int(state.step), end_of(run, self._rewinds.history).step
-        if start >= total:  # going back has left out all the data there was
-            return Stop.END, state
+        every, start, total = run.config.eval.every, int(state.step), self._end().step
+        rows = self._rewinds.rows(run.batches)
         with DeviceFeed(rows, run.microbatch, batch_shardings(run), start, total) as feed:
             with watch("data"):
                 step_number, batch = next(feed)
-            step_fn = self._compiled()
-            control = Control(config, run.workdir, total)
+            program = self._compiled()
+            control = Control(run.config, run.workdir, total)
             flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
             log = StepLog(run, reporter, flight, start, int(state.guard["changed"]), total)
-            self.log, stop = log, Stop.NO
+            stop = Stop.NO
             while stop is Stop.NO:
-                if self.profiler.turns(step_number):
+                if self._profiler.turns(step_number):
                     with watch("step"):
                         log.flush()
-                    self.profiler.turn()
+                    self._profiler.turn()
                 with watch("step"):
-                    state, metrics = step_fn(state, batch)
+                    state, metrics = program.step(state, batch)
                 done = step_number + 1
                 watch.started(done, metrics)
                 if done < total:
                     with watch("data"):
                         step_number, batch = next(feed)
-                evaluate_now = done < total and config.eval.every and done % config.eval.every == 0
+                evaluate_now = done < total and every > 0 and done % every == 0
                 with watch("step"):
                     log.started(done, metrics, feed.last_wait)  # waits for the step before this one
                     stop = control.after(done, self._preemption)
@@ -161,10 +156,10 @@ class _Steps:
                     if save_now and not log.diverged and not all_finite(state, run.mesh):
                         log.overflowed()
                 if log.diverged:
-                    return Stop.DIVERGED, None
+                    return _Steps(Stop.DIVERGED, None, log)
                 with watch("step"):
-                    if self.replicas.differ(done, state, save_now):
-                        return Stop.DIFFER, None
+                    if program.replicas.differ(done, state, save_now):
+                        return _Steps(Stop.DIFFER, None, log)
                 if evaluate_now:
                     with watch("evaluation"):
                         reporter.log({"step": done, **self._evaluate(state)})
@@ -173,35 +168,86 @@ class _Steps:
                         reporter.flush()
                         save(run, state, done, self._rewinds.beside())
                 log.restart_clock(evaluate_now or control.save_now)
-        return stop, state
+        return _Steps(stop, state, log)
 
-    def _compiled(self) -> Any:
-        if self._step_fn is None:
+    def _compiled(self) -> _Program:
+        if self._program is None:
             began = time.perf_counter()
             with self._watch("compile"):
-                self._step_fn = self._lowered.result().compile()
-                self.replicas = ReplicaCheck(self._run, self._reporter.say)
-            self._reporter.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
-        return self._step_fn
+                step = self._lowered.result().compile()
+                self._program = _Program(step, ReplicaCheck(self._run, self._reporter.say))
+            took = time.perf_counter() - began
+            self._reporter.say(f"compiled the train step in {took:.1f} s")
+        return self._program
 
+    def _rewind(self, log: StepLog) -> TrainState | None:
+        """The state of an earlier checkpoint; None, and the user is told, if there is none."""
+        run, reporter = self._run, self._reporter
+        with self._watch("checkpoint"):
+            step = self._choose_rewind(log)
+            if step is None:
+                return None
+            state = restored_state(run, step, reporter.say)
+            jax.block_until_ready(state.params)
+        self._watch.resumed(step)
+        with self._watch("checkpoint"):
+            reporter.rewind(step)
+            if lead():
+                settings_go_back(run.workdir, step)
+        return state
 
-def _way_back(run: Run, log: StepLog, reporter: Reporter, rewinds: Rewinds) -> int | None:
-    """The step to go on from after `log.diverged`; None, and the advice is given, without one."""
-    allowed, used = run.config.train.max_rewinds, len(rewinds.history)
-    run.checkpoints.wait()
-    if used < allowed:
-        step = rewinds.go_back(log.changed, log.last, log.diverged)
-        if step is not None:
-            first, last = rewinds.history[-1].skipped
-            reporter.say(
-                f"REWIND {used + 1} of {allowed}: {log.diverged}: going on from step {step} "
-                f"without steps {first} to {last} of the data"
-            )
-            return step
-    advice = way_on(run.checkpoints.steps(), log.changed)
-    spent = f" ({used} of {allowed} train.max_rewinds are used)" if used else ""
-    reporter.say(f"{log.diverged}: {advice}{spent}")
-    return None
+    def _choose_rewind(self, log: StepLog) -> int | None:
+        """The step to go on from; None, and the advice is given, if there is none."""
+        run, rewinds, say = self._run, self._rewinds, self._reporter.say
+        allowed, used = run.config.train.max_rewinds, len(rewinds.history)
+        run.checkpoints.wait()
+        if used < allowed:
+            step = rewinds.go_back(log.changed, log.last, log.diverged)
+            if step is not None:
+                first, last = rewinds.history[-1].skipped
+                say(
+                    f"REWIND {used + 1} of {allowed}: {log.diverged}: going on from step {step} "
+                    f"without steps {first} to {last} of the data"
+                )
+                return step
+        advice = way_on(run.checkpoints.steps(), log.changed)
+        spent = f" ({used} of {allowed} train.max_rewinds are used)" if used else ""
+        say(f"{log.diverged}: {advice}{spent}")
+        return None
+
+    def _stop(self, stop: Stop, state: TrainState) -> int:
+        """End with `state`, which is saved or being saved; returns the exit code."""
+        step = int(state.step)
+        if stop is Stop.END:
+            end = self._end()
+            self._finish(state, end)
+            if end.epochs:
+                self._reporter.say(_used_up(step, end))
+        with self._watch("checkpoint"):
+            self._run.checkpoints.wait()
+        if stop is Stop.PREEMPTED:
+            self._reporter.say(f"preempted: step {step} is saved, run the same command again")
+            return AGAIN
+        if stop is Stop.ASKED:
+            self._reporter.say(f"stopped by the file STOP: step {step} is saved")
+        return DONE
+
+    def _finish(self, state: TrainState, end: End) -> None:
+        """The last evaluation and the samples; the last checkpoint is written meanwhile."""
+        run, step = self._run, int(state.step)
+        texts: list[str] = []
+        with self._watch("evaluation"):
+            row = self._evaluate(state)
+            write_samples(run, state, step, texts.append)
+        for text in texts:
+            self._reporter.say(text)
+        why = {"max_epochs": end.epochs} if end.epochs else {}
+        with self._watch("checkpoint"):
+            if texts and lead():
+                (run.workdir / SAMPLES).unlink(missing_ok=True)  # a hard link keeps its content
+                (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
+            # Last: its presence says that all of this was done.
+            self._reporter.log({"step": step, **why, **row})
 
 
 def lower_step(run: Run) -> jax.stages.Lowered:
@@ -251,23 +297,3 @@ def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {})
 
 def _used_up(step: int, end: End) -> str:
     return f"the {end.text} is used up: step {step} of {end.of}"
-
-
-def _finish(
-    run: Run, state: TrainState, evaluate: Evaluator, reporter: Reporter, watch: Phases, end: End
-) -> None:
-    """The last evaluation and the samples; the last checkpoint is written meanwhile."""
-    step = int(state.step)
-    texts: list[str] = []
-    with watch("evaluation"):
-        row = evaluate(state)
-        write_samples(run, state, step, texts.append)
-    for text in texts:
-        reporter.say(text)
-    why = {"max_epochs": end.epochs} if end.epochs else {}
-    with watch("checkpoint"):
-        if texts and jax.process_index() == 0:
-            (run.workdir / SAMPLES).unlink(missing_ok=True)  # its other names keep what they have
-            (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
-        # Last: its presence says that all of this was done.
-        reporter.log({"step": step, **why, **row})
