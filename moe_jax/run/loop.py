@@ -1,9 +1,7 @@
 """The run from its first step to its last."""
 
-import contextlib
-import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -254,24 +252,7 @@ def lower_step(run: Run) -> jax.stages.Lowered:
     """The train step, traced and lowered; its state is donated."""
     jitted = jit_train_step(run.model, run.optimizer, run.step_options, run.mesh)
     state = placed_state(run.model, run.optimizer, run.mesh)
-    with _collecting_later():
-        return jitted.lower(state, abstract_batch(run.microbatch, run.mesh))
-
-
-@contextlib.contextmanager
-def _collecting_later() -> Iterator[None]:
-    """No search for reference cycles meanwhile.
-
-    Tracing makes hundreds of thousands of objects that stay, and every 700 start a search, now and
-    then through all there are: a seventh of the time of tracing and lowering bench_olmoe_half.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return jitted.lower(state, abstract_batch(run.microbatch, run.mesh))
 
 
 def start_lowering(run: Run) -> Future[jax.stages.Lowered]:
