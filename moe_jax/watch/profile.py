@@ -14,25 +14,25 @@ class Profiler:
         self._steps = steps
         self._folder = workdir / "profile"
         self._say = say
-        self._tracing = False
+        self._mirror: Mirror | None = None  # where the trace goes, while one is being taken
 
     def turns(self, step: int) -> bool:
         """Whether tracing begins or ends before `step`: let all earlier steps end, then `turn`."""
-        return (step in self._steps) != self._tracing
+        return (step in self._steps) != (self._mirror is not None)
 
     def turn(self) -> None:
         """Begin or end."""
-        if self._tracing:
+        if self._mirror is not None:
             self.close()
             return
-        self._mirror = Mirror(self._folder)
-        jax.profiler.start_trace(str(self._mirror.folder))
-        self._tracing = True
+        mirror = Mirror(self._folder)
+        jax.profiler.start_trace(str(mirror.folder))
+        self._mirror = mirror
 
     def close(self) -> None:
         """Write the trace, if one is being taken."""
-        if self._tracing:
-            self._tracing = False
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
             jax.profiler.stop_trace()
-            self._mirror.close()
+            mirror.close()
             self._say(f"trace written to {self._folder}")

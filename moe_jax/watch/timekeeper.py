@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +40,18 @@ class Timekeeper:
     A row has `attempt` (a name of its own), `began` and `time` (seconds since 1970), `from` (the
     restored step), `step` (the last that is done), `seconds` by phase and, if it is the attempt's
     last word, `end` (exit code).
+
+    Args:
+      workdir: folder of the run.
+      lead: True on the lead process; any other process counts and writes nothing.
+      beat: seconds between two rows.
     """
 
     def __init__(self, workdir: Folder, lead: bool, beat: float = BEAT):
-        """On any process but the lead nothing is counted or written."""
-        self._on = lead
-        if not lead:
-            return
         age = _process_age()
-        self._attempt, self._began = uuid.uuid4().hex[:12], time.time() - age
-        self._seconds: dict[str, float] = {}
-        self._born = self._since = self._finished = time.monotonic() - age
-        self._phase = INIT
-        self._from: int | None = None
-        self._started = self._step = -1  # handed to the devices; done by them, at `_finished`
-        self._beat, self._written, self._over = beat, 0.0, False
-        self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._workdir = workdir
-
-    def _open(self) -> None:
-        self._mirror = Mirror(self._workdir)
-        try:
-            self._mirror.folder.mkdir(parents=True, exist_ok=True)
-            self._mirror.fetch(GOODPUT)
-            self._lines = Lines(self._mirror.folder / GOODPUT)
-        except OSError as error:
-            raise UserError(
-                f"{self._workdir / GOODPUT} cannot be written ({error.strerror or error}): change "
-                f"its permissions or choose another --workdir."
-            ) from None
+        self._began, self._born = time.time() - age, time.monotonic() - age
+        self._workdir, self._lead, self._beat = workdir, lead, beat
+        self._attempt: _Attempt | None = None  # set by the first `resumed` of the lead process
 
     def __enter__(self) -> "Timekeeper":
         return self
@@ -81,16 +63,17 @@ class Timekeeper:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """The body is `phase`; phases do not nest."""
-        if not self._on or self._from is None:
+        attempt = self._attempt
+        if attempt is None:
             yield
             return
-        self._turn_to(phase)
+        attempt.turn_to(phase)
         try:
             yield
         finally:
-            self._turn_to("")
+            attempt.turn_to("")
             if phase not in ("step", "data"):
-                self._write()
+                attempt.write()
 
     def resumed(self, step: int) -> None:
         """The state is there; training goes on after `step`.
@@ -98,41 +81,125 @@ class Timekeeper:
         Raises:
           UserError: the file cannot be written.
         """
-        if not self._on:
-            return
-        first = self._from is None
-        if first:
-            self._open()
-        self._turn_to("")
-        self._from = self._started = self._step = step
-        self._write()
-        if first:
-            self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
-            self._thread.start()
+        if self._attempt is not None:
+            self._attempt.resumed(step)
+        elif self._lead:
+            rows = _Rows(self._workdir)
+            self._attempt = _Attempt(rows, self._began, self._born, step, self._beat)
 
     def started(self, step: int, outputs: Any) -> None:
         """`step` was handed to the devices; it is done once `outputs` are there."""
-        if self._on:
-            self._started = step
-            self._outputs.put((step, outputs))
+        if self._attempt is not None:
+            self._attempt.started(step, outputs)
 
     def ended(self, code: int) -> None:
         """The last row: the process is about to end with exit code `code`."""
-        if not self._on or self._from is None:
-            return
-        self._outputs.put(None)
-        self._thread.join(_LEAVE)
-        self._write(end=code)
-        with self._lock:
-            self._over = True
-            self._lines.close()
+        if self._attempt is not None:
+            self._attempt.ended(code)
+
+
+class _Rows:
+    """WORKDIR/goodput.jsonl, open for appending.
+
+    Only opening it can fail: every row repeats what the rows before it say.
+
+    Raises:
+      UserError: the file cannot be opened.
+    """
+
+    def __init__(self, workdir: Folder):
+        self._mirror = Mirror(workdir)
+        try:
+            self._mirror.folder.mkdir(parents=True, exist_ok=True)
+            self._mirror.fetch(GOODPUT)
+            self._lines = Lines(self._mirror.folder / GOODPUT)
+        except OSError as error:
+            raise UserError(
+                f"{workdir / GOODPUT} cannot be written ({error.strerror or error}): change "
+                f"its permissions or choose another --workdir."
+            ) from None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with contextlib.suppress(UserError):
+            self._lines.append(row)
+
+    def push_if_due(self) -> None:
+        with contextlib.suppress(UserError):
+            self._mirror.push_if_due()
+
+    def close(self) -> None:
+        self._lines.close()
         with contextlib.suppress(UserError):
             self._mirror.close()
 
-    def _turn_to(self, phase: str) -> None:
+
+class _Attempt:
+    """The seconds of one attempt, and the thread that waits for its steps and writes its rows.
+
+    Args:
+      rows: where they go.
+      began, born: when the process began, in seconds since 1970 and by `time.monotonic`.
+      step: the restored step.
+      beat: seconds between two rows.
+    """
+
+    def __init__(self, rows: _Rows, began: float, born: float, step: int, beat: float):
+        self._rows, self._began, self._born, self._beat = rows, began, born, beat
+        self._name = uuid.uuid4().hex[:12]
+        self._seconds: dict[str, float] = {}
+        self._phase, self._since = INIT, born
+        self._from = self._started = step  # the restored step; handed to the devices
+        self._step, self._finished = step, born  # done by the devices, and when
+        self._written, self._over = 0.0, False
+        self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
+        self.turn_to("")
+        self.write()
+        self._thread.start()
+
+    def resumed(self, step: int) -> None:
+        """Training goes on after an earlier step."""
+        self.turn_to("")
+        self._from = self._started = self._step = step
+        self.write()
+
+    def started(self, step: int, outputs: Any) -> None:
+        self._started = step
+        self._outputs.put((step, outputs))
+
+    def ended(self, code: int) -> None:
+        self._outputs.put(None)
+        self._thread.join(_LEAVE)
+        self.write(end=code)
+        with self._lock:
+            self._over = True
+            self._rows.close()
+
+    def turn_to(self, phase: str) -> None:
+        """What follows is `phase`; "": none."""
         with self._lock:
             self._book()
             self._phase = phase
+
+    def write(self, **more: int) -> None:
+        """A row of all that was spent so far."""
+        with self._lock:
+            if self._over:
+                return
+            self._book()
+            self._rows.append(
+                {
+                    "attempt": self._name,
+                    "began": self._began,
+                    "time": time.time(),
+                    "from": self._from,
+                    "step": self._step,
+                    "seconds": self._seconds,
+                    **more,
+                }
+            )
+            self._written = time.monotonic()
 
     def _book(self) -> None:
         """Adds the time since the last call to the phase of that time."""
@@ -146,33 +213,14 @@ class Timekeeper:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         self._since = now
 
-    def _write(self, **more: int) -> None:
-        with self._lock:
-            if self._over:
-                return
-            self._book()
-            row = {
-                "attempt": self._attempt,
-                "began": self._began,
-                "time": time.time(),
-                "from": self._from,
-                "step": self._step,
-                "seconds": self._seconds,
-                **more,
-            }
-            with contextlib.suppress(UserError):  # the next row says the same and more
-                self._lines.append(row)
-            self._written = time.monotonic()
-
     def _listen(self) -> None:
         """Waits for the devices, and writes a row from time to time."""
         while True:
             now = time.monotonic()
             left = self._written + max(self._beat, SHARE * (now - self._born)) - now
             if left <= 0:
-                self._write()
-                with contextlib.suppress(UserError):  # out of reach for a while
-                    self._mirror.push_if_due()
+                self.write()
+                self._rows.push_if_due()
                 continue
             try:
                 item = self._outputs.get(timeout=left)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.files.lines import Lines
 from moe_jax.watch import timekeeper
 from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
@@ -78,7 +79,7 @@ def test_waiting_for_data_is_lost_only_while_the_devices_are_idle(tmp_path, cloc
         with keeper("data"):
             clock.now += 4  # hidden behind step 2 ...
             outputs[1].done.set()
-            until(lambda: keeper._step == 2)
+            until(lambda: keeper._attempt._step == 2)
             clock.now += 5  # ... which ends here
         keeper.ended(0)
     last = rows(tmp_path)[-1]
@@ -144,10 +145,10 @@ def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock, monkeypatch
         before = len(rows(tmp_path))
         with monkeypatch.context() as patch:
 
-            def full(row):
+            def full(lines, row):
                 raise UserError("no space left")
 
-            patch.setattr(keeper._lines, "append", full)
+            patch.setattr(Lines, "append", full)
             keeper.resumed(1)
             with keeper("checkpoint"):
                 clock.now += 6
