@@ -20,7 +20,7 @@ from moe_jax.parallel.distributed import lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.record.lock import alone_in
 from moe_jax.record.provenance import write_run_record
-from moe_jax.record.report import METRICS, Reporter
+from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
 from moe_jax.run.context import Run
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
                 resolved = to_json(run.config)
                 write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
             last = end_of(run, rewinds.history).step
-            reporter = Reporter(workdir, last, lead, start if start else None)
+            reporter = Reporter(workdir, last, start or None) if lead else SilentReporter()
             if lead:
                 record_settings(
                     run.workdir, run.config, run.mesh, start
@@ -120,7 +120,7 @@ def _last_save(run: Run, watch: Phases) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _closing(reporter: Reporter, watch: Phases) -> Iterator[None]:
+def _closing(reporter: Reporter | SilentReporter, watch: Phases) -> Iterator[None]:
     """Files may hang when they are closed as well."""
     try:
         yield

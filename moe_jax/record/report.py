@@ -22,7 +22,7 @@ LAST_STEP = 2**53  # later ones are garbage
 
 
 class Reporter:
-    """Writes and shows the rows of a run; does nothing on any process but the lead.
+    """Writes and shows the rows of a run, on the lead process.
 
     A row is a dict with `step` and numbers; per-layer lists stand under `layers`, other nested
     dicts (per source, say) are welcome.  A number that is not finite becomes a string ("nan",
@@ -32,42 +32,22 @@ class Reporter:
       workdir: folder of the run; into one of an object store, files are copied every half minute,
         at each `flush` and at the end.
       total_steps: where the run ends.
-      is_lead: whether this is process 0.
       resumed_step: the restored step; later rows are set aside.  None: a fresh start.
 
     Raises:
       UserError: the folder cannot be written.
     """
 
-    def __init__(
-        self,
-        workdir: Folder,
-        total_steps: int,
-        is_lead: bool,
-        resumed_step: int | None,
-    ):
-        self._on = is_lead
-        if not is_lead:
-            return
+    def __init__(self, workdir: Folder, total_steps: int, resumed_step: int | None):
         self._workdir, self._mirror = workdir, Mirror(workdir)
         with self._writing():
             self._mirror.folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, LEDGER):
                 self._mirror.fetch(f"{name}*")
-            self._open(resumed_step)
-        self._screen = _Screen(total_steps, resumed_step or 0)
-
-    def _open(self, resumed_step: int | None) -> None:
-        folder = self._mirror.folder
-        self._metrics = _Lines(folder / METRICS, resumed_step)
-        self._ledger = _Lines(folder / LEDGER, resumed_step)
-        import tensorboardX  # imports torch where that is installed: seconds
-
-        self._board = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=None if resumed_step is None else resumed_step + 1,
-            write_to_disk=True,
-        )
+            self._files = _Files(self._mirror.folder, resumed_step)
+        done = resumed_step or 0
+        on_terminal = sys.stdout.isatty()
+        self._screen = _Bar(total_steps, done) if on_terminal else _PlainLines(total_steps)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -85,10 +65,9 @@ class Reporter:
         Raises:
           UserError: the folder cannot be written.
         """
-        if self._on:
-            self._close_files()
-            with self._writing():
-                self._open(step)
+        self._files.close()
+        with self._writing():
+            self._files = _Files(self._mirror.folder, step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends `row` to metrics.jsonl and TensorBoard, and shows it.
@@ -96,13 +75,11 @@ class Reporter:
         Raises:
           UserError: metrics.jsonl cannot be written.
         """
-        if not self._on:
-            return
         row = {name: plain(value) for name, value in row.items()}
-        self._metrics.append(row)
+        self._files.metrics.append(row)
         for tag, value in _scalars(row):
             if tag != "step":
-                self._board.add_scalar(tag, value, row["step"])
+                self._files.board.add_scalar(tag, value, row["step"])
         self._screen.show(row)
         self._copy(self._mirror.push_if_due)
 
@@ -112,14 +89,12 @@ class Reporter:
         Raises:
           UserError: it cannot be written.
         """
-        if self._on:
-            self._ledger.append(row)
+        self._files.ledger.append(row)
 
     def flush(self) -> None:
         """What was logged so far lies in the workdir afterwards: call it before a checkpoint."""
-        if self._on:
-            self._board.flush()
-            self._copy(self._mirror.push)
+        self._files.board.flush()
+        self._copy(self._mirror.push)
 
     def _copy(self, push: Callable[[], None]) -> None:
         try:
@@ -129,20 +104,13 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        if self._on:
-            self._screen.say(text)
+        self._screen.say(text)
 
     def close(self) -> None:
         """Ends the bar and flushes the event file."""
-        if self._on:
-            self._screen.close()
-            self._close_files()
-            self._mirror.close()
-
-    def _close_files(self) -> None:
-        self._board.close()
-        self._metrics.close()
-        self._ledger.close()
+        self._screen.close()
+        self._files.close()
+        self._mirror.close()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -151,49 +119,93 @@ class Reporter:
         self.close()
 
 
-class _Lines(Lines):
-    """A file of JSON lines that a resumed run continues after its restored step."""
+class SilentReporter:
+    """The reporter of every process but the lead: it writes and shows nothing."""
 
-    def __init__(self, path: pathlib.Path, resumed_step: int | None):
-        truncate(path, resumed_step)
-        super().__init__(path)
+    def rewind(self, step: int) -> None:
+        """Does nothing."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def ledger(self, row: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
-class _Screen:
-    """A progress bar on a terminal, plain lines anywhere else."""
+class _Files:
+    """What a reporter writes, continued after `resumed_step` (None: begun)."""
+
+    def __init__(self, folder: pathlib.Path, resumed_step: int | None):
+        for name in (METRICS, LEDGER):
+            truncate(folder / name, resumed_step)
+        self.metrics, self.ledger = Lines(folder / METRICS), Lines(folder / LEDGER)
+        import tensorboardX  # imports torch where that is installed: seconds
+
+        self.board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=None if resumed_step is None else resumed_step + 1,
+            write_to_disk=True,
+        )
+
+    def close(self) -> None:
+        self.board.close()
+        self.metrics.close()
+        self.ledger.close()
+
+
+class _PlainLines:
+    """A line for each row."""
+
+    def __init__(self, total: int):
+        self._total, self._stream = total, sys.stdout
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        if "eval_loss" in row:
+            self.say(eval_line(row, self._total))
+        if "loss" in row:
+            self.say(train_line(row, self._total))
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class _Bar:
+    """A progress bar on a terminal; lines that stay are printed above it."""
 
     def __init__(self, total: int, done: int):
-        self._total, self._stream = total, sys.stdout
-        self._line = f"step {done}/{total}"
-        self._bar: rich.progress.Progress | None = None
-        if self._stream.isatty():
-            self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.TextColumn("{task.description}", markup=False),
-                console=rich.console.Console(file=self._stream),
-            )
-            self._task = self._bar.add_task(self._line, total=total, completed=done)
-            self._bar.start()
+        self._total, self._line = total, f"step {done}/{total}"
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=rich.console.Console(file=sys.stdout),
+        )
+        self._task = self._bar.add_task(self._line, total=total, completed=done)
+        self._bar.start()
 
     def show(self, row: Mapping[str, Any]) -> None:
         if "eval_loss" in row:
             self.say(eval_line(row, self._total))
         if "loss" in row:
             self._line = train_line(row, self._total)
-            if self._bar is None:
-                self.say(self._line)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], description=self._line)
+        self._bar.update(self._task, completed=row["step"], description=self._line)
 
     def say(self, text: str) -> None:
-        if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
 def truncate(path: pathlib.Path, step: int | None) -> None:

@@ -9,7 +9,7 @@ import jax
 
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
-from moe_jax.record.report import METRICS, Reporter, has_last_eval
+from moe_jax.record.report import METRICS, Reporter, SilentReporter, has_last_eval
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
@@ -59,7 +59,7 @@ class Trainer:
         self,
         run: Run,
         lowered: Future[jax.stages.Lowered],
-        reporter: Reporter,
+        reporter: Reporter | SilentReporter,
         preemption: Preemption,
         watch: Phases,
         rewinds: Rewinds,

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.chips import peak_tflops
-from moe_jax.record.report import Reporter
+from moe_jax.record.report import Reporter, SilentReporter
 from moe_jax.run.context import Run
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.train.metrics import ledger_row, moe_row
@@ -37,7 +37,7 @@ class StepLog:
     def __init__(
         self,
         run: Run,
-        reporter: Reporter,
+        reporter: Reporter | SilentReporter,
         flight: FlightRecorder,
         start: int,
         changed: int,

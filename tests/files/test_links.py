@@ -63,7 +63,7 @@ def test_a_backup_by_hard_links_stays_as_it_is(tmp_path, mine):
         (mine / name).write_bytes(rows)
         (run / name).hardlink_to(mine / name)
     before = contents(mine)
-    with Reporter(run, 9, True, 1) as reporter, Timekeeper(run, True) as timekeeper:
+    with Reporter(run, 9, 1) as reporter, Timekeeper(run, True) as timekeeper:
         reporter.log({"step": 2, "loss": 1.0})
         reporter.ledger({"step": 2})
         timekeeper.resumed(1)

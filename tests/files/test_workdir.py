@@ -76,14 +76,14 @@ def test_a_step_in_a_bucket_is_one_once_it_has_its_marker(bucket):
 
 def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
     workdir = locate("gs://bucket/runs/one")
-    with Reporter(workdir, 9, True, None) as reporter:
+    with Reporter(workdir, 9, None) as reporter:
         for step in (1, 2, 3):
             reporter.log({"step": step, "loss": 1.0})
     assert steps(workdir) == [1, 2, 3]
     events = [path.name for path in (workdir / "tensorboard").iterdir()]
 
     # Another process, with nothing on its disk, goes on from step 2.
-    with Reporter(workdir, 9, True, 2) as reporter:
+    with Reporter(workdir, 9, 2) as reporter:
         for step in (3, 4):
             reporter.log({"step": step, "loss": 2.0})
         reporter.log({"step": 4, "eval_loss": 2.0})
@@ -96,14 +96,14 @@ def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
     now = {path.name for path in (workdir / "tensorboard").iterdir()}
     assert now >= set(events) and events  # named by the second in which they begin
 
-    with Reporter(workdir, 9, True, 3):
+    with Reporter(workdir, 9, 3):
         pass
     assert (workdir / "metrics.jsonl.2.tail").exists()  # the first tail is not overwritten
 
 
 def test_a_flush_before_a_checkpoint_leaves_nothing_behind(bucket):
     workdir = locate("gs://bucket/one")
-    reporter = Reporter(workdir, 9, True, None)
+    reporter = Reporter(workdir, 9, None)
     reporter.log({"step": 1, "loss": 1.0})
     reporter.log({"step": 2, "loss": 1.0})
     assert steps(workdir) == [1]  # half a minute has not passed
@@ -114,7 +114,7 @@ def test_a_flush_before_a_checkpoint_leaves_nothing_behind(bucket):
 
 def test_a_store_out_of_reach_stops_nothing_until_the_end(bucket, monkeypatch, capsys):
     workdir = locate("gs://bucket/one")
-    reporter = Reporter(workdir, 9, True, None)
+    reporter = Reporter(workdir, 9, None)
     monkeypatch.setattr(Buckets, "broken", True)
     reporter.log({"step": 1, "loss": 1.0})
     reporter.flush()
@@ -161,7 +161,7 @@ def test_a_local_folder_is_written_in_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate("runs/x") == tmp_path / "runs" / "x" and not is_remote("runs/x")
     assert Mirror(tmp_path / "x").folder == tmp_path / "x"
-    with Reporter(tmp_path / "x", 9, True, None) as reporter:
+    with Reporter(tmp_path / "x", 9, None) as reporter:
         reporter.log({"step": 1, "loss": 1.0})
         assert steps(tmp_path / "x") == [1]
 

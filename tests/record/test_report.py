@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from moe_jax.errors import UserError
-from moe_jax.record.report import METRICS, Reporter
+from moe_jax.record.report import METRICS, Reporter, SilentReporter
 
 ROW = {
     "step": 40,
@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
 
 def report(folder, rows, resumed=None) -> str:
     stream = io.StringIO()
-    with redirect_stdout(stream), Reporter(folder, 200, True, resumed) as reporter:
+    with redirect_stdout(stream), Reporter(folder, 200, resumed) as reporter:
         for row in rows:
             reporter.log(row)
     return stream.getvalue()
@@ -76,7 +76,7 @@ def test_rows_are_json_whatever_the_numbers_are(tmp_path):
 
 
 def test_each_row_is_on_disk_when_log_returns(tmp_path):
-    reporter = Reporter(tmp_path, 200, True, None)
+    reporter = Reporter(tmp_path, 200, None)
     reporter.log(ROW)
     assert read(tmp_path / METRICS) == [ROW]
     reporter.close()
@@ -126,7 +126,7 @@ def test_a_fresh_start_keeps_no_row_of_a_run_that_saved_nothing(tmp_path):
 
 def test_a_terminal_gets_a_bar_and_lines_above_it(tmp_path):
     stream = Terminal()
-    with redirect_stdout(stream), Reporter(tmp_path, 200, True, None) as reporter:
+    with redirect_stdout(stream), Reporter(tmp_path, 200, None) as reporter:
         reporter.log({"step": 30, "eval_loss": 2.25})
         reporter.say("[not markup] saved step 30")
         reporter.log(ROW)
@@ -135,12 +135,16 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(tmp_path):
     assert "\x1b[" in shown  # the bar is redrawn in place
 
 
-def test_other_processes_write_and_print_nothing(tmp_path):
-    stream = Terminal()
-    with redirect_stdout(stream), Reporter(tmp_path / "run", 200, False, None) as reporter:
-        reporter.log(ROW)
-        reporter.say("hello")
-    assert stream.getvalue() == "" and not (tmp_path / "run").exists()
+def test_other_processes_write_and_print_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reporter = SilentReporter()
+    reporter.log(ROW)
+    reporter.ledger(ROW)
+    reporter.say("hello")
+    reporter.rewind(20)
+    reporter.flush()
+    reporter.close()
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 def test_tensorboard_holds_every_number(tmp_path):
@@ -162,4 +166,4 @@ def test_tensorboard_holds_every_number(tmp_path):
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written"):
-        Reporter(tmp_path / "file", 1, True, None)
+        Reporter(tmp_path / "file", 1, None)
