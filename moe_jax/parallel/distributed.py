@@ -148,8 +148,8 @@ class Preemption:
     def __init__(self):
         self._several = jax.distributed.is_initialized()
         self._asked = self._deferred = False
-        if not self._several:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        # None: nothing to give back.
+        self._before = None if self._several else signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: object) -> None:
         if not self._deferred:
@@ -170,7 +170,7 @@ class Preemption:
 
     def close(self) -> None:
         """Gives SIGTERM back to whoever had it."""
-        if not self._several:
+        if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
 

@@ -50,6 +50,8 @@ class Replicas:
                 self._places.append(place)
                 self._copied.append(axes)
                 shardings.append(leaf.sharding)
+        self._mesh: Mesh | None = None  # None: no leaf has copies
+        self._hash: Any = None  # compiled: leaves -> hashes
         if shardings:
             self._mesh = typing.cast(Mesh, shardings[0].mesh)  # of devices, not abstract
             self._hash = _table(self._mesh, shardings).lower(self._leaves(tree)).compile()
@@ -60,7 +62,7 @@ class Replicas:
         Args:
           tree: like that of `__init__`.
         """
-        if not self._names:
+        if self._mesh is None:
             return []
         table = self._hash(self._leaves(tree))
         hash_ND = np.asarray(table.addressable_data(0)).T
