@@ -204,13 +204,15 @@ def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
     assert not finding.ok and "params/embed_VD came back" in finding.fix
 
 
-def test_accelerator_that_is_too_small_or_starved_is_seen(well):
+def test_accelerator_that_is_too_small_or_starved_is_seen(well, monkeypatch):
     chip = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
     subject = dataclasses.replace(well[0], shrunk=False, devices=[chip])
     assert not fit.memory(subject).ok
-    subject.__dict__["steps"] = Steps({}, skipped=False, wait=0.2, seconds=1.0)
+    steps = Steps({}, skipped=False, wait=0.2, seconds=1.0)
+    monkeypatch.setattr(subject, "first_steps", lambda: steps)
     assert not fit.data_wait(subject).ok
-    subject.__dict__["steps"] = Steps({}, skipped=True, wait=0.0, seconds=1.0)
+    steps = Steps({}, skipped=True, wait=0.0, seconds=1.0)
+    monkeypatch.setattr(subject, "first_steps", lambda: steps)
     assert "skipped" in learning.step_changes(subject).figure
 
 

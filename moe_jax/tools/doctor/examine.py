@@ -9,6 +9,7 @@ import jax
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import Folder
+from moe_jax.run.setup import prepare
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import (
     TEXT,
@@ -56,9 +57,8 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         if data != config.data:
             say("its own text is not there or takes long to tokenise")
             _say_changes(config, small, say)
-    subject = Subject(plan, at_peak(small), shrunk, folder, devices, say)
-    subject.config = subject.run.config
-    return subject
+    run = prepare(at_peak(small), folder, lambda line: None, devices)
+    return Subject(plan, run, shrunk, devices)
 
 
 def _say_changes(old: Config, new: Config, say: Say) -> None:

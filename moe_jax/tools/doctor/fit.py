@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from moe_jax.run.loop import save
-from moe_jax.run.restore import first_state
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import STEPS, Subject, bits
 from moe_jax.tools.plan.analytic import estimate
@@ -17,7 +16,7 @@ MOST_WAIT = 0.1  # of a step
 
 
 def divides(subject: Subject) -> Finding:
-    """The config as asked for was resolved on its mesh; `examine` reports what it refuses."""
+    """The config as asked for was resolved on its mesh, and what runs in its place as well."""
     config = subject.plan.config
     rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
     sizes = dataclasses.asdict(config.mesh).items()
@@ -27,7 +26,6 @@ def divides(subject: Subject) -> Finding:
         group = config.model.moe.group_rows
         tokens = group * config.data.sequence_length
         figure += f", groups of {group} rows, {tokens:,} tokens"
-    subject.run  # noqa: B018  what runs in its place has to fit, too
     return Finding(True, figure)
 
 
@@ -57,14 +55,13 @@ def saves_bitwise(subject: Subject) -> Finding:
     By checksums on the devices: two states at once may not fit.
     """
     run = subject.run
-    subject.steps  # noqa: B018  moments and router state are no longer what they began as
+    subject.first_steps()  # moments and router state are then no longer what they began as
     marks = jax.jit(_marks, out_shardings=everywhere(run.mesh))
-    before = jax.device_get(marks(subject.state))
-    save(run, subject.state, int(subject.state.step))
+    before = jax.device_get(marks(subject.state()))
+    save(run, subject.state(), int(subject.state().step))
     run.checkpoints.wait()
-    del subject.state  # `first_state` is the newest checkpoint from here on
-    subject.state = first_state(run, "", lambda line: None)
-    after = jax.device_get(marks(subject.state))
+    subject.drop_state()
+    after = jax.device_get(marks(subject.state()))
     paths = jax.tree.leaves_with_path(before)
     bad = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -84,7 +81,7 @@ def _marks(state: TrainState) -> Any:
 
 def data_wait(subject: Subject) -> Finding:
     """Mean time a step waits for its batch, as a share of the step."""
-    steps = subject.steps
+    steps = subject.first_steps()
     share = steps.wait / steps.seconds
     figure = f"{share:.1%} of a step ({1e3 * steps.wait:.1f} of {1e3 * steps.seconds:.1f} ms)"
     figure += f", mean of {STEPS}"

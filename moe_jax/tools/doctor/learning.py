@@ -47,7 +47,7 @@ def gradients_arrive(subject: Subject) -> Finding:
 
 def step_changes(subject: Subject) -> Finding:
     """One step at the peak learning rate."""
-    steps = subject.steps
+    steps = subject.first_steps()
     if steps.skipped:
         return Finding(
             False,

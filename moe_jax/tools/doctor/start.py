@@ -34,7 +34,7 @@ def expert_init(subject: Subject) -> Finding:
     if not subject.moe_layers:
         return NO_EXPERTS
     run = subject.run
-    config, params = run.model.config, subject.state.params
+    config, params = run.model.config, subject.state().params
     std = jax.jit(
         lambda p: reduce_leaves(run.model, p, lambda leaf, axes: leaf.std(axes)),
         out_shardings=everywhere(run.mesh),
@@ -97,7 +97,7 @@ def activations(subject: Subject) -> Finding:
 
 def residual_scale(subject: Subject) -> list[float]:
     """rms after each block on the first microbatch; compiled once for each kind of block."""
-    run, state = subject.run, subject.state
+    run, state = subject.run, subject.state()
     model, config = run.model, run.model.config
     batch = jax.tree.map(lambda leaf: leaf[0], subject.batch)
     context = MoEContext(

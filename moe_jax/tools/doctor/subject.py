@@ -1,7 +1,8 @@
 """What the checks look at: one prepared run, evaluated as seldom as possible.
 
-Everything is made when it is first asked for.  A step consumes the state it starts from, so the
-checks of the initial parameters come before those of a step (see checks.py).
+Values are computed when they are first read; what changes the subject is a call.  A step consumes
+the state it starts from, so the checks of the initial parameters come before those of a step (see
+checks.py).
 """
 
 import dataclasses
@@ -18,7 +19,6 @@ from moe_jax.checkpoint import named_leaves
 from moe_jax.config import Config
 from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed
-from moe_jax.files.workdir import Folder
 from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.layout import to_layers
 from moe_jax.moe.types import MoEAux
@@ -26,7 +26,6 @@ from moe_jax.run.context import Run
 from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import first_state
-from moe_jax.run.setup import prepare
 from moe_jax.tools.plan.lowering import Plan
 from moe_jax.train.losses import loss_values
 from moe_jax.train.state import TrainState, everywhere
@@ -58,20 +57,16 @@ class Subject:
     """A config as asked for, and the run that is examined in its place."""
 
     plan: Plan  # of the config as asked for
-    config: Config  # what runs: shrunk, or the same
+    run: Run  # of what is examined: the config shrunk, or the same
     shrunk: bool
-    workdir: Folder  # for the checkpoint; nobody else's
     devices: Sequence[Any]
-    say: Callable[[str], None]
+    _state: TrainState | None = dataclasses.field(default=None, init=False)
+    _steps: Steps | None = dataclasses.field(default=None, init=False)
 
-    @cached_property
-    def run(self) -> Run:
-        """The prepared run.
-
-        Raises:
-          UserError: what the user has to change.
-        """
-        return prepare(self.config, self.workdir, lambda line: None, self.devices)
+    @property
+    def config(self) -> Config:
+        """The config that is examined."""
+        return self.run.config
 
     @property
     def moe_layers(self) -> list[int]:
@@ -79,10 +74,15 @@ class Subject:
         model = self.config.model
         return [layer for layer in range(model.num_layers) if model.is_moe(layer)]
 
-    @cached_property
     def state(self) -> TrainState:
         """The state that the next step starts from."""
-        return first_state(self.run, "", lambda line: None)
+        if self._state is None:
+            self._state = first_state(self.run, "", lambda line: None)
+        return self._state
+
+    def drop_state(self) -> None:
+        """Forget the state: the next one comes from the newest checkpoint."""
+        self._state = None
 
     @cached_property
     def batch(self) -> Batch:
@@ -107,7 +107,7 @@ class Subject:
             return loss_values(sums, counts, model).lm, norms, sums.moe
 
         compiled = jax.jit(evaluate, out_shardings=everywhere(self.run.mesh))
-        found = compiled(self.state.params, self.state.router, self.batch)
+        found = compiled(self.state().params, self.state().router, self.batch)
         loss, norms, moe = jax.device_get(found)
         kept = np.zeros((0, 0)) if moe is None else moe.ledger.expert.kept
         return Probe(float(loss), by_layer(model, norms), kept, moe)
@@ -117,14 +117,18 @@ class Subject:
         """The compiled train step, which donates its state."""
         return compile_step(self.run)
 
-    @cached_property
-    def steps(self) -> Steps:
-        """Takes the first steps; `state` is then the one after them."""
+    def first_steps(self) -> Steps:
+        """Take the first steps, once; `state` is then the one after them."""
+        if self._steps is None:
+            self._steps = self._take_steps()
+        return self._steps
+
+    def _take_steps(self) -> Steps:
         mesh, model = self.run.mesh, self.run.model
         marks = jax.jit(lambda p: reduce_leaves(model, p, bits), out_shardings=everywhere(mesh))
-        before = by_layer(model, jax.device_get(marks(self.state.params)))
-        self.state, metrics = self.step_fn(self.state, self.batch)
-        after = by_layer(model, jax.device_get(marks(self.state.params)))
+        before = by_layer(model, jax.device_get(marks(self.state().params)))
+        self._state, metrics = self.step_fn(self.state(), self.batch)
+        after = by_layer(model, jax.device_get(marks(self._state.params)))
         changed = {name: np.asarray(old != after[name]) for name, old in before.items()}
         waits, began = [], time.perf_counter()
         with self.feed(1, 1 + STEPS) as feed:
@@ -133,7 +137,7 @@ class Subject:
                     began = time.perf_counter()
                 else:
                     waits.append(feed.last_wait)
-                self.state, later = self.step_fn(self.state, batch)
+                self._state, later = self.step_fn(self._state, batch)
                 jax.block_until_ready(later)
         seconds = (time.perf_counter() - began) / STEPS
         return Steps(changed, bool(metrics.skipped), float(np.mean(waits)), seconds)
