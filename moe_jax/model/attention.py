@@ -19,11 +19,11 @@ from moe_jax.ops.linear import linear
 class Attention(nnx.Module):
     """Causal grouped-query attention with H query and J key/value heads of width A."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
         D, A = config.width, config.head_dim
         H, J = config.num_heads, config.num_kv_heads
         own = param_dtype(dtype)
-        self.implementation = config.attention
+        self.implementation, self.layer = config.attention, layer
         query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
         self.q_DHA = param(rngs, "q", (D, H, A), ("embed", *query), fan_in(D), own, narrow=True)
         self.k_DJA = param(rngs, "k", (D, J, A), ("embed", *key_value), fan_in(D), own, narrow=True)
@@ -47,7 +47,9 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHA, k_BTJA = _normed(self.q_norm, q_BTHA), _normed(self.k_norm, k_BTJA)
         q_BTHA, k_BTJA = apply_rope(q_BTHA, rope), apply_rope(k_BTJA, rope)
-        out_BTHA = attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, self.implementation)
+        out_BTHA = attention(
+            q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, self.implementation, self.layer
+        )
         out_BTHA = checkpoint_name(out_BTHA, ATTENTION_OUT)
         w_oD = self.o_HAD[...].astype(dtype).reshape(-1, x_BTD.shape[-1])
         return linear(out_BTHA.reshape(*x_BTD.shape[:2], -1), w_oD)

@@ -22,7 +22,8 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
         D, eps = config.width, config.norm_eps
         self.attention_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=scoped(rngs, "attention"))
+        attention_rngs = scoped(rngs, "attention")
+        self.attention = Attention(config, layer=layer, dtype=dtype, rngs=attention_rngs)
         self.ffn_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
         if config.is_moe(layer):

@@ -56,7 +56,7 @@ def forward(
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
     # One jitted function for all blocks of a kind: it is traced, differentiated and lowered once.
-    # Where no two calls of attention may be equal, each block is a kind of its own.
+    # Where attention has to know its layer, each block is a kind of its own.
     share = layers_share_calls()
     kinds = [(config.is_moe(layer), None if share else layer) for layer in range(layout.num_layers)]
     one_of = {kinds[layer]: layer for layer in layout.unrolled()}

@@ -5,7 +5,6 @@ Axes: B batch, T query positions, S key positions (as many), H query heads, J ke
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,6 @@ from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.parallel.xla_flags import kernels_are_deterministic
 from moe_jax.registry import lookup
 
-_CALLS = itertools.count()  # of cuDNN's attention in this process
 _MAX_CHUNKS = 8
 _MIN_CHUNK = 32
 _SPLASH_BLOCK = 128  # splash attention wants whole blocks of positions
@@ -34,6 +32,7 @@ def attention(
     segments_BT: Int[Array, "B T"] | None,
     mesh: Mesh,
     implementation: str = "auto",
+    layer: int = 0,
 ) -> Float[Array, "B T H A"]:
     """softmax(q k^T / sqrt(A)) v over positions up to the query's own.
 
@@ -43,6 +42,8 @@ def attention(
         any other, so its rows are finite and never read by real tokens.
       mesh: batch is split over data x fsdp x expert, heads over tensor.
       implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
+      layer: the layer's number, which changes no result.  No two layers of a program that takes
+        gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
 
     Raises:
       UserError: unknown implementation.
@@ -50,7 +51,7 @@ def attention(
     if implementation == "auto":
         implementation = best_attention(mesh, q_BTHA)
     function = lookup(ATTENTION, implementation, "model.attention")
-    return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh)
+    return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer)
 
 
 def layers_share_calls() -> bool:
@@ -97,7 +98,7 @@ def best_attention(mesh: Mesh, q_BTHA: jax.Array) -> str:
     return "xla"
 
 
-def xla_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
+def xla_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
     """The reference.  Scores and softmax in float32, or wider where the inputs are.
 
     Queries go in a few static chunks, each against the keys up to its end: the upper triangle of
@@ -105,7 +106,7 @@ def xla_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
     touches A numbers a query instead of T.  On 2 CPU cores at B8 T256 H4 A64, forward and
     backward take 18 ms against 24 ms in one piece.
     """
-    del mesh
+    del mesh, layer
     B, T, H, A = q_BTHA.shape
     J = k_BTJA.shape[2]
     q_BJGTA = q_BTHA.reshape(B, T, J, H // J, A).transpose(0, 2, 3, 1, 4)
@@ -142,7 +143,7 @@ def _attend(q_BJGTA, k_BJSA, v_BJSA, segments_BT, start: int, end: int):
     return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
-def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
+def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
     """cuDNN's flash attention (NVIDIA, bfloat16 or float16); partitions itself under pjit.
 
     It takes no segment ids: confining attention to documents materialises a [B, T, T] mask.
@@ -151,10 +152,11 @@ def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
     same = None
     scale = 1 / math.sqrt(q_BTHA.shape[-1])
     if not layers_share_calls():
-        # XLA (jax 0.11.2) runs only one of several equal calls in this mode: the others end the
-        # run with "raw_hash_map<>::at" (openxla/xla pull request 46500).  This is another double
-        # in each call and the same float32, which is what cuDNN takes.
-        scale *= 1 + next(_CALLS) * 2.0**-44
+        # Two equal backward passes in one program end the run with "raw_hash_map<>::at": XLA marks
+        # only the first as deterministic, so it does not find what it compiled for the second
+        # (jax 0.11.2, openxla/xla pull request 46500).  Each layer gets another double here, which
+        # is the same float32, and that is what cuDNN takes.
+        scale *= 1 + layer * 2.0**-44
     if segments_BT is not None:
         same = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
@@ -162,11 +164,12 @@ def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
     )
 
 
-def splash_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh) -> jax.Array:
+def splash_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
     """Splash attention (TPU), in shard_map: a Mosaic kernel cannot be partitioned by XLA."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    del layer
     heads = q_BTHA.shape[2] // mesh.shape["tensor"]
     T, A = q_BTHA.shape[1], q_BTHA.shape[3]
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * heads)

@@ -82,7 +82,7 @@ def test_qk_norm_makes_attention_blind_to_scale(x64, mesh_of, qk_norm, sizes):
         config = ModelConfig(
             width=24, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=qk_norm, norm_eps=0.0
         )
-        layer = Attention(config, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer = Attention(config, layer=0, dtype=jnp.float64, rngs=nnx.Rngs(0))
         plain = layer(x, rope, None, mesh_of())
         scale = jnp.ones(4).at[0].set(3.0) if scale_one_head else jnp.full(4, 3.0)
         layer.q_DHA[...] = layer.q_DHA[...] * scale[:, None]

@@ -218,11 +218,12 @@ def test_confined_attention_stops_at_documents(mesh_of):
     assert (second_document(DENSE, tokens) != second_document(DENSE, other)).any()
 
 
-@pytest.mark.parametrize(("flags", "different"), [("", 1), ("--xla_gpu_deterministic_ops=true", 3)])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("flags", "apart"), [("", False), ("--xla_gpu_deterministic_ops=1", True)])
 def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
-    mesh_of, monkeypatch, flags, different
+    mesh_of, monkeypatch, flags, apart, scan
 ):
-    """Equal calls of cuDNN's attention end a run whose kernels are deterministic."""
+    """Equal backward passes of cuDNN's attention end a run whose kernels are deterministic."""
     scales = []
 
     def note(q, *operands, scale, **how):
@@ -231,9 +232,12 @@ def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", note)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    model = define(dataclasses.replace(DENSE, attention="cudnn"), jnp.bfloat16)
+    config = SPARSE if scan else DENSE
+    model = define(dataclasses.replace(config, attention="cudnn", scan_layers=scan), jnp.bfloat16)
     jax.eval_shape(lambda params: run(model, params, *batch(), mesh_of())[0], model.abstract)
-    assert len(scales) == len(set(scales)) == different
+    # Scanned, the first and last layer are unrolled beside a scan over two kinds of blocks.
+    assert len(set(scales)) == ((4 if scan else 3) if apart else 1)
+    assert scan or len(scales) == len(set(scales))
 
 
 @pytest.mark.parametrize("scan", [False, True])
