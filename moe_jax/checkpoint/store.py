@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
-from moe_jax.checkpoint.causes import cause_of, quiet_orbax
+from moe_jax.checkpoint.causes import cause_of
 from moe_jax.checkpoint.commit import Handler, Marked, Renamed, Restore, Save
 from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.checkpoint.tree import (
@@ -55,7 +55,6 @@ class Checkpoints:
         self._handler = Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         unfinished = Marked if "://" in os.fspath(root) else Renamed
         self._orbax = ocp.AsyncCheckpointer(self._handler, temporary_path_class=unfinished)
-        quiet_orbax()
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""

@@ -1,13 +1,15 @@
 """How a command ends: its exit code, one sentence for a user's mistake, a traceback for a bug."""
 
+import logging
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+from absl import logging as absl_logging
 
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import AGAIN, FIX, INTERRUPTED, exit_code
@@ -23,7 +25,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     lost before that takes the others with it, and all of them are run again.
     """
     failed, together = True, False
-    threading.excepthook = _thread_failed
+    _quiet_libraries()
     try:
         code = main(sys.argv if argv is None else argv) or 0
         together = jax.distributed.is_initialized()
@@ -50,6 +52,27 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Let this process print our sentence instead of tracebacks of what a library's thread raised.
+
+    Orbax logs what its threads raise, also in the middle of a training step.  And it closes its
+    event loop at the first leaf that cannot be read or written: what TensorStore then answers of
+    the others raises in threads where Python can only print it.
+    """
+    unraisable = sys.unraisablehook
+
+    def not_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook(args: Any) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            unraisable(args)
+
+    absl_logging.get_absl_logger().addFilter(not_orbax)
+    sys.unraisablehook = hook
+    threading.excepthook = _thread_failed
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +202,35 @@ def test_manifest_lists_the_weights(tmp_path):
     saved(tmp_path, 1)
     listed = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
     assert {str(p.relative_to(tmp_path / "1")) for p in files_of(tmp_path, 1)} <= set(listed)
+
+
+IN_SOMEBODYS_PROGRAM = """
+import gc
+import os
+import signal
+import sys
+import threading
+import absl.logging
+import numpy as np
+import orbax.checkpoint  # what other packages do to the process is theirs
+
+def process():
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    logs = list(absl.logging.get_absl_logger().filters), absl.logging.get_verbosity()
+    signals = [signal.getsignal(number) for number in signal.valid_signals()]
+    return hooks, logs, signals, dict(os.environ), gc.isenabled(), gc.get_freeze_count()
+
+before = process()
+import moe_jax.run.loop
+from moe_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"w": np.zeros(3, np.float32)})
+checkpoints.close()
+assert process() == before
+"""
+
+
+def test_the_callers_process_stays_as_it_is(tmp_path, cli_env):
+    program = [sys.executable, "-c", IN_SOMEBODYS_PROGRAM, str(tmp_path)]
+    done = subprocess.run(program, env=cli_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -119,15 +119,34 @@ def test_commands_without_config():
 
 
 PROGRAM = """
+import logging
 import sys
 import jax
+from absl import logging as absl_logging
 from moe_jax.errors import UserError
 from moe_jax.cli.commands import Command, Flag
 from moe_jax.cli.exit import run
 from moe_jax.cli.parse import parse
 
+class Raises:
+    def __init__(self, text):
+        self.text = text
+
+    def __del__(self):
+        raise RuntimeError(self.text)
+
+def logged(path, text):
+    record = logging.LogRecord("absl", logging.ERROR, path, 1, text, (), None)
+    absl_logging.get_absl_logger().handle(record)
+
 def main(argv):
     parsed = parse(argv, Command("", (Flag("end", "", "how to end"),)))
+    if parsed.flags.end == "noise":
+        logged("/packages/orbax/checkpoint/futures.py", "told by orbax")
+        logged("/packages/other/futures.py", "told by another")
+        Raises("Event loop is closed")
+        Raises("raised by another")
+        return 0
     if parsed.flags.end == "user":
         raise UserError("Change the thing.")
     if parsed.flags.end == "bug":
@@ -155,6 +174,13 @@ def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(config, cli_env):
     done = run_program(cli_env, config, "--end=bug")
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.endswith("ZeroDivisionError: a bug\n")
+
+
+def test_what_orbax_says_in_its_threads_is_not_shown(config, cli_env):
+    done = run_program(cli_env, config, "--end=noise")
+    assert done.returncode == 0
+    assert "told by another" in done.stderr and "raised by another" in done.stderr
+    assert "told by orbax" not in done.stderr and "Event loop" not in done.stderr
 
 
 def test_run_record(tmp_path):
