@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from moe_jax.cli import train as program
+from moe_jax.cli.exit import run
 
 
 def one_ulp(x: jax.Array, number: int) -> jax.Array:
@@ -53,4 +54,4 @@ def corrupts(step: int, number: int = -1):
 if __name__ == "__main__":
     program.start_lowering = corrupts(int(sys.argv.pop(1)))
     sys.argv[0] = "moe_jax train"
-    program.cli()
+    run(program.main)

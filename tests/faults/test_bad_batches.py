@@ -15,11 +15,11 @@ from bad_batches import patches
 from small_run import ROOT, flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli.replay import main as replay_command
 from moe_jax.cli.train import main
 from moe_jax.parallel.distributed import DIVERGED, DONE
 from moe_jax.record.rewind import Rewind, read_rewinds
 from moe_jax.record.settings import read_settings
-from moe_jax.tools import replay
 
 pytestmark = pytest.mark.full
 
@@ -122,7 +122,7 @@ def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, mon
     for change in patches({step: float(factor) for step, factor in BAD.items()}, []):
         monkeypatch.setattr(*change)
     for step in (6, 9, 13):
-        assert replay.main(["replay", f"--workdir={workdir}", f"--step={step}"]) == 0
+        assert replay_command(["replay", f"--workdir={workdir}", f"--step={step}"]) == 0
 
 
 def test_two_processes_go_back_together(tmp_path, start):

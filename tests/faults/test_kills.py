@@ -27,7 +27,7 @@ from moe_jax.data.pipeline import Batches
 from moe_jax.cli.exit import run
 from moe_jax.cli.train import main
 
-note, sys.argv = sys.argv[1], ["moe_jax", "train", *sys.argv[2:]]
+note, sys.argv = sys.argv[1], ["moe_jax train", *sys.argv[2:]]
 rows = Batches.rows
 
 def noted(self, step, row_ids):

@@ -15,6 +15,7 @@ from small_run import flags, small_config, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import named_leaves
+from moe_jax.cli.replay import main as replay_command
 from moe_jax.cli.train import main
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import DONE
@@ -138,7 +139,7 @@ def test_the_flight_record_names_the_batch(bad):
 def test_replay(bad, capsys, arguments, judged, refused):
     """A step that was refused before the run went back, and the one that took its place."""
     before = contents(bad.workdir)
-    assert replay.main(["replay", f"--workdir={bad.workdir}", *arguments]) == 0
+    assert replay_command(["replay", f"--workdir={bad.workdir}", *arguments]) == 0
     out = capsys.readouterr().out
     assert f"Step {judged}" in out and ("refused: " in out) == refused
     assert contents(bad.workdir) == before
@@ -152,7 +153,7 @@ def test_replay_says_what_differs(bad, tmp_path, capsys):
     (row,) = (row for row in rows if row["step"] == 14 and "loss" in row)
     row["loss"] = float(np.nextafter(np.float32(row["loss"]), np.float32(9)))
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert replay.main(["replay", f"--workdir={tmp_path / 'run'}", "--step=14"]) == 1
+    assert replay_command(["replay", f"--workdir={tmp_path / 'run'}", "--step=14"]) == 1
     assert capsys.readouterr().out.endswith("not what metrics.jsonl has: loss differ.\n")
 
 
@@ -178,7 +179,7 @@ def test_replay_compares_every_number():
 )
 def test_replay_refuses(bad, step, sentence):
     with pytest.raises(UserError, match=sentence):
-        replay.main(["replay", f"--workdir={bad.workdir}", f"--step={step}"])
+        replay_command(["replay", f"--workdir={bad.workdir}", f"--step={step}"])
 
 
 @pytest.mark.parametrize(
@@ -199,13 +200,13 @@ def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
     (tmp_path / "flight" / "3").mkdir(parents=True)
     (tmp_path / "flight" / "3" / "record.json").write_text(text)
     with pytest.raises(UserError, match=r"flight/3/record\.json is damaged or .*: add --noflight"):
-        replay.main(["replay", f"--workdir={tmp_path}", "--step=3"])
+        replay_command(["replay", f"--workdir={tmp_path}", "--step=3"])
 
 
 def test_replay_wants_the_devices_of_the_run(bad, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(UserError, match="used 8 devices and 4 devices would"):
-        replay.main(["replay", f"--workdir={bad.workdir}", "--step=9"])
+        replay_command(["replay", f"--workdir={bad.workdir}", "--step=9"])
 
 
 def test_a_checkpoint_from_before_the_guard(bad, tmp_path):
@@ -229,7 +230,7 @@ def test_replay_refuses_without_the_rewinds_file(bad, tmp_path):
     shutil.copytree(bad.workdir, tmp_path / "run")
     (tmp_path / "run" / REWINDS).unlink()
     with pytest.raises(UserError, match=r"not the file that the checkpoint of step 12 was saved"):
-        replay.main(["replay", f"--workdir={tmp_path / 'run'}", "--step=13"])
+        replay_command(["replay", f"--workdir={tmp_path / 'run'}", "--step=13"])
 
 
 @pytest.mark.full
