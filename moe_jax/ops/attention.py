@@ -30,7 +30,7 @@ def attention(
     k_BTJA: Float[Array, "B T J A"],
     v_BTJA: Float[Array, "B T J A"],
     segments_BT: Int[Array, "B T"] | None,
-    mesh: Mesh,
+    mesh: Mesh | None,
     implementation: str = "auto",
     layer: int = 0,
 ) -> Float[Array, "B T H A"]:
@@ -40,7 +40,8 @@ def attention(
       q_BTHA, k_BTJA, v_BTJA: queries, keys, values; J divides H.
       segments_BT: with it, a query sees only keys of its own segment.  Padding is a segment like
         any other, so its rows are finite and never read by real tokens.
-      mesh: batch is split over data x fsdp x expert, heads over tensor.
+      mesh: batch is split over data x fsdp x expert, heads over tensor.  None: XLA splits the
+        attention with what is around it, which only the reference allows.
       implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
       layer: the layer's number, which changes no result.  No two layers of a program that takes
         gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
@@ -48,7 +49,9 @@ def attention(
     Raises:
       UserError: unknown implementation.
     """
-    if implementation == "auto":
+    if mesh is None:
+        implementation = "xla"
+    elif implementation == "auto":
         implementation = best_attention(mesh, q_BTHA)
     function = lookup(ATTENTION, implementation, "model.attention")
     return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.record.report import METRICS, Reporter, SilentReporter, has_last_eval
 from moe_jax.record.rewind import Rewinds
@@ -15,7 +15,7 @@ from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
 from moe_jax.run.control import Control, Stop
 from moe_jax.run.end import End, end_of
-from moe_jax.run.evaluate import Evaluator, batch_shardings, write_samples
+from moe_jax.run.evaluate import Evaluator, write_samples
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
 from moe_jax.run.restore import restored_state
@@ -124,7 +124,7 @@ class Trainer:
         run, reporter, watch = self._run, self._reporter, self._watch
         every, start, total = run.config.eval.every, int(state.step), self._end().step
         rows = self._rewinds.rows(run.batches)
-        with DeviceFeed(rows, run.microbatch, batch_shardings(run), start, total) as feed:
+        with DeviceFeed(rows, run.microbatch, batch_shardings(run.mesh), start, total) as feed:
             with watch("data"):
                 step_number, batch = next(feed)
             program = self._compiled()
