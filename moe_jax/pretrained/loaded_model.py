@@ -84,7 +84,10 @@ class LoadedModel:
         return logits_BTV if len(padded_BT) == rows else logits_BTV[:rows]
 
     def module(self) -> Transformer:
-        """The model as a Flax NNX module that holds these weights: the same arrays, not copies."""
+        """The model as a Flax NNX module with these weights, its layers unrolled.
+
+        It holds the same arrays; those of scanned layers are slices, and so copies.
+        """
         config, dtype = self.config, self.model.dtype
         module = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
         params = to_layers(self.params, self.model.layout)
