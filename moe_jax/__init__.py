@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         TokenChoice,
     )
     from moe_jax.parallel.mesh import MeshConfig, make_mesh
-    from moe_jax.pretrained.load import LoadedModel, load
+    from moe_jax.pretrained.load import load
+    from moe_jax.pretrained.loaded_model import LoadedModel
     from moe_jax.train.optim import Optimizer, OptimizerConfig
     from moe_jax.train.state import TrainState, init_train_state
     from moe_jax.train.step import StepOptions, jit_train_step, make_train_step
@@ -64,7 +65,8 @@ _EXPORTS: dict[str, tuple[str, ...] | None] = {
     "moe.types": ("Dispatch", "ExpertChoice", "MoEContext", "Router", "RouterIn", "TokenChoice"),
     "ops": None,
     "parallel.mesh": ("MeshConfig", "make_mesh"),
-    "pretrained.load": ("LoadedModel", "load"),
+    "pretrained.load": ("load",),
+    "pretrained.loaded_model": ("LoadedModel",),
     "train.optim": ("Optimizer", "OptimizerConfig"),
     "train.state": ("TrainState", "init_train_state"),
     "train.step": ("StepOptions", "jit_train_step", "make_train_step"),

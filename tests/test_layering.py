@@ -41,6 +41,7 @@ RANKS = {
     "moe_jax.eval": 7,
     "moe_jax.config": 8,
     "moe_jax.config_file": 8.5,
+    "moe_jax.pretrained": 9,
     "moe_jax.watch": 9,
     "moe_jax.record": 9,
     "moe_jax.run": 10,

@@ -73,7 +73,7 @@ class JsonTokenizer:
     def __init__(self, path: epath.Path):
         import tokenizers
 
-        raw = _read(path)
+        raw = read_tokenizer_file(path)
         self._path = path
         with _library(f"{path} is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
@@ -119,7 +119,7 @@ class SentencePieceTokenizer:
             raise UserError(
                 "SentencePiece models need sentencepiece: pip install 'moe_jax[data]'."
             ) from None
-        raw = _read(path)
+        raw = read_tokenizer_file(path)
         self._path = path
         self._processor = sentencepiece.SentencePieceProcessor()
         with _library(f"{path} is not a SentencePiece model"):
@@ -209,7 +209,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
     return load_tokenizer(os.fspath(path))
 
 
-def _read(path: epath.Path) -> bytes:
+def read_tokenizer_file(path: epath.Path) -> bytes:
+    """The bytes of a tokenizer's file; raises UserError where it is missing or unreadable."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -79,3 +79,17 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises UserError for a mesh that `make_mesh` could not have made, and says what to change."""
+    if tuple(mesh.axis_names) != AXES:
+        raise UserError(
+            f"The mesh has axes {tuple(mesh.axis_names)} but expert parallelism needs "
+            f"{', '.join(AXES)}: use moe_jax.make_mesh(), or pass no mesh."
+        )
+    if any(kind is not AxisType.Auto for kind in mesh.axis_types):  # jax.make_mesh's default
+        raise UserError(
+            f"The mesh has axes that are not Auto: make it with axis_types=(AxisType.Auto,) * "
+            f"{len(AXES)}, or use moe_jax.make_mesh()."
+        )

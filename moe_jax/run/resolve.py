@@ -3,18 +3,17 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.model.define import ModelDef, is_axes
+from moe_jax.model.define import ModelDef
+from moe_jax.model.mesh_fit import mesh_fault
 from moe_jax.moe.components import Components, make_components, refuse_lookahead
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.groups import TOKENS_PER_EXPERT, fewest_rows
 from moe_jax.moe.types import LayerSizes
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.parallel.rules import on_mesh, spec
 
 
 class Resolved(NamedTuple):
@@ -131,27 +130,10 @@ def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> in
 
 
 def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError naming what the mesh cannot split: a parameter's axis, or float8's rows."""
-    if model.config.moe.matmul == "float8" and mesh.shape["tensor"] > 1:
-        raise UserError(
-            "model.moe.matmul float8 scales whole rows and experts, which mesh.tensor would split: "
-            "set mesh.tensor to 1."
-        )
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract)
-    axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
-    for (path, leaf), logical in zip(leaves, axes, strict=True):
-        names = on_mesh(logical, leaf.shape, mesh.shape)
-        for size, name, entry in zip(leaf.shape, names, tuple(spec(names)), strict=False):
-            split = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-            ways = 1
-            for axis in split:
-                ways *= mesh.shape[axis]
-            if size % ways:
-                where = "/".join(str(getattr(key, "key", key)) for key in path)
-                raise UserError(
-                    f"Parameter {where} has {name} = {size}, which mesh {' x '.join(split)} "
-                    f"({ways}) does not divide: change config.mesh or the model's size."
-                )
+    """Raises UserError naming what the mesh cannot split."""
+    fault = mesh_fault(model, mesh)
+    if fault is not None:
+        raise UserError(f"{fault}: change config.mesh or the model's size.")
 
 
 def describe(config: Config, components: Components | None) -> list[str]:

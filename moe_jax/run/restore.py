@@ -9,8 +9,13 @@ import jax
 from moe_jax import checkpoint
 from moe_jax.errors import UserError
 from moe_jax.model.define import define
-from moe_jax.model.layout import to_stacked
 from moe_jax.nn.params import param_dtype
+from moe_jax.pretrained.weights import (
+    newest_good_step,
+    read_params,
+    read_router_state,
+    router_state_names,
+)
 from moe_jax.run.context import Run, Say
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
@@ -19,7 +24,7 @@ from moe_jax.train.state import (
     everywhere,
     from_disk,
     init_train_state,
-    param_shardings,
+    initial_router_state,
     placed_state,
     state_shardings,
     to_disk,
@@ -99,19 +104,14 @@ def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
     Without `router` where that run's router keeps other state: this one's then starts anew.
     """
     other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
-    good = (step for step in reversed(other.steps()) if other.verify(step) is None)
-    step = next(good, None)  # a bad one is passed over but not moved: the run is not ours
+    step = newest_good_step(other)
     if step is None:
         raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
-    target = _disk_target(run)
-    params = other.restore_subtree(step, "params", target["params"])
-    where = param_shardings(run.model, run.mesh)
-    stack = jax.jit(lambda p: to_stacked(p, run.model.layout), out_shardings=where)
-    found = {"params": stack(params)}
-    here = sorted(target["router"])
-    there = sorted(k.split("/")[1] for k in other.describe(step) if k.startswith("router/"))
+    found: dict[str, Any] = {"params": read_params(other, step, run.model, run.mesh)}
+    here = sorted(jax.eval_shape(lambda: initial_router_state(run.model)))
+    there = router_state_names(other, step)
     if here == there:
-        found["router"] = other.restore_subtree(step, "router", target["router"])
+        found["router"] = read_router_state(other, step, run.model, run.mesh)
     else:
         mine, its = (", ".join(names) or "none" for names in (here, there))
         say(f"router state starts anew: this run's router keeps {mine}, that run's kept {its}")

@@ -1,0 +1,75 @@
+"""The tokenizer of a saved model: one file beside its config, whatever the run's tokenizer was."""
+
+import json
+import os
+
+from etils import epath
+
+from moe_jax.config import Config
+from moe_jax.data.tokenizers import END_OF_TEXT, PADDING, BytesTokenizer, read_tokenizer_file
+
+_JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+
+
+def tokenizer_name(folder: epath.Path, config: Config) -> str:
+    """What `load_tokenizer` takes for a run or saved model.
+
+    The file beside its config.json, if there is one; else the run's data.tokenizer.
+    """
+    files = (folder / name for name in (_JSON, _SENTENCEPIECE))
+    return next((os.fspath(file) for file in files if file.exists()), config.data.tokenizer)
+
+
+def save_tokenizer(name: str, folder: epath.Path) -> None:
+    """Writes the tokenizer's file into `folder`: a copy, or byte_level_json() for "bytes".
+
+    Args:
+      name: what `load_tokenizer` took.
+      folder: of the saved model.
+
+    Raises:
+      UserError: the tokenizer's file is gone.
+      OSError: `folder` cannot be written.
+    """
+    if name == "bytes":
+        (folder / _JSON).write_text(byte_level_json())
+        return
+    raw = read_tokenizer_file(epath.Path(name))
+    (folder / (_JSON if name.endswith(".json") else _SENTENCEPIECE)).write_bytes(raw)
+
+
+def byte_level_json() -> str:
+    """A Hugging Face tokenizer.json with the ids of `BytesTokenizer`, byte for byte.
+
+    A byte-level BPE without merges.  The end-of-text and padding tokens stand in the vocabulary
+    but are not "added tokens", which the library would look for in texts: a text that spells
+    <|endoftext|> is its bytes, as for `BytesTokenizer`.
+    """
+    vocabulary = {character: byte for byte, character in _byte_characters().items()}
+    vocabulary |= {END_OF_TEXT: BytesTokenizer.eos_id, PADDING: BytesTokenizer.pad_id}
+    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pieces | {"use_regex": False},
+        "post_processor": None,
+        "decoder": pieces | {"use_regex": False},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    return json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n"
+
+
+def _byte_characters() -> dict[int, str]:
+    """The character that stands for each byte in a byte-level vocabulary.
+
+    Printable ones of Latin-1 stand for themselves, the others for characters from 256 on.
+
+    Reference: bytes_to_unicode in encoder.py of GPT-2 (github.com/openai/gpt-2).
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + place) for place, byte in enumerate(others)}

@@ -1,0 +1,75 @@
+"""Parameters and router state of a checkpoint, without its optimizer, on any mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.model.define import ModelDef, Params, define
+from moe_jax.model.layout import to_stacked
+from moe_jax.train.state import everywhere, initial_router_state, param_shardings
+
+
+def newest_good_step(checkpoints: Checkpoints) -> int | None:
+    """The newest step that verifies; None if there is none.
+
+    Moves nothing, unlike `Checkpoints.latest_good`: the run may be another's, and may be training.
+    """
+    bad: set[int] = set()
+    # Listed anew each time: a live run adds steps, and deletes the one that was just found bad.
+    while steps := [step for step in checkpoints.steps() if step not in bad]:
+        if checkpoints.verify(steps[-1]) is None:
+            return steps[-1]
+        bad.add(steps[-1])
+    return None
+
+
+def read_params(checkpoints: Checkpoints, step: int, model: ModelDef, mesh: Mesh) -> Params:
+    """The parameters of a step that verifies.
+
+    Args:
+      checkpoints: of any run of the same model; its layers may have been scanned or not.
+      step: which one.
+      model: whose parameter tree is returned.
+      mesh: where the parameters go, each sharded as its logical axes say.
+
+    Raises:
+      UserError: a parameter is missing, unknown, or of another shape or dtype.
+    """
+    # One layer after the other is the form on disk.
+    flat = define(dataclasses.replace(model.config, scan_layers=False), model.dtype)
+    target = _placed(flat.abstract, param_shardings(flat, mesh))
+    params = checkpoints.restore_subtree(step, "params", target)
+    if not model.layout.repeats:
+        return params
+    where = param_shardings(model, mesh)
+    return jax.jit(lambda params: to_stacked(params, model.layout), out_shardings=where)(params)
+
+
+def router_state_names(checkpoints: Checkpoints, step: int) -> list[str]:
+    """Names of the router state that a step holds, sorted; empty for most routers."""
+    names = (name.split("/") for name in checkpoints.describe(step))
+    return sorted(parts[1] for parts in names if parts[0] == "router")
+
+
+def read_router_state(
+    checkpoints: Checkpoints, step: int, model: ModelDef, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Router state of a step that verifies: name -> [MoE layers, ...], whole on every device.
+
+    Raises:
+      UserError: the step holds other state than the routers of `model` keep.
+    """
+    state = jax.eval_shape(lambda: initial_router_state(model))
+    target = _placed(state, jax.tree.map(lambda _: everywhere(mesh), state))
+    return checkpoints.restore_subtree(step, "router", target)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )

@@ -1,0 +1,41 @@
+"""A workdir that an earlier version of this package wrote.
+
+tests/golden/workdir.tar.xz holds, with sorted names and without owners and times: run/, texts/ and
+stores/ as commit 318a67f left them on two virtual CPU devices (version 0.1.0, before the package
+was cut into its present folders), without the checkpoint of step 8; and expected.json, what that
+commit made of steps 5 to 8 from the checkpoint of step 4 under COMPILER (rows without times).
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from small_run import ROOT
+
+from moe_jax.cli.parse import load_config
+from moe_jax.config import Config, from_config_dict
+
+DEVICES = 2
+STEP = 4  # of its checkpoint
+# Decides the bits, so the tests set it: whatever else the suite runs under, this wrote the file.
+COMPILER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True", "XLA_FLAGS": ""}
+
+
+def unpack(folder: Path) -> Path:
+    """Writes run/, texts/, stores/ and expected.json into `folder`."""
+    with tarfile.open(ROOT / "tests" / "golden" / "workdir.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def overrides(folder: Path) -> dict[str, Any]:
+    """--config.* flags of the run; texts and store by paths relative to `folder`."""
+    return json.loads((folder / "run" / "overrides.json").read_text())
+
+
+def config_of(folder: Path) -> Config:
+    """The config that these flags make of configs/tiny.py."""
+    config = load_config(str(ROOT / "configs" / "tiny.py"))
+    config.update_from_flattened_dict(overrides(folder))
+    return from_config_dict(config)
