@@ -123,7 +123,7 @@ def test_dry_run_starts_and_writes_nothing(place, trainer, capsys):
     *names, bad = expand(path)
     assert_names_the_refused(out, bad, 3)
     assert [shlex.split(line)[3:] for line in printed] == [
-        list(job(name, expand(path)[name], "runs").arguments) for name in names
+        ["train", *job(name, expand(path)[name], "runs").arguments] for name in names
     ]
     assert not (place / "runs").exists() and trainer() == []
 
