@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,6 +18,7 @@ from launch import local, sweep
 from launch.job import Job
 from launch.runs import expand, job
 from launch.shell import LaunchError, option
+from moe_jax.cli.check import check
 from moe_jax.record.lock import alone_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +56,25 @@ def seeds(folder: Path, *values: int, last: str = "") -> str:
     return sweep_file(folder, f"hyper.product([{every}, {each}]) + [{last}]")
 
 
+def check_here(command: list[str], *, input: str, **how) -> subprocess.CompletedProcess:
+    """What the process `python -m moe_jax check` answers, without starting one."""
+    devices = int(command[-1].removeprefix("--devices=")) or 1
+    answers = [check(json.loads(line), devices) for line in input.splitlines()]
+    out = "".join(f"{json.dumps(answer)}\n" for answer in answers)
+    return subprocess.CompletedProcess(command, 0, out)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch, cli_env):
-    """An empty folder to work in, configs beside it, as in a checkout."""
+    """An empty folder to work in, configs beside it, as in a checkout.
+
+    Sweeps that a test starts in its own process check their runs there, too: a process for each
+    check would spend most of its time importing JAX.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    here = types.SimpleNamespace(run=check_here, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(sweep, "subprocess", here)
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
     return tmp_path
