@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
-from small_run import SMALL, write_corpus
+from small_run import ONE_LAYER, SMALL, write_corpus
 
 import launch
 from launch import local, sweep
@@ -214,7 +214,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
 def test_trainer_and_live_workdir(place, run_cli):
     """Two runs; one of their workdirs is held by a live process at first."""
     small = SMALL | {"data.files": write_corpus(place / "text"), "train.steps": 2}
-    small |= {"eval.samples": 0}
+    small |= ONE_LAYER | {"eval.samples": 0}
     every = "".join(f"hyper.fixed('config.{key}', {value!r})," for key, value in small.items())
     path = sweep_file(
         place,
