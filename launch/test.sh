@@ -25,6 +25,8 @@ else
   ensure_env test data dev plan
 fi
 cd "$ROOT" || exit 1
+# Where it is set, each of the hundred processes that tests start compiles our sources again.
+unset PYTHONDONTWRITEBYTECODE
 export PATH="$VENV/bin:$PATH" JAX_PLATFORMS=cpu PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
 stage() {
