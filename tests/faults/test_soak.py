@@ -14,6 +14,7 @@ from benchmarks.soak import pair
 from benchmarks.soak.__main__ import plan, soak
 from benchmarks.soak.compare import differences
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.moe.components import make_components
 from moe_jax.record.report import eval_line, train_line
 from moe_jax.run.resolve import describe
 
@@ -41,7 +42,7 @@ def test_what_the_lead_says_tells_the_phase():
     lines = {
         "2026-01-01T00:00:00+00:00 restart 1: killed by SIGKILL; reached step 4, goes on from 2, "
         "2 steps lost, waiting 5 s": pair.START,
-        describe(config)[1]: pair.RESTORE,
+        describe(config, make_components(config.model.moe))[1]: pair.RESTORE,
         "resuming from step 2": pair.RESTORE,
         "state ready in 0.5 s": pair.COMPILE,
         "compiled the train step in 1.2 s": pair.STEPS,

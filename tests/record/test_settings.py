@@ -65,9 +65,9 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
 
     begins(14, 8, 300)
     history = read_settings(tmp_path)
-    assert [leg.last for leg in replay._legs(history, 9, 17)] == [14, 17]
+    assert [leg.last for leg in replay.split_legs(history, 9, 17)] == [14, 17]
     with pytest.raises(UserError, match="Step 3 was taken with 8 devices, the next with 4"):
-        replay._legs(history, 2, 11)
+        replay.split_legs(history, 2, 11)
 
 
 def test_a_run_that_an_older_version_began(tmp_path, begins):

@@ -18,7 +18,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
 from moe_jax.moe.types import Mean
 from moe_jax.nn.params import truncated_normal
-from moe_jax.run import resolve, setup
+from moe_jax.run import resolve, restore, setup
 from moe_jax.tools.doctor import balance, fit, learning, start
 from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import attempt, examine, make_subject
@@ -191,7 +191,7 @@ def test_parameter_left_out_of_the_step_is_named(tmp_path, corpus, monkeypatch):
 
 
 def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
-    whole = setup.from_disk
+    whole = restore.from_disk
 
     def off_by_one_bit(tree, model):
         state = whole(tree, model)
@@ -200,7 +200,7 @@ def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
         params = {**state.params, "embed_VD": jax.device_put(table)}
         return dataclasses.replace(state, params=params)
 
-    monkeypatch.setattr(setup, "from_disk", off_by_one_bit)
+    monkeypatch.setattr(restore, "from_disk", off_by_one_bit)
     finding = fit.saves_bitwise(well[0])
     assert not finding.ok and "params/embed_VD came back" in finding.fix
 
