@@ -144,6 +144,6 @@ def test_float32_steps_from_one_state_agree(prepared, layout, accumulation, rout
             _, found = other_fn(moved, other_batch)
             state, expected = one_fn(state, batch)
             found, expected = step_row(found), step_row(expected)
-            # Near 5 float32 goes in steps of 4.8e-7: four of them, of which a CPU was seen to take two.
+            # Near 5 float32 goes in steps of 4.8e-7: four of them, where two were seen.
             assert found["loss"] == pytest.approx(expected["loss"], rel=0, abs=2e-6)
             assert counts_of(found) == counts_of(expected)
