@@ -5,7 +5,7 @@
 #   bash launch/test.sh --lifecycle [ARGUMENTS OF pytest]
 #
 # --full adds the long forms.  With arguments for pytest only pytest runs.  --lifecycle runs the
-# tests that need torch and transformers, and no others, after installing both.
+# tests that need torch and transformers, which it installs, and the soak, and no others.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

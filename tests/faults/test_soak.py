@@ -19,8 +19,13 @@ from moe_jax.record.report import eval_line, train_line
 from moe_jax.run.resolve import describe
 
 
+@pytest.mark.lifecycle
 def test_three_kills(tmp_path, monkeypatch, cli_env):
-    """One in the store build, one of a run that has begun, one at the end."""
+    """One in the store build, one of a run that has begun, one at the end.
+
+    Each is tried alone by default: test_store.py kills a build, test_resume.py a run, and its end;
+    test_tpu_vm.py stops two processes and has them started again.
+    """
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
     assert soak(tmp_path / "soak", kills=3, seed=5, megabytes=10.0) == []
