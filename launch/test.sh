@@ -2,19 +2,31 @@
 # Makes the environment, checks style and types, runs the tests.
 #
 #   bash launch/test.sh [--full] [ARGUMENTS OF pytest]
+#   bash launch/test.sh --lifecycle [ARGUMENTS OF pytest]
 #
-# --full adds the long forms.  With arguments for pytest only pytest runs.
+# --full adds the long forms.  With arguments for pytest only pytest runs.  --lifecycle runs the
+# tests that need torch and transformers, which it installs, and the soak, and no others.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-full=""
-for argument in "$@"; do  # rotates the arguments once, leaving --full out
+full="" lifecycle=""
+for argument in "$@"; do  # rotates the arguments once, leaving our own flags out
   shift
-  if [ "$argument" = --full ]; then full=1; else set -- "$@" "$argument"; fi
+  case "$argument" in
+    --full) full=1 ;;
+    --lifecycle) lifecycle=1 ;;
+    *) set -- "$@" "$argument" ;;
+  esac
 done
 
-ensure_env test data dev plan
+if [ -n "$lifecycle" ]; then
+  ensure_env test data lifecycle
+else
+  ensure_env test data dev plan
+fi
 cd "$ROOT" || exit 1
+# Where it is set, each of the hundred processes that tests start compiles our sources again.
+unset PYTHONDONTWRITEBYTECODE
 export PATH="$VENV/bin:$PATH" JAX_PLATFORMS=cpu PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
 stage() {
@@ -26,19 +38,20 @@ stage() {
   say "$title: passed in $((SECONDS - started)) s"
 }
 
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] && [ -z "$lifecycle" ]; then
   stage "ruff check" ruff check .
   stage "ruff format" ruff format --check .
   stage "pyright" pyright --level error --pythonpath "$VENV_PYTHON"
 fi
 
-# Only on the cluster that .ci/slurm.sh makes: nobody's own gets jobs from a test.
-marks=()
+marks=("not lifecycle")
+[ -z "$lifecycle" ] || marks=("lifecycle")
 [ -n "$full" ] || marks+=("not full")
-if ! scontrol show config 2>/dev/null | grep -q '^ClusterName *= moe-jax-test$'; then
+# Only on the cluster that .ci/slurm.sh makes: nobody's own gets jobs from a test.
+if [ -z "$lifecycle" ] && ! scontrol show config 2>/dev/null | grep -q '^ClusterName *= moe-jax-test$'; then
   say "Slurm's test cluster is not running (.ci/slurm.sh starts it): its tests are left out"
   marks+=("not slurm")
 fi
-expression="$(printf ' and %s' ${marks[@]+"${marks[@]}"})"
+expression="$(printf ' and %s' "${marks[@]}")"
 # Three workers: tests that wait for processes of their own leave a core free.
 stage "pytest${full:+, every test}" python -m pytest -n 3 --dist=loadfile -m "${expression# and }" "$@"

@@ -139,14 +139,6 @@ def x64():
 
 
 @pytest.fixture
-def compiled_as_by_users():
-    """The compiler's own optimisation level for the length of one test."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture
 def golden() -> Callable[..., None]:
     """`golden("name", value)`: value equals tests/golden/name.json, floats within `rtol`.
 

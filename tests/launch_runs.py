@@ -3,11 +3,12 @@
 import contextlib
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from small_run import flags
+
+from moe_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,18 +32,12 @@ def two_process_flags(workdir: Path, files: str) -> tuple[str, ...]:
     return tuple(flags(workdir, files, **TWO))
 
 
-def digest(workdir: Path, env: dict[str, str]) -> str:
-    """SHA-256 of the parameters of the last checkpoint."""
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_jax", "checkpoint", f"--workdir={workdir}", "--verify"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    step, state, *_, found = done.stdout.splitlines()[-1].split("  ")
-    assert (step, state) == (f"step {TWO['train.steps']}", "ok"), done.stdout
-    return found
+def digest(workdir: Path) -> str:
+    """SHA-256 of the parameters of the last checkpoint, which is whole and the run's last step."""
+    checkpoints, last = Checkpoints(workdir / "checkpoints"), TWO["train.steps"]
+    assert checkpoints.steps()[-1] == last
+    assert checkpoints.verify(last) is None
+    return checkpoints.digest(last)
 
 
 def trainer(workdir: Path, variable: str) -> int:

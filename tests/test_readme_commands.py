@@ -3,11 +3,12 @@
 import shlex
 
 import pytest
-from small_run import SMALL, write_corpus
+from small_run import ONE_LAYER, SMALL, write_corpus
 from test_readme import ROOT, commands
 
-LINES = [line for line in commands() if line.startswith("python -m moe_jax.")]
-SMALLER = {"eval.samples": 0, "model.moe.group_rows": 1}  # the groups that tiny itself has
+LINES = [line for line in commands() if line.startswith("python -m moe_jax ")]
+# The groups are those that tiny itself has.
+SMALLER = ONE_LAYER | {"eval.samples": 0, "model.moe.group_rows": 1}
 
 
 @pytest.fixture(scope="module")

@@ -15,5 +15,5 @@ class Batch(NamedTuple):
     positions_BT: Any  # int32, from the row's start, or the document's when confined
     loss_mask_BT: Any  # bool, the target is a token (and, when confined, of the same document)
     sources_BT: Any  # int32, source id of the target
-    bytes_BT: Any  # int32, UTF-8 bytes of the target; a document's sum is exact (eos counts 1)
+    bytes_BT: Any  # int32, the target's even share of its document's UTF-8 bytes (eos counts 1)
     row_B: Any  # int32, row of the global batch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_run import flags, small_config, write_corpus
+from small_run import ONE_LAYER, flags, small_config, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.cli.train import main
@@ -324,7 +324,7 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
 def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
     hot = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.steps": 12}
     often = {"checkpoint.every_steps": 1, "optimizer.warmup_steps": 0}
-    code = main(["train", *arguments(place, tmp_path / "run", hot | often)])
+    code = main(["train", *arguments(place, tmp_path / "run", hot | often | ONE_LAYER)])
     assert code == DIVERGED
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}

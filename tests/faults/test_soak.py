@@ -14,12 +14,18 @@ from benchmarks.soak import pair
 from benchmarks.soak.__main__ import plan, soak
 from benchmarks.soak.compare import differences
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.moe.components import make_components
 from moe_jax.record.report import eval_line, train_line
 from moe_jax.run.resolve import describe
 
 
+@pytest.mark.lifecycle
 def test_three_kills(tmp_path, monkeypatch, cli_env):
-    """One in the store build, one of a run that has begun, one at the end."""
+    """One in the store build, one of a run that has begun, one at the end.
+
+    Each is tried alone by default: test_store.py kills a build, test_resume.py a run, and its end;
+    test_tpu_vm.py stops two processes and has them started again.
+    """
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
     assert soak(tmp_path / "soak", kills=3, seed=5, megabytes=10.0) == []
@@ -41,7 +47,7 @@ def test_what_the_lead_says_tells_the_phase():
     lines = {
         "2026-01-01T00:00:00+00:00 restart 1: killed by SIGKILL; reached step 4, goes on from 2, "
         "2 steps lost, waiting 5 s": pair.START,
-        describe(config)[1]: pair.RESTORE,
+        describe(config, make_components(config.model.moe))[1]: pair.RESTORE,
         "resuming from step 2": pair.RESTORE,
         "state ready in 0.5 s": pair.COMPILE,
         "compiled the train step in 1.2 s": pair.STEPS,

@@ -157,7 +157,7 @@ def launch(tmp_path, cli_env, monkeypatch):
 
 
 @pytest.mark.slurm
-def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, launch):
+def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, launch):
     files = write_corpus(tmp_path / "text")
     first = Job("undisturbed", two_process_flags(tmp_path / "one", files))
     job, logs = launch([first], processes_per_node=2)
@@ -177,12 +177,12 @@ def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, cli_env, la
         subprocess.run(["scontrol", "requeue", job], check=True)  # as an operator would
         output.until("restart 2")
         output.until("exit code 0")
-    assert digest(tmp_path / "two", cli_env) == digest(tmp_path / "one", cli_env)
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
 
 
 @pytest.mark.full
 @pytest.mark.slurm
-def test_a_trainer_that_is_killed_is_started_again_in_place(tmp_path, cli_env, launch):
+def test_a_trainer_that_is_killed_is_started_again_in_place(tmp_path, launch):
     files = write_corpus(tmp_path / "text")
     ends = {}
     for name in ("undisturbed", "killed"):
@@ -193,7 +193,7 @@ def test_a_trainer_that_is_killed_is_started_again_in_place(tmp_path, cli_env, l
                 output.until("step 70/200")
                 os.kill(trainer(tmp_path / name, "SLURM_PROCID=1"), signal.SIGKILL)
             output.until("exit code 0$", unless=r"exit code \d+$")
-        ends[name] = digest(tmp_path / name, cli_env)
+        ends[name] = digest(tmp_path / name)
     assert ends["killed"] == ends["undisturbed"]
     text = "".join(output.lines)
     lost = r"reached step \d+, goes on from \d+, \d+ steps lost, waiting"

@@ -5,18 +5,20 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from small_run import SMALL, write_corpus
+from small_run import ONE_LAYER, SMALL, write_corpus
 
 import launch
 from launch import local, sweep
 from launch.job import Job
 from launch.runs import expand, job
 from launch.shell import LaunchError, option
+from moe_jax.cli.check import check
 from moe_jax.record.lock import alone_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +56,25 @@ def seeds(folder: Path, *values: int, last: str = "") -> str:
     return sweep_file(folder, f"hyper.product([{every}, {each}]) + [{last}]")
 
 
+def check_here(command: list[str], *, input: str, **how) -> subprocess.CompletedProcess:
+    """What the process `python -m moe_jax check` answers, without starting one."""
+    devices = int(command[-1].removeprefix("--devices=")) or 1
+    answers = [check(json.loads(line), devices) for line in input.splitlines()]
+    out = "".join(f"{json.dumps(answer)}\n" for answer in answers)
+    return subprocess.CompletedProcess(command, 0, out)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch, cli_env):
-    """An empty folder to work in, configs beside it, as in a checkout."""
+    """An empty folder to work in, configs beside it, as in a checkout.
+
+    Sweeps that a test starts in its own process check their runs there, too: a process for each
+    check would spend most of its time importing JAX.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    here = types.SimpleNamespace(run=check_here, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(sweep, "subprocess", here)
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
     return tmp_path
@@ -123,7 +139,7 @@ def test_dry_run_starts_and_writes_nothing(place, trainer, capsys):
     *names, bad = expand(path)
     assert_names_the_refused(out, bad, 3)
     assert [shlex.split(line)[3:] for line in printed] == [
-        list(job(name, expand(path)[name], "runs").arguments) for name in names
+        ["train", *job(name, expand(path)[name], "runs").arguments] for name in names
     ]
     assert not (place / "runs").exists() and trainer() == []
 
@@ -198,7 +214,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
 def test_trainer_and_live_workdir(place, run_cli):
     """Two runs; one of their workdirs is held by a live process at first."""
     small = SMALL | {"data.files": write_corpus(place / "text"), "train.steps": 2}
-    small |= {"eval.samples": 0}
+    small |= ONE_LAYER | {"eval.samples": 0}
     every = "".join(f"hyper.fixed('config.{key}', {value!r})," for key, value in small.items())
     path = sweep_file(
         place,

@@ -60,7 +60,7 @@ def calls(cloud, verb=""):
     return [call[4:] for call in every if not verb or call[3] == verb]
 
 
-def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, cli_env, monkeypatch):
+def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, monkeypatch):
     files = write_corpus(tmp_path / "text")
     ends = {}
     for name in ("undisturbed", "disturbed"):
@@ -69,7 +69,7 @@ def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, cli_env, 
             monkeypatch.setenv("STAND_IN_PREEMPT", str(saved))
         job = Job(name, two_process_flags(tmp_path / name, files))
         assert tpu_vm.run(job, options(tmp_path, spot=True), Shell()) == 0
-        ends[name] = digest(tmp_path / name, cli_env)
+        ends[name] = digest(tmp_path / name)
     assert ends["disturbed"] == ends["undisturbed"]
     created = [call[0] for call in calls(cloud, "create")]
     assert created == ["undisturbed", "disturbed", "disturbed"]
@@ -80,7 +80,7 @@ def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, cli_env, 
 
 
 @pytest.mark.full
-def test_a_trainer_that_is_killed_is_started_again_on_its_host(tmp_path, cloud, cli_env):
+def test_a_trainer_that_is_killed_is_started_again_on_its_host(tmp_path, cloud):
     files = write_corpus(tmp_path / "text")
     ends, chosen = {}, options(tmp_path)
     for name in ("undisturbed", "killed"):
@@ -92,7 +92,7 @@ def test_a_trainer_that_is_killed_is_started_again_on_its_host(tmp_path, cloud, 
                 output.until("step 70/200")
                 os.kill(trainer(tmp_path / name, "MOE_JAX_PROCESS_ID=1"), signal.SIGKILL)
             output.until("exit code 0$", unless=r"exit code \d+$")
-        ends[name] = digest(tmp_path / name, cli_env)
+        ends[name] = digest(tmp_path / name)
     assert ends["killed"] == ends["undisturbed"]
     subprocess.run(["flock", str(hosts[1] / "lock"), "true"], check=True)  # until it has ended
     survivor, victim = ((folder / "run.log").read_text() for folder in hosts)

@@ -19,6 +19,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.types import MoEContext
 from moe_jax.nn.remat import REMAT
 from moe_jax.ops.cross_entropy import cross_entropy
+from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding, spec
 
 B, T = 4, 16
@@ -37,6 +38,7 @@ SPARSE = dataclasses.replace(
     DENSE,
     dense=False,
     num_layers=6,
+    qk_norm="full",
     moe=MoEConfig(
         dispatch="dense",
         num_experts=4,
@@ -95,13 +97,26 @@ def test_layouts():
     assert make_layout(dataclasses.replace(DENSE, scan_layers=True)) == Layout(3, 0, 1, 3)
 
 
+@pytest.fixture(scope="module")
+def scanned():
+    """`scanned(config)`: `step` of it with its layers scanned, on one device; once a config."""
+    found = {}
+
+    def once(config):
+        name = str(config)
+        if name not in found:
+            mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+            found[name] = step(dataclasses.replace(config, scan_layers=True), mesh)
+        return found[name]
+
+    return once
+
+
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
-def test_scanned_equals_unrolled(x64, mesh_of, config):
+def test_scanned_equals_unrolled(x64, mesh_of, scanned, config):
     """Values, statistics of every layer, noise of the router, gradients; initial values exactly."""
     _, params, out, grads = step(config, mesh_of())
-    model, stacked, scanned_out, scanned_grads = step(
-        dataclasses.replace(config, scan_layers=True), mesh_of()
-    )
+    model, stacked, scanned_out, scanned_grads = scanned(config)
     assert model.layout.repeats >= 2
     assert_equal(to_layers(stacked, model.layout), params)
     assert_equal(to_stacked(params, model.layout), stacked)
@@ -111,7 +126,7 @@ def test_scanned_equals_unrolled(x64, mesh_of, config):
 
 def test_the_router_is_noisy_in_training_only(mesh_of):
     """The control of the comparison above: without noise it would hold for any keys."""
-    model = define(SPARSE, jnp.float32)
+    model = define(dataclasses.replace(SPARSE, num_layers=2), jnp.float32)
     params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
 
     def compute(train):
@@ -248,9 +263,8 @@ def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
     assert_equal(init_on(model, jax.random.key(1), where), at_once)
 
 
-def test_same_on_a_mesh_and_every_parameter_is_placed(x64, mesh_of):
-    config = dataclasses.replace(SPARSE, scan_layers=True, qk_norm="full")
-    model, params, out, grads = step(config, mesh_of())
+def test_same_on_a_mesh_and_every_parameter_is_placed(x64, mesh_of, scanned):
+    model, params, out, grads = scanned(SPARSE)
     mesh = mesh_of(fsdp=2, tensor=2)
     places = jax.tree.map(lambda axes: sharding(mesh, axes), model.logical_axes, is_leaf=is_axes)
     placed = init_on(model, jax.random.key(0), places)

@@ -11,6 +11,7 @@ from gpu_interpreter import interpreted
 from grouped_cases import arrays, loop
 
 from moe_jax.errors import UserError
+from moe_jax.moe.components import make_components
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.experts import Experts
 from moe_jax.ops import float8
@@ -136,4 +137,4 @@ def test_kernel_in_the_interpreter(operands, monkeypatch):
 
 def test_other_dispatch_paths_refuse_it():
     with pytest.raises(UserError, match="float8 multiplies sorted rows, which dispatch capacity"):
-        MoEConfig(matmul="float8")
+        make_components(MoEConfig(matmul="float8"))

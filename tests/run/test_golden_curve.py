@@ -1,10 +1,10 @@
 """Twenty steps of a small run give the losses they always gave."""
 
 import jax
-from small_run import small_config, write_corpus
+from small_run import EXACT, small_config, write_corpus
 
 from moe_jax.data.feed import DeviceFeed, batch_shardings
-from moe_jax.run.loop import compile_step
+from moe_jax.run.loop import lower_step
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
 from moe_jax.run.step_log import step_row
@@ -13,7 +13,7 @@ STEPS = 20
 LOGGED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm", "kept", "dropped", "padding")
 
 
-def test_losses(tmp_path, x64, compiled_as_by_users, golden):
+def test_losses(tmp_path, x64, golden):
     """In float64, where machines differ by rounding alone and drop the same tokens."""
     config = small_config(
         write_corpus(tmp_path / "text", 16),
@@ -28,7 +28,7 @@ def test_losses(tmp_path, x64, compiled_as_by_users, golden):
     step_fn = None
     with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run.mesh), 0, STEPS) as feed:
         for _, batch in feed:
-            step_fn = step_fn or compile_step(run)
+            step_fn = step_fn or lower_step(run).compile(EXACT)
             state, metrics = step_fn(state, batch)
             row = step_row(metrics)
             for name in LOGGED:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_run import eval_rows, flags, rows, small_config, train_rows, write_corpus
+from small_run import ONE_LAYER, eval_rows, flags, rows, small_config, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.tree import array_digest, named_leaves
@@ -33,6 +33,7 @@ EVERY = 10
 # A router with state; groups that 8 devices do not split; a rate that does not depend on the
 # number of steps.
 OVERRIDES = {
+    **ONE_LAYER,
     "model.moe.router": "sigmoid_bias",
     "model.moe.options.sigmoid_bias.update_rate": 0.01,
     "train.steps": STEPS,
@@ -132,7 +133,7 @@ def numbers(logged: list[dict]) -> list[list[float]]:
 
 
 def ready(workdir: Path, corpus: str, devices: int, **overrides: object) -> Run:
-    config = small_config(corpus, **OVERRIDES, **overrides)
+    config = small_config(corpus, **OVERRIDES | overrides)
     return prepare(config, workdir, lambda line: None, jax.devices()[:devices])
 
 
@@ -268,7 +269,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
 
 @pytest.mark.parametrize("scanned_first", [True, False])
 def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
-    layers = {"model.num_layers": 4}
+    layers = {"model.num_layers": 4, "model.moe.every": 2}
     first = ready(tmp_path / "run", corpus, 1, **layers, model__scan_layers=scanned_first)
     state = restored(first)
     distinct = jax.tree.map(

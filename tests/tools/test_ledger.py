@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.cli.ledger import main
 from moe_jax.errors import UserError
 from moe_jax.moe.accounting import POSITION_BUCKETS, account
 from moe_jax.moe.types import ExpertChoice, Fates, Mean, MoEAux, MoEContext, RouterAux, TokenChoice
@@ -117,7 +118,7 @@ def rows():
 
 def test_rows_add_up(tmp_path, capsys):
     write(tmp_path, rows())
-    code = command.main(["ledger", f"--workdir={tmp_path}", f"--csv={tmp_path / 'all.csv'}"])
+    code = main(["ledger", f"--workdir={tmp_path}", f"--csv={tmp_path / 'all.csv'}"])
     printed = capsys.readouterr().out
     assert code == 0
     assert "2 steps from 10 to 20" in printed and "exactly one column" in printed
@@ -134,12 +135,12 @@ def test_a_count_that_is_off_is_reported(tmp_path, capsys):
     first, second = rows()
     first["source"]["kept"][0][1] += 1
     write(tmp_path, [first, second])
-    assert command.main(["ledger", f"--workdir={tmp_path}"]) == 1
+    assert main(["ledger", f"--workdir={tmp_path}"]) == 1
     assert "NOT CONSERVED: layer 0" in capsys.readouterr().out
     for axis in ("expert", "position", "source"):  # the same one missing everywhere
         second[axis]["kept"][0][0] -= 1
     write(tmp_path, [second])
-    assert command.main(["ledger", f"--workdir={tmp_path}"]) == 1
+    assert main(["ledger", f"--workdir={tmp_path}"]) == 1
     assert "NOT CONSERVED" in capsys.readouterr().out
 
 
@@ -158,7 +159,7 @@ def test_bad_files_are_one_sentence(tmp_path, text, complaint):
     if text is not None:
         (tmp_path / LEDGER).write_text(text)
     with pytest.raises(UserError, match=complaint):
-        command.main(["ledger", f"--workdir={tmp_path}"])
+        main(["ledger", f"--workdir={tmp_path}"])
 
 
 def test_fates_add_in_the_order_of_their_fields():

@@ -1,11 +1,14 @@
-"""`python -m moe_jax plan`, in processes of its own: a real compilation for TPUs, and refusals."""
+"""`python -m moe_jax plan`: a real compilation for TPUs in a process of its own, and refusals."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from moe_jax.cli.plan import main
+from moe_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = f"--config={ROOT / 'configs' / 'tiny.py'}"
 SMALL = (
     "--config.precision=bfloat16",
@@ -72,9 +75,15 @@ def test_search_prints_a_ranking_and_reasons(run_cli):
     assert done.out.splitlines()[-1] == "fits: yes"
 
 
-def test_mistakes_are_one_sentence(run_cli):
-    for arguments, expected in (
-        ([], "--topology is missing"),
+def test_a_mistake_is_one_line(run_cli):
+    done = run_cli(["moe_jax", "plan", CONFIG])
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("Error: --topology is missing") and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
         (["--topology=v5p:8x8"], "is not a size of v5p"),
         (["--topology=v5e:2x2", "--mesh=exprt=2"], "write AXIS=SIZE"),
         (["--topology=v5e:2x2", "--mesh=expert=2,expert=4"], "give expert once"),
@@ -86,7 +95,9 @@ def test_mistakes_are_one_sentence(run_cli):
         ),
         (["--topology=v5e:2x2", "--save=x", "--nocompile"], "leave the other flag out"),
         (["--topology=v5e:2x2", "--mesh=expert=3"], "does not multiply to the 4 devices"),
-    ):
-        done = run_cli(["moe_jax", "plan", CONFIG, *arguments])
-        assert done.code == 1
-        assert expected in done.err and len(done.err.strip().splitlines()) == 1
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, expected):
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        main(["plan", CONFIG, *arguments])
+    assert "\n" not in str(error.value)
