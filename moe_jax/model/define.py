@@ -65,7 +65,7 @@ def is_axes(leaf: Any) -> bool:
 
 def value_of(variable: nnx.Variable) -> Any:
     """The array that a variable holds."""
-    return variable.getvalue_of()
+    return variable.get_value()
 
 
 def split_model(
