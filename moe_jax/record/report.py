@@ -12,13 +12,12 @@ import rich.console
 import rich.progress
 
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
-LAST_STEP = 2**53  # later ones are garbage
 
 
 class Reporter:
@@ -245,12 +244,13 @@ def _rows(path: Folder) -> Iterator[dict[str, Any]]:
 
 def read_row(line: bytes) -> dict[str, Any] | None:
     """The row in a line of metrics.jsonl: an object with a whole `step`; None for what is none."""
-    try:
-        row = json_files.parse(line)
-    except ValueError:
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and 0 <= step <= LAST_STEP else None
+    return records.parse_line(line, _row)
+
+
+def _row(value: Any) -> dict[str, Any]:
+    row = records.mapping(value)
+    records.count(row.get("step"))
+    return row
 
 
 def train_line(row: Mapping[str, Any], total_steps: int) -> str:
