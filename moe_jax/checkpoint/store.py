@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
@@ -24,7 +25,6 @@ from moe_jax.checkpoint.tree import (
     check_same,
     free_bytes,
     named_leaves,
-    nested,
 )
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
@@ -218,7 +218,7 @@ class Checkpoints:
         if lead_decides(prepare) is None:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
-        item = nested(arrays)
+        item = unflatten_dict(arrays, sep="/")  # the one form that is on disk
         self._handler.beside = beside
         with self._writing(step):
             self._orbax.save(self._folder.path(step), args=Save(item), force=True)
@@ -308,8 +308,8 @@ class Checkpoints:
             )
 
         args = Restore(
-            nested(leaves),
-            restore_args=nested({name: how(leaf) for name, leaf in leaves.items()}),
+            unflatten_dict(leaves, sep="/"),
+            restore_args=unflatten_dict({k: how(leaf) for k, leaf in leaves.items()}, sep="/"),
             partial_restore=True,
         )
         with self._reading(step):
