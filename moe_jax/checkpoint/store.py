@@ -27,7 +27,7 @@ from moe_jax.checkpoint.tree import (
     named_leaves,
 )
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import formats, json_files
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]
@@ -121,7 +121,7 @@ class Checkpoints:
                 raise error or UserError(f"Another process says: {wrong}")
             loaded[step] = (
                 back,
-                f"step {step}: {self.size(step) / 2**20:.1f} MiB loaded in {seconds:.2f} s and "
+                f"step {step}: {formats.size(self.size(step), 1)} loaded in {seconds:.2f} s and "
                 f"verified meanwhile in {beside_seconds:.2f} s",
             )
             return None
@@ -328,10 +328,10 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # what is unfinished only takes room
                 self._folder.sweep(again=True)
             free = free_bytes(self.root)
-            there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
+            there = "" if free is None else f" and {formats.size(free, 1)} are free"
             raise UserError(
                 f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; "
-                f"it needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the "
+                f"it needs {formats.size(self._needed, 1)}{there}): make room or fix the "
                 f"permissions, then run the same command again."
             ) from error
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
+from moe_jax.files import formats
 from moe_jax.run.loop import save
 from moe_jax.run.restore import first_state
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import STEPS, Subject, bits
 from moe_jax.tools.plan.analytic import estimate
-from moe_jax.tools.plan.report import gib
 from moe_jax.train.state import TrainState, everywhere
 
 MOST_WAIT = 0.1  # of a step
@@ -36,8 +36,8 @@ def memory(subject: Subject) -> Finding:
     needed = estimate(subject.plan)
     state = needed.parameters + needed.gradients + needed.optimizer
     figure = (
-        f"{gib(needed.total)} a device of {subject.plan.mesh.size}: {gib(state)} of parameters, "
-        f"gradients and optimizer"
+        f"{formats.size(needed.total)} a device of {subject.plan.mesh.size}: "
+        f"{formats.size(state)} of parameters, gradients and optimizer"
     )
     stats = None if subject.shrunk else subject.devices[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
@@ -45,7 +45,7 @@ def memory(subject: Subject) -> Finding:
     limit = float(stats["bytes_limit"])
     return Finding(
         needed.total <= limit,
-        f"{figure}; it has {gib(limit)}",
+        f"{figure}; it has {formats.size(limit)}",
         "Raise mesh.fsdp, mesh.expert or train.accumulation, or set model.remat: `python -m "
         "moe_jax plan --search` ranks them.",
     )
