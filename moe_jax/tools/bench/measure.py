@@ -1,12 +1,10 @@
 """Times the train step of a prepared run."""
 
-import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 from moe_jax.data.feed import DeviceFeed, RowsFn
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
+from moe_jax.parallel.process import process_age
 from moe_jax.run.context import Run
 from moe_jax.run.evaluate import batch_shardings
 from moe_jax.tools.bench.breakdown import breakdown
@@ -23,13 +22,6 @@ from moe_jax.train.state import TrainState
 from moe_jax.train.step import StepMetrics, make_gradients
 
 WARMUP = 3  # steps that are run and not counted
-
-
-def process_age() -> float:
-    """Seconds since this process was started, the interpreter's own start included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    up = float(Path("/proc/uptime").read_text().split()[0])
-    return up - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory_bytes() -> int:
