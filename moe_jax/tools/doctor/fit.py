@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from moe_jax.files import formats
+from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.loop import save
 from moe_jax.run.restore import first_state
 from moe_jax.tools.doctor.finding import Finding
-from moe_jax.tools.doctor.subject import STEPS, Subject, bits
+from moe_jax.tools.doctor.subject import STEPS, Subject
 from moe_jax.tools.plan.analytic import estimate
 from moe_jax.train.state import TrainState, everywhere
 
@@ -79,7 +80,7 @@ def saves_bitwise(subject: Subject) -> Finding:
 
 
 def _marks(state: TrainState) -> Any:
-    return jax.tree.map(lambda leaf: bits(leaf, range(leaf.ndim)), state)
+    return jax.tree.map(bit_hash, state)
 
 
 def data_wait(subject: Subject) -> Finding:
