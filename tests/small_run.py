@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from moe_jax.cli.parse import load_config
 from moe_jax.config import Config, from_config_dict
+from moe_jax.config_file import read_config_file
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the", "model", "reads", "a", "small", "text", "and", "learns", "which", "word", "follows")
@@ -57,7 +57,7 @@ def flags(workdir: Path, files: str, **overrides: object) -> list[str]:
 
 def small_config(files: str, **overrides: object) -> Config:
     """The typed config of the same run."""
-    config = load_config(str(ROOT / "configs" / "tiny.py"))
+    config = read_config_file(str(ROOT / "configs" / "tiny.py"))
     values = SMALL | {"data.files": files} | _dotted(overrides)
     config.update_from_flattened_dict(values)
     return from_config_dict(config)

@@ -19,7 +19,7 @@ from small_run import small_config
 
 from moe_jax.checkpoint import manifest
 from moe_jax.config import read_config, to_dict, to_json
-from moe_jax.data.build import build
+from moe_jax.data.build import build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import LONGEST, UserError
@@ -191,7 +191,7 @@ def test_the_record_of_the_data(tmp_path, count):
     path = tmp_path / "data.json"
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 9)
-    store = build(DataConfig(source="text", files=f"{tmp_path}/*.txt"), tmp_path / "stores")
+    store = build_store(DataConfig(source="text", files=f"{tmp_path}/*.txt"), tmp_path / "stores")
 
     def check(raw: bytes) -> None:
         path.write_bytes(raw)

@@ -75,15 +75,33 @@ def test_console_command_is_callable(name: str):
 
 
 @pytest.mark.parametrize("name", console_commands())
-def test_console_command_answers_help(name: str, run_cli, tmp_path):
-    """As its script in bin/ does: import, call, leave with what it returns."""
+def test_console_command_answers_help(name: str, cli_env, tmp_path):
+    """As its script in bin/ does, whose name says which command it is: import, call, leave."""
     entry = console_commands()[name]
-    (tmp_path / "script.py").write_text(
+    script = tmp_path / name
+    script.write_text(
         f"import sys; from {entry.module} import {entry.attr}; sys.exit({entry.attr}())"
     )
-    done = run_cli(["script", "--help"])
-    assert done.code == 0, done.err
-    assert "--" in done.out and "Traceback" not in done.err
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, env=cli_env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"moe_jax {name.removeprefix('moe-')} " in done.stdout and not done.stderr
+
+
+def test_help_and_import_come_without_jax():
+    """In a process whose imports of JAX and Flax fail: seconds that nobody waits for."""
+    program = (
+        "import sys; sys.modules['jax'] = sys.modules['flax'] = None\n"
+        "import moe_jax; moe_jax.UserError\n"
+        "from moe_jax.cli.commands import COMMANDS, help_text, overview\n"
+        "print(overview(), *(help_text(*item) for item in COMMANDS.items()))\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('jax', 'flax'))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['flax', 'jax']"
 
 
 @pytest.mark.full

@@ -5,13 +5,13 @@ from small_run import ROOT
 
 from benchmarks.peers.compare import Result, plan, summary
 from benchmarks.peers.shape import peer_shape
-from moe_jax.cli.parse import load_config
 from moe_jax.config import Config, from_config_dict
+from moe_jax.config_file import read_config_file
 from moe_jax.errors import UserError
 
 
 def config(name: str, **overrides: object) -> Config:
-    loaded = load_config(str(ROOT / "configs" / f"{name}.py"))
+    loaded = read_config_file(str(ROOT / "configs" / f"{name}.py"))
     loaded.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return from_config_dict(loaded)
 

@@ -17,6 +17,7 @@ from moe_jax.config import Config, from_config_dict
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.define import define
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.moe.components import make_router
 
@@ -42,14 +43,14 @@ def peer_shape(config: Config) -> dict[str, Any]:
                 f"The peer cannot train this config: set config.model.{key}, now {value!r}, to "
                 f"{wanted!r}."
             )
-    optimizer = config.optimizer
+    optimizer, defined = config.optimizer, define(model, config.precision)
     return {
         "class": "Olmoe" if model.qk_norm == "full" else "Mixtral",
         "model": _arguments(model, length),
         "dtype": config.precision,
         "sequence_length": length,
-        "flops_per_token": flops_per_token(model, length),
-        "params": param_counts(model).total,
+        "flops_per_token": flops_per_token(defined, length),
+        "params": param_counts(defined).total,
         "optimizer": {
             "lr": optimizer.learning_rate,
             "betas": [optimizer.b1, optimizer.b2],

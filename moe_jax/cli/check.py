@@ -64,10 +64,10 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     """
     parsed = parse(["moe_jax train", *arguments], COMMANDS["train"])
     workdir = locate(parsed.flags.workdir)
-    config, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
+    config, components, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    check_shapes(define(config.model, jnp.float32), mesh)
+    check_shapes(define(config.model, jnp.float32, components), mesh)
     make_optimizer(config)
     return config, workdir
 

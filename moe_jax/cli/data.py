@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.cli.commands import COMMANDS, TRAIN_BPE
 from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict
-from moe_jax.data.build import build, store_root
+from moe_jax.data.build import build_store, store_root
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, Split, Store
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     parsed = parse(argv, COMMANDS["data"])
     config = from_config_dict(parsed.config).data
     root = store_root(config, parsed.flags.workdir or "runs/data")
-    store = build(config, root, lambda line: print(line, flush=True))
+    store = build_store(config, root, lambda line: print(line, flush=True))
     for line in describe(store, load_tokenizer(config.tokenizer)):
         print(line)
 

@@ -1,8 +1,5 @@
 """The command line of every console command: absl flags, a config file and its overrides."""
 
-import importlib.util
-import inspect
-import os
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -12,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.cli.commands import COMMON_FLAGS, Command
+from moe_jax.config_file import read_config_file
 from moe_jax.errors import UserError
 from moe_jax.parallel.xla_flags import avoid_command_buffers, use_virtual_devices
 from moe_jax.registry import suggest
@@ -51,7 +49,7 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
     path, loaded = "", ConfigDict()
     if command.config:
         path, arguments = _split_config(arguments)
-        loaded = load_config(path)
+        loaded = read_config_file(path)
         _check_keys(loaded, arguments)
         config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=arguments)
     stray = _read(values, arguments)
@@ -70,33 +68,6 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
     found.config = path
     overrides = dict(config_flags.get_override_values(values["config"]))
     return Parsed(loaded, overrides, found)
-
-
-def load_config(path: str) -> ConfigDict:
-    """What `get_config` of FILE.py[:ARG] returns; an exception inside the file is not caught.
-
-    Raises:
-      UserError: no such file, no get_config in it, or it returns something else.
-    """
-    file, _, argument = path.partition(":")
-    if not os.path.isfile(file):
-        raise UserError(f"--config={path}: there is no file {file!r}.")
-    spec = importlib.util.spec_from_file_location("moe_jax_run_config", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: {file!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"--config={path}: {file!r} defines no get_config().")
-    if argument and not inspect.signature(get_config).parameters:
-        raise UserError(f"--config={path}: get_config() of {file!r} takes no argument.")
-    config = get_config(argument) if argument else get_config()
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict."
-        )
-    return config
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -147,8 +147,8 @@ def _say(line: str) -> None:
 
 def _describe(run: Run) -> list[str]:
     config, store = run.config, run.store
-    counts = param_counts(config.model)
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    counts = param_counts(run.model)
+    flops = flops_per_token(run.model, config.data.sequence_length)
     accumulation, rows, length = run.microbatch
     return [
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {config.mesh}, "

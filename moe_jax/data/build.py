@@ -56,7 +56,7 @@ class Layout:
     shard: int = SHARD_TOKENS
 
 
-def build(
+def build_store(
     config: DataConfig,
     root: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
@@ -94,10 +94,10 @@ def build(
 
 
 def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout()) -> Store:
-    """As `build`, but writes nothing: for configs that come from a file.
+    """As `build_store`, but writes nothing: for configs that come from a file.
 
     Raises:
-      UserError: as `build`, or the store is not there.
+      UserError: as `build_store`, or the store is not there.
     """
     tokenizer, streams = load_tokenizer(config.tokenizer), find_streams(config)
     fingerprint = store_fingerprint(config, streams, tokenizer, layout)

@@ -4,6 +4,7 @@ The consumer's own thread moves them to the devices: on NVIDIA, transfers by ano
 program is loaded can end the run (see parallel/xla_flags.py).
 """
 
+import math
 import queue
 import threading
 import time
@@ -11,12 +12,47 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from moe_jax.data.batch import Batch
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.rules import sharding
 
 LEAVE = 5.0  # seconds to wait for a read that is under way when nobody wants it any more
 RowsFn = Callable[[int, np.ndarray], Batch]
+
+
+def batch_shardings(mesh: Mesh) -> tuple[Sharding, Sharding]:
+    """Where a feed's [A, B, T] and [A, B] arrays lie: rows split over the batch axes."""
+    return sharding(mesh, (None, "batch", None)), sharding(mesh, (None, "batch"))
+
+
+def put_batch(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
+    """A global batch on the devices, as the train step takes it.
+
+    Args:
+      batch: all rows of a step, such as `Batches.rows(step)` gives them.
+      mesh: over whose batch axes the rows of a microbatch are split.
+      accumulation: microbatches into which the rows are cut, in their order.
+
+    Returns:
+      jax.Arrays of shape [accumulation, rows, T] (`row_B`: [accumulation, rows]).
+
+    Raises:
+      UserError: rows that the microbatches or the mesh do not divide.
+    """
+    rows, T = batch.tokens_BT.shape
+    parts = accumulation * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows % parts:
+        raise UserError(
+            f"A batch of {rows} rows is not divisible by accumulation x mesh data x fsdp x expert "
+            f"({parts}): change one of them."
+        )
+    shape = (accumulation, rows // accumulation, T)
+    assemble = _Assembler(lambda step, row_ids: batch, shape, batch_shardings(mesh))
+    rows_here = Batch(*(array[assemble.row_ids] for array in batch))
+    return assemble.place(rows_here)
 
 
 class DeviceFeed(Iterator[tuple[int, Batch]]):
@@ -108,7 +144,7 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
 
 
 class _Assembler:
-    """Global arrays of one step from the rows this host needs."""
+    """Global arrays of one step from the rows this host needs, `row_ids`."""
 
     def __init__(
         self, rows_fn: RowsFn, shape: tuple[int, int, int], shardings: tuple[Sharding, Sharding]
@@ -117,16 +153,16 @@ class _Assembler:
         self._shape = shape
         self._shardings = shardings
         needed = np.zeros(shape[:2], bool)
-        for sharding, array_shape in zip(shardings, (shape, shape[:2]), strict=True):
-            for index in sharding.addressable_devices_indices_map(array_shape).values():
+        for where, array_shape in zip(shardings, (shape, shape[:2]), strict=True):
+            for index in where.addressable_devices_indices_map(array_shape).values():
                 needed[(index or ())[:2]] = True
-        self._row_ids = np.flatnonzero(needed)
+        self.row_ids = np.flatnonzero(needed)
         # Place of global row [a, i] among the rows read.
         self._place = (np.cumsum(needed.ravel()) - 1).reshape(shape[:2])
 
     def read(self, step: int) -> Batch:
         """The rows this host needs, as NumPy arrays."""
-        return self._rows_fn(step, self._row_ids)
+        return self._rows_fn(step, self.row_ids)
 
     def place(self, rows: Batch) -> Batch:
         """Global arrays of those rows."""

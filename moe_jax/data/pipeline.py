@@ -197,8 +197,14 @@ class Batches:
         first = step * self.batch_size
         return np.array([self._order[first + int(row)] for row in row_ids], np.int64)
 
-    def rows(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
-        """Rows `row_ids` (0 .. batch_size - 1) of the global batch of `step`."""
+    def rows(self, step: int, row_ids: Integer[np.ndarray, "B"] | None = None) -> Batch:
+        """Rows of the global batch of a step, in NumPy: a pure function of seed, step and row.
+
+        Args:
+          step: counted from 0.
+          row_ids: which rows, of 0 to batch_size - 1; None: all of them.
+        """
+        row_ids = np.arange(self.batch_size) if row_ids is None else row_ids
         return self._windows.batch(self.window_ids(step, row_ids), row_ids)
 
 

@@ -11,7 +11,7 @@ from moe_jax.eval.heldout import never_dropping
 from moe_jax.model.define import ModelDef
 from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEContext
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.rules import constrain
 
 
 def make_sampler(
@@ -37,7 +37,15 @@ def make_sampler(
         head_DV = head_weight(model, params)
 
         def one(t, tokens_BT):
-            context = MoEContext(tokens_BT, ones_BT > 0, row_keys, mesh, 1, False, router)
+            context = MoEContext(
+                tokens_BT,
+                ones_BT > 0,
+                row_keys,
+                mesh,
+                train=False,
+                group_rows=1,
+                router_state=router,
+            )
             x_BTD, _ = forward(model, params, tokens_BT, positions_BT, ones_BT, context)
             x_BD = jax.lax.dynamic_index_in_dim(x_BTD, t - 1, axis=1, keepdims=False)
             logits_BV = x_BD.astype(jnp.float32) @ head_DV.astype(jnp.float32)
@@ -46,7 +54,7 @@ def make_sampler(
             drawn_B = jax.vmap(_draw)(keys_B, logits_BV).astype(jnp.int32)
             return jax.lax.dynamic_update_slice_in_dim(tokens_BT, drawn_B[:, None], t, axis=1)
 
-        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, sharding(mesh, ("batch", None)))
+        tokens_BT = constrain(tokens_BT, mesh, ("batch", None))
         return jax.lax.fori_loop(prompt, T, one, tokens_BT)
 
     def _draw(key, logits_V):

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.data.batch import Batch
-from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import ModelDef, define
 from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.types import MoEAux, MoEContext
@@ -33,17 +32,14 @@ jax.tree_util.register_dataclass(EvalSums)
 
 def never_dropping(model: ModelDef) -> ModelDef:
     """The same parameters behind a dispatch path that drops nothing."""
-    moe = model.config.moe
-    if model.config.dense or moe.dispatch == "dense":
+    parts = model.components
+    if parts is None or not parts.dispatch.drops:
         return model
-    options = {name: knobs for name, knobs in moe.options.items() if name != "dropless"}
-    moe = dataclasses.replace(moe, dispatch="dropless", options=options)
-    config: ModelConfig = dataclasses.replace(model.config, moe=moe)
-    return model if config == model.config else define(config, model.dtype)
+    return define(model.config, model.dtype, parts.without_drops())
 
 
 def make_eval_step(
-    model: ModelDef, num_sources: int, group_rows: int, mesh: Mesh
+    model: ModelDef, num_sources: int, mesh: Mesh
 ) -> Callable[[Any, Any, Batch], EvalSums]:
     """(params, router state, batch [1, B, T]) -> EvalSums; jit it."""
     nodrop = never_dropping(model)
@@ -66,7 +62,6 @@ def make_eval_step(
             mask_BT=mask_BT,
             row_keys_B=keys_B,
             mesh=mesh,
-            group_rows=group_rows,
             train=False,
             router_state=router,
             sources_BT=batch.sources_BT,

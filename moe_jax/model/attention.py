@@ -38,7 +38,7 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rope: Rope,
         segments_BT: Int[Array, "B T"] | None,
-        mesh: Mesh,
+        mesh: Mesh | None,
     ) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
         q_BTHA = linear(x_BTD, self.q_DHA[...].astype(dtype))

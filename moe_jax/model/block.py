@@ -1,14 +1,14 @@
 """One pre-norm Transformer block."""
 
-from typing import Any
-
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.attention import Attention
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import Rope
+from moe_jax.moe.components import Components
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.nn.ffn import DenseFFN
@@ -19,18 +19,29 @@ from moe_jax.nn.params import scoped
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or holds experts."""
 
-    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        components: Components | None,
+        *,
+        layer: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """`components`: of the layers that hold experts; None in a dense model."""
         D, eps = config.width, config.norm_eps
         self.attention_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, dtype=dtype, rngs=scoped(rngs, "attention"))
         self.ffn_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
-        if config.is_moe(layer):
+        if components is not None and config.is_moe(layer):
             self.ffn = MoE(
                 config.moe,
                 D,
                 activation=config.activation,
                 depth=config.num_layers,
+                router=components.router,
+                dispatch=components.dispatch,
                 dtype=dtype,
                 rngs=ffn_rngs,
             )

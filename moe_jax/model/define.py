@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import Layout, make_layout, to_stacked
 from moe_jax.model.transformer import Transformer
+from moe_jax.moe.components import Components, make_components
 
 Params = dict[str, Any]
 
@@ -23,6 +25,7 @@ class ModelDef:
     """Everything about a model but its parameters."""
 
     config: ModelConfig
+    components: Components | None  # of its MoE layers; None: dense
     dtype: Any  # of the computation; parameters are float32 or wider
     layout: Layout
     trunk: nnx.GraphDef  # the Transformer without its blocks
@@ -32,13 +35,24 @@ class ModelDef:
     narrow: Params  # whether the parameter is read in `dtype` alone
 
 
-def define(config: ModelConfig, dtype: Any) -> ModelDef:
+def define(config: ModelConfig, dtype: DTypeLike, components: Components | None = None) -> ModelDef:
     """Shapes, logical axes and graph definitions; allocates nothing.
 
-    `config.vocab_size` must be resolved.
+    Args:
+      config: the model's shape; `vocab_size` must be above 0.
+      dtype: of the computation; parameters are float32 or wider.
+      components: router and dispatch path of its MoE layers; None: those that `config.moe` names.
+
+    Raises:
+      UserError: as `Transformer`.
     """
     dtype = jnp.dtype(dtype)
-    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    components = None if config.dense else components or make_components(config.moe)
+
+    def make() -> Transformer:
+        return Transformer(config, components, dtype=dtype, rngs=nnx.Rngs(0))
+
+    model = nnx.eval_shape(make)
     trunk, blocks, states = split_model(model)
     abstract = map_variables(states, value_of)
     axes = map_variables(states, lambda variable: variable.get_metadata("logical_axes"))
@@ -46,6 +60,7 @@ def define(config: ModelConfig, dtype: Any) -> ModelDef:
     layout = make_layout(config)
     return ModelDef(
         config=config,
+        components=components,
         dtype=dtype,
         layout=layout,
         trunk=trunk,

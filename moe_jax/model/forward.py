@@ -15,7 +15,10 @@ from moe_jax.model.transformer import Trunk
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.nn.remat import remat
 from moe_jax.ops.attention import layers_share_calls
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.rules import constrain
+
+# Of the residual stream at block borders: without them XLA may choose to split the width.
+ROWS = ("batch", None, None)
 
 
 def forward(
@@ -43,15 +46,14 @@ def forward(
     config, layout = model.config, model.layout
     # Looked up while split over the width, the rows could only reach their place on the batch axes
     # by a replication of all of them; so each row of the table is whole first.
-    table = sharding(context.mesh, ("vocab", None))
-    embed_VD = jax.lax.with_sharding_constraint(params["embed_VD"], table)
+    embed_VD = constrain(params["embed_VD"], context.mesh, ("vocab", None))
     trunk = _merge_trunk(model, params | {"embed_VD": embed_VD})
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, model.dtype)
     segments = segments_BT if config.confine_attention else None
     shared = (rope, segments, context)
 
     with jax.named_scope("embedding"):
-        x = _constrain(trunk.embed(tokens_BT), context)
+        x = constrain(trunk.embed(tokens_BT), context.mesh, ROWS)
     auxes: list[MoEAux] = []
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
@@ -96,11 +98,6 @@ def _state_of(context: MoEContext, layers: int | slice) -> dict[str, jax.Array]:
     return {name: leaf[layers] for name, leaf in context.router_state.items()}
 
 
-def _constrain(x_BTD, context: MoEContext):
-    """Split over rows at block borders: without it XLA may choose to split the width."""
-    return jax.lax.with_sharding_constraint(x_BTD, sharding(context.mesh, ("batch", None, None)))
-
-
 def _block(model: ModelDef, layer: int, *, scanned: bool):
     """Pure function of block `layer` under the remat policy.
 
@@ -111,10 +108,10 @@ def _block(model: ModelDef, layer: int, *, scanned: bool):
     def block(params, state, x_BTD, index, rope: Rope, segments, context: MoEContext):
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(context.row_keys_B, index)
         context = dataclasses.replace(context, row_keys_B=keys, router_state=state)
-        if context.mesh.size > 1:
+        if context.mesh is not None and context.mesh.size > 1:
             x_BTD, params = reduce_early(x_BTD, params)
         x_BTD, aux = nnx.merge(model.blocks[layer], params)(x_BTD, rope, segments, context)
-        return _constrain(x_BTD, context), aux
+        return constrain(x_BTD, context.mesh, ROWS), aux
 
     return remat(block, model.config.remat, scanned=scanned)
 

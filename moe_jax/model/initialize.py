@@ -15,7 +15,9 @@ from moe_jax.model.transformer import Transformer, Trunk, make_block
 def init(model: ModelDef, key: jax.Array) -> Params:
     """Initial parameters: the same for any layout, mesh and JAX device; call it under jit."""
     rngs = nnx.Rngs(params=key)
-    states = split_model(Transformer(model.config, dtype=model.dtype, rngs=rngs))[2]
+    states = split_model(Transformer(model.config, model.components, dtype=model.dtype, rngs=rngs))[
+        2
+    ]
     return to_stacked(map_variables(states, value_of), model.layout)
 
 
@@ -33,7 +35,7 @@ def init_on(model: ModelDef, key: jax.Array, shardings: Params) -> Params:
 
     def block(layer: int, key, number):
         rngs = nnx.Rngs(params=key)
-        own = make_block(config, layer, number, dtype=model.dtype, rngs=rngs)
+        own = make_block(config, model.components, layer, number, dtype=model.dtype, rngs=rngs)
         return map_variables(nnx.split(own, nnx.Param)[1], value_of)
 
     outside = {name: leaf for name, leaf in shardings.items() if name not in ("blocks", "stack")}

@@ -3,25 +3,33 @@
 Training runs it through forward.py, on the pure trees into which define.py splits it once.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moe_jax.errors import UserError
 from moe_jax.model.block import Block
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.components import refuse_lookahead
+from moe_jax.model.rope import rope_tables
+from moe_jax.moe.components import Components, make_components, refuse_lookahead
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.nn.norms import RMSNorm
-from moe_jax.nn.params import fan_in, param, param_dtype, scoped, truncated_normal
+from moe_jax.nn.params import fan_in, fresh, param, param_dtype, scoped, truncated_normal
 
 
 class Trunk(nnx.Module):
     """Embedding, last norm, and an output head unless it is tied to the embedding."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         V, D, own = config.vocab_size, config.width, param_dtype(dtype)
         # A tied table is also the head, which sums D products into a logit.
         embed_init = truncated_normal(1 / math.sqrt(D))
@@ -48,31 +56,150 @@ class Trunk(nnx.Module):
         return jnp.transpose(self.embed_VD[...]) if self.head_DV is None else self.head_DV[...]
 
 
+class ModelOutput(NamedTuple):
+    """What `Transformer.apply` returns."""
+
+    logits: Float[Array, "B T V"]  # float32 or wider
+    hidden: Float[Array, "B T D"]  # after the last norm
+    aux: MoEAux | None  # of the MoE layers, stacked in their order; None without any
+
+
 class Transformer(Trunk):
-    """A trunk and L blocks.
+    """A trunk and L blocks: from tokens to logits, unrolled.
+
+    A run goes through `forward`, which gives the same to rounding and scans where it is asked to.
 
     Every initial value depends only on the seed of `rngs`, the layer and the parameter's name.
-    `config.vocab_size` must be resolved (above 0).
+
+    Args:
+      config: the model's shape; `vocab_size` must be above 0.
+      components: router and dispatch path of its MoE layers; None: those that `config.moe` names.
+      dtype: of the computation; parameters are float32 or wider.
+      rngs: gives the initial values (stream `params`).
+
+    Raises:
+      UserError: no vocabulary, or routing in which later tokens decide about earlier ones.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        components: Components | None = None,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if config.vocab_size < 1:
-            raise ValueError("model.vocab_size is not resolved: take it from the tokenizer")
-        if not config.dense:
-            refuse_lookahead(config.moe)
+            raise UserError(
+                "ModelConfig.vocab_size is 0: set it to the number of the tokenizer's ids."
+            )
+        components = None if config.dense else components or make_components(config.moe)
+        if components is not None:
+            refuse_lookahead(components.router, config.moe)
+        rngs = fresh(rngs)
         super().__init__(config, dtype=dtype, rngs=rngs)
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.confine_attention = config.confine_attention
         self.blocks = nnx.List(
-            make_block(config, layer, layer, dtype=dtype, rngs=rngs)
+            make_block(config, components, layer, layer, dtype=dtype, rngs=rngs)
             for layer in range(config.num_layers)
         )
 
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        router_state: Mapping[str, jax.Array] | None = None,
+        key: jax.Array | None = None,
+        mesh: Mesh | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token after each.
+
+        Args:
+          tokens_BT: ids below the vocabulary's size.
+          positions_BT: for RoPE; None: 0 to T - 1 in each row.
+          segments_BT: document of each token, 0 for padding; None: one document a row.
+          router_state: `init_router_state(config.moe, config.moe_layers)`, where the router keeps
+            any.
+          key: PRNG key, for routers that sample and for dropout in training.
+          mesh: of `make_mesh`; None as in `MoE`.
+          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`.
+
+        Returns:
+          float32 logits, or wider.
+
+        Raises:
+          UserError: a mesh, key, state or number of rows that does not fit.
+        """
+        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        mask_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
+        if layers:
+            context = layers[0].make_context(
+                tokens_BT,
+                mask_BT=mask_BT,
+                token_ids_BT=tokens_BT,
+                key=key,
+                router_state=router_state,
+                mesh=mesh,
+                deterministic=deterministic,
+            )
+        else:
+            keys_B = jax.random.split(jax.random.key(0), tokens_BT.shape[0])
+            context = MoEContext(tokens_BT, mask_BT, keys_B, mesh, not deterministic)
+        return self.apply(
+            tokens_BT, context, positions_BT=positions_BT, segments_BT=segments_BT
+        ).logits
+
+    def apply(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        context: MoEContext,
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> ModelOutput:
+        """Logits, and what the MoE layers report.
+
+        Args:
+          tokens_BT, positions_BT, segments_BT: as in a call.
+          context: mesh, mask, keys and router state; `row_keys_B` are folded with the layer here.
+        """
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        rope = rope_tables(positions_BT, self.head_dim, self.rope_theta, self.dtype)
+        segments_BT = segments_BT if self.confine_attention else None
+        x_BTD, auxes = self.embed(tokens_BT), []
+        for layer, block in enumerate(self.blocks):
+            keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(context.row_keys_B, layer)
+            state = {}
+            if isinstance(block.ffn, MoE):
+                state = {name: leaf[len(auxes)] for name, leaf in context.router_state.items()}
+            own = dataclasses.replace(context, row_keys_B=keys_B, router_state=state)
+            x_BTD, aux = block(x_BTD, rope, segments_BT, own)
+            auxes += [] if aux is None else [aux]
+        hidden_BTD = self.norm(x_BTD)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        logits_BTV = hidden_BTD.astype(wide) @ self.head().astype(wide)
+        joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
+        return ModelOutput(logits_BTV, hidden_BTD, joined)
+
 
 def make_block(
-    config: ModelConfig, layer: int, number: int | jax.Array, *, dtype: Any, rngs: nnx.Rngs
+    config: ModelConfig,
+    components: Components | None,
+    layer: int,
+    number: int | jax.Array,
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
 ) -> Block:
     """A block of the kind of `layer` with the initial values of layer `number`.
 
     `rngs` are the Transformer's.
     """
     own = scoped(scoped(rngs, "blocks"), number)
-    return Block(config, layer=layer, dtype=dtype, rngs=own)
+    return Block(config, components, layer=layer, dtype=dtype, rngs=own)

@@ -1,10 +1,13 @@
 """Auxiliary losses of a router: balance, z-loss, entropy.  Real tokens only, as (sum, count)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.moe.types import Mean, RouterAux
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.types import Mean, MoEAux, RouterAux
 
 
 def balance_loss(
@@ -106,3 +109,49 @@ def router_aux(
         z=Mean((z_GS * mask).sum(), count),
         entropy=Mean((jax.lax.stop_gradient(entropy_GS) * mask).sum(), count),
     )
+
+
+class AuxMeans(NamedTuple):
+    """Auxiliary losses, unweighted: means over real tokens, then over MoE layers."""
+
+    balance: Float[Array, ""]  # 1 when balanced
+    z: Float[Array, ""]
+
+
+def aux_means(aux: MoEAux, tokens: Float[Array, ""] | None = None) -> AuxMeans:
+    """The auxiliary losses of one layer or of several, stacked.
+
+    Losses are taken per layer and then averaged: pooling the layers first would let opposite
+    imbalances cancel.
+
+    Args:
+      aux: of a layer, or of layers with a leading axis.
+      tokens: what the sums are divided by, where `aux` is one part of a batch; None: the tokens
+        that it counts.
+    """
+
+    def mean(total: Mean) -> jax.Array:
+        count = jnp.maximum(total.count, 1) if tokens is None else tokens
+        return (total.sum / count).mean()
+
+    return AuxMeans(mean(aux.router.balance), mean(aux.router.z))
+
+
+def add_aux_loss(loss: jax.Array | float, means: AuxMeans, config: MoEConfig) -> jax.Array:
+    """`loss` with the auxiliary losses as `config` weighs them."""
+    return loss + config.balance_weight * means.balance + config.z_weight * means.z
+
+
+def aux_loss(aux: MoEAux, config: MoEConfig) -> Float[Array, ""]:
+    """What a model's loss gets from its MoE layers: balance and router z-loss, weighted.
+
+    Args:
+      aux: what a layer returned, or those of several layers stacked.
+      config: gives `balance_weight` and `z_weight`.
+
+    Returns:
+      balance_weight * balance + z_weight * z, each a mean over real tokens, then over layers.
+
+    Reference: Switch, arXiv 2101.03961, equation 4; ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    return add_aux_loss(0.0, aux_means(aux), config)

@@ -72,8 +72,3 @@ class MoEConfig:
                 raise UserError(
                     f"model.moe.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
                 )
-        if self.matmul == "float8" and self.dispatch != "dropless":
-            raise UserError(
-                f"model.moe.matmul float8 multiplies sorted rows, which dispatch {self.dispatch} "
-                f"does not: set model.moe.dispatch to dropless."
-            )

@@ -1,32 +1,65 @@
 """The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.errors import UserError
 from moe_jax.moe.accounting import account
-from moe_jax.moe.components import make_dispatch, make_router
+from moe_jax.moe.call import call_context, rows_in_group
+from moe_jax.moe.components import make_components
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.noise import EXPERT_DROPOUT, row_uniform
 from moe_jax.moe.types import (
-    Choice,
+    Dispatch,
     DispatchIn,
-    ExpertChoice,
     MoEAux,
     MoEContext,
+    Router,
     RouterIn,
-    TokenChoice,
+    token_choice,
 )
 from moe_jax.nn.ffn import DenseFFN
-from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in, scoped, truncated_normal
+from moe_jax.nn.params import (
+    fan_in,
+    fresh,
+    param,
+    param_dtype,
+    residual_fan_in,
+    scoped,
+    truncated_normal,
+)
 from moe_jax.ops.expert_activation import ACTIVATE
+from moe_jax.registry import lookup
 
 
 class MoE(nnx.Module):
-    """E routed experts, and optionally always-on shared ones, in place of a dense FFN."""
+    """E routed experts, and optionally always-on shared ones, in place of a dense FFN.
+
+    Args:
+      config: experts, K, router and dispatch path with their knobs; the weights of the auxiliary
+        losses are `aux_loss`'s.
+      width: D, of the tokens.
+      activation: of the experts: swiglu or gelu.
+      depth: layers of the model, for the 1 / sqrt(2 depth) in the initial output projection.
+      router, dispatch: objects in place of those that `config` names.
+      dtype: of the computation; parameters are float32 or wider.
+      rngs: gives the initial values (stream `params`).
+
+    Attributes:
+      deterministic: whether a call without a context is an evaluation; `model.eval()` sets it.
+
+    Raises:
+      UserError: a router, dispatch path or knob that does not exist.
+
+    Reference: Shazeer et al., arXiv 1701.06538; GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
+    """
 
     def __init__(
         self,
@@ -35,16 +68,22 @@ class MoE(nnx.Module):
         *,
         activation: str = "swiglu",
         depth: int = 1,
+        router: Router | None = None,
+        dispatch: Dispatch | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         D, E, F, own = width, config.num_experts, config.expert_width, param_dtype(dtype)
-        U = ACTIVATE[activation][0]
-        self.router = make_router(config)
-        self.dispatch = make_dispatch(config)
+        U = lookup(ACTIVATE, activation, "activation")[0]
+        rngs = fresh(rngs)
+        parts = make_components(config, router, dispatch)
+        self.router, self.dispatch = parts.router, parts.dispatch
+        self.router_title = config.router if router is None else type(router).__name__
         self.activation, self.matmul = activation, config.matmul
         self.expert_dropout = config.expert_dropout
         self.freeze_router = config.freeze_router
+        self.group_rows = config.group_rows
+        self.deterministic = False
         self.router_names = []
         for name, spec in self.router.param_specs(D, E).items():
             init = truncated_normal(spec.std)
@@ -57,9 +96,9 @@ class MoE(nnx.Module):
         out_init = residual_fan_in(F, depth)
         self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own, narrow=True)
         self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own, narrow=True)
-        self.shared = None
-        if config.shared_experts:
-            self.shared = DenseFFN(
+        # Assigned once: NNX takes an attribute that was None for one without parameters.
+        self.shared = (
+            DenseFFN(
                 width,
                 config.shared_experts * F,
                 activation=activation,
@@ -67,16 +106,94 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=scoped(rngs, "shared"),
             )
+            if config.shared_experts
+            else None
+        )
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: MoEContext
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: MoEContext | None = None,
+        *,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        token_ids_BT: Int[Array, "B T"] | None = None,
+        key: jax.Array | None = None,
+        router_state: Mapping[str, jax.Array] | None = None,
+        mesh: Mesh | None = None,
+        deterministic: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
         """Output of the experts for every token, and what happened.
 
-        Routed experts give padding zero.
+        Args:
+          x_BTD: rows of T tokens of width D.
+          context: what the layers of a model share; takes the place of all other arguments.
+          mask_BT: real tokens; None: all.  Routed experts give padding zero.
+          token_ids_BT: for routers that read them (hash); None: all 0.
+          key: PRNG key, for routers that sample and for dropout in training.
+          router_state: of this layer, for routers that keep any (`init_router_state(config)`).
+          mesh: of `make_mesh`; None: that of `jax.set_mesh` if it has the same four axes, else the
+            layer is left to XLA, which splits it with the caller's model (no expert parallelism).
+          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
+            module's own.
+
+        Returns:
+          y_BTD, and MoEAux: losses (see `aux_loss`), counts and the load of every expert.
+
+        Raises:
+          UserError: a shape, mesh, key or state that does not fit, and what to pass instead.
         """
+        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.w_in_EDUF.shape[1]:
+            width = self.w_in_EDUF.shape[1]
+            raise UserError(f"MoE got x of shape {x_BTD.shape}: pass [rows, tokens, {width}].")
+        if context is None:
+            context = self.make_context(
+                x_BTD,
+                mask_BT=mask_BT,
+                token_ids_BT=token_ids_BT,
+                key=key,
+                router_state=router_state,
+                mesh=mesh,
+                deterministic=self.deterministic if deterministic is None else deterministic,
+            )
+        return self._routed(x_BTD, context)
+
+    def make_context(
+        self,
+        like_BT: jax.Array,
+        *,
+        mask_BT: jax.Array | None = None,
+        token_ids_BT: jax.Array | None = None,
+        key: jax.Array | None = None,
+        router_state: Mapping[str, jax.Array] | None = None,
+        mesh: Mesh | None = None,
+        deterministic: bool = True,
+    ) -> MoEContext:
+        """The context of a call, or of a model's layers that are all like this one.
+
+        Args:
+          like_BT: an array whose first axes are rows and tokens; the others as in a call.
+
+        Raises:
+          UserError: as a call.
+        """
+        return call_context(
+            like_BT,
+            self.router,
+            self.router_title,
+            self.expert_dropout,
+            mask_BT=mask_BT,
+            token_ids_BT=token_ids_BT,
+            key=key,
+            router_state=router_state,
+            mesh=mesh,
+            train=not deterministic,
+        )
+
+    def _routed(self, x_BTD: jax.Array, context: MoEContext) -> tuple[jax.Array, MoEAux]:
         B, T, D = x_BTD.shape
-        R = context.group_rows
+        E = self.w_in_EDUF.shape[0]
+        R = context.group_rows or self.group_rows
+        R = rows_in_group(B, T, R, self.router.choices, E, context.mesh)
         G = B // R
         x_GSD = x_BTD.reshape(G, R * T, D)
         mask_GS = context.mask_BT.reshape(G, R * T)
@@ -92,7 +209,7 @@ class MoE(nnx.Module):
             params = jax.lax.stop_gradient(params)
         with jax.named_scope("router"):
             choice, aux = self.router.route(inputs, params, context.router_state)
-            by_token, slots = _by_token(choice, R * T)
+            by_token, slots = token_choice(choice, R * T)
         experts = Experts(
             self.w_in_EDUF[...].astype(x_BTD.dtype),
             self.w_out_EFD[...].astype(x_BTD.dtype),
@@ -111,16 +228,9 @@ class MoE(nnx.Module):
                 y_BTD = y_BTD + self.shared(x_BTD)
         with jax.named_scope("ledger"):
             stats, ledger = account(
-                choice, by_token, kept_GSK, self.dispatch.drop_cause, experts.num_experts, context
+                choice, by_token, kept_GSK, self.dispatch.drop_cause, E, context
             )
         return y_BTD, MoEAux(aux, stats, ledger)
-
-
-def _by_token(choice: Choice, tokens: int) -> tuple[TokenChoice, int | None]:
-    """The choice as dispatch paths take it, and the slots an expert fills where it chose itself."""
-    if isinstance(choice, ExpertChoice):
-        return choice.by_token(tokens), choice.ids_GEC.shape[2]
-    return choice, None
 
 
 def _dropout(y_GSD: jax.Array, keys_GR: jax.Array, rate: float) -> jax.Array:

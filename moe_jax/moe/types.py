@@ -150,6 +150,13 @@ class StateSpec:
 Choice = TokenChoice | ExpertChoice
 
 
+def token_choice(choice: Choice, tokens: int) -> tuple[TokenChoice, int | None]:
+    """The choice as dispatch paths take it, and the slots an expert fills where it chose itself."""
+    if isinstance(choice, ExpertChoice):
+        return choice.by_token(tokens), choice.ids_GEC.shape[2]
+    return choice, None
+
+
 @runtime_checkable  # so that signatures can be checked in tests
 class Router(Protocol):
     """Frozen dataclass of its own knobs; owns no parameters, no state and no transport."""
@@ -162,6 +169,11 @@ class Router(Protocol):
     @property
     def causal(self) -> bool:
         """Whether a token's experts depend on no later token."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws from `RouterIn.keys_GR` in training."""
         ...
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
@@ -198,8 +210,36 @@ class DispatchIn:
     mask_GS: Bool[Array, "G S"]
     rows: int  # R
     train: bool
-    mesh: Mesh
+    mesh: Mesh | None  # None: XLA splits the layer as it splits the caller's own model
     slots: int | None = None  # an expert's slots in a group where the router bounds them itself
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices over which the experts are split."""
+        return 1 if self.mesh is None else self.mesh.shape["expert"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one MoE layer in a microbatch, from which a path accounts for what it does."""
+
+    tokens: int  # of one device
+    group_tokens: int  # S
+    choices: int  # K
+    experts: int  # E, of all shards
+    expert_shards: int  # devices over which the experts are split
+
+
+class Exchange(NamedTuple):
+    """How tokens reach experts on other devices, and how their outputs come back.
+
+    `rows` is what one device holds of the buffer that an all-to-all exchanges, or what it
+    contributes to an all-gather and gets from a reduce-scatter.
+    """
+
+    dispatch: str  # "all-to-all" or "all-gather"
+    combine: str  # "all-to-all" or "reduce-scatter"
+    rows: int  # of width D
 
 
 @runtime_checkable
@@ -238,11 +278,49 @@ class Experts(Protocol):
 
 @runtime_checkable
 class Dispatch(Protocol):
-    """Frozen dataclass of its own knobs; owns no parameters."""
+    """Frozen dataclass of its own knobs; owns no parameters.
+
+    It answers for itself: what others have to know of a path (the planner, the held-out
+    evaluation, the start-up log) they ask it, and never compare its name.
+
+    Dispatch and combine are one call because the combine weights enter between them: the experts
+    take each row's weight before their second matmul (`weighs_hidden`), so that what they make is
+    in no derivative.
+    """
 
     @property
     def drop_cause(self) -> str:
         """The field of Fates that counts what it drops."""
+        ...
+
+    @property
+    def drops(self) -> bool:
+        """Whether a sampled choice of a real token may not reach its expert."""
+        ...
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the experts multiply rows sorted by expert, without slots (`Experts.grouped`)."""
+        ...
+
+    @property
+    def weighs_hidden(self) -> bool:
+        """Whether the experts take the rows' weights before their second matmul.
+
+        Otherwise the combine weighs what they make, which the backward pass then needs.
+        """
+        ...
+
+    def lookahead(self, sizes: LayerSizes) -> str:
+        """The knob by which a later token may evict an earlier one; empty where none does."""
+        ...
+
+    def buffer_rows(self, sizes: LayerSizes) -> int:
+        """Rows of the buffer in which the experts of one device find their tokens, in training."""
+        ...
+
+    def exchange(self, sizes: LayerSizes) -> Exchange | None:
+        """How tokens travel between expert shards in training; None where none do."""
         ...
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int | None:
@@ -266,9 +344,9 @@ class MoEContext:
     token_ids_BT: Int[Array, "B T"]
     mask_BT: Bool[Array, "B T"]
     row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
-    mesh: Mesh
-    group_rows: int
+    mesh: Mesh | None  # with the axes of parallel/mesh.py; None: XLA splits the layer
     train: bool
+    group_rows: int = 0  # rows in a routing group; 0: those of the layer's own config
     router_state: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     sources_BT: Int[Array, "B T"] | None = None  # of the data, below num_sources; None: all 0
     num_sources: int = 1

@@ -72,6 +72,17 @@ def ones(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return jnp.ones(tuple(shape), dtype)
 
 
+def fresh(rngs: nnx.Rngs) -> nnx.Rngs:
+    """`rngs` for the first module that is made from them, other keys for each one after it.
+
+    So layers that a caller makes from one `rngs` differ, as NNX's own do.
+    """
+    stream = rngs.params
+    key, count = stream.key.get_value(), stream.count.get_value()
+    stream()  # it counts
+    return nnx.Rngs(params=jnp.where(count == 0, key, jax.random.fold_in(key, count)))
+
+
 def scoped(rngs: nnx.Rngs, name: str | int | jax.Array) -> nnx.Rngs:
     """Keys for a submodule: those of `rngs` folded with its name, whatever was drawn before."""
     number = zlib.crc32(name.encode()) if isinstance(name, str) else name

@@ -32,7 +32,7 @@ def attention(
     k_BTJA: Float[Array, "B T J A"],
     v_BTJA: Float[Array, "B T J A"],
     segments_BT: Int[Array, "B T"] | None,
-    mesh: Mesh,
+    mesh: Mesh | None,
     implementation: str = "auto",
 ) -> Float[Array, "B T H A"]:
     """softmax(q k^T / sqrt(A)) v over positions up to the query's own.
@@ -41,13 +41,16 @@ def attention(
       q_BTHA, k_BTJA, v_BTJA: queries, keys, values; J divides H.
       segments_BT: with it, a query sees only keys of its own segment.  Padding is a segment like
         any other, so its rows are finite and never read by real tokens.
-      mesh: batch is split over data x fsdp x expert, heads over tensor.
+      mesh: batch is split over data x fsdp x expert, heads over tensor.  None: XLA splits the
+        attention with what is around it, which only the reference allows.
       implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
 
     Raises:
       UserError: unknown implementation.
     """
-    if implementation == "auto":
+    if mesh is None:
+        implementation = "xla"
+    elif implementation == "auto":
         implementation = best_attention(mesh, q_BTHA)
     function = lookup(ATTENTION, implementation, "model.attention")
     return function(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh)

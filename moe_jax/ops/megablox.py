@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Int
 
-from moe_jax.parallel.collectives import varying_like
+from moe_jax.parallel.collectives import partitioned, varying_like
 
 LANES = 128  # columns of a TPU's registers
 ROW_TILES = (512, 256, LANES)
@@ -27,8 +27,8 @@ def supports(x_ND: jax.Array, w_EDF: jax.Array) -> bool:
 
 
 def runs_here() -> bool:
-    """Whether this process's first device is a TPU."""
-    return jax.local_devices()[0].platform == "tpu"
+    """Whether this process's first device is a TPU, and XLA splits nothing here in the trace."""
+    return jax.local_devices()[0].platform == "tpu" and not partitioned()
 
 
 def tiling(rows: int, groups: int, depth: int, cols: int) -> tuple[int, int, int]:

@@ -51,3 +51,11 @@ def _exchange(x_P: jax.Array, axis: str) -> jax.Array:
     device, TPUs lay the result of `split_axis=1, concat_axis=0` out with half of it padding.
     """
     return jax.lax.all_to_all(x_P, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def partitioned() -> bool:
+    """Whether XLA may split what is traced here over devices: several, and no shard_map around.
+
+    It cannot split a kernel of our own, which then has to be left out.
+    """
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes

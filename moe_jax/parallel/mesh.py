@@ -60,8 +60,16 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all `devices` (default: every device of every process), all axes Auto."""
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, expert and tensor, all of them Auto.
+
+    Args:
+      config: sizes of the axes; by default all devices are on `data`.
+      devices: None: every device of every process.
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
     devices = list(devices if devices is not None else jax.devices())
     config = config.resolve(len(devices))
     shape = tuple(dataclasses.asdict(config)[name] for name in AXES)

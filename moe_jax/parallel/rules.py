@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import Mesh, NamedSharding
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
@@ -94,3 +95,12 @@ def param_sharding(
 def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
     """NamedSharding of a tensor with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(logical_axes))
+
+
+def constrain(
+    x: jax.Array, mesh: Mesh | AbstractMesh | None, logical_axes: Sequence[str | None]
+) -> jax.Array:
+    """`x`, which XLA has to split as its logical axes say; without a mesh XLA decides."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(logical_axes)))

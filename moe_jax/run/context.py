@@ -28,7 +28,6 @@ def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:
     """What the train step takes from a resolved config."""
     return StepOptions(
         seed=config.seed,
-        group_rows=config.model.moe.group_rows,
         clip_norm=config.optimizer.clip_norm,
         spike_factor=config.train.spike_factor,
         num_sources=num_sources,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.eval.generate import make_sampler
 from moe_jax.eval.heldout import eval_row, make_eval_step
@@ -27,15 +27,13 @@ class Evaluator:
         # Counted in batches of a whole step, so that accumulation changes nothing.
         limit = run.config.eval.batches * run.config.train.accumulation or len(run.heldout)
         self._batches = min(limit, len(run.heldout))
-        step = make_eval_step(
-            run.model, len(run.store.sources), run.config.model.moe.group_rows, run.mesh
-        )
+        step = make_eval_step(run.model, len(run.store.sources), run.mesh)
         self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """The same held-out windows every time, so curves are comparable."""
         total: Any = None
-        where = batch_shardings(self._run)
+        where = batch_shardings(self._run.mesh)
         with DeviceFeed(self._run.heldout.rows, self._shape, where, 0, self._batches) as feed:
             for _, batch in feed:
                 sums = jax.tree.map(
@@ -48,14 +46,6 @@ class Evaluator:
 def _wide(x: np.ndarray) -> np.ndarray:
     """Host sums over many batches: counts outgrow int32, and float32 sums lose digits."""
     return np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
-
-
-def batch_shardings(run: Run):
-    """Where a feed's [A, B, T] and [A, B] arrays lie: rows split over the batch axes."""
-    return (
-        sharding(run.mesh, (None, "batch", None)),
-        sharding(run.mesh, (None, "batch")),
-    )
 
 
 def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str], None]) -> None:

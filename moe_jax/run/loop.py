@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.record.report import METRICS, Reporter, has_last_eval
 from moe_jax.record.rewind import Rewinds
@@ -17,7 +17,7 @@ from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
 from moe_jax.run.control import Control, Stop
 from moe_jax.run.end import End, end_of
-from moe_jax.run.evaluate import Evaluator, batch_shardings, write_samples
+from moe_jax.run.evaluate import Evaluator, write_samples
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
 from moe_jax.run.restore import restored_state
@@ -131,7 +131,7 @@ class _Steps:
         start, total = int(state.step), end_of(run, self._rewinds.history).step
         if start >= total:  # going back has left out all the data there was
             return Stop.END, state
-        with DeviceFeed(rows, run.microbatch, batch_shardings(run), start, total) as feed:
+        with DeviceFeed(rows, run.microbatch, batch_shardings(run.mesh), start, total) as feed:
             with watch("data"):
                 step_number, batch = next(feed)
             step_fn = self._compiled()

@@ -1,7 +1,7 @@
 """From the config as written to the config as run: everything that depends on the machine."""
 
 import dataclasses
-import math
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -9,15 +9,24 @@ from jax.sharding import AbstractMesh, Mesh
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.model.define import ModelDef, is_axes
-from moe_jax.moe.components import make_dispatch, make_router, refuse_lookahead
+from moe_jax.moe.components import Components, make_components, refuse_lookahead
+from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.groups import TOKENS_PER_EXPERT, fewest_rows
+from moe_jax.moe.types import LayerSizes
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.parallel.rules import on_mesh, spec
 
-TOKENS_PER_EXPERT = 64  # of a routing group, on average: fewer make the drop rate jump
+
+class Resolved(NamedTuple):
+    """A config as it runs, and what is built from it once."""
+
+    config: Config
+    components: Components | None  # of the MoE layers; None: dense
+    notes: list[str]  # for the start-up log
 
 
-def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> tuple[Config, list[str]]:
-    """Fill in what the config leaves open; returns it with notes for the start-up log.
+def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> Resolved:
+    """Fill in what the config leaves open.
 
     Args:
       config: as written.
@@ -36,37 +45,65 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> tuple[Con
             f"({vocab}): set model.vocab_size to {tokenizer_vocab} or more."
         )
     rows = _rows_together(config, mesh)
+    components = None if model.dense else _checked_components(model.moe)
     moe = model.moe
-    if not model.dense:
-        refuse_lookahead(moe)
-        if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard takes two
-            raise UserError(
-                f"model.moe.num_experts is 1, which leaves router {moe.router} nothing to choose: "
-                f"set 2 or more, or model.dense=True."
-            )
-        choices = make_router(moe).choices
-        if choices != moe.top_k:
-            notes.append(f"router {moe.router} makes {choices} choices a token: top_k is {choices}")
-            moe = dataclasses.replace(moe, top_k=choices)
-        make_dispatch(moe)
-        if moe.num_experts % mesh.expert:
-            raise UserError(
-                f"model.moe.num_experts ({moe.num_experts}) is not divisible by mesh.expert "
-                f"({mesh.expert}): change one of them."
-            )
-        group_rows = moe.group_rows or _group_rows(config, rows, moe.top_k, notes)
-        if rows % group_rows:
-            raise UserError(
-                f"model.moe.group_rows ({group_rows}) does not divide the {rows} rows that one "
-                f"device holds in a microbatch, so the mesh or train.accumulation would split a "
-                f"routing group: let train.batch_size / (train.accumulation x mesh data x fsdp x "
-                f"expert) be a multiple of {group_rows} (a run that has begun keeps its groups)."
-            )
-        moe = dataclasses.replace(moe, group_rows=group_rows)
-        if moe.priority == "choice" and moe.top_k > 1 and moe.dispatch in ("capacity", "einsum"):
-            notes.append("priority choice is not causal: a later token can evict an earlier one's")
+    if components is not None:
+        moe = _resolved_moe(config, mesh, rows, components, notes)
     model = dataclasses.replace(model, vocab_size=vocab, moe=moe)
-    return dataclasses.replace(config, mesh=mesh, model=model), notes
+    config = dataclasses.replace(config, mesh=mesh, model=model)
+    if components is not None:
+        lookahead = components.dispatch.lookahead(layer_sizes(config))
+        if lookahead:
+            notes.append(f"{lookahead} is not causal: a later token can evict an earlier one's")
+    return Resolved(config, components, notes)
+
+
+def _checked_components(moe: MoEConfig) -> Components:
+    """What the config names, where a next-token model may have it."""
+    components = make_components(moe)
+    refuse_lookahead(components.router, moe)
+    if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard takes two
+        raise UserError(
+            f"model.moe.num_experts is 1, which leaves router {moe.router} nothing to choose: "
+            f"set 2 or more, or model.dense=True."
+        )
+    return components
+
+
+def _resolved_moe(
+    config: Config, mesh: MeshConfig, rows: int, components: Components, notes: list[str]
+) -> MoEConfig:
+    """The router's own K, and the rows of a routing group."""
+    moe, choices = config.model.moe, components.router.choices
+    if choices != moe.top_k:
+        notes.append(f"router {moe.router} makes {choices} choices a token: top_k is {choices}")
+        moe = dataclasses.replace(moe, top_k=choices)
+    if moe.num_experts % mesh.expert:
+        raise UserError(
+            f"model.moe.num_experts ({moe.num_experts}) is not divisible by mesh.expert "
+            f"({mesh.expert}): change one of them."
+        )
+    group_rows = moe.group_rows or _group_rows(config, rows, moe.top_k, notes)
+    if rows % group_rows:
+        raise UserError(
+            f"model.moe.group_rows ({group_rows}) does not divide the {rows} rows that one "
+            f"device holds in a microbatch, so the mesh or train.accumulation would split a "
+            f"routing group: let train.batch_size / (train.accumulation x mesh data x fsdp x "
+            f"expert) be a multiple of {group_rows} (a run that has begun keeps its groups)."
+        )
+    return dataclasses.replace(moe, group_rows=group_rows)
+
+
+def layer_sizes(config: Config) -> LayerSizes:
+    """Sizes of one MoE layer of a resolved config on one device."""
+    moe, length = config.model.moe, config.data.sequence_length
+    return LayerSizes(
+        tokens=_rows_together(config, config.mesh) * length,
+        group_tokens=moe.group_rows * length,
+        choices=moe.top_k,
+        experts=moe.num_experts,
+        expert_shards=config.mesh.expert,
+    )
 
 
 def _rows_together(config: Config, mesh: MeshConfig) -> int:
@@ -81,17 +118,16 @@ def _rows_together(config: Config, mesh: MeshConfig) -> int:
 
 
 def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> int:
-    """The fewest rows that give TOKENS_PER_EXPERT on average and that divide `rows`."""
-    per_row = config.data.sequence_length * choices / config.model.moe.num_experts
-    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
-    for n in (*small, *(rows // n for n in reversed(small))):
-        if n * per_row >= TOKENS_PER_EXPERT:
-            return n
-    notes.append(
-        f"a routing group of {rows} rows gives {rows * per_row:.0f} tokens an expert on average, "
-        f"under {TOKENS_PER_EXPERT}: expect more drops, or raise the rows a device holds"
-    )
-    return rows
+    """The fewest rows that give enough tokens per expert; see `groups.fewest_rows`."""
+    length, experts = config.data.sequence_length, config.model.moe.num_experts
+    found = fewest_rows(rows, length, choices, experts)
+    mean = found * length * choices / experts
+    if mean < TOKENS_PER_EXPERT:
+        notes.append(
+            f"a routing group of {rows} rows gives {mean:.0f} tokens an expert on average, "
+            f"under {TOKENS_PER_EXPERT}: expect more drops, or raise the rows a device holds"
+        )
+    return found
 
 
 def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
@@ -118,15 +154,15 @@ def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
                 )
 
 
-def describe(config: Config) -> list[str]:
+def describe(config: Config, components: Components | None) -> list[str]:
     """Start-up lines: routing groups and the capacity in tokens."""
     model, moe = config.model, config.model.moe
-    if model.dense:
+    if components is None:
         return ["dense model: no experts"]
     tokens = moe.group_rows * config.data.sequence_length
-    dispatch = make_dispatch(moe)
     train, evaluate = (
-        dispatch.capacity(tokens, moe.top_k, moe.num_experts, train) for train in (True, False)
+        components.dispatch.capacity(tokens, moe.top_k, moe.num_experts, train)
+        for train in (True, False)
     )
     lines = [
         f"{model.moe_layers} of {model.num_layers} layers hold {moe.num_experts} experts, "

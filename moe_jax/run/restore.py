@@ -18,7 +18,7 @@ from moe_jax.train.state import (
     TrainState,
     everywhere,
     from_disk,
-    new_state,
+    init_train_state,
     param_shardings,
     placed_state,
     state_shardings,
@@ -43,7 +43,7 @@ def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
         say(f"starting from the weights in {init_from}")
         weights = _weights_of(run, init_from, say)  # refused before anything is compiled
     key = jax.random.key(run.config.seed, impl="threefry2x32")
-    state = new_state(run.model, run.optimizer, run.mesh, key)
+    state = init_train_state(run.model, run.optimizer, run.mesh, key)
     if weights:
         copies = make_copies(run.model, weights["params"])
         state = dataclasses.replace(state, **weights, copies=copies)
@@ -52,7 +52,8 @@ def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
 
 def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
-    flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
+    model = dataclasses.replace(run.config.model, scan_layers=False)
+    flat = define(model, run.model.dtype, run.model.components)
     target = placed_state(flat, run.optimizer, run.mesh)
     return to_disk(target, flat.layout)
 

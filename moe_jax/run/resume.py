@@ -8,9 +8,11 @@ from moe_jax.data.store import Store
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.files.workdir import Folder
+from moe_jax.moe.components import make_router
 from moe_jax.moe.config import MoEConfig
-from moe_jax.moe.layer import make_router
+from moe_jax.moe.types import Router
 from moe_jax.record.provenance import DATA_RECORD
+from moe_jax.run.resolve import Resolved
 
 # What decides which tokens a step sees, how they are grouped, or what the router's parameters mean
 # though their shapes agree: a resumed run must keep it.
@@ -59,8 +61,9 @@ def keep_groups(config: Config, saved: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-def check_resume(config: Config, saved: Config) -> list[str]:
+def check_resume(found: Resolved, saved: Config) -> list[str]:
     """Notes for the log; UserError where tokens, groups or the router would be others."""
+    config = found.config
     for name in _KEPT_ON_RESUME:
         new, old = _get(config, name), _get(saved, name)
         if new != old:
@@ -75,18 +78,18 @@ def check_resume(config: Config, saved: Config) -> list[str]:
         notes.append(f"data.max_epochs was {before}, is {epochs}: same batches, another end")
     if config.mesh != saved.mesh:
         notes.append(f"mesh was {saved.mesh}, is {config.mesh}: same batches, equal to rounding")
-    if config.model.dense:
+    if found.components is None:
         return notes
-    return notes + _changed_knobs(config.model.moe, saved.model.moe)
+    return notes + _changed_knobs(found.components.router, config.model.moe, saved.model.moe)
 
 
-def _changed_knobs(new: MoEConfig, old: MoEConfig) -> list[str]:
+def _changed_knobs(router: Router, new: MoEConfig, old: MoEConfig) -> list[str]:
     """A line for each knob of the router that was another: some are turned on purpose in a run.
 
     DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0.  And one where
     the experts multiply in another precision.
     """
-    after, before = vars(make_router(new)), vars(make_router(old))
+    after, before = vars(router), vars(make_router(old))
     lines = [
         f"ROUTER CHANGED: {name} of {new.router} was {before[name]} in this run and is {value} "
         f"from here on"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax import checkpoint
 from moe_jax.config import Config
-from moe_jax.data.build import build, store_root
+from moe_jax.data.build import build_store, store_root
 from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
 from moe_jax.data.tokenizers import load_tokenizer
@@ -32,7 +32,7 @@ def prepare(
     say: Say,
     devices: Sequence[Any] | None = None,
     alive: Callable[[], None] = lambda: None,
-    text: Callable[..., Store] = build,
+    text: Callable[..., Store] = build_store,
 ) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
@@ -49,7 +49,7 @@ def prepare(
     """
     devices = jax.devices() if devices is None else devices
     # What needs no text comes first: tokenising may take hours.
-    config, notes = settle(config, workdir, len(devices))
+    config, components, notes = settle(config, workdir, len(devices))
     check_attention(
         config.model.attention,
         devices[0].platform,
@@ -61,7 +61,7 @@ def prepare(
     if saved_config(workdir) is not None:
         check_same_text(store, workdir)
     mesh = make_mesh(config.mesh, devices)
-    model = define(config.model, jnp.dtype(config.precision))
+    model = define(config.model, jnp.dtype(config.precision), components)
     resolve.check_shapes(model, mesh)
     optimizer = make_optimizer(config)
     checkpoints = checkpoint.Checkpoints(
@@ -88,7 +88,7 @@ def prepare(
         config.data.sequence_length,
         config.model.confine_attention,
     )
-    for line in [*notes, *resolve.describe(config)]:
+    for line in [*notes, *resolve.describe(config, components)]:
         say(line)
     return Run(
         config, workdir, mesh, model, optimizer, store, batches, supply, heldout, checkpoints
@@ -112,7 +112,7 @@ def set_numerics(config: Config) -> None:
         use_deterministic_kernels()
 
 
-def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, list[str]]:
+def settle(config: Config, workdir: Folder, num_devices: int) -> resolve.Resolved:
     """The config as it will run, with notes for the log, from all but the text.
 
     Raises:
@@ -122,5 +122,7 @@ def settle(config: Config, workdir: Folder, num_devices: int) -> tuple[Config, l
     if saved is not None:
         config = keep_groups(config, saved)
     vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
-    config, notes = resolve.resolve(config, num_devices, vocabulary)
-    return config, notes + (check_resume(config, saved) if saved is not None else [])
+    found = resolve.resolve(config, num_devices, vocabulary)
+    if saved is None:
+        return found
+    return found._replace(notes=found.notes + check_resume(found, saved))

@@ -159,7 +159,7 @@ class Clock:
     def __init__(self, run: Run):
         config = run.config
         self._tokens = config.train.batch_size * config.data.sequence_length
-        flops = flops_per_token(config.model, config.data.sequence_length)
+        flops = flops_per_token(run.model, config.data.sequence_length)
         self._tflops = flops * self._tokens / 1e12
         device = run.mesh.devices.flat[0]
         peak = peak_tflops(device.device_kind)

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.data.build import build, find
+from moe_jax.data.build import build_store, find
 from moe_jax.data.config import DataConfig
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.data.store import Store
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
@@ -31,7 +31,6 @@ from moe_jax.record.report import METRICS, plain, read_row
 from moe_jax.record.rewind import Rewind, ordered_rows, read_rewinds
 from moe_jax.record.settings import SETTINGS, Settings, read_settings, settings_of
 from moe_jax.run.context import Run
-from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.flight import record_path
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import fresh_state, moved_state, restored_state
@@ -103,7 +102,7 @@ def _taken(
     """`state`, which is used up, after step `last`, and the rows of steps `wanted` until then."""
     rows_fn, found, step_fn = ordered_rows(run.batches, rewinds), {}, None
     start = int(state.step)
-    with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run), start, last) as feed:
+    with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run.mesh), start, last) as feed:
         for number, batch in feed:
             step_fn = step_fn or compile_step(run)
             state, metrics = step_fn(state, batch)
@@ -197,7 +196,7 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
 
 def _text(config: DataConfig, root: Folder, **reports: Any) -> Store:
     """The store, which is not built where a file of the workdir says: only in its usual place."""
-    return find(config, root) if config.store else build(config, root, **reports)
+    return find(config, root) if config.store else build_store(config, root, **reports)
 
 
 def _devices(count: int) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from moe_jax.data.batch import Batch
 from moe_jax.model.define import ModelDef, Params
 from moe_jax.model.forward import forward, head_weight
+from moe_jax.moe.balance import AuxMeans, add_aux_loss, aux_means
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 
@@ -74,19 +75,15 @@ def loss_sums(
 
 
 def loss_values(sums: LossSums, counts: Counts, model: ModelDef) -> LossValues:
-    """The loss whose gradients, over microbatches, add up to the global batch's.
-
-    Auxiliary losses are taken per layer and then averaged: pooling the layers first would let
-    opposite imbalances cancel.
-    """
+    """The loss whose gradients, over microbatches, add up to the global batch's."""
     targets, tokens = jnp.maximum(counts.targets, 1), jnp.maximum(counts.tokens, 1)
     lm = sums.lm.nll_sum / targets
     logits_z = sums.lm.z_sum / targets
     total = sums.lm.loss_sum / targets
     balance = router_z = jnp.zeros_like(lm)
     if sums.moe is not None:
-        config = model.config.moe
-        balance = (sums.moe.router.balance.sum / tokens).mean().astype(lm.dtype)
-        router_z = (sums.moe.router.z.sum / tokens).mean().astype(lm.dtype)
-        total = total + config.balance_weight * balance + config.z_weight * router_z
+        means = aux_means(sums.moe, tokens)
+        means = AuxMeans(*(mean.astype(lm.dtype) for mean in means))
+        balance, router_z = means
+        total = add_aux_loss(total, means, model.config.moe)
     return LossValues(total, lm, logits_z, balance, router_z)

@@ -13,7 +13,7 @@ from moe_jax.checkpoint import disk_needed
 from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.initialize import init_on
 from moe_jax.model.layout import Layout, to_layers, to_stacked
-from moe_jax.moe.components import first_router_state
+from moe_jax.moe.components import router_state
 from moe_jax.nn.params import param_dtype
 from moe_jax.parallel.rules import param_sharding
 from moe_jax.train.copies import make_copies, of_copied
@@ -39,8 +39,20 @@ class TrainState:
 jax.tree_util.register_dataclass(TrainState)
 
 
-def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array) -> TrainState:
-    """A fresh state on the devices of `mesh`; not for use under jit."""
+def init_train_state(
+    model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array
+) -> TrainState:
+    """A fresh state on the devices of `mesh`; not for use under jit.
+
+    Args:
+      model: of `define`.
+      optimizer: whose moments are made beside the parameters.
+      mesh: of `make_mesh`.
+      key: PRNG key of the initial parameters.
+
+    Returns:
+      A state whose parameters are the same for any mesh and layout.
+    """
     where = state_shardings(model, optimizer, mesh)
     params = init_on(model, key, where.params)
 
@@ -55,10 +67,11 @@ def new_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array)
 
 
 def _first_router_state(model: ModelDef) -> dict[str, jax.Array]:
-    config = model.config
-    if config.dense:
+    config, parts = model.config, model.components
+    if parts is None:
         return {}
-    return first_router_state(config.moe, config.moe_layers, param_dtype(model.dtype))
+    experts, layers = config.moe.num_experts, config.moe_layers
+    return router_state(parts.router, experts, layers, param_dtype(model.dtype))
 
 
 def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.data.batch import Batch
 from moe_jax.model.define import ModelDef
-from moe_jax.moe.components import make_router
 from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies
@@ -44,12 +43,11 @@ jax.tree_util.register_dataclass(StepMetrics)
 class StepOptions:
     """What the step needs beside the model and the optimizer."""
 
-    seed: int
-    group_rows: int
-    clip_norm: float  # 0: no clipping
-    spike_factor: float  # 0: finite steps are never refused
-    num_sources: int  # of the data, for the ledger
-    debug: bool  # assert conservation inside the step
+    seed: int = 0  # of the routers' noise
+    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    spike_factor: float = 100.0  # times their running means; 0: finite steps are never refused
+    num_sources: int = 1  # of the data, for the ledger
+    debug: bool = False  # assert conservation inside the step
 
 
 def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
@@ -76,7 +74,6 @@ def make_gradients(
             mask_BT=batch.segments_BT > 0,
             row_keys_B=row_keys(options.seed, step, batch.row_B),
             mesh=mesh,
-            group_rows=options.group_rows,
             train=True,
             router_state=router,
             sources_BT=batch.sources_BT,
@@ -156,10 +153,9 @@ def _without_copies(state: TrainState) -> tuple[TrainState, Any]:
 
 def _next_router_state(model: ModelDef, state: Any, moe: MoEAux | None) -> Any:
     """From the load of the whole batch: all microbatches, all devices."""
-    config = model.config.moe
-    if moe is None or config.freeze_router:
+    if moe is None or model.components is None or model.config.moe.freeze_router:
         return state
-    return make_router(config).next_state(state, moe.load_E)
+    return model.components.router.next_state(state, moe.load_E)
 
 
 def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.check import check
-from moe_jax.cli.parse import load_config
 from moe_jax.config import from_config_dict, to_json
+from moe_jax.config_file import read_config_file
 from moe_jax.run.resolve import resolve
 from moe_jax.run.setup import settle
 
@@ -55,7 +55,7 @@ def test_the_check_knows_what_a_resumed_run_keeps(place):
     """Another seed in a workdir with a checkpoint: refused as the trainer would."""
     workdir = place / "run"
     (workdir / "checkpoints").mkdir(parents=True)
-    config, _ = resolve(from_config_dict(load_config("configs/tiny.py")), 1, 258)
+    config = resolve(from_config_dict(read_config_file("configs/tiny.py")), 1, 258).config
     (workdir / "config.json").write_text(to_json(config))
     flags = ["--config=configs/tiny.py", f"--workdir={workdir}"]
     assert check(flags, 1)["problem"] is None
@@ -66,12 +66,12 @@ def test_the_check_knows_what_a_resumed_run_keeps(place):
 def test_a_router_that_a_resumed_run_turns_is_named(place):
     """Its shapes agree, so nothing else would notice."""
     (place / "run" / "checkpoints").mkdir(parents=True)
-    config = load_config("configs/tiny.py")
-    resolved, _ = resolve(from_config_dict(config), 1, 258)
+    config = read_config_file("configs/tiny.py")
+    resolved = resolve(from_config_dict(config), 1, 258).config
     (place / "run" / "config.json").write_text(to_json(resolved))
-    assert settle(from_config_dict(config), place / "run", 1)[1] == []
+    assert settle(from_config_dict(config), place / "run", 1).notes == []
     config.model.moe.options.top_k.renormalize = False
-    assert settle(from_config_dict(config), place / "run", 1)[1] == [
+    assert settle(from_config_dict(config), place / "run", 1).notes == [
         "ROUTER CHANGED: renormalize of top_k was True in this run and is False from here on"
     ]
 
@@ -113,7 +113,7 @@ def test_what_a_finished_run_did_otherwise(place):
     (place / "run" / "metrics.jsonl").write_text('{"step": 200, "eval_loss": 1.5}\n')
     flags = ["--config=configs/tiny.py", "--workdir=run"]
     assert check(flags, 1) == GOOD | {"finished": True}  # no record, nothing to compare with
-    config, _ = resolve(from_config_dict(load_config("configs/tiny.py")), 1, 258)
+    config = resolve(from_config_dict(read_config_file("configs/tiny.py")), 1, 258).config
     (place / "run" / "config.json").write_text(to_json(config))
     assert check(flags, 8) == GOOD | {"finished": True}  # another mesh is the same run
     assert check([*flags, "--config.optimizer.learning_rate=1"], 1)["changed"] == [

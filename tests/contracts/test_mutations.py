@@ -61,11 +61,16 @@ def replaced(owner: Any, name: str, value: Any) -> Callable[[Any], None]:
 
 def knob(**knobs) -> Callable[[Any], None]:
     """A plant of a router that ignores how it was configured."""
-    return wrapped(
-        moe_layer,
-        "make_router",
-        lambda make: lambda config: dataclasses.replace(make(config), **knobs),
-    )
+
+    def plant(make):
+        def ill(*given):
+            parts = make(*given)
+            router = dataclasses.replace(parts.router, **knobs)
+            return dataclasses.replace(parts, router=router)
+
+        return ill
+
+    return wrapped(moe_layer, "make_components", plant)
 
 
 def weights(change: Callable) -> Callable[[Any], None]:

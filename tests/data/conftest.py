@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.data.build import Layout, build
+from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.store import Store
 
@@ -35,7 +35,7 @@ def config(corpus: Path) -> DataConfig:
 @pytest.fixture
 def store(config: DataConfig, tmp_path: Path) -> Store:
     """The corpus as a store."""
-    return build(config, tmp_path / "stores", layout=SMALL)
+    return build_store(config, tmp_path / "stores", layout=SMALL)
 
 
 @pytest.fixture
@@ -51,6 +51,6 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
                 (folder / f"{i:03d}.txt").write_bytes(text.encode())
             mixture[name] = {"files": f"{folder}/*.txt", "weight": (weights or {}).get(name, 1.0)}
         made = DataConfig(mixture=mixture, heldout_fraction=0.2)
-        return build(made, tmp_path / "mixed_stores", layout=SMALL)
+        return build_store(made, tmp_path / "mixed_stores", layout=SMALL)
 
     return make

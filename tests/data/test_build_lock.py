@@ -6,7 +6,7 @@ import threading
 
 from etils import epath
 
-from moe_jax.data.build import build
+from moe_jax.data.build import build_store
 from moe_jax.data.build_lock import LOOK, Turn
 from moe_jax.data.config import DataConfig
 
@@ -50,8 +50,8 @@ def test_a_build_gets_on_with_every_document_it_reads(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
     config, told = DataConfig(source="text", files=f"{tmp_path}/*.txt"), []
-    build(config, tmp_path / "stores", alive=lambda: told.append(1))
+    build_store(config, tmp_path / "stores", alive=lambda: told.append(1))
     assert len(told) >= 4 * (1 + 1 + 2)  # hashed, looked through, written in two splits
     built = len(told)
-    build(config, tmp_path / "stores", alive=lambda: told.append(1))
+    build_store(config, tmp_path / "stores", alive=lambda: told.append(1))
     assert len(told) == built + 4

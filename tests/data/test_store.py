@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, _SplitWriter, build, find
+from moe_jax.data.build import Layout, _SplitWriter, build_store, find
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, open_store, read_manifest
@@ -73,7 +73,7 @@ def test_copies_of_a_document_stay_in_one_split(tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"text {i % 12}")
     config = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.3)
-    store = build(config, tmp_path / "stores", layout=SMALL)
+    store = build_store(config, tmp_path / "stores", layout=SMALL)
     train, heldout = (split_documents(store, name) for name in SPLITS)
     assert len(train) + len(heldout) == 60 and train and heldout
     assert not set(train) & set(heldout)
@@ -85,7 +85,7 @@ def test_something_is_held_out_of_every_stream_however_small_the_share(tmp_path)
         for i in range(4):
             (tmp_path / name / f"{i}.txt").write_text(f"text {i}")  # the same in both
     mixture = {name: {"files": f"{tmp_path}/{name}/*"} for name in "ab"}
-    store = build(DataConfig(mixture=mixture, heldout_fraction=1e-9), tmp_path / "stores")
+    store = build_store(DataConfig(mixture=mixture, heldout_fraction=1e-9), tmp_path / "stores")
     assert np.bincount(store.heldout.documents[:, SOURCE]).tolist() == [1, 1]
     assert len(set(split_documents(store, "heldout"))) == 1
     assert not set(split_documents(store, "train")) & set(split_documents(store, "heldout"))
@@ -95,10 +95,10 @@ def test_a_corpus_of_one_document_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("alone")
     (tmp_path / "b.txt").write_text("alone")
     with pytest.raises(UserError, match="at least two different documents"):
-        build(DataConfig(source="text", files=f"{tmp_path}/?.txt"), tmp_path / "stores")
+        build_store(DataConfig(source="text", files=f"{tmp_path}/?.txt"), tmp_path / "stores")
     (tmp_path / "c.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="holds no documents"):
-        build(DataConfig(source="jsonl", files=f"{tmp_path}/c.jsonl"), tmp_path / "stores")
+        build_store(DataConfig(source="jsonl", files=f"{tmp_path}/c.jsonl"), tmp_path / "stores")
 
 
 class StoppedError(Exception):
@@ -118,7 +118,7 @@ def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
         return real(*args)
 
     monkeypatch.setattr(_SplitWriter, step, counted)
-    build(config, tmp_path / "count", layout=SMALL)
+    build_store(config, tmp_path / "count", layout=SMALL)
     assert len(calls) >= len(SPLITS)
     for fatal in {1, len(calls) // 2, len(calls)}:
         count = 0
@@ -133,10 +133,10 @@ def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
         root = tmp_path / f"{fatal}"
         monkeypatch.setattr(_SplitWriter, step, dying)
         with pytest.raises(StoppedError):
-            build(config, root, layout=SMALL)
+            build_store(config, root, layout=SMALL)
         assert read_manifest(root / store.fingerprint[:16]) is None
         monkeypatch.setattr(_SplitWriter, step, real)
-        again = build(config, root, layout=SMALL)
+        again = build_store(config, root, layout=SMALL)
         assert contents(again.path) == whole
         shutil.rmtree(root)
 
@@ -163,7 +163,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
             patch.setattr(BytesTokenizer, "encode_batch", watched)
             patch.setattr(_SplitWriter, "_write_part", dying)
             with contextlib.suppress(StoppedError):
-                build(config, tmp_path / "resumed", layout=SMALL)
+                build_store(config, tmp_path / "resumed", layout=SMALL)
         return sum(len(text.encode()) + 1 for text in given)
 
     total = store.train.num_tokens + store.heldout.num_tokens
@@ -177,7 +177,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
 def test_a_killed_process_leaves_a_build_that_goes_on(config, store, tmp_path, cli_env):
     script = f"""
 import os, signal
-from moe_jax.data.build import Layout, build
+from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
 lines = []
 def progress(line):
@@ -185,14 +185,14 @@ def progress(line):
     if len(lines) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 config = DataConfig(source="text", files={config.files!r}, heldout_fraction=0.2)
-build(config, {str(tmp_path / "killed")!r}, progress, Layout(64, 512))
+build_store(config, {str(tmp_path / "killed")!r}, progress, Layout(64, 512))
 """
     done = subprocess.run([sys.executable, "-c", script], env=cli_env, timeout=120)
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "killed" / store.fingerprint[:16]
     assert read_manifest(folder) is None and list(folder.rglob("parts/*"))
     lines = []
-    build(config, tmp_path / "killed", lines.append, SMALL)
+    build_store(config, tmp_path / "killed", lines.append, SMALL)
     assert any("resuming" in line for line in lines)
     assert contents(folder) == contents(store.path)
 
@@ -200,7 +200,7 @@ build(config, {str(tmp_path / "killed")!r}, progress, Layout(64, 512))
 def test_a_finished_store_is_opened_not_built(config, store, tmp_path):
     before = contents(store.path)
     lines = []
-    again = build(config, tmp_path / "stores", lines.append, SMALL)
+    again = build_store(config, tmp_path / "stores", lines.append, SMALL)
     assert lines == [] and again.path == store.path and contents(store.path) == before
 
 
@@ -208,13 +208,13 @@ def test_opening_a_finished_store_writes_nothing(config, store, tmp_path):
     """It may lie on a disk that is mounted read-only, where a lock file cannot be made."""
     for lock in (tmp_path / "stores").glob("*.lock"):
         lock.unlink()
-    build(config, tmp_path / "stores", layout=SMALL)
+    build_store(config, tmp_path / "stores", layout=SMALL)
     assert [entry.name for entry in (tmp_path / "stores").iterdir()] == [Path(store.path).name]
 
 
 def test_whatever_changes_the_tokens_changes_the_fingerprint(config, store, corpus, tmp_path):
     def fingerprint(layout=SMALL, **changes) -> str:
-        return build(
+        return build_store(
             dataclasses.replace(config, **changes), tmp_path / "s", layout=layout
         ).fingerprint
 
@@ -237,11 +237,13 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(config, store, corp
 
 def test_a_renamed_store_is_refused(config, store, tmp_path):
     wrong = tmp_path / "stores" / store.fingerprint[:16]
-    other = build(dataclasses.replace(config, heldout_fraction=0.5), tmp_path / "o", layout=SMALL)
+    other = build_store(
+        dataclasses.replace(config, heldout_fraction=0.5), tmp_path / "o", layout=SMALL
+    )
     shutil.rmtree(wrong)
     shutil.copytree(other.path, wrong)
     with pytest.raises(UserError, match="another store than its name says"):
-        build(config, tmp_path / "stores", layout=SMALL)
+        build_store(config, tmp_path / "stores", layout=SMALL)
 
 
 def test_another_format_is_refused(store):
@@ -289,7 +291,7 @@ def test_text_of_zeros_is_stored(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_bytes(b"\0" * (100 + i))
     config = DataConfig(source="text", files=f"{tmp_path}/*.txt")
-    store = build(config, tmp_path / "stores", layout=SMALL)
+    store = build_store(config, tmp_path / "stores", layout=SMALL)
     assert sum(len(text) for name in SPLITS for text in split_documents(store, name)) == 406
 
 
@@ -299,10 +301,10 @@ def test_ids_beyond_the_vocabulary_are_refused(config, store, tmp_path, monkeypa
     store.check_vocabulary(258)
     monkeypatch.setattr(BytesTokenizer, "vocab_size", 200)
     with pytest.raises(UserError, match=r"\.txt#0: the tokenizer gives ids .* beyond its 200"):
-        build(config, tmp_path / "beyond", layout=SMALL)
+        build_store(config, tmp_path / "beyond", layout=SMALL)
 
 
 def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot be written.*set data\.store"):
-        build(config, tmp_path / "file" / "stores")
+        build_store(config, tmp_path / "file" / "stores")

@@ -14,7 +14,7 @@ from small_run import flags, small_config, write_corpus
 
 from moe_jax.cli.train import main
 from moe_jax.config import to_json
-from moe_jax.data.build import Layout, build
+from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.pipeline import Batches, HeldOut
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory) -> DataConfig:
 @pytest.fixture
 def store(corpus, tmp_path) -> Path:
     """Folder of a store with several shards in each split."""
-    return Path(build(corpus, tmp_path / "stores", layout=LAYOUT).path)
+    return Path(build_store(corpus, tmp_path / "stores", layout=LAYOUT).path)
 
 
 @pytest.fixture(autouse=True)
@@ -185,12 +185,12 @@ def test_another_tokenizer_never_goes_on_with_a_build(corpus, tmp_path):
 
     train_bpe(["the model reads"] * 9, 262, tokenizer)
     with pytest.raises(InterruptedError):
-        build(config, tmp_path / "stores", lambda line: "512" in line and stop(line), LAYOUT)
+        build_store(config, tmp_path / "stores", lambda line: "512" in line and stop(line), LAYOUT)
     (half,) = (path for path in (tmp_path / "stores").iterdir() if path.is_dir())
     assert list(half.rglob("parts/*"))
     train_bpe(["the word follows"] * 9, 262, tokenizer)
-    found = Path(build(config, tmp_path / "stores", layout=LAYOUT).path)
-    fresh = Path(build(config, tmp_path / "fresh", layout=LAYOUT).path)
+    found = Path(build_store(config, tmp_path / "stores", layout=LAYOUT).path)
+    fresh = Path(build_store(config, tmp_path / "fresh", layout=LAYOUT).path)
     assert found.name == fresh.name != half.name
     names = sorted(str(path.relative_to(fresh)) for path in fresh.rglob("*") if path.is_file())
     assert all((found / name).read_bytes() == (fresh / name).read_bytes() for name in names)
@@ -206,7 +206,7 @@ def test_a_damaged_journal_costs_the_build_time_and_nothing_else(corpus, tmp_pat
             raise StopError
 
     with pytest.raises(StopError):
-        build(corpus, tmp_path / "again", stop, LAYOUT)
+        build_store(corpus, tmp_path / "again", stop, LAYOUT)
     path = tmp_path / "again" / store.name / "train" / "parts" / "00000001"
     raw = bytearray(path.read_bytes())
     raw[40] ^= 1
@@ -215,7 +215,7 @@ def test_a_damaged_journal_costs_the_build_time_and_nothing_else(corpus, tmp_pat
     else:
         path.write_bytes(raw if damage == "bit" else raw[:-24])
     lines: list[str] = []
-    again = Path(build(corpus, tmp_path / "again", lines.append, LAYOUT).path)
+    again = Path(build_store(corpus, tmp_path / "again", lines.append, LAYOUT).path)
     assert "train: resuming after 512 tokens" in lines
     for file in (path for path in store.rglob("*") if path.is_file()):
         assert (again / file.relative_to(store)).read_bytes() == file.read_bytes()
@@ -232,7 +232,7 @@ def test_a_flipped_bit_in_any_file_of_a_store(tmp_path, flips):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"{name} few words" * 5)
     corpus = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.2)
-    store = Path(build(corpus, tmp_path / "stores", layout=Layout(32, 128)).path)
+    store = Path(build_store(corpus, tmp_path / "stores", layout=Layout(32, 128)).path)
     read_all(store)
     files = sorted(path for path in store.rglob("*") if path.is_file())
     assert len(files) == 10

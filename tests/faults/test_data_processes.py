@@ -12,7 +12,7 @@ from garbage import corpus_with_a_bad_record
 from small_run import eval_rows, flags, train_rows, write_corpus
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.data.build import build
+from moe_jax.data.build import build_store
 from moe_jax.data.config import DataConfig
 
 EVERY = 5
@@ -69,7 +69,7 @@ def test_two_epochs_with_three_kills_lose_and_double_no_example(tmp_path, cli_en
     """Of the rows that the steps of metrics.jsonl were given, by their tokens."""
     files = write_corpus(tmp_path / "text", 24)
     config = DataConfig(source="text", files=files, heldout_fraction=1e-6)
-    store = build(config, tmp_path / "stores")
+    store = build_store(config, tmp_path / "stores")
     (tokens,) = store.train.read([(0, store.train.num_tokens)])
     numbers = windows_of(tokens, 32, store.pad_id)
     heldout = windows_of(store.heldout.read([(0, store.heldout.num_tokens)])[0], 32, store.pad_id)

@@ -7,7 +7,7 @@ import pytest
 from small_run import flags
 from trainer import OVERRIDES, peers
 
-from moe_jax.data.build import build, store_root
+from moe_jax.data.build import build_store, store_root
 from moe_jax.data.config import DataConfig
 from moe_jax.parallel.distributed import AGAIN, DONE
 
@@ -102,7 +102,7 @@ def test_a_builder_that_hangs_ends_who_waits_for_it(tmp_path, few, trainers):
     config = DataConfig(source="text", files=few)
     command = [*flags(tmp_path / "run", few, **RUN), "--devices=1"]
     root = store_root(config, tmp_path / "run")
-    store = build(config, root)
+    store = build_store(config, root)
     lock = root / f"{store.fingerprint[:16]}.lock"
     (root / store.fingerprint[:16] / "manifest.json").unlink()
     with lock.open("wb") as held:

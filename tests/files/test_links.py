@@ -12,7 +12,7 @@ from small_run import flags, write_corpus
 from launch.shell import LaunchError
 from launch.sweep import _write_record
 from moe_jax.cli.train import main
-from moe_jax.data.build import Layout, build
+from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
@@ -89,7 +89,7 @@ def test_links_inside_a_workdir_and_to_it_are_fine(tmp_path):
 def test_a_build_writes_and_deletes_through_no_link(tmp_path, mine, name):
     """TensorStore follows links: an array made anew deletes all that lies behind one."""
     config = DataConfig(source="text", files=write_corpus(tmp_path / "text", 12))
-    good = Path(build(config, tmp_path / "good", layout=Layout(64, 512)).path)
+    good = Path(build_store(config, tmp_path / "good", layout=Layout(64, 512)).path)
     link = tmp_path / "stores" / good.name / name
     link.parent.mkdir(parents=True)
     if name == ".":
@@ -98,17 +98,17 @@ def test_a_build_writes_and_deletes_through_no_link(tmp_path, mine, name):
         link.symlink_to(mine / ("file" if "json" in name else "."))
     before = contents(mine)
     with pytest.raises(UserError):
-        build(config, tmp_path / "stores", layout=Layout(64, 512))
+        build_store(config, tmp_path / "stores", layout=Layout(64, 512))
     assert contents(mine) == before
 
 
 def test_a_build_locks_no_file_of_another(tmp_path, mine):
     config = DataConfig(source="text", files=write_corpus(tmp_path / "text", 12))
-    name = Path(build(config, tmp_path / "good").path).name
+    name = Path(build_store(config, tmp_path / "good").path).name
     (tmp_path / "stores").mkdir()
     (tmp_path / "stores" / f"{name}.lock").symlink_to(mine / "file")
     with pytest.raises(UserError, match="cannot be written"):
-        build(config, tmp_path / "stores")
+        build_store(config, tmp_path / "stores")
     assert (mine / "file").read_text() == "mine"
 
 

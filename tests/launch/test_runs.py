@@ -9,8 +9,9 @@ from launch.job import Job
 from launch.runs import expand, job, run_name
 from launch.shell import LaunchError
 from moe_jax.cli.check import check
-from moe_jax.cli.parse import load_config
 from moe_jax.config import from_config_dict
+from moe_jax.config_file import read_config_file
+from moe_jax.model.define import define
 from moe_jax.model.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def configs(path: str) -> list:
     """The typed configs of a sweep's runs."""
     built = []
     for run in expand(path).values():
-        config = load_config(run["config"])
+        config = read_config_file(run["config"])
         config.update_from_flattened_dict(
             {key.removeprefix("config."): run[key] for key in run if key != "config"}
         )
@@ -57,7 +58,9 @@ def test_equal_flops(name, monkeypatch):
     for config in configs(f"configs/sweeps/{name}.py"):
         model = config.model
         router = 0 if model.dense else 6 * 4 * model.width * model.moe.num_experts
-        costs.add(flops_per_token(model, config.data.sequence_length) - router)
+        costs.add(
+            flops_per_token(define(model, config.precision), config.data.sequence_length) - router
+        )
     assert len(costs) == 1
 
 

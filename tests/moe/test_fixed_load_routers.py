@@ -240,10 +240,11 @@ def test_every_router_is_built_from_the_shared_knobs(name):
 def test_a_next_token_model_refuses_to_look_ahead():
     config = MoEConfig(router="expert_choice")
     with pytest.raises(UserError, match=r"expert_choice lets later tokens.*see the future.*top_k"):
-        refuse_lookahead(config)
+        refuse_lookahead(make_router(config), config)
     model = ModelConfig(vocab_size=16, width=8, num_layers=1, moe=config)
     with pytest.raises(UserError, match="see the future"):
         define(model, jnp.float32)
     define(dataclasses.replace(model, dense=True), jnp.float32)
     for name in sorted(set(ROUTERS) - {"expert_choice"}):
-        refuse_lookahead(MoEConfig(router=name))
+        config = MoEConfig(router=name)
+        refuse_lookahead(make_router(config), config)

@@ -30,7 +30,7 @@ def layer(mesh, dispatch="capacity", activation="swiglu", shared=0, dropout=0.0,
     @jax.jit
     def forward(params, x_BTD, keys_B):
         tokens, mask = jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool)
-        context = MoEContext(tokens, mask, keys_B, mesh, 1, train)
+        context = MoEContext(tokens, mask, keys_B, mesh, train, group_rows=1)
         return nnx.merge(graph, params)(x_BTD, context)[0]
 
     def apply(x_BTD, order=(0, 1)):

@@ -53,7 +53,7 @@ def forward_backward(
     @jax.jit
     def run(params, x_BTD):
         tokens_BT = jnp.zeros((B, T), jnp.int32)
-        context = MoEContext(tokens_BT, mask_BT, keys_B, mesh, ROWS, True)
+        context = MoEContext(tokens_BT, mask_BT, keys_B, mesh, True, group_rows=ROWS)
 
         def loss(params, x_BTD):
             y_BTD, aux = nnx.merge(graph, params)(x_BTD, context)

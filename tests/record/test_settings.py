@@ -83,9 +83,9 @@ def test_a_flight_record_has_the_settings_before_the_run_went_on_with_others(tmp
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"history": [{"step": 9}], "rewinds": 0, "settings": 1}))
     begins(6, 4)
-    now = replay._logged(tmp_path)
+    now = replay.read_log(tmp_path)
     assert [settings_of(now.settings, step).devices for step in (6, 9)] == [8, 4]
-    then = replay._flown(tmp_path, 9, now)
+    then = replay.read_flight(tmp_path, 9, now)
     assert [settings_of(then.settings, step).devices for step in (6, 9)] == [8, 8]
     assert (now.usable, then.usable) == (math.inf, 6)  # a later checkpoint has other bits
 

@@ -3,8 +3,7 @@
 import jax
 from small_run import small_config, write_corpus
 
-from moe_jax.data.feed import DeviceFeed
-from moe_jax.run.evaluate import batch_shardings
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
@@ -27,7 +26,7 @@ def test_losses(tmp_path, x64, compiled_as_by_users, golden):
     state = first_state(run, "", lambda line: None)
     curve = {name: [] for name in LOGGED}
     step_fn = None
-    with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0, STEPS) as feed:
+    with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run.mesh), 0, STEPS) as feed:
         for _, batch in feed:
             step_fn = step_fn or compile_step(run)
             state, metrics = step_fn(state, batch)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from small_run import small_config, write_corpus
 
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.run.context import Run
-from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
@@ -103,7 +102,7 @@ def free_run(prepared):
 
 
 def feed(run: Run) -> DeviceFeed:
-    return DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), 0, STEPS)
+    return DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run.mesh), 0, STEPS)
 
 
 def counts_of(row: dict) -> list[int]:

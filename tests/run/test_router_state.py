@@ -18,7 +18,7 @@ from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding
 from moe_jax.run.context import make_optimizer, make_step_options
 from moe_jax.train.optim import OptimizerConfig
-from moe_jax.train.state import TrainState, from_disk, new_state, to_disk
+from moe_jax.train.state import TrainState, from_disk, init_train_state, to_disk
 from moe_jax.train.step import jit_train_step
 
 B, T, E, V, LAYERS = 16, 8, 4, 50, 2
@@ -77,7 +77,7 @@ def make(config: Config, **axes):
     model, optimizer = define(config.model, jnp.float32), make_optimizer(config)
     step = jit_train_step(model, optimizer, make_step_options(config), mesh)
     return (
-        new_state(model, optimizer, mesh, jax.random.key(0)),
+        init_train_state(model, optimizer, mesh, jax.random.key(0)),
         step,
         batch(config.train.accumulation, mesh),
     )

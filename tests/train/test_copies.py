@@ -15,7 +15,7 @@ from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.run.context import make_optimizer, make_step_options
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.optim import OptimizerConfig
-from moe_jax.train.state import new_state
+from moe_jax.train.state import init_train_state
 from moe_jax.train.step import jit_train_step, make_gradients
 
 B, T, V = 4, 8, 50
@@ -45,7 +45,7 @@ def make(accumulation: int, scan: bool, dtype=jnp.bfloat16):
     model, optimizer = define(config.model, dtype), make_optimizer(config)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     options = make_step_options(config)
-    state = new_state(model, optimizer, mesh, jax.random.key(0))
+    state = init_train_state(model, optimizer, mesh, jax.random.key(0))
     step = jit_train_step(model, optimizer, options, mesh)
     return model, options, mesh, state, step, batch(accumulation)
 

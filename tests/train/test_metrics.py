@@ -141,7 +141,6 @@ def _nll(run, params, batch, dispatch):
         batch.segments_BT > 0,
         keys_B,
         run.mesh,
-        run.config.model.moe.group_rows,
         train=False,
     )
     x_BTD, _ = forward(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from moe_jax.moe.types import DispatchIn, TokenChoice
+from moe_jax.moe.types import DispatchIn, Exchange, LayerSizes, TokenChoice
 
 # Axes of group, row, position and choice, those that vary slowest first.
 SLOWEST_FIRST = {"token": (0, 2, 1, 3), "choice": (0, 3, 2, 1), "batch": (0, 3, 1, 2)}
@@ -69,6 +69,33 @@ class Slots:
     def drop_cause(self) -> str:
         """The expert's slots in the group were taken."""
         return "dropped_capacity"
+
+    @property
+    def drops(self) -> bool:
+        """What finds no slot."""
+        return True
+
+    @property
+    def grouped(self) -> bool:
+        """Slots are multiplied as a batch."""
+        return False
+
+    def lookahead(self, sizes: LayerSizes) -> str:
+        """Priorities in which a token's first choice can come before an earlier one's second."""
+        if self.priority == "token" or (self.priority == "choice" and sizes.choices == 1):
+            return ""
+        return f"priority {self.priority}"
+
+    def buffer_rows(self, sizes: LayerSizes) -> int:
+        """The slots of all groups of a device."""
+        slots = self.capacity(sizes.group_tokens, sizes.choices, sizes.experts, train=True)
+        return sizes.tokens // sizes.group_tokens * sizes.experts * slots
+
+    def exchange(self, sizes: LayerSizes) -> Exchange | None:
+        """All slots, there and back."""
+        if sizes.expert_shards == 1:
+            return None
+        return Exchange("all-to-all", "all-to-all", self.buffer_rows(sizes))
 
     def slots(self, tokens: int, choices: int, num_experts: int, inputs: DispatchIn) -> int:
         """Slots of an expert in this call: the router's own bound, else `capacity`."""

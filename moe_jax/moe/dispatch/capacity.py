@@ -29,11 +29,16 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 class Capacity(Slots):
     """Bounded slots per expert and group; expert parallelism by all-to-all."""
 
+    @property
+    def weighs_hidden(self) -> bool:
+        """Weights travel with the tokens."""
+        return True
+
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
-        E, shards = experts.num_experts, inputs.mesh.shape["expert"]
+        E, shards = experts.num_experts, inputs.expert_shards
 
         def body(x_GSD, choice, experts, mask_GS, tokens_GS):
             G, S, D = x_GSD.shape

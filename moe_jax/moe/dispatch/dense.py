@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.moe.types import DispatchIn, Experts, LayerSizes, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,33 @@ class Dense:
     def drop_cause(self) -> str:
         """Nothing is dropped."""
         return "dropped_capacity"
+
+    @property
+    def drops(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def grouped(self) -> bool:
+        """Each expert multiplies all tokens."""
+        return False
+
+    @property
+    def weighs_hidden(self) -> bool:
+        """Outputs are weighed."""
+        return False
+
+    def lookahead(self, sizes: LayerSizes) -> str:
+        """No token decides about another."""
+        return ""
+
+    def buffer_rows(self, sizes: LayerSizes) -> int:
+        """Every token for every expert."""
+        return sizes.tokens * sizes.experts
+
+    def exchange(self, sizes: LayerSizes) -> None:
+        """Tokens stay where they are; the weights of all experts come to them."""
+        return None
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
         """Nothing is bounded."""

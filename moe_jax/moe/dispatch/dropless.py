@@ -22,7 +22,7 @@ from moe_jax.moe.dispatch.bounded import routed_ids
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
 from moe_jax.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
 from moe_jax.moe.dispatch.region import expert_region
-from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.moe.types import DispatchIn, Exchange, Experts, LayerSizes, TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
@@ -49,6 +49,41 @@ class Dropless:
         """A smaller receive buffer overflowed."""
         return "dropped_buffer"
 
+    @property
+    def drops(self) -> bool:
+        """Only where what a shard receives is bounded."""
+        return self.recv_factor > 0
+
+    @property
+    def grouped(self) -> bool:
+        """The experts multiply consecutive rows."""
+        return True
+
+    @property
+    def weighs_hidden(self) -> bool:
+        """Weights stand beside the sorted rows."""
+        return True
+
+    def lookahead(self, sizes: LayerSizes) -> str:
+        """An overflow drops by expert: a later token of a lower one evicts an earlier token."""
+        bounded = self.recv_factor > 0 and sizes.expert_shards > 1
+        return f"dropless.recv_factor {self.recv_factor:g}" if bounded else ""
+
+    def buffer_rows(self, sizes: LayerSizes) -> int:
+        """What may come from all shards; without a bound all that the experts here can take."""
+        shards = sizes.expert_shards
+        if self.recv_factor == 0:
+            return shards * sizes.tokens * min(sizes.choices, sizes.experts // shards)
+        return shards * _room(sizes.tokens * sizes.choices, shards, self.recv_factor)
+
+    def exchange(self, sizes: LayerSizes) -> Exchange | None:
+        """Without a bound every shard gets all tokens, and shards add their outputs."""
+        if sizes.expert_shards == 1:
+            return None
+        if self.recv_factor == 0:
+            return Exchange("all-gather", "reduce-scatter", sizes.tokens)
+        return Exchange("all-to-all", "all-to-all", self.buffer_rows(sizes))
+
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
         """Nothing is bounded per expert."""
         return None
@@ -57,7 +92,7 @@ class Dropless:
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
-        E, shards = experts.num_experts, inputs.mesh.shape["expert"]
+        E, shards = experts.num_experts, inputs.expert_shards
 
         def body(x_GSD, choice, experts, mask_GS):
             G, S, D = x_GSD.shape
@@ -73,18 +108,6 @@ class Dropless:
             return y_ND.reshape(G, S, D), kept_NK.reshape(G, S, K)
 
         return expert_region(body, x_GSD, choice, experts, inputs)
-
-
-def buffer_rows(tokens: int, choices: int, experts: int, shards: int, recv_factor: float) -> int:
-    """Rows of the buffer in which a device's experts find their tokens.
-
-    Args:
-      tokens: of one device.
-      experts: of all shards.
-    """
-    if recv_factor == 0:
-        return shards * tokens * min(choices, experts // shards)
-    return shards * _room(tokens * choices, shards, recv_factor)
 
 
 def _room(assignments: int, shards: int, recv_factor: float) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
@@ -18,7 +18,12 @@ from moe_jax.parallel.mesh import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Einsum(Slots):
-    """One-hot dispatch and combine, with capacity and the drop order of `slots`."""
+    """One-hot dispatch and combine, with capacity and the drop order of bounded.py."""
+
+    @property
+    def weighs_hidden(self) -> bool:
+        """The combine einsum weighs."""
+        return False
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
@@ -45,12 +50,20 @@ class Einsum(Slots):
         combine_GSEC = jnp.einsum("gsk,gskec->gsec", weights_GSK, slot_GSKEC)
 
         # Split by groups, then by experts, then by groups again: each change is one all-to-all.
-        by_groups = NamedSharding(inputs.mesh, P(None, BATCH_AXES, None, None))
-        by_experts = NamedSharding(inputs.mesh, P("expert", ("data", "fsdp"), None, None))
-        move = jax.lax.with_sharding_constraint
-        x_EGCD = move(jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD), by_groups)
-        x_EGCD = move(x_EGCD, by_experts)
+        by_groups = P(None, BATCH_AXES, None, None)
+        by_experts = P("expert", ("data", "fsdp"), None, None)
+        x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD)
+        x_EGCD = _split(x_EGCD, inputs.mesh, by_groups, by_experts)
         y_EGCD = experts.batched(x_EGCD.reshape(E, G * C, D)).reshape(E, G, C, D)
-        y_EGCD = move(move(y_EGCD, by_experts), by_groups)
+        y_EGCD = _split(y_EGCD, inputs.mesh, by_experts, by_groups)
         y_GSD = jnp.einsum("gsec,egcd->gsd", combine_GSEC, y_EGCD)
         return y_GSD, kept_GSK
+
+
+def _split(x: jax.Array, mesh: Mesh | None, before: P, after: P) -> jax.Array:
+    """`x`, which is split as `before`, split as `after`; without a mesh XLA decides."""
+    if mesh is None:
+        return x
+    for spec in (before, after):
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x

@@ -29,8 +29,11 @@ def expert_region(
 ) -> tuple[jax.Array, jax.Array]:
     """Run `body` on each device's groups and experts; sum its partial outputs.
 
+    Without a mesh `body` runs on all of them, and XLA partitions it with what is around it.
     `by_group` holds integers of each group, [G, ...], that only this path needs.
     """
+    if inputs.mesh is None:
+        return body(x_GSD, choice, experts, inputs.mask_GS, *by_group)
     groups = P(BATCH_AXES)
 
     def local(x_GSD, choice, experts, mask_GS, *by_group):

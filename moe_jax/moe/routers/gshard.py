@@ -25,6 +25,11 @@ class GShard(LinearRouter):
         """Always 2."""
         return 2
 
+    @property
+    def random(self) -> bool:
+        """Where the second expert is drawn, too."""
+        return self.random_second or super().random
+
     def route(self, inputs: RouterIn, params, state):
         """Choose two experts; see `types.Router`."""
         logits_GSE = self.logits(inputs, params["kernel"])

@@ -46,6 +46,11 @@ class Hash:
         """Each token's id alone decides."""
         return True
 
+    @property
+    def random(self) -> bool:
+        """Its table was drawn once."""
+        return False
+
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
         """None."""
         return {}

@@ -38,6 +38,11 @@ class LinearRouter:
         """Each token chooses for itself."""
         return True
 
+    @property
+    def random(self) -> bool:
+        """Where its input is jittered."""
+        return self.jitter > 0
+
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
         """One [D, E] matrix; std 0.02 as in OLMoE's and Mixtral's released configurations."""
         return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}

@@ -44,6 +44,11 @@ class NoisyTopK(LinearRouter):
         """K."""
         return self.top_k
 
+    @property
+    def random(self) -> bool:
+        """Its logits are noisy."""
+        return True
+
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
         """Wg and Wn, [D, E] each; both zero at first, so that tokens start evenly spread."""
         zero = ParamSpec((width, num_experts), ("embed", "router_experts"), 0.0)

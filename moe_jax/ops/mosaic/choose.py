@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel.collectives import partitioned
+
 FIRST_JAX = (0, 11)  # before it the kernels were never run
 CAPABILITY = "9.0"  # wgmma exists on Hopper alone
 ALIGN = 8  # rows; where a copy of a swizzled tile may begin
@@ -70,9 +72,9 @@ def supports_rows(x_ND: jax.Array) -> bool:
 
 
 def runs_here() -> bool:
-    """Whether this jax and this process's first device can run the kernels."""
+    """Whether this jax and this process's first device can run the kernels, here in the trace."""
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    return jax.__version_info__ >= FIRST_JAX and capability == CAPABILITY
+    return jax.__version_info__ >= FIRST_JAX and capability == CAPABILITY and not partitioned()
 
 
 def multiprocessors() -> int:

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.data.feed import DeviceFeed, RowsFn
+from moe_jax.data.feed import DeviceFeed, RowsFn, batch_shardings
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
 from moe_jax.parallel.process import process_age
 from moe_jax.run.context import Run
-from moe_jax.run.evaluate import batch_shardings
 from moe_jax.tools.bench.breakdown import breakdown
 from moe_jax.tools.hlo import read_collectives
 from moe_jax.train.state import TrainState
@@ -47,7 +46,7 @@ def measure(
     where the device's time goes (`breakdown`).
     """
     config = run.config
-    with DeviceFeed(rows, run.microbatch, batch_shardings(run), 0) as feed:
+    with DeviceFeed(rows, run.microbatch, batch_shardings(run.mesh), 0) as feed:
         _, batch = next(feed)
         began = time.perf_counter()
         step_fn = lowered.result().compile()
@@ -64,7 +63,7 @@ def measure(
             "step_ms_p90": _ms(times, 0.9),
         }
         tokens = config.train.batch_size * config.data.sequence_length
-        tflop = flops_per_token(config.model, config.data.sequence_length) * tokens / 1e12
+        tflop = flops_per_token(run.model, config.data.sequence_length) * tokens / 1e12
         seconds = statistics.median(times)
         peak = peak_tflops(jax.devices()[0].device_kind)
         row |= {
@@ -89,7 +88,7 @@ def measure(
                 steps,
             )
             row["forward_backward_ms"] = round(1e3 * statistics.median(times), 1)
-    counts = param_counts(config.model)
+    counts = param_counts(run.model)
     return {
         **row,
         "compile_seconds": round(compile_seconds, 2),

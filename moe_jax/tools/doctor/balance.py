@@ -15,9 +15,9 @@ from moe_jax.config import Config
 from moe_jax.data.batch import Batch
 from moe_jax.model.define import define
 from moe_jax.model.initialize import init
-from moe_jax.moe.components import first_router_state, make_router
+from moe_jax.moe.components import router_state
 from moe_jax.moe.config import BALANCE_SCOPES, MoEConfig
-from moe_jax.moe.types import ExpertChoice, RouterIn
+from moe_jax.moe.types import ExpertChoice, Router, RouterIn
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.rules import sharding
 from moe_jax.tools.doctor.finding import Finding
@@ -45,16 +45,18 @@ def balance_at_uniform(subject: Subject) -> Finding:
     """Tokens that prefer the experts in turn, through the router's own `route`; then all alike."""
     if not subject.moe_layers:
         return NO_EXPERTS
-    return uniform_balance(subject.run.config.model.moe)
+    parts = subject.run.model.components
+    assert parts is not None  # it holds experts
+    return uniform_balance(parts.router, subject.run.config.model.moe)
 
 
-def uniform_balance(moe: MoEConfig) -> Finding:
+def uniform_balance(router: Router, moe: MoEConfig) -> Finding:
     """The balance loss of the router that `moe` names, against the load that it made.
 
     A table of token ids may be unable to load its experts evenly: its size need not be a multiple
     of E.  That is no fault of the loss.
     """
-    even, alike = routed(moe), routed(moe, alike=True)
+    even, alike = (routed(router, moe.num_experts, alike) for alike in (False, True))
     figure = f"{even.balance:.4f} with router {moe.router}, {moe.num_experts} experts"
     figure += f", top-{moe.top_k}"
     if alike.spread - 1 <= UNIFORM_TOLERANCE:
@@ -73,14 +75,14 @@ def uniform_balance(moe: MoEConfig) -> Finding:
     )
 
 
-def routed(moe: MoEConfig, alike: bool = False) -> Routed:
+def routed(router: Router, num_experts: int, alike: bool = False) -> Routed:
     """What the router makes of tokens of which each expert is the first choice equally often.
 
     Token s sees the unit matrix as its router, and its logits are one ramp turned by s, so that
     every expert comes once at every rank.  A router without parameters sees many token ids.
     `alike`: all tokens are the first one.
     """
-    router, E = make_router(moe), moe.num_experts
+    E = num_experts
     specs = router.param_specs(E, E)
     S = E if specs else E * IDS_PER_EXPERT
     token_S = np.zeros(S, np.int32) if alike else np.arange(S, dtype=np.int32)
@@ -96,7 +98,7 @@ def routed(moe: MoEConfig, alike: bool = False) -> Routed:
         keys_GR=jax.random.key(0, impl="threefry2x32")[None, None],
         train=False,
     )
-    state = {name: leaf[0] for name, leaf in first_router_state(moe, 1, jnp.float32).items()}
+    state = router_state(router, E, None, jnp.float32)
     choice, aux = jax.jit(lambda params: router.route(inputs, params, state))(params)
     by_token = choice.by_token(S) if isinstance(choice, ExpertChoice) else choice
     share_E = np.bincount(np.asarray(by_token.ids_GSK)[by_token.valid_GSK], minlength=E)
@@ -209,16 +211,10 @@ def gradient(on: Rows, scope: str) -> list[np.ndarray]:
     """Gradient of the balance loss in `scope` for every parameter, in float32."""
     moe = dataclasses.replace(on.config.model.moe, balance_scope=scope)
     model = define(dataclasses.replace(on.config.model, moe=moe), jnp.float32)
-    options = StepOptions(
-        seed=on.config.seed,
-        group_rows=GROUP_ROWS,
-        clip_norm=0.0,
-        spike_factor=0.0,
-        num_sources=1,
-        debug=False,
-    )
+    options = StepOptions(seed=on.config.seed)
     evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=everywhere(on.mesh))
-    state = first_router_state(moe, 1, jnp.float32)
+    assert model.components is not None  # its one layer holds experts
+    state = router_state(model.components.router, moe.num_experts, 1, jnp.float32)
     # At a lower precision rounding would move tokens between experts.
     with jax.default_matmul_precision("highest"):
         grads = evaluate(on.params, state, on.batch, jnp.int32(0))[0]

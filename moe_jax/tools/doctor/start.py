@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.config import Config
 from moe_jax.model.layout import to_layers
 from moe_jax.model.rope import rope_tables
-from moe_jax.moe.components import make_dispatch
+from moe_jax.moe.components import Components
 from moe_jax.moe.types import MoEContext
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
@@ -105,7 +106,6 @@ def residual_scale(subject: Subject) -> list[float]:
         mask_BT=batch.segments_BT > 0,
         row_keys_B=row_keys(run.config.seed, jnp.int32(0), batch.row_B),
         mesh=run.mesh,
-        group_rows=run.step_options.group_rows,
         train=False,
     )
     rope = rope_tables(batch.positions_BT, config.head_dim, config.rope_theta, model.dtype)
@@ -137,17 +137,19 @@ def capacity(subject: Subject) -> Finding:
     """Slots in tokens of an expert and group, and the share of assignments dropped at init."""
     if not subject.moe_layers:
         return NO_EXPERTS
-    asked, run = subject.plan.config, subject.run.config
+    parts = subject.run.model.components
+    assert parts is not None  # it holds experts
+    asked, run = (_slots(of.config, parts) for of in (subject.plan, subject.run))
     moe = subject.probe.moe
     assert moe is not None
     fates, stats = moe.stats.fates, moe.stats
     dropped = fates.dropped_capacity + fates.dropped_buffer
     share_L = dropped / np.maximum(fates.wanted(), 1)
     worst = int(np.argmax(share_L))
-    figure = f"{_slots(asked)}; at init {share_L[worst]:.1%} dropped"
+    figure = f"{asked}; at init {share_L[worst]:.1%} dropped"
     figure += f" (worst: layer {subject.moe_layers[worst]})"
-    if _slots(run) != _slots(asked):
-        figure += f" of a shrunk group ({_slots(run)})"
+    if run != asked:
+        figure += f" of a shrunk group ({run})"
     if not np.all(stats.conserved()):
         return Finding(False, figure, "Count every assignment once: the ledger lost some.")
     return Finding(
@@ -158,11 +160,11 @@ def capacity(subject: Subject) -> Finding:
     )
 
 
-def _slots(config: Any) -> str:
+def _slots(config: Config, components: Components) -> str:
     moe = config.model.moe
     tokens = moe.group_rows * config.data.sequence_length
     train, evaluate = (
-        make_dispatch(moe).capacity(tokens, moe.top_k, moe.num_experts, train)
+        components.dispatch.capacity(tokens, moe.top_k, moe.num_experts, train)
         for train in (True, False)
     )
     if train is None:

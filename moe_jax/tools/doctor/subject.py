@@ -17,14 +17,13 @@ import numpy as np
 from moe_jax.checkpoint import named_leaves
 from moe_jax.config import Config
 from moe_jax.data.batch import Batch
-from moe_jax.data.feed import DeviceFeed
+from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.files.workdir import Folder
 from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.layout import to_layers
 from moe_jax.moe.types import MoEAux
 from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.context import Run
-from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
@@ -93,7 +92,7 @@ class Subject:
 
     def feed(self, start: int, stop: int) -> DeviceFeed:
         """The run's own batches."""
-        where = batch_shardings(self.run)
+        where = batch_shardings(self.run.mesh)
         return DeviceFeed(self.run.batches.rows, self.run.microbatch, where, start, stop)
 
     @cached_property

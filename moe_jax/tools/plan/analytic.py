@@ -11,16 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.components import make_dispatch
-from moe_jax.moe.config import MoEConfig
-from moe_jax.moe.dispatch.dropless import buffer_rows as dropless_rows
+from moe_jax.moe.types import Dispatch, Exchange
 from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.parallel.rules import spec
+from moe_jax.run.resolve import layer_sizes
 from moe_jax.tools.plan.lowering import Plan, split_ways
-
-# Dispatch paths that weigh what experts made, which is in the derivative there; others weigh the
-# hidden layer.
-WEIGHED_AFTER = ("dense", "einsum")
 
 
 class Memory(NamedTuple):
@@ -49,6 +44,8 @@ class Local:
     N: int
     M: int  # 0 without experts
     U: int
+    dispatch: Dispatch | None  # None without experts
+    exchange: Exchange | None  # of tokens between expert shards
 
     @property
     def vocab(self) -> int:
@@ -77,29 +74,13 @@ def local_sizes(plan: Plan) -> Local:
     config, model = plan.config, plan.config.model
     sizes = dataclasses.asdict(config.mesh)
     rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
-    N = rows * config.data.sequence_length
-    M = 0 if model.dense else buffer_rows(plan, rows)
+    N, M, exchange, parts = rows * config.data.sequence_length, 0, None, plan.model.components
+    if parts is not None:
+        layer = layer_sizes(config)
+        M, exchange = parts.dispatch.buffer_rows(layer), parts.dispatch.exchange(layer)
     U = ACTIVATE[model.activation][0]
-    return Local(model, sizes, float(jnp.dtype(config.precision).itemsize), N, M, U)
-
-
-def buffer_rows(plan: Plan, rows: int) -> int:
-    """Rows of the buffer in which a device's experts find their tokens."""
-    config, moe = plan.config, plan.config.model.moe
-    dispatch = make_dispatch(moe)
-    T, K, E = config.data.sequence_length, moe.top_k, moe.num_experts
-    if moe.dispatch == "dense":
-        return rows * T * E
-    capacity = dispatch.capacity(moe.group_rows * T, K, E, True)
-    if capacity is not None:
-        return rows // moe.group_rows * E * capacity
-    recv_factor = getattr(dispatch, "recv_factor", 0.0)
-    return dropless_rows(rows * T, K, E, config.mesh.expert, recv_factor)
-
-
-def gathers_tokens(moe: MoEConfig) -> bool:
-    """Whether every expert shard gets all tokens, instead of those sent to it."""
-    return moe.dispatch == "dropless" and getattr(make_dispatch(moe), "recv_factor", 0.0) == 0
+    c = float(jnp.dtype(config.precision).itemsize)
+    return Local(model, sizes, c, N, M, U, parts and parts.dispatch, exchange)
 
 
 def estimate(plan: Plan) -> Memory:
@@ -119,7 +100,7 @@ def estimate(plan: Plan) -> Memory:
     head = local.vocab * model.width
     logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
     gathered = gathered_bytes(plan, local)
-    fixed = all_to_alls(plan) * local.M * model.width * c
+    fixed = all_to_alls(plan, local) * local.M * model.width * c
 
     def moment(gradients, activations, dispatch=0.0, collectives=0.0):
         gradients += summed + head * 4
@@ -175,7 +156,7 @@ def saved_bytes(plan: Plan, local: Local) -> float:
     wide = sparse * M * local.ffn * c
     # The routers' logits, and tokens and their weights where their experts are.
     dispatched = sparse * (N * model.moe.num_experts * 4 + M * (D * c + 4))
-    if model.moe.dispatch in WEIGHED_AFTER:
+    if local.dispatch is not None and not local.dispatch.weighs_hidden:
         dispatched += sparse * M * D * c  # and back
     if model.remat == "save_dispatch":
         return stream + dispatched
@@ -210,7 +191,7 @@ def layer_bytes(local: Local) -> Working:
     wide, narrow = M * local.ffn * c, M * model.width * c
     if model.remat == "none":  # nothing is computed again: gradients alone
         return Working(stream, (U + 1) * wide + 2 * narrow)
-    if model.moe.dispatch == "dropless":
+    if local.dispatch is not None and local.dispatch.grouped:
         # Before the activation and its gradient, and what lies between them; or the hidden layer
         # forward again, with tokens sent, received and sorted, there and back.
         here = model.moe.num_experts // local.sizes["expert"]
@@ -222,23 +203,29 @@ def layer_bytes(local: Local) -> Working:
     return Working(stream, 2 * U * wide + 3 * narrow)
 
 
-def passes_to_experts(model: ModelConfig) -> int:
-    """All-to-alls of one MoE layer's tokens: there and back, forward and backward, and perhaps
-    there again; what came back is in no one's derivative."""
-    return 5 if model.remat in ("full", "dots") else 4
+def passes_to_experts(local: Local) -> tuple[int, int]:
+    """How often one MoE layer's tokens travel in a step: to their experts, and from them back.
+
+    Forward and backward each once, and again what a remat policy forgets.  Where the combine weighs
+    what experts made, that is in a derivative, and no policy knows its tensors by name: all of it
+    travels again.  Elsewhere tokens alone do, under the policies that do not keep them.
+    """
+    assert local.dispatch is not None
+    if not local.dispatch.weighs_hidden:
+        times = 2 + (local.model.remat != "none")
+        return times, times
+    return 2 + (local.model.remat in ("full", "dots")), 2
 
 
-def all_to_alls(plan: Plan) -> int:
+def all_to_alls(plan: Plan, local: Local) -> int:
     """All-to-alls in the program; a scan's body stands there once.  Each has a buffer of its own
     in which it lands (see compiled.py)."""
     model, layout = plan.config.model, plan.model.layout
-    if model.dense or plan.config.mesh.expert == 1:
-        return 0
-    if model.moe.dispatch not in ("capacity", "dropless") or gathers_tokens(model.moe):
+    if local.exchange is None or local.exchange.dispatch != "all-to-all":
         return 0
     layers = [*layout.unrolled(), *range(layout.prefix, layout.prefix + layout.period)]
     present = layers if layout.repeats else range(model.num_layers)
-    return passes_to_experts(model) * sum(model.is_moe(layer) for layer in present)
+    return sum(passes_to_experts(local)) * sum(model.is_moe(layer) for layer in present)
 
 
 def gathered_bytes(plan: Plan, local: Local) -> float:

@@ -62,11 +62,11 @@ def make_plan(config: Config, num_devices: int) -> Plan:
     """
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     asked = config
-    config, notes = resolve.resolve(config, num_devices, vocabulary)
-    model = define(config.model, jnp.dtype(config.precision))
+    config, components, notes = resolve.resolve(config, num_devices, vocabulary)
+    model = define(config.model, jnp.dtype(config.precision), components)
     mesh = abstract_mesh(config.mesh)
     resolve.check_shapes(model, mesh)
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    flops = flops_per_token(model, config.data.sequence_length)
     optimizer = make_optimizer(config)
     leaves = _leaves(model, optimizer)
     return Plan(asked, config, model, optimizer, mesh, leaves, flops, notes)
@@ -120,8 +120,9 @@ def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulati
         ),
     )
     devices = math.prod(dataclasses.astuple(mesh))
-    config, notes = resolve.resolve(config, devices, plan.config.model.vocab_size)
-    model = dataclasses.replace(plan.model, config=config.model)
+    found = resolve.resolve(config, devices, plan.config.model.vocab_size)
+    config, notes = found.config, found.notes
+    model = dataclasses.replace(plan.model, config=config.model, components=found.components)
     resolve.check_shapes(model, abstract_mesh(mesh))
     return dataclasses.replace(
         plan, config=config, model=model, mesh=abstract_mesh(mesh), notes=notes

@@ -20,7 +20,7 @@ _DAY = 86_400
 def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
     """What is planned."""
     config = plan.config
-    counts = param_counts(config.model)
+    counts = param_counts(plan.model)
     rows, parts = config.train.batch_size, config.train.accumulation
     yield (
         f"{topology.name}: {topology.num_chips:,} chips, {topology.num_devices:,} devices "

@@ -3,12 +3,10 @@
 Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
 """
 
-from moe_jax.moe.components import make_dispatch
 from moe_jax.parallel.mesh import AXES
+from moe_jax.run.resolve import layer_sizes
 from moe_jax.tools.plan.analytic import (
-    WEIGHED_AFTER,
     Local,
-    gathers_tokens,
     local_sizes,
     moe_layers,
     passes_to_experts,
@@ -19,7 +17,7 @@ from moe_jax.tools.plan.roofline import Traffic
 
 # Matrix products of a block that the backward pass computes again, by remat policy: those whose
 # results it needs and the policy does not keep.  An attention kernel always runs again, and what
-# experts made where the combine weighs it (WEIGHED_AFTER).
+# experts made where the combine weighs it.
 _AGAIN = {
     "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
@@ -34,12 +32,16 @@ def executed_flops(plan: Plan) -> float:
     config, model = plan.config, plan.config.model
     moe, T = model.moe, config.data.sequence_length
     again = _AGAIN[model.remat]
-    if model.remat != "none" and moe.dispatch in WEIGHED_AFTER:
-        again += ("w_out_EFD",)
     flops = plan.flops
     slots = 1.0  # places in the experts' buffers for each assignment
-    if not model.dense:
-        capacity = make_dispatch(moe).capacity(moe.group_rows * T, moe.top_k, moe.num_experts, True)
+    parts = plan.model.components
+    if parts is not None:
+        if model.remat != "none" and not parts.dispatch.weighs_hidden:
+            again += ("w_out_EFD",)
+        sizes = layer_sizes(config)
+        capacity = parts.dispatch.capacity(
+            sizes.group_tokens, sizes.choices, sizes.experts, train=True
+        )
         if capacity is not None:
             slots = capacity * moe.num_experts / (moe.group_rows * T * moe.top_k)
     for leaf in plan.leaves:
@@ -97,22 +99,21 @@ def _weights(plan: Plan, local: Local) -> list[Traffic]:
 
 def _tokens(plan: Plan, local: Local) -> list[Traffic]:
     """Tokens to the experts and back, forward and backward."""
-    model, n = local.model, local.sizes["expert"]
-    if n == 1 or not local.M or model.moe.dispatch not in ("capacity", "dropless"):
+    model, exchange, n = local.model, local.exchange, local.sizes["expert"]
+    if exchange is None or local.dispatch is None:
         return []
-    layers, times = moe_layers(model), passes_to_experts(model)
-    again = layers * plan.config.train.accumulation
-    if gathers_tokens(model.moe):
-        # The sums on the way home are in no one's derivative: only the way there is gone again.
-        tokens = again * (n - 1) * local.N * model.width * local.c
-        there = 2 + (times > 4)
+    there, back = passes_to_experts(local)
+    again = moe_layers(model) * plan.config.train.accumulation
+    a_row = model.width * local.c
+    weights = there * 4 if local.dispatch.weighs_hidden else 0  # beside the tokens of a row
+    if exchange.dispatch == "all-gather":
+        sent = again * (n - 1) * exchange.rows
         return [
-            Traffic("all-gather", "expert", there * tokens),
-            Traffic("reduce-scatter", "expert", 2 * tokens),
+            Traffic("all-gather", "expert", there * sent * a_row),
+            Traffic("reduce-scatter", "expert", back * sent * a_row),
         ]
-    # The weights go wherever tokens go there, and their gradients home once.
-    a_row = times * model.width * local.c + (times - 2) * 4
-    return [Traffic("all-to-all", "expert", again * local.M * a_row * (n - 1) / n)]
+    sent = again * exchange.rows * (n - 1) / n
+    return [Traffic("all-to-all", "expert", sent * ((there + back) * a_row + weights))]
 
 
 def _tensor(plan: Plan, local: Local) -> list[Traffic]:

@@ -12,6 +12,7 @@ from typing import Any
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
+from moe_jax.model.define import define
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.record.report import METRICS, is_last, read_row
 
@@ -59,8 +60,9 @@ def read_run(folder: Path, name: str) -> Result:
         return Result(name, "not started")
     try:
         config = read_config(folder / "config.json")
-        counts = param_counts(config.model)
-        per_token = flops_per_token(config.model, config.data.sequence_length)
+        model = define(config.model, config.precision)
+        counts = param_counts(model)
+        per_token = flops_per_token(model, config.data.sequence_length)
     except FileNotFoundError:
         return Result(name, "no config.json")
     except (UserError, ValueError) as error:  # of a vocabulary that was never resolved

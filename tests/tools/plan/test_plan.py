@@ -77,7 +77,7 @@ def test_memory_of_a_small_model_by_hand():
     N, D, V, L = 2 * 128, 64, 512, 4
     M = 8 * (2 * N * 2 // 8)  # 8 experts; a group's 512 choices, doubled, over 8
     F, wide = 128, M * 128 * 2
-    assert analytic.buffer_rows(plan, 2) == M
+    assert analytic.local_sizes(plan).M == M
     memory = analytic.estimate(plan)
     attention = D * 16 * (4 + 2 + 2 + 4)
     experts = 3 * D * F * 2  # two of eight experts on a device

@@ -13,7 +13,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.tools.plan.lowering import lower, make_plan
 from moe_jax.tools.plan.saved import load_step, save_step
-from moe_jax.train.state import new_state
+from moe_jax.train.state import init_train_state
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=1, width=32, head_dim=8, moe=MoEConfig(num_experts=2, expert_width=32)
@@ -42,7 +42,7 @@ def test_a_saved_step_runs_as_the_compiled_one(tmp_path, no_cache):
 
     mesh = make_mesh(plan.config.mesh, devices)
     first, second = (
-        new_state(plan.model, plan.optimizer, mesh, jax.random.key(0)) for _ in range(2)
+        init_train_state(plan.model, plan.optimizer, mesh, jax.random.key(0)) for _ in range(2)
     )
     shape = (1, config.train.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, 64, shape, np.int32)

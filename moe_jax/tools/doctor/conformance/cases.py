@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.components import make_router
+from moe_jax.moe.components import Components, make_components, make_router
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig
 
@@ -45,6 +45,11 @@ class Layer:
     dtype: str
     train: bool = True
     microbatches: int = 1
+
+    @property
+    def components(self) -> Components:
+        """Its router and dispatch path."""
+        return make_components(self.model.moe)
 
 
 class Case(NamedTuple):

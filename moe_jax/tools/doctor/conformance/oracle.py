@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.components import make_dispatch, make_router
+from moe_jax.moe.components import make_router
 from moe_jax.moe.types import ExpertChoice, Fates, RouterIn
 from moe_jax.tools.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.tools.doctor.conformance.reference import REFERENCE, Routed, Tokens
@@ -52,7 +52,7 @@ def expected(layer: Layer, case: Case, keep: Callable | None = None) -> Outcome:
     kept_GSK = wanted_GSK
     if keep is not None:
         kept_GSK = keep(wanted_GSK, routed.ids_GSK)
-    elif make_dispatch(moe).capacity(8, 1, 2, layer.train) is not None:
+    elif layer.components.dispatch.capacity(8, 1, 2, layer.train) is not None:
         slots = capacity(layer, routed)
         kept_GSK = slots_one_by_one(wanted_GSK, routed, moe.group_rows, slots, moe.priority)
     kept_GSE = (
@@ -210,7 +210,7 @@ def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
         "unsampled": made & real_GSK & ~valid,
         "padding": made & ~real_GSK,
     }
-    masks[make_dispatch(layer.model.moe).drop_cause] = real_GSK & valid & ~kept_GSK
+    masks[layer.components.dispatch.drop_cause] = real_GSK & valid & ~kept_GSK
     rows, positions = case.mask_BT.shape
     bucket_T = np.arange(positions) * POSITION_BUCKETS // positions
 

@@ -1,6 +1,5 @@
 """The real MoE layer, on a mesh as the trainer places it, with remat as the stack applies it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,15 +46,11 @@ def forward_backward(layer: Layer, mesh: Mesh) -> tuple[Callable, tuple]:
     It returns ((loss, (y_BTD, aux)), (gradients of the parameters, gradient of the tokens)).
     """
     model, dtype = layer.model, jnp.dtype(layer.dtype)
-    make = functools.partial(
-        MoE,
-        model.moe,
-        model.width,
-        activation=model.activation,
-        depth=model.num_layers,
-        dtype=dtype,
-        rngs=nnx.Rngs(params=0),
-    )
+    sizes = {"activation": model.activation, "depth": model.num_layers}
+
+    def make() -> MoE:
+        return MoE(model.moe, model.width, **sizes, dtype=dtype, rngs=nnx.Rngs(params=0))
+
     graph, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
 
     def loss(params, x_BTD, case: Case, tokens):
@@ -101,7 +96,6 @@ def _context(layer: Layer, case: Case, mesh: Mesh) -> MoEContext:
         mask_BT=case.mask_BT,
         row_keys_B=jax.random.wrap_key_data(case.keys_B2, impl="threefry2x32"),
         mesh=mesh,
-        group_rows=layer.model.moe.group_rows,
         train=layer.train,
         router_state=case.state,
         sources_BT=case.sources_BT,

@@ -1,0 +1,117 @@
+"""A router by itself: what it chooses for some tokens, without experts."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.errors import UserError
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.types import (
+    Choice,
+    Dispatch,
+    DispatchIn,
+    Router,
+    RouterAux,
+    RouterIn,
+    token_choice,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterStudy:
+    """One route.
+
+    Attributes:
+      choice: the experts of every token, or the tokens of every expert.
+      aux: balance loss, z-loss and entropy; `.value()` of each is its mean.
+      params, state: with which it was made.
+      load_E: sampled assignments of each expert, before any drop.
+      rows: in a routing group.
+    """
+
+    choice: Choice
+    aux: RouterAux
+    params: Mapping[str, jax.Array]
+    state: Mapping[str, jax.Array]
+    load_E: Int[Array, "E"]
+    rows: int
+
+    def drop_fraction(self, dispatch: Dispatch, *, train: bool = True) -> Float[Array, ""]:
+        """Share of the sampled assignments that do not reach their expert.
+
+        Args:
+          dispatch: of `make_dispatch`.
+          train: whether its training capacity counts, not that of evaluation.
+        """
+        E = self.load_E.shape[0]
+        tokens = self.choice[0].shape[1]
+        by_token, slots = token_choice(self.choice, tokens)
+        G, S = by_token.ids_GSK.shape[:2]
+        none = Experts(jnp.zeros((E, 1, 1, 1)), jnp.zeros((E, 1, 1)), "gelu")
+        inputs = DispatchIn(jnp.ones((G, S), bool), self.rows, train, None, slots)
+        _, kept_GSK = dispatch(jnp.zeros((G, S, 1)), by_token, none, inputs)
+        return 1 - kept_GSK.sum() / jnp.maximum(by_token.valid_GSK.sum(), 1)
+
+
+def study_router(
+    router: Router,
+    x_BTD: Float[Array, "B T D"],
+    *,
+    num_experts: int | None = None,
+    params: Mapping[str, jax.Array] | None = None,
+    state: Mapping[str, jax.Array] | None = None,
+    token_ids_BT: Int[Array, "B T"] | None = None,
+    key: jax.Array | None = None,
+    group_rows: int = 1,
+    deterministic: bool = True,
+) -> RouterStudy:
+    """Routes tokens once.
+
+    Args:
+      router: of `make_router`, or one of your own.
+      x_BTD: rows of T tokens of width D; all are real.
+      num_experts: E; None: the router's own `num_experts`, else 8.
+      params: of the router, by name; None: drawn from its `ParamSpec`s.
+      state: of the router; None: what it starts from.
+      token_ids_BT: for routers that read them (hash); None: all 0.
+      key: PRNG key of the parameters and of the router's noise; None: key 0.
+      group_rows: rows in a routing group.
+      deterministic: no noise.
+
+    Raises:
+      UserError: a number of rows that the groups do not divide.
+    """
+    B, T, D = x_BTD.shape
+    if group_rows < 1 or B % group_rows:
+        raise UserError(
+            f"study_router got {B} rows, which group_rows ({group_rows}) does not divide: pass a "
+            f"multiple of it."
+        )
+    E = num_experts or getattr(router, "num_experts", 8)
+    key = jax.random.key(0) if key is None else key
+    if params is None:
+        specs = router.param_specs(D, E)
+        keys = jax.random.split(key, max(1, len(specs)))
+        params = {
+            name: spec.std * jax.random.truncated_normal(own, -3, 3, spec.shape)
+            for own, (name, spec) in zip(keys, specs.items(), strict=False)
+        }
+    if state is None:
+        state = {n: jnp.full(s.shape, s.initial) for n, s in router.state_specs(E).items()}
+    G, S = B // group_rows, group_rows * T
+    ids_BT = jnp.zeros((B, T), jnp.int32) if token_ids_BT is None else token_ids_BT
+    inputs = RouterIn(
+        x_GSD=x_BTD.reshape(G, S, D),
+        token_ids_GS=ids_BT.reshape(G, S),
+        mask_GS=jnp.ones((G, S), bool),
+        keys_GR=jax.random.split(key, B).reshape(G, group_rows),
+        train=not deterministic,
+    )
+    choice, aux = router.route(inputs, params, state)
+    by_token, _ = token_choice(choice, S)
+    hits_GSKE = (by_token.ids_GSK[..., None] == jnp.arange(E)) & by_token.valid_GSK[..., None]
+    load_E = hits_GSKE.sum((0, 1, 2), dtype=jnp.int32)
+    return RouterStudy(choice, aux, params, state, load_E, group_rows)
