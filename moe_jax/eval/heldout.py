@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from moe_jax.data.batch import Batch
 from moe_jax.model.define import ModelDef, define
-from moe_jax.model.forward import forward, head_weight
+from moe_jax.model.forward import batch_context, forward, head_weight
+from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import token_nll
 
@@ -55,18 +56,8 @@ def make_eval_step(
     def eval_step(params: Any, router: Any, batch: Batch) -> EvalSums:
         """Sums of one held-out batch."""
         batch = jax.tree.map(lambda x: x[0], batch)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch.row_B)
-        mask_BT = batch.segments_BT > 0
-        context = MoEContext(
-            token_ids_BT=batch.tokens_BT,
-            mask_BT=mask_BT,
-            row_keys_B=keys_B,
-            mesh=mesh,
-            train=False,
-            router_state=router,
-            sources_BT=batch.sources_BT,
-            num_sources=num_sources,
-        )
+        keys_B = row_keys(jax.random.key(0), batch.row_B)
+        context = batch_context(batch, keys_B, mesh, False, router, num_sources)
         nll_BT, moe = nll(model, params, batch, context)
         nodrop_BT = nll_BT if nodrop is model else nll(nodrop, params, batch, context)[0]
 

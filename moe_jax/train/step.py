@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.data.batch import Batch
 from moe_jax.model.define import ModelDef
-from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
+from moe_jax.model.forward import batch_context
+from moe_jax.moe.noise import row_keys
+from moe_jax.moe.types import DispatchStats, Ledger, MoEAux
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.guard import Guard, judge, next_guard
@@ -50,13 +52,13 @@ class StepOptions:
     debug: bool = False  # assert conservation inside the step
 
 
-def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
+def step_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
     """One threefry key a row: fold(seed, step, global row id).
 
     No axis index, microbatch index or rbg key: noise belongs to the row, wherever it is computed.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+    return row_keys(key, row_B)
 
 
 def make_gradients(
@@ -69,16 +71,8 @@ def make_gradients(
     """
 
     def microbatch(params: Any, router: Any, batch: Batch, step: jax.Array, counts: Counts):
-        context = MoEContext(
-            token_ids_BT=batch.tokens_BT,
-            mask_BT=batch.segments_BT > 0,
-            row_keys_B=row_keys(options.seed, step, batch.row_B),
-            mesh=mesh,
-            train=True,
-            router_state=router,
-            sources_BT=batch.sources_BT,
-            num_sources=options.num_sources,
-        )
+        keys_B = step_keys(options.seed, step, batch.row_B)
+        context = batch_context(batch, keys_B, mesh, True, router, options.num_sources)
         sums = loss_sums(model, params, batch, context, mesh)
         return loss_values(sums, counts, model).total, sums
 
