@@ -1,14 +1,13 @@
 """A few generated texts: plain greedy or temperature sampling, no token dropped."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.eval.heldout import never_dropping
-from moe_jax.model.define import ModelDef
+from moe_jax.model.define import ModelDef, Params
 from moe_jax.model.forward import forward, head_weight
 from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEContext
@@ -17,7 +16,7 @@ from moe_jax.parallel.rules import constrain
 
 def make_sampler(
     model: ModelDef, mesh: Mesh, *, seed: int, temperature: float, vocab_size: int
-) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[Params, Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]:
     """(params, router state, tokens_BT, prompt length) -> tokens_BT, generated after the prompt.
 
     Every token costs a forward pass over all T positions: simple, and enough for a look.
@@ -30,7 +29,9 @@ def make_sampler(
     """
     model = never_dropping(model)
 
-    def sample(params: Any, router: Any, tokens_BT: jax.Array, prompt: jax.Array) -> jax.Array:
+    def sample(
+        params: Params, router: Mapping[str, jax.Array], tokens_BT: jax.Array, prompt: jax.Array
+    ) -> jax.Array:
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         ones_BT = jnp.ones((B, T), jnp.int32)

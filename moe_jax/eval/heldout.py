@@ -1,16 +1,17 @@
 """Held-out loss: with the eval capacity factor and without dropping, overall and per source."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from moe_jax.data.batch import Batch
-from moe_jax.model.define import ModelDef, define
+from moe_jax.model.define import ModelDef, Params, define
 from moe_jax.model.forward import batch_context, forward, head_weight
 from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEAux, MoEContext
@@ -21,10 +22,10 @@ from moe_jax.ops.cross_entropy import token_nll
 class EvalSums:
     """Sums over held-out tokens; batches add.  Axis S: sources."""
 
-    nll_S: Any  # nats, eval capacity factor
-    nodrop_nll_S: Any  # nats, no token dropped
-    targets_S: Any
-    bytes_S: Any
+    nll_S: Float[Array, "S"]  # nats, eval capacity factor
+    nodrop_nll_S: Float[Array, "S"]  # nats, no token dropped
+    targets_S: Int[Array, "S"]
+    bytes_S: Int[Array, "S"]
     moe: MoEAux | None
 
 
@@ -41,11 +42,11 @@ def never_dropping(model: ModelDef) -> ModelDef:
 
 def make_eval_step(
     model: ModelDef, num_sources: int, mesh: Mesh
-) -> Callable[[Any, Any, Batch], EvalSums]:
+) -> Callable[[Params, Mapping[str, jax.Array], Batch], EvalSums]:
     """(params, router state, batch [1, B, T]) -> EvalSums; jit it."""
     nodrop = never_dropping(model)
 
-    def nll(model: ModelDef, params, batch: Batch, context: MoEContext):
+    def nll(model: ModelDef, params: Params, batch: Batch, context: MoEContext):
         x_BTD, moe = forward(
             model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
         )
@@ -53,7 +54,7 @@ def make_eval_step(
         head_DV = head_weight(model, params)
         return token_nll(x_BTD, head_DV, batch.targets_BT, chunk=chunk, mesh=mesh), moe
 
-    def eval_step(params: Any, router: Any, batch: Batch) -> EvalSums:
+    def eval_step(params: Params, router: Mapping[str, jax.Array], batch: Batch) -> EvalSums:
         """Sums of one held-out batch."""
         batch = jax.tree.map(lambda x: x[0], batch)
         keys_B = row_keys(jax.random.key(0), batch.row_B)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed, RowsFn, batch_shardings
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
@@ -21,6 +22,7 @@ from moe_jax.train.state import TrainState
 from moe_jax.train.step import StepMetrics, make_gradients
 
 WARMUP = 3  # steps that are run and not counted
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def peak_memory_bytes() -> int:
@@ -108,7 +110,7 @@ def measure(
 class Steps:
     """Runs steps as the trainer does: one is started before the one before it is waited for."""
 
-    def __init__(self, step_fn: Any, state: TrainState, feed: DeviceFeed, batch: Any):
+    def __init__(self, step_fn: StepFn, state: TrainState, feed: DeviceFeed, batch: Batch):
         self.state = state
         self.losses: list[float] = []
         self.dropped: list[float] = []

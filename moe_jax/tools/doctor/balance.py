@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from moe_jax.config import Config
 from moe_jax.data.batch import Batch, make_batch
 from moe_jax.data.feed import put_batch
-from moe_jax.model.define import define
+from moe_jax.model.define import Params, define
 from moe_jax.model.initialize import init
 from moe_jax.moe.components import router_state
 from moe_jax.moe.config import BALANCE_SCOPES, MoEConfig
@@ -189,7 +189,7 @@ def one_layer(config: Config) -> Config:
 class Rows:
     """A one-layer model, its parameters and a batch, on a mesh and cut into microbatches."""
 
-    def __init__(self, config: Config, params: Any, mesh: Mesh, parts: int, rows: int):
+    def __init__(self, config: Config, params: Params, mesh: Mesh, parts: int, rows: int):
         """The same numbers whatever the mesh and the number of parts."""
         where = param_shardings(define(config.model, jnp.float32), mesh)
         self.config, self.mesh = config, mesh
@@ -197,7 +197,7 @@ class Rows:
         self.batch = _batch(config.seed, rows, parts, mesh)
 
 
-def _first_params(config: Config) -> Any:
+def _first_params(config: Config) -> Params:
     """NumPy arrays: every process makes the same."""
     key = jax.random.key(config.seed, impl="threefry2x32")
     return jax.device_get(jax.jit(partial(init, define(config.model, jnp.float32)))(key))
