@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_jax.data.config import DataConfig
@@ -175,6 +176,11 @@ def default_config() -> ConfigDict:
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a config dataclass (JSON-able)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_flat_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass by dotted key, such as `model.moe.top_k`; an empty mapping has no key."""
+    return flatten_dict(to_dict(config), sep=".")
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

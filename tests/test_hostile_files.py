@@ -29,6 +29,7 @@ from moe_jax.record.settings import SETTINGS, Settings, read_settings
 from moe_jax.run.resume import check_same_text
 from moe_jax.run.setup import settle
 from moe_jax.tools import ledger
+from moe_jax.tools.goodput import account
 from moe_jax.tools.results.group import group
 from moe_jax.tools.results.read import read_run, read_runs
 from moe_jax.tools.results.table import groups_table, runs_table
@@ -239,11 +240,12 @@ def test_corpora(tmp_path, kind, count):
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     """A pipe in the place of a file: opening it would wait for whoever writes to it."""
-    for name in ("config.json", "metrics.jsonl", "ledger.jsonl", "data.json", "manifest.json"):
+    logs = ("metrics.jsonl", "ledger.jsonl", "goodput.jsonl")
+    for name in ("config.json", *logs, "data.json", "manifest.json"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "commit_success.txt").touch()
-    for read in (read_config, ledger.read, lambda path: truncate(path, 1)):
-        for name in ("config.json", "metrics.jsonl", "ledger.jsonl"):
+    for read in (read_config, ledger.read, account.read, lambda path: truncate(path, 1)):
+        for name in ("config.json", *logs):
             with pytest.raises(UserError, match=f"{name} .*not a file"):
                 read(tmp_path / name)
     assert manifest.verify(epath.Path(tmp_path)) == "cannot be read: it is not a file"

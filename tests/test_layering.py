@@ -18,6 +18,7 @@ RANKS = {
     "moe_jax.version": 0,
     "moe_jax.files": 1,
     "moe_jax.registry": 1,
+    "moe_jax.data.batch": 1,  # the names of a batch's arrays
     "moe_jax.parallel": 2,
     "moe_jax.ops": 3,
     "moe_jax.nn": 4,

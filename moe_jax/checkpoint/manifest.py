@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from etils import epath
 
 from moe_jax.errors import one_line
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
@@ -26,6 +26,13 @@ _FORMAT = 1
 # Bytes: between two blocks a thread that hashes needs the lock that the training loop may hold.
 _BLOCK = 4 * 2**20
 _READERS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter lock
+
+
+class Entry(NamedTuple):
+    """One file of the step."""
+
+    size: int  # bytes
+    sha256: str  # 64 hex digits
 
 
 def write(directory: epath.Path) -> None:
@@ -89,19 +96,20 @@ def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.
             yield f"{above}{path.name}", path
 
 
-def _entry(path: epath.Path) -> dict[str, int | str]:
+def _entry(path: epath.Path) -> Entry:
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with path.open("rb") as file:
         while count := cast(io.BufferedReader, file).readinto(block):
             digest.update(block[:count])
-    return {"size": path.stat().length, "sha256": digest.hexdigest()}
+    return Entry(path.stat().length, digest.hexdigest())
 
 
-def _text(files: dict[str, dict[str, int | str]]) -> str:
-    return json.dumps({"format": _FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
+def _text(files: dict[str, Entry]) -> str:
+    plain = {name: entry._asdict() for name, entry in files.items()}
+    return json.dumps({"format": _FORMAT, "files": plain}, indent=1, sort_keys=True) + "\n"
 
 
-def _listed(directory: epath.Path) -> dict[str, dict[str, int | str]]:
+def _listed(directory: epath.Path) -> dict[str, Entry]:
     """The files that a committed step lists; raises ValueError or OSError."""
     if not (directory / COMMIT).exists():
         raise ValueError(f"{COMMIT} is missing: the save was never committed")
@@ -111,22 +119,20 @@ def _listed(directory: epath.Path) -> dict[str, dict[str, int | str]]:
         raise ValueError(f"{MANIFEST} is damaged: {error}") from None
 
 
-def _sizes(directory: epath.Path, files: dict[str, dict[str, int | str]]) -> str | None:
+def _sizes(directory: epath.Path, files: dict[str, Entry]) -> str | None:
     for name, expected in sorted(files.items()):
         path = directory / name
         if not json_files.is_file(path):
             return f"{name} is missing"
         found = path.stat().length
-        if found != expected["size"]:
-            return f"{name} has {found} bytes instead of {expected['size']}"
+        if found != expected.size:
+            return f"{name} has {found} bytes instead of {expected.size}"
     return None
 
 
-def _contents(
-    directory: epath.Path, files: dict[str, dict[str, int | str]], share: tuple[int, int]
-) -> str | None:
+def _contents(directory: epath.Path, files: dict[str, Entry], share: tuple[int, int]) -> str | None:
     def differs(name: str) -> bool:
-        return _entry(directory / name)["sha256"] != files[name]["sha256"]
+        return _entry(directory / name).sha256 != files[name].sha256
 
     names = sorted(files)[share[0] :: share[1]]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -149,17 +155,19 @@ def _reason(check: Callable[[], str | None]) -> str | None:
     return None if reason is None else one_line(reason)
 
 
-def _files_of(manifest: Any) -> dict[str, dict[str, int | str]]:
+def _files_of(manifest: Any) -> dict[str, Entry]:
     """The files of a manifest; raises ValueError.  Names that leave the step are refused."""
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"it is not of format {_FORMAT}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files:
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not listed:
         raise ValueError("it lists no files")
-    for name, entry in files.items():
+    files = {}
+    for name, entry in listed.items():
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise ValueError(f"it names a file outside the step, {name!r}")
-        kinds = {key: type(value) for key, value in entry.items()} if type(entry) is dict else {}
-        if kinds != {"size": int, "sha256": str}:
-            raise ValueError(f"its entry for {name!r} is malformed")
+        try:
+            files[name] = records.typed(Entry, entry)
+        except ValueError:
+            raise ValueError(f"its entry for {name!r} is malformed") from None
     return files

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
 from moe_jax.checkpoint import manifest
 from moe_jax.checkpoint.agree import first_of_all, lead_decides
@@ -24,10 +25,9 @@ from moe_jax.checkpoint.tree import (
     check_same,
     free_bytes,
     named_leaves,
-    nested,
 )
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import formats, json_files
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]
@@ -120,7 +120,7 @@ class Checkpoints:
                 raise error or UserError(f"Another process says: {wrong}")
             loaded[step] = (
                 back,
-                f"step {step}: {self.size(step) / 2**20:.1f} MiB loaded in {seconds:.2f} s and "
+                f"step {step}: {formats.size(self.size(step), 1)} loaded in {seconds:.2f} s and "
                 f"verified meanwhile in {beside_seconds:.2f} s",
             )
             return None
@@ -217,7 +217,7 @@ class Checkpoints:
         if lead_decides(prepare) is None:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
-        item = nested(arrays)
+        item = unflatten_dict(arrays, sep="/")  # the one form that is on disk
         self._handler.beside = beside
         with self._writing(step):
             self._orbax.save(self._folder.path(step), args=Save(item), force=True)
@@ -307,8 +307,8 @@ class Checkpoints:
             )
 
         args = Restore(
-            nested(leaves),
-            restore_args=nested({name: how(leaf) for name, leaf in leaves.items()}),
+            unflatten_dict(leaves, sep="/"),
+            restore_args=unflatten_dict({k: how(leaf) for k, leaf in leaves.items()}, sep="/"),
             partial_restore=True,
         )
         with self._reading(step):
@@ -327,10 +327,10 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # what is unfinished only takes room
                 self._folder.sweep(again=True)
             free = free_bytes(self.root)
-            there = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
+            there = "" if free is None else f" and {formats.size(free, 1)} are free"
             raise UserError(
                 f"The checkpoint {self._folder.path(step)} cannot be written ({cause_of(error)}; "
-                f"it needs {self._needed / 2**20:.1f} MiB{there}): make room or fix the "
+                f"it needs {formats.size(self._needed, 1)}{there}): make room or fix the "
                 f"permissions, then run the same command again."
             ) from error
 

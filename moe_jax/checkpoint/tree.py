@@ -39,18 +39,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return names
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of named leaves: the one form that is on disk."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
 def abstract(leaf: Any) -> Leaf:
     """Shape, dtype and, for arrays on devices, sharding of an array, scalar or ShapeDtypeStruct.
 

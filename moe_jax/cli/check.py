@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
-from moe_jax.config import Config, from_config_dict, read_config, to_dict
+from moe_jax.config import Config, from_config_dict, read_config, to_flat_dict
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import Folder, locate
 from moe_jax.model.define import define
@@ -78,15 +78,6 @@ def _changed(config: Config, workdir: Folder) -> list[str]:
         record = read_config(workdir / "config.json")
     except (FileNotFoundError, UserError):
         return []
-    old, new = _flat(to_dict(record)), _flat(to_dict(config))
+    old, new = to_flat_dict(record), to_flat_dict(config)
     keys = sorted(old.keys() | new.keys())
     return [key for key in keys if old.get(key) != new.get(key) and not key.startswith("mesh.")]
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat

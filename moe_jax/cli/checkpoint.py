@@ -17,6 +17,7 @@ from moe_jax.checkpoint import QUARANTINE, Checkpoints
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.errors import UserError
+from moe_jax.files import formats
 from moe_jax.parallel.distributed import DONE, FIX
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             state, code = f"bad: {reason}", FIX
         if given.verify:
             last = f"  {checkpoints.digest(step) if reason is None else '-'}"
-        print(f"step {step}  {state}  {checkpoints.size(step) / 2**20:.1f} MiB{last}", flush=True)
+        print(f"step {step}  {state}  {formats.size(checkpoints.size(step), 1)}{last}", flush=True)
     for name in checkpoints.quarantined():
         print(f"set aside: {checkpoints.root / QUARANTINE / name}", file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import Config, from_config_dict
 from moe_jax.errors import UserError
+from moe_jax.files import formats
 from moe_jax.tools.plan import report
 from moe_jax.tools.plan.analytic import estimate
 from moe_jax.tools.plan.compiled import Compiled, compile_plan
@@ -84,7 +85,7 @@ def _search(config: Config, topology: Topology, given) -> int:
             compiled = compile_plan(found.plan, topology, _progress)
             verdicts.append(compiled.peak <= usable)
             fits = "fits" if verdicts[-1] else "does not fit"
-            print(f"     compiled: {report.gib(compiled.peak)}, {fits}", flush=True)
+            print(f"     compiled: {formats.size(compiled.peak)}, {fits}", flush=True)
         seen.add(layout)
     if not devices:
         print(f"not compiled ({how}): every figure is an analytic estimate")

@@ -13,6 +13,7 @@ from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict, to_json
 from moe_jax.errors import UserError
+from moe_jax.files import formats
 from moe_jax.files.workdir import is_remote, locate
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
@@ -152,8 +153,8 @@ def _describe(run: Run) -> list[str]:
     return [
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {config.mesh}, "
         f"{config.precision}",
-        f"{counts.total / 1e6:,.2f}M parameters, {counts.active / 1e6:,.2f}M active, "
-        f"{flops / 1e6:,.1f}M model FLOPs a token",
+        f"{formats.count(counts.total, 2)} parameters, {formats.count(counts.active, 2)} active, "
+        f"{formats.count(flops)} model FLOPs a token",
         f"{accumulation} x {rows} rows of {length} tokens a step, {config.train.steps} steps",
         f"store {store.path}: {store.train.num_tokens:,} tokens to train on, "
         f"{store.heldout.num_tokens:,} held out, vocabulary {store.vocab_size}",

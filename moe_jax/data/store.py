@@ -15,7 +15,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from etils import epath
 from jaxtyping import Integer
 
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 
 STORE_FORMAT = 2  # raised whenever the same text would be stored differently
 SPLITS = ("train", "heldout")
@@ -178,34 +179,36 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
 def _wrong_key(manifest: dict[str, Any]) -> str | None:
     """The first key of a manifest that is not as build.py writes it: a seal can be made anew."""
 
-    def names(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    def token_id(value: Any) -> int:
+        return records.count(value, manifest["vocab_size"])
 
-    def below(value: Any, limit: int) -> bool:
-        return type(value) is int and 0 <= value < limit
+    def bounds(value: Any) -> None:
+        places = [records.count(place, 2**48) for place in records.items(value)]
+        right = len(places) == len(manifest["streams"]) + 1 and places[0] == 0
+        if not right or places != sorted(places):
+            raise ValueError("they do not bound the streams")
 
-    def bounds(value: Any) -> bool:
-        whole = isinstance(value, list) and all(below(place, 2**48) for place in value)
-        right = whole and len(value) == len(manifest["streams"]) + 1
-        return right and value == sorted(value) and value[0] == 0
+    def splits(value: Any) -> None:
+        for name in SPLITS:
+            bounds(records.mapping(value).get(name))
 
-    splits, arrays = manifest.get("splits"), manifest.get("arrays")
-    fit = {
-        "fingerprint": isinstance(manifest.get("fingerprint"), str),
-        "tokenizer": isinstance(manifest.get("tokenizer"), str),
-        "vocab_size": below(manifest.get("vocab_size"), 2**31),
-        "streams": names(manifest.get("streams")),
-        "sources": names(manifest.get("sources")),
-        "arrays": isinstance(arrays, dict),
+    checks: dict[str, Callable[[Any], object]] = {
+        "fingerprint": records.text,
+        "tokenizer": records.text,
+        "vocab_size": partial(records.count, limit=2**31),
+        "streams": records.names,
+        "sources": records.names,
+        "arrays": records.mapping,
+        "eos_id": token_id,
+        "pad_id": token_id,
+        "splits": splits,
     }
-    for key, right in fit.items():
-        if not right:
+    for key, check in checks.items():
+        try:
+            check(manifest.get(key))
+        except ValueError:
             return key
-    for key in ("eos_id", "pad_id"):
-        if not below(manifest.get(key), manifest["vocab_size"]):
-            return key
-    good = isinstance(splits, dict) and all(bounds(splits.get(name)) for name in SPLITS)
-    return None if good else "splits"
+    return None
 
 
 def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:

@@ -1,22 +1,22 @@
 """A few generated texts: plain greedy or temperature sampling, no token dropped."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.eval.heldout import never_dropping
-from moe_jax.model.define import ModelDef
+from moe_jax.model.define import ModelDef, Params
 from moe_jax.model.forward import forward, head_weight
+from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEContext
 from moe_jax.parallel.rules import constrain
 
 
 def make_sampler(
     model: ModelDef, mesh: Mesh, *, seed: int, temperature: float, vocab_size: int
-) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[Params, Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]:
     """(params, router state, tokens_BT, prompt length) -> tokens_BT, generated after the prompt.
 
     Every token costs a forward pass over all T positions: simple, and enough for a look.
@@ -29,18 +29,20 @@ def make_sampler(
     """
     model = never_dropping(model)
 
-    def sample(params: Any, router: Any, tokens_BT: jax.Array, prompt: jax.Array) -> jax.Array:
+    def sample(
+        params: Params, router: Mapping[str, jax.Array], tokens_BT: jax.Array, prompt: jax.Array
+    ) -> jax.Array:
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         ones_BT = jnp.ones((B, T), jnp.int32)
-        row_keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.key(seed), b))(jnp.arange(B))
+        keys_B = row_keys(jax.random.key(seed), jnp.arange(B))
         head_DV = head_weight(model, params)
 
         def one(t, tokens_BT):
             context = MoEContext(
                 tokens_BT,
                 ones_BT > 0,
-                row_keys,
+                keys_B,
                 mesh,
                 train=False,
                 group_rows=1,
@@ -50,8 +52,8 @@ def make_sampler(
             x_BD = jax.lax.dynamic_index_in_dim(x_BTD, t - 1, axis=1, keepdims=False)
             logits_BV = x_BD.astype(jnp.float32) @ head_DV.astype(jnp.float32)
             logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
-            keys_B = jax.vmap(lambda key: jax.random.fold_in(key, t))(row_keys)
-            drawn_B = jax.vmap(_draw)(keys_B, logits_BV).astype(jnp.int32)
+            draws_B = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys_B)
+            drawn_B = jax.vmap(_draw)(draws_B, logits_BV).astype(jnp.int32)
             return jax.lax.dynamic_update_slice_in_dim(tokens_BT, drawn_B[:, None], t, axis=1)
 
         tokens_BT = constrain(tokens_BT, mesh, ("batch", None))

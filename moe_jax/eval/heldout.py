@@ -1,17 +1,19 @@
 """Held-out loss: with the eval capacity factor and without dropping, overall and per source."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from moe_jax.data.batch import Batch
-from moe_jax.model.define import ModelDef, define
-from moe_jax.model.forward import forward, head_weight
+from moe_jax.model.define import ModelDef, Params, define
+from moe_jax.model.forward import batch_context, forward, head_weight
+from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEAux, MoEContext
 from moe_jax.ops.cross_entropy import token_nll
 
@@ -20,10 +22,10 @@ from moe_jax.ops.cross_entropy import token_nll
 class EvalSums:
     """Sums over held-out tokens; batches add.  Axis S: sources."""
 
-    nll_S: Any  # nats, eval capacity factor
-    nodrop_nll_S: Any  # nats, no token dropped
-    targets_S: Any
-    bytes_S: Any
+    nll_S: Float[Array, "S"]  # nats, eval capacity factor
+    nodrop_nll_S: Float[Array, "S"]  # nats, no token dropped
+    targets_S: Int[Array, "S"]
+    bytes_S: Int[Array, "S"]
     moe: MoEAux | None
 
 
@@ -40,11 +42,11 @@ def never_dropping(model: ModelDef) -> ModelDef:
 
 def make_eval_step(
     model: ModelDef, num_sources: int, mesh: Mesh
-) -> Callable[[Any, Any, Batch], EvalSums]:
+) -> Callable[[Params, Mapping[str, jax.Array], Batch], EvalSums]:
     """(params, router state, batch [1, B, T]) -> EvalSums; jit it."""
     nodrop = never_dropping(model)
 
-    def nll(model: ModelDef, params, batch: Batch, context: MoEContext):
+    def nll(model: ModelDef, params: Params, batch: Batch, context: MoEContext):
         x_BTD, moe = forward(
             model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
         )
@@ -52,21 +54,11 @@ def make_eval_step(
         head_DV = head_weight(model, params)
         return token_nll(x_BTD, head_DV, batch.targets_BT, chunk=chunk, mesh=mesh), moe
 
-    def eval_step(params: Any, router: Any, batch: Batch) -> EvalSums:
+    def eval_step(params: Params, router: Mapping[str, jax.Array], batch: Batch) -> EvalSums:
         """Sums of one held-out batch."""
         batch = jax.tree.map(lambda x: x[0], batch)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch.row_B)
-        mask_BT = batch.segments_BT > 0
-        context = MoEContext(
-            token_ids_BT=batch.tokens_BT,
-            mask_BT=mask_BT,
-            row_keys_B=keys_B,
-            mesh=mesh,
-            train=False,
-            router_state=router,
-            sources_BT=batch.sources_BT,
-            num_sources=num_sources,
-        )
+        keys_B = row_keys(jax.random.key(0), batch.row_B)
+        context = batch_context(batch, keys_B, mesh, False, router, num_sources)
         nll_BT, moe = nll(model, params, batch, context)
         nodrop_BT = nll_BT if nodrop is model else nll(nodrop, params, batch, context)[0]
 

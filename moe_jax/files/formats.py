@@ -1,6 +1,41 @@
-"""Tables for terminals and documents."""
+"""Numbers and tables as a person reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.filesize import pick_unit_and_suffix
+
+_SECONDS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+
+
+def or_dash(value: Any, form: Callable[[Any], str]) -> str:
+    """`form(value)`, or `-` where `value` is not a number."""
+    return form(value) if isinstance(value, int | float) else "-"
+
+
+def count(number: int | float, digits: int = 1) -> str:
+    """21300 -> 21.3k; `digits` stand after the point from 1000 on."""
+    unit, suffix = pick_unit_and_suffix(int(number), ["", "k", "M", "G", "T"], 1000)
+    return f"{number / unit:.{digits if suffix else 0}f}{suffix}"
+
+
+def size(number: int | float, digits: int = 2) -> str:
+    """Bytes in MiB, GiB or TiB: 2**31 -> 2.00 GiB."""
+    mib = number / 2**20
+    unit, suffix = pick_unit_and_suffix(int(mib), ["MiB", "GiB", "TiB"], 1024)
+    return f"{mib / unit:.{digits}f} {suffix}"
+
+
+def duration(seconds: int | float, units: int = 4) -> str:
+    """4000 -> 1h06m40s, and 1h06m where only the largest two `units` are shown; 3.14 -> 3.1s."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    left, parts = round(seconds), []
+    for unit, length in _SECONDS:
+        number, left = divmod(left, length)
+        if parts or number:
+            parts.append(f"{number:02d}{unit}" if parts else f"{number}{unit}")
+    return "".join(parts[:units])
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moe_jax.data.batch import Batch
 from moe_jax.model.define import ModelDef, Params
 from moe_jax.model.early_reduce import reduce_early
 from moe_jax.model.rope import Rope, rope_tables
@@ -19,6 +22,36 @@ from moe_jax.parallel.rules import constrain
 
 # Of the residual stream at block borders: without them XLA may choose to split the width.
 ROWS = ("batch", None, None)
+
+
+def batch_context(
+    batch: Batch,
+    row_keys_B: jax.Array,
+    mesh: Mesh,
+    train: bool,
+    router_state: Mapping[str, jax.Array],
+    num_sources: int,
+) -> MoEContext:
+    """What the MoE layers of a forward pass over `batch` share.
+
+    Args:
+      batch: of axes B, T.
+      row_keys_B: a typed PRNG key per row.
+      mesh: with the axes of parallel/mesh.py.
+      train: capacity, noise and dropout are those of training.
+      router_state: with a leading axis over MoE layers; empty: none.
+      num_sources: of the data; the ids in `batch.sources_BT` are below it.
+    """
+    return MoEContext(
+        token_ids_BT=batch.tokens_BT,
+        mask_BT=batch.segments_BT > 0,
+        row_keys_B=row_keys_B,
+        mesh=mesh,
+        train=train,
+        router_state=router_state,
+        sources_BT=batch.sources_BT,
+        num_sources=num_sources,
+    )
 
 
 def forward(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from moe_jax.errors import UserError
 from moe_jax.moe.groups import fewest_rows
+from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEContext, Router
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
 
@@ -50,7 +51,7 @@ def call_context(
     return MoEContext(
         token_ids_BT=jnp.zeros((B, T), jnp.int32) if token_ids_BT is None else token_ids_BT,
         mask_BT=jnp.ones((B, T), bool) if mask_BT is None else mask_BT,
-        row_keys_B=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B)),
+        row_keys_B=row_keys(key, jnp.arange(B)),
         mesh=_mesh_of(like_BT, mesh),
         train=train,
         router_state=router_state or {},

@@ -2,9 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 # Purposes of an MoE layer's randomness, folded into the row key.
 JITTER, SECOND_EXPERT, NOISY_LOGITS, EXPERT_DROPOUT = range(4)
+
+
+def row_keys(key: jax.Array, row_B: Int[Array, "B"]) -> jax.Array:
+    """A key per row, `fold_in(key, row)`: [B]."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
 
 
 def row_uniform(keys_GR: jax.Array, purpose: int, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -78,8 +78,15 @@ class Replicas:
         return [leaves[place] for place in self._places]
 
 
-def bit_hash(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def bit_hash(x: Shaped[Array, "..."], kept: int = 0) -> UInt32[Array, "..."]:
     """A hash of the bits of `x` and of their places; any change of one word changes it.
+
+    Args:
+      x: an array of any dtype.
+      kept: leading axes whose every index has a hash of its own; 0: one hash of the whole.
+
+    Returns:
+      An array of the shape of the kept axes.
 
     The sum, modulo 2^32, of one number for each 32-bit word (narrower values: each a word).  That
     number is a bijection of the word: a constant of the place is added, then come multiplications
@@ -89,14 +96,15 @@ def bit_hash(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """
     words = _words(x)
     place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(words.shape):  # no reshape, which would copy on TPUs
-        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
+    hashed = range(kept, words.ndim)
+    for axis in hashed:  # no reshape, which would copy on TPUs
+        place = place * np.uint32(words.shape[axis] % 2**32) + jax.lax.broadcasted_iota(
             jnp.uint32, words.shape, axis
         )
     mixed = words + place * np.uint32(_GOLDEN)
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    return jnp.sum(mixed ^ (mixed >> 16), axis=tuple(hashed), dtype=jnp.uint32)
 
 
 def _words(x: Array) -> Array:

@@ -16,7 +16,6 @@ MeshAxes = tuple[str, ...]
 RULES: dict[str, MeshAxes] = {
     "batch": BATCH_AXES,
     "group": BATCH_AXES,
-    "length": (),
     "embed": ("fsdp",),
     "expert_embed": ("fsdp",),
     "experts": ("expert",),
@@ -30,7 +29,6 @@ RULES: dict[str, MeshAxes] = {
     "vocab": ("tensor",),
     "norm": (),
     "layers": (),
-    "activation_embed": (),
 }
 
 

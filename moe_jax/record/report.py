@@ -12,13 +12,13 @@ import rich.console
 import rich.progress
 
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
+from moe_jax.files.formats import count, duration, or_dash
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
-LAST_STEP = 2**53  # later ones are garbage
 
 
 class Reporter:
@@ -257,12 +257,13 @@ def _rows(path: Folder) -> Iterator[dict[str, Any]]:
 
 def read_row(line: bytes) -> dict[str, Any] | None:
     """The row in a line of metrics.jsonl: an object with a whole `step`; None for what is none."""
-    try:
-        row = json_files.parse(line)
-    except ValueError:
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and 0 <= step <= LAST_STEP else None
+    return records.parse_line(line, _row)
+
+
+def _row(value: Any) -> dict[str, Any]:
+    row = records.mapping(value)
+    records.count(row.get("step"))
+    return row
 
 
 def train_line(row: Mapping[str, Any], total_steps: int) -> str:
@@ -270,17 +271,16 @@ def train_line(row: Mapping[str, Any], total_steps: int) -> str:
 
     A value that the row does not have, or has as None, shows as `-`.
     """
-    seconds = _finite(row.get("step_seconds"))
-    left = None if seconds is None else seconds * max(0, total_steps - row["step"])
+    seconds, left = row.get("step_seconds"), max(0, total_steps - row["step"])
     return "  ".join(
         (
             f"step {row['step']}/{total_steps}",
-            f"loss {_number(row.get('loss'))}",
-            f"lm {_number(row.get('lm_loss'))}",
-            f"tok/s {_count(row.get('tokens_per_second'))}",
-            f"mfu {_percent(row.get('mfu'))}",
-            f"drop {_percent(row.get('drop_fraction'))}",
-            f"eta {_duration(left)}",
+            f"loss {_loss(row.get('loss'))}",
+            f"lm {_loss(row.get('lm_loss'))}",
+            f"tok/s {or_dash(row.get('tokens_per_second'), count)}",
+            f"mfu {or_dash(row.get('mfu'), '{:.1%}'.format)}",
+            f"drop {or_dash(row.get('drop_fraction'), '{:.1%}'.format)}",
+            f"eta {or_dash(seconds, lambda seconds: duration(seconds * left, units=2))}",
         )
     )
 
@@ -288,7 +288,7 @@ def train_line(row: Mapping[str, Any], total_steps: int) -> str:
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     """One line of every `eval_*` number of a row."""
     parts = [
-        f"{name} {_number(value)}"
+        f"{name} {value if isinstance(value, int) else _loss(value)}"
         for name, value in row.items()
         if name.startswith("eval_") and not isinstance(value, Mapping | list)
     ]
@@ -320,43 +320,6 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
         yield tag, float(value)
 
 
-def _finite(value: Any) -> float | None:
-    """The number, or None where there is none to show."""
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _number(value: Any) -> str:
-    number = _finite(value)
-    if number is None:
-        return "-" if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{number:.4f}"
-
-
-def _percent(value: Any) -> str:
-    number = _finite(value)
-    return "-" if number is None else f"{100 * number:.1f}%"
-
-
-def _count(value: Any) -> str:
-    """21300 -> 21.3k."""
-    number = _finite(value)
-    if number is None:
-        return "-"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float | None) -> str:
-    """80 -> 1m20s."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+def _loss(value: Any) -> str:
+    """A number that is not finite is a string in a row."""
+    return value if isinstance(value, str) else or_dash(value, "{:.4f}".format)

@@ -26,7 +26,7 @@ from moe_jax.config import to_dict
 from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
 from moe_jax.parallel.distributed import lead
 
@@ -82,7 +82,7 @@ class Rewinds:
 
     def __init__(self, workdir: Folder, checkpoints: Checkpoints, say: Callable[[str], None]):
         self._path, self._checkpoints, self._say = workdir / REWINDS, checkpoints, say
-        self.history = tuple(_parse(_from_lead(lambda: _text(self._path)), self._path))
+        self.history = _parse(_from_lead(lambda: _text(self._path)), self._path)
         for rewind in self.history:
             checkpoints.pin(rewind.step)
         if self.history and not self.history[-1].settled:
@@ -173,7 +173,7 @@ class Rewinds:
 
 def read_rewinds(workdir: Folder) -> tuple[Rewind, ...]:
     """The lines of a workdir's file, read by this process alone; raises UserError as `Rewinds`."""
-    return tuple(_parse(_text(workdir / REWINDS), workdir / REWINDS))
+    return _parse(_text(workdir / REWINDS), workdir / REWINDS)
 
 
 def check_rewinds(
@@ -223,27 +223,21 @@ def _from_lead(read: Callable[[], str]) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes().decode()
 
 
-def _parse(text: str, path: Folder) -> list[Rewind]:
-    rewinds = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            rewinds.append(_rewind(json_files.parse(line)))
-        except (ValueError, TypeError):
-            raise UserError(
-                f"{path}, which says what data the steps of this run take, is damaged in line "
-                f"{number}: bring it back, or use another --workdir."
-            ) from None
-    return rewinds
+def _parse(text: str, path: Folder) -> tuple[Rewind, ...]:
+    try:
+        return tuple(records.parse_lines(text.splitlines(), _rewind))
+    except records.LineError as damaged:
+        raise UserError(
+            f"{path}, which says what data the steps of this run take, is damaged in line "
+            f"{damaged.number}: bring it back, or use another --workdir."
+        ) from None
 
 
-def _rewind(row: dict) -> Rewind:
-    """Raises TypeError or ValueError for a row that no run wrote."""
-    rewind = Rewind(**row)
-    numbers = (rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped)
-    if len(numbers) != 6 or any(type(n) is not int or not 0 <= n < LARGEST for n in numbers):
-        raise ValueError(row)
+def _rewind(value: Any) -> Rewind:
+    """Raises ValueError for a record that no run wrote."""
+    rewind = records.typed(Rewind, value)
+    if max(rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped) >= LARGEST:
+        raise ValueError("a step is out of range")
     if rewind.data_step != rewind.skipped[1] + 1:
-        raise ValueError(row)
-    if not isinstance(rewind.why, str) or type(rewind.settled) is not bool:
-        raise ValueError(row)
-    return dataclasses.replace(rewind, refused=tuple(rewind.refused), skipped=tuple(rewind.skipped))
+        raise ValueError("its data does not go on after the skipped steps")
+    return rewind

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import Config, from_config_dict, to_dict
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
 from moe_jax.record.provenance import versions
 
@@ -94,29 +94,23 @@ def read_settings(workdir: Folder) -> tuple[Settings, ...]:
     Raises:
       UserError: it cannot be read, or is damaged.
     """
-    path, found = workdir / SETTINGS, []
+    path = workdir / SETTINGS
     try:
-        lines = json_files.read_lines(path)
+        return tuple(records.parse_lines(json_files.read_lines(path), _settings))
     except FileNotFoundError:
         return ()
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(_settings(json_files.parse(line)))
-        except (ValueError, TypeError):
-            raise UserError(
-                f"{path} is damaged in line {number}: bring it back, or move it away (the steps "
-                f"until now can then not be replayed)."
-            ) from None
-    return tuple(found)
+    except records.LineError as damaged:
+        raise UserError(
+            f"{path} is damaged in line {damaged.number}: bring it back, or move it away (the "
+            f"steps until now can then not be replayed)."
+        ) from None
 
 
-def _settings(row: Any) -> Settings:
-    """Raises TypeError or ValueError for a row that no run wrote."""
-    settings = Settings(**row)
-    if tuple(map(type, vars(settings).values())) != (int, dict, str, int, int, str, dict):
-        raise TypeError(row)
-    if settings.after < 0 or not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
-        raise ValueError(row)
+def _settings(value: Any) -> Settings:
+    """Raises ValueError for a record that no run wrote."""
+    settings = records.typed(Settings, value)
+    if not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
+        raise ValueError("it has no such number of devices or processes")
     return settings
 
 

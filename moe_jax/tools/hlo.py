@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: what each moves, and how often.
+"""A compiled program, read from its text: its instructions, and what its collectives move.
 
 A loop's body is counted as often as the loop runs, which XLA writes beside it.  Bytes are what one
 device sends when n devices work together as well as they can: (n-1)/n of the whole for an
@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-_OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
 )
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -30,6 +31,12 @@ class Instruction(NamedTuple):
     type: str
     op: str
     rest: str  # operands and attributes
+
+    @property
+    def op_name(self) -> str:
+        """The scopes it was traced in and its primitive, such as `jit(f)/dispatch/dot_general`."""
+        found = _OP_NAME.search(self.rest)
+        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +74,7 @@ def read_collectives(text: str) -> Collectives:
         scatters = "all-reduce-scatter" in name
         for instruction in computations[name]:
             op = instruction.op.removesuffix("-start")
-            if op not in _OPS:
+            if op not in COLLECTIVES:
                 continue
             group = _first_group(instruction.rest)
             size = _moved(op, instruction, len(group))

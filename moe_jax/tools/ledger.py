@@ -7,6 +7,7 @@ source; every share is of the line's own assignments.  Exits 1 where they do not
 
 import csv
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 from moe_jax.files.formats import table
 from moe_jax.files.workdir import Folder
 from moe_jax.moe.types import Fates, Ledger
@@ -27,7 +28,6 @@ _HEADINGS = {
     "unsampled": "not sampled",
     "padding": "padding",
 }
-_MOST = 2**53  # no step counts further
 WORST = 16  # experts listed when there are more
 
 
@@ -56,21 +56,21 @@ def read(path: Folder, from_step: int = 0) -> Totals:
             f"train.ledger_every above 0."
         ) from None
     steps, total, shapes = [], None, None
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):  # it is still being written
-            break
-        try:
-            row = _parse(json_files.parse(line))
+    # A line without its end is still being written.
+    finished = itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
+    try:
+        for number, row in enumerate(records.parse_lines(finished, _counts), 1):
             if shapes not in (None, row.shapes()):
-                raise ValueError("other shapes than the lines before")
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number}, is damaged ({error}): remove that line to see the others."
-            ) from None
-        shapes = row.shapes()
-        if row.step >= from_step:
-            steps.append(row.step)
-            total = row if total is None else row.after(total)
+                raise records.LineError(number, "other shapes than the lines before")
+            shapes = row.shapes()
+            if row.step >= from_step:
+                steps.append(row.step)
+                total = row if total is None else row.after(total)
+    except records.LineError as damaged:
+        raise UserError(
+            f"{path}, line {damaged.number}, is damaged ({damaged}): remove that line to see the "
+            f"others."
+        ) from None
     if total is None:
         raise UserError(f"{path} has no step from {from_step} on: the run has not got that far.")
     return Totals(steps, total.sources, total.assignments, total.ledger)
@@ -93,13 +93,10 @@ class _Counts(NamedTuple):
         return _Counts(self.step, self.sources, other.assignments + self.assignments, ledger)
 
 
-def _parse(row: Any) -> _Counts:
+def _counts(value: Any) -> _Counts:
     """A row's counts, zeros for the fates it leaves out; ValueError for what is no such row."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError("no row of counts")
-    sources = row.get("sources")
-    if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
-        raise ValueError("its sources are no names")
+    row = records.mapping(value)
+    step, sources = records.count(row.get("step")), records.names(row.get("sources"))
     assignments = _whole(row.get("assignments"), 1)
     axes = {}
     for axis in Ledger._fields:
@@ -114,13 +111,14 @@ def _parse(row: Any) -> _Counts:
         axes[axis] = Fates(**{name: zeros for name in Fates._fields} | counts)
     if axes["source"].kept.shape[1] != len(sources):
         raise ValueError("its counts by source are not those of its sources")
-    return _Counts(row["step"], sources, assignments, Ledger(**axes))
+    return _Counts(step, sources, assignments, Ledger(**axes))
 
 
 def _whole(value: Any, ndim: int) -> np.ndarray:
     """Counts of so many axes; ValueError for anything else."""
     array = np.asarray(value)
-    if array.ndim != ndim or array.dtype.kind != "i" or not 0 <= array.min() <= array.max() < _MOST:
+    whole = array.ndim == ndim and array.dtype.kind == "i"
+    if not whole or not 0 <= array.min() <= array.max() < records.LARGEST:
         raise ValueError("something in it is no count")
     return array.astype(np.int64)
 

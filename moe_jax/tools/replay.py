@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -22,12 +22,12 @@ from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.data.store import Store
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records
 from moe_jax.files.formats import table
 from moe_jax.files.workdir import Folder
 from moe_jax.parallel import distributed
 from moe_jax.record.provenance import versions
-from moe_jax.record.report import METRICS, plain
+from moe_jax.record.report import METRICS, plain, read_row
 from moe_jax.record.rewind import Rewind, ordered_rows, read_rewinds
 from moe_jax.record.settings import SETTINGS, Settings, read_settings, settings_of
 from moe_jax.run.context import Run
@@ -39,6 +39,7 @@ from moe_jax.run.step_log import step_row, why_refused
 from moe_jax.train.state import TrainState
 
 Row = dict[str, Any]
+T = TypeVar("T")
 MOST_VIRTUAL = 1024  # devices that are made without being asked for
 
 _COLUMNS = {
@@ -145,11 +146,8 @@ def read_log(workdir: Folder) -> Past:
     path = workdir / METRICS
     rows = {}
     for line in json_files.read_lines(path) if path.exists() else []:
-        try:
-            row = json_files.parse(line)
-        except ValueError:  # torn by a kill
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int and "loss" in row:
+        row = read_row(line)
+        if row is not None and "loss" in row:
             rows[row["step"]] = row
     return Past(rows, METRICS, read_rewinds(workdir), settings, math.inf)
 
@@ -175,10 +173,8 @@ def read_flight(workdir: Folder, step: int, now: Past) -> Past:
     return Past(rows, source, rewinds, settings, min(later, default=math.inf))
 
 
-def _first(lines: tuple[Any, ...], count: Any) -> tuple[Any, ...]:
-    if type(count) is not int or not 0 <= count <= len(lines):
-        raise ValueError(count)
-    return lines[:count]
+def _first(lines: tuple[T, ...], count: Any) -> tuple[T, ...]:
+    return lines[: records.count(count, len(lines) + 1)]
 
 
 def _prepared(settings: Settings, workdir: Folder) -> Run:

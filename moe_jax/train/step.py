@@ -1,8 +1,8 @@
 """The train step: one global batch in, one new state out."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.data.batch import Batch
-from moe_jax.model.define import ModelDef
-from moe_jax.moe.types import DispatchStats, Ledger, MoEAux, MoEContext
+from moe_jax.model.define import ModelDef, Params
+from moe_jax.model.forward import batch_context
+from moe_jax.moe.noise import row_keys
+from moe_jax.moe.types import DispatchStats, Ledger, MoEAux
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.guard import Guard, judge, next_guard
 from moe_jax.train.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
 from moe_jax.train.optim import Optimizer
 from moe_jax.train.state import TrainState, everywhere, state_shardings
+
+RouterState: TypeAlias = Mapping[str, jax.Array]  # name -> [MoE layers, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,39 +54,35 @@ class StepOptions:
     debug: bool = False  # assert conservation inside the step
 
 
-def row_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
+def step_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
     """One threefry key a row: fold(seed, step, global row id).
 
     No axis index, microbatch index or rbg key: noise belongs to the row, wherever it is computed.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+    return row_keys(key, row_B)
 
 
 def make_gradients(
     model: ModelDef, options: StepOptions, mesh: Mesh
-) -> Callable[[Any, Any, Batch, jax.Array], tuple[Any, LossSums, Counts]]:
+) -> Callable[[Params, RouterState, Batch, jax.Array], tuple[Params, LossSums, Counts]]:
     """(params, router state, batch [A, B, T], step) -> gradients, sums of the loss, their counts.
 
     Parameters may be given as their copies.
     The A microbatches are taken one after the other and their gradients added.
     """
 
-    def microbatch(params: Any, router: Any, batch: Batch, step: jax.Array, counts: Counts):
-        context = MoEContext(
-            token_ids_BT=batch.tokens_BT,
-            mask_BT=batch.segments_BT > 0,
-            row_keys_B=row_keys(options.seed, step, batch.row_B),
-            mesh=mesh,
-            train=True,
-            router_state=router,
-            sources_BT=batch.sources_BT,
-            num_sources=options.num_sources,
-        )
+    def microbatch(
+        params: Params, router: RouterState, batch: Batch, step: jax.Array, counts: Counts
+    ) -> tuple[jax.Array, LossSums]:
+        keys_B = step_keys(options.seed, step, batch.row_B)
+        context = batch_context(batch, keys_B, mesh, True, router, options.num_sources)
         sums = loss_sums(model, params, batch, context, mesh)
         return loss_values(sums, counts, model).total, sums
 
-    def gradients(params: Any, router: Any, batch: Batch, step: jax.Array):
+    def gradients(
+        params: Params, router: RouterState, batch: Batch, step: jax.Array
+    ) -> tuple[Params, LossSums, Counts]:
         counts = count(batch, model.abstract["embed_VD"].dtype)
 
         def one(batch):
@@ -145,13 +145,13 @@ def make_train_step(
     return train_step
 
 
-def _without_copies(state: TrainState) -> tuple[TrainState, Any]:
+def _without_copies(state: TrainState) -> tuple[TrainState, Params]:
     """The state as the optimizer changes it, and the parameters as the model reads them."""
     used = with_copies(state.params, state.copies)
     return dataclasses.replace(state, copies={}), used
 
 
-def _next_router_state(model: ModelDef, state: Any, moe: MoEAux | None) -> Any:
+def _next_router_state(model: ModelDef, state: RouterState, moe: MoEAux | None) -> RouterState:
     """From the load of the whole batch: all microbatches, all devices."""
     if moe is None or model.components is None or model.config.moe.freeze_router:
         return state
@@ -177,7 +177,7 @@ def jit_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))
 
 
-def abstract_batch(microbatch: tuple[int, int, int], mesh: Any) -> Batch:
+def abstract_batch(microbatch: tuple[int, int, int], mesh: Mesh) -> Batch:
     """The batch of one step as a feed hands it over; `microbatch` is (accumulation, rows, T)."""
     shape, rows = microbatch, microbatch[:2]
     tokens = sharding(mesh, (None, "batch", None))

@@ -5,13 +5,11 @@ start to its end) has spent so far, so one that is torn or missing costs nothing
 """
 
 import contextlib
-import os
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror
 from moe_jax.parallel.distributed import exit_code
+from moe_jax.parallel.process import process_age
 
 GOODPUT = "goodput.jsonl"
 INIT = "init"
@@ -27,7 +26,6 @@ INIT = "init"
 # most.  A month's file stays below 3 MB: each copy to an object store replaces the whole file.
 BEAT, SHARE = 2.0, 1e-3
 _LEAVE = 5.0  # seconds to wait at the end for a thread that perhaps waits for a lost device
-_IMPORTED = time.monotonic()
 
 
 class Timekeeper:
@@ -48,7 +46,7 @@ class Timekeeper:
     """
 
     def __init__(self, workdir: Folder, lead: bool, beat: float = BEAT):
-        age = _process_age()
+        age = process_age()
         self._began, self._born = time.time() - age, time.monotonic() - age
         self._workdir, self._lead, self._beat = workdir, lead, beat
         self._attempt: _Attempt | None = None  # set by the first `resumed` of the lead process
@@ -233,13 +231,3 @@ class _Attempt:
                 jax.block_until_ready(outputs)
                 with self._lock:
                     self._step, self._finished = step, time.monotonic()
-
-
-def _process_age() -> float:
-    """Seconds since this process began, imports included (elsewhere than on Linux: excluded)."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot; see proc(5)
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
-    except (OSError, AttributeError):
-        return time.monotonic() - _IMPORTED

@@ -1,11 +1,12 @@
 """Reads the collectives and scatters out of compiled and lowered programs."""
 
+import itertools
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.tools.hlo import replica_groups
+from moe_jax.tools.hlo import parse, replica_groups
 
 
 class Collective(NamedTuple):
@@ -20,12 +21,13 @@ class Collective(NamedTuple):
 def collectives(compiled_text: str) -> list[Collective]:
     """All-gathers and all-to-alls of a compiled program."""
     found = []
-    for line in compiled_text.splitlines():
-        match = re.search(r" = \(?(\w+)\[([\d,]*)\].* (all-gather|all-to-all)(?:-start)?\(", line)
-        if match:
-            dtype, shape, op = match.groups()
-            size = tuple(int(n) for n in shape.split(",") if n)
-            found.append(Collective(op, size, dtype[0] in "fb", replica_groups(line)))
+    for instruction in itertools.chain(*parse(compiled_text)[0].values()):
+        op = instruction.op.removesuffix("-start")
+        if op in ("all-gather", "all-to-all"):
+            result = re.search(r"(\w+)\[([\d,]*)\]", instruction.type)
+            assert result is not None
+            groups = replica_groups(instruction.rest)
+            found.append(Collective(op, tuple(_numbers(result[2])), result[1][0] in "fb", groups))
     return found
 
 

@@ -104,3 +104,19 @@ def test_a_value_that_changes_places_changes_the_hash():
     """1.0 and 2.0 differ by a power of two in their bits: with plain weights the sums are equal."""
     rows = jnp.ones((512, 512)) + jnp.eye(512)
     assert len(set(np.asarray(jax.vmap(bit_hash)(rows)).tolist())) == 512
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_kept_axes_have_a_hash_for_each_index(kept):
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    found = bit_hash(x, kept)
+    assert found.shape == x.shape[:kept]
+    for index in np.ndindex(found.shape):
+        assert found[index] == bit_hash(x[index])
+
+
+def test_kept_axes_and_both_halves_of_a_wide_word(x64):
+    x = np.arange(6.0).reshape(2, 3)
+    assert bit_hash(jnp.asarray(x), 1).shape == (2,)
+    old, new = (np.asarray(bit_hash(jnp.asarray(y), 1)) for y in (x, one_ulp(x, 5)))
+    assert (old != new).tolist() == [False, True]

@@ -10,7 +10,7 @@ from moe_jax.parallel.rules import RULES, check_rules, param_sharding, sharding,
 
 def test_a_tensor_gets_the_mesh_axes_of_its_names(mesh_of):
     assert spec(("batch", None, "heads")) == P(BATCH_AXES, None, "tensor")
-    assert spec(("norm", "length")) == P(None, None)
+    assert spec(("norm", "head_dim")) == P(None, None)
     w_EDF = jax.device_put(
         jax.numpy.zeros((4, 6, 8)),
         sharding(mesh_of(fsdp=2, expert=2, tensor=2), ("experts", "expert_embed", "expert_mlp")),

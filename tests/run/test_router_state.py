@@ -9,13 +9,13 @@ import pytest
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, TrainConfig
-from moe_jax.data.batch import Batch
+from moe_jax.data.batch import Batch, make_batch
+from moe_jax.data.feed import put_batch
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
 from moe_jax.moe import layer
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-from moe_jax.parallel.rules import sharding
 from moe_jax.run.context import make_optimizer, make_step_options
 from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import TrainState, from_disk, init_train_state, to_disk
@@ -53,21 +53,10 @@ def config(accumulation=1, scan=False, **moe) -> Config:
 def batch(accumulation: int, mesh) -> Batch:
     """Random tokens; the second half of the last row is padding."""
     rng = np.random.default_rng(0)
-    shape = (accumulation, B // accumulation, T)
     segments = np.ones((B, T), np.int32)
     segments[-1, T // 2 :] = 0
-    arrays = Batch(
-        tokens_BT=rng.integers(0, V, (B, T), np.int32).reshape(shape),
-        targets_BT=rng.integers(0, V, (B, T), np.int32).reshape(shape),
-        segments_BT=segments.reshape(shape),
-        positions_BT=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
-        loss_mask_BT=(segments > 0).reshape(shape),
-        sources_BT=np.zeros(shape, np.int32),
-        bytes_BT=np.ones(shape, np.int32),
-        row_B=np.arange(B, dtype=np.int32).reshape(shape[:2]),
-    )
-    where = {3: sharding(mesh, (None, "batch", None)), 2: sharding(mesh, (None, "batch"))}
-    return jax.tree.map(lambda a: jax.device_put(a, where[a.ndim]), arrays)
+    tokens, targets = (rng.integers(0, V, (B, T), np.int32) for _ in range(2))
+    return put_batch(make_batch(tokens, targets, segments), mesh, accumulation)
 
 
 def make(config: Config, **axes):

@@ -13,7 +13,7 @@ from moe_jax.config import Config
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.tools.bench.breakdown import account
+from moe_jax.tools.bench.breakdown import COLLECTIVE, OTHER, account, instruction_parts
 from moe_jax.tools.bench.measure import Steps
 from moe_jax.tools.bench.random_rows import random_rows
 
@@ -95,3 +95,24 @@ def test_collectives_count_where_nothing_else_runs():
     assert parts == {"experts": 10.0, "attention": 9.0, "collectives": 6.0, "idle": 5.0}
     assert sum(parts.values()) == 30.0 and hidden == 5.0
     assert account(events, on_device=False)[0]["collectives"] == 11.0
+
+
+def test_an_instruction_belongs_to_its_innermost_scope():
+    text = """HloModule step
+
+%fused (p: f32[4]) -> f32[4] {
+  ROOT %exp = f32[4]{0} exponential(%p), metadata={op_name="jit(step)/router/exp"}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %mul = f32[4]{0} multiply(%x, %x), metadata={op_name="jit(step)/dispatch/jvp(experts)/mul" id=3}
+  %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%mul), metadata={op_name="jit(step)/dispatch/x"}
+  ROOT %add = f32[4]{0} add(%mul, %x), metadata={source_file="router.py"}
+}
+"""
+    assert instruction_parts(text) == {
+        "exp": "router",
+        "mul": "experts",
+        "start": COLLECTIVE,
+        "add": OTHER,
+    }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config, DataConfig, TrainConfig
-from moe_jax.data.batch import Batch
+from moe_jax.data.batch import Batch, make_batch
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
 from moe_jax.moe.config import MoEConfig
@@ -54,17 +54,7 @@ def batch(accumulation: int) -> Batch:
     shape = (accumulation, B // accumulation, T)
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, V, (2, *shape), np.int32)
-    ones = np.ones(shape, np.int32)
-    return Batch(
-        tokens_BT=tokens,
-        targets_BT=targets,
-        segments_BT=ones,
-        positions_BT=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
-        loss_mask_BT=ones > 0,
-        sources_BT=0 * ones,
-        bytes_BT=ones,
-        row_B=np.arange(B, dtype=np.int32).reshape(shape[:2]),
-    )
+    return make_batch(tokens, targets)
 
 
 def assert_true(model, state) -> None:

@@ -31,7 +31,7 @@ def clock(monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(time=lambda: 5e8 + clock.now, monotonic=lambda: clock.now)
     monkeypatch.setattr(timekeeper, "time", fake)
-    monkeypatch.setattr(timekeeper, "_process_age", lambda: 3.0)
+    monkeypatch.setattr(timekeeper, "process_age", lambda: 3.0)
     return clock
 
 

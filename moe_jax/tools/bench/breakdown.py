@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax.files.formats import table
+from moe_jax.tools.hlo import COLLECTIVES, Instruction, parse
 
 STEPS = 3  # traced
 # Scopes of the model, the loss and the step; the innermost one of an instruction counts.
@@ -29,10 +30,7 @@ SCOPES = (
     "cross_entropy",
     "optimizer",
 )
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 OTHER, COLLECTIVE, IDLE = "other (norms, residuals)", "collectives", "idle"
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\s([a-z][\w-]*)\(", re.M)
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 class Breakdown(NamedTuple):
@@ -94,21 +92,15 @@ def breakdown_table(profile_ms: Mapping[str, float]) -> str:
 
 def instruction_parts(hlo: str) -> dict[str, str]:
     """Part of the step of every instruction of a compiled program, by the instruction's name."""
-    parts = {}
-    for line in hlo.splitlines():
-        found = _INSTRUCTION.match(line)
-        if found:
-            name, opcode = found.groups()
-            op_name = _OP_NAME.search(line)
-            parts[name] = _part(opcode, op_name[1] if op_name else "")
-    return parts
+    computations, _ = parse(hlo)
+    return {one.name: _part(one) for body in computations.values() for one in body}
 
 
-def _part(opcode: str, op_name: str) -> str:
-    if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+def _part(instruction: Instruction) -> str:
+    if instruction.op.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return COLLECTIVE
     # Scopes stand in a path such as jit(train_step)/transpose(jvp(jit(block)))/dispatch/experts/dot
-    words = [word for word in re.split(r"[/()]", op_name) if word in SCOPES]
+    words = [word for word in re.split(r"[/()]", instruction.op_name) if word in SCOPES]
     return words[-1] if words else OTHER
 
 

@@ -1,20 +1,20 @@
 """Times the train step of a prepared run."""
 
-import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed, RowsFn, batch_shardings
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel.chips import peak_tflops
+from moe_jax.parallel.process import process_age
 from moe_jax.run.context import Run
 from moe_jax.tools.bench.breakdown import breakdown
 from moe_jax.tools.hlo import read_collectives
@@ -22,13 +22,7 @@ from moe_jax.train.state import TrainState
 from moe_jax.train.step import StepMetrics, make_gradients
 
 WARMUP = 3  # steps that are run and not counted
-
-
-def process_age() -> float:
-    """Seconds since this process was started, the interpreter's own start included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    up = float(Path("/proc/uptime").read_text().split()[0])
-    return up - ticks / os.sysconf("SC_CLK_TCK")
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def peak_memory_bytes() -> int:
@@ -116,7 +110,7 @@ def measure(
 class Steps:
     """Runs steps as the trainer does: one is started before the one before it is waited for."""
 
-    def __init__(self, step_fn: Any, state: TrainState, feed: DeviceFeed, batch: Any):
+    def __init__(self, step_fn: StepFn, state: TrainState, feed: DeviceFeed, batch: Batch):
         self.state = state
         self.losses: list[float] = []
         self.dropped: list[float] = []

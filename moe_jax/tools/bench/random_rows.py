@@ -7,7 +7,7 @@ different tokens, so it loads experts unevenly; random ids of the model's whole 
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.data.batch import Batch
+from moe_jax.data.batch import Batch, make_batch
 from moe_jax.data.feed import RowsFn
 
 
@@ -27,16 +27,6 @@ def random_rows(config: Config) -> RowsFn:
                 for row in row_ids
             ]
         )
-        one_BT = np.ones((len(row_ids), T), np.int32)
-        return Batch(
-            tokens_BT=ids_BU[:, :-1],
-            targets_BT=ids_BU[:, 1:],
-            segments_BT=one_BT,
-            positions_BT=np.broadcast_to(np.arange(T, dtype=np.int32), one_BT.shape),
-            loss_mask_BT=one_BT.astype(bool),
-            sources_BT=0 * one_BT,
-            bytes_BT=one_BT,
-            row_B=np.asarray(row_ids, np.int32),
-        )
+        return make_batch(ids_BU[:, :-1], ids_BU[:, 1:], row=np.asarray(row_ids))
 
     return rows

@@ -12,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import Config
-from moe_jax.data.batch import Batch
-from moe_jax.model.define import define
+from moe_jax.data.batch import Batch, make_batch
+from moe_jax.data.feed import put_batch
+from moe_jax.model.define import Params, define
 from moe_jax.model.initialize import init
 from moe_jax.moe.components import router_state
 from moe_jax.moe.config import BALANCE_SCOPES, MoEConfig
 from moe_jax.moe.types import ExpertChoice, Router, RouterIn
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-from moe_jax.parallel.rules import sharding
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import shrink
 from moe_jax.tools.doctor.start import NO_EXPERTS
@@ -189,7 +189,7 @@ def one_layer(config: Config) -> Config:
 class Rows:
     """A one-layer model, its parameters and a batch, on a mesh and cut into microbatches."""
 
-    def __init__(self, config: Config, params: Any, mesh: Mesh, parts: int, rows: int):
+    def __init__(self, config: Config, params: Params, mesh: Mesh, parts: int, rows: int):
         """The same numbers whatever the mesh and the number of parts."""
         where = param_shardings(define(config.model, jnp.float32), mesh)
         self.config, self.mesh = config, mesh
@@ -197,7 +197,7 @@ class Rows:
         self.batch = _batch(config.seed, rows, parts, mesh)
 
 
-def _first_params(config: Config) -> Any:
+def _first_params(config: Config) -> Params:
     """NumPy arrays: every process makes the same."""
     key = jax.random.key(config.seed, impl="threefry2x32")
     return jax.device_get(jax.jit(partial(init, define(config.model, jnp.float32)))(key))
@@ -231,20 +231,5 @@ def _batch(seed: int, rows: int, parts: int, mesh: Mesh) -> Batch:
     shape = (rows, LENGTH)
     tokens = draw.integers(VOCABULARY, size=shape, dtype=np.int32)
     real = np.arange(LENGTH) < draw.integers(1, LENGTH + 1, size=(rows, 1))
-    nothing = np.zeros(shape, np.int32)
-    arrays = Batch(
-        tokens_BT=tokens,
-        targets_BT=tokens,
-        segments_BT=real.astype(np.int32),
-        positions_BT=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape),
-        loss_mask_BT=np.zeros(shape, bool),
-        sources_BT=nothing,
-        bytes_BT=nothing,
-        row_B=np.arange(rows, dtype=np.int32),
-    )
-
-    def place(array: np.ndarray) -> jax.Array:
-        array = array.reshape(parts, rows // parts, *array.shape[1:])
-        return _place(array, sharding(mesh, (None, "batch", None)[: array.ndim]))
-
-    return Batch(*map(place, arrays))
+    batch = make_batch(tokens, tokens, real.astype(np.int32))
+    return put_batch(batch._replace(loss_mask_BT=np.zeros(shape, bool)), mesh, parts)

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
+from moe_jax.files import formats
+from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.loop import save
 from moe_jax.tools.doctor.finding import Finding
-from moe_jax.tools.doctor.subject import STEPS, Subject, bits
+from moe_jax.tools.doctor.subject import STEPS, Subject
 from moe_jax.tools.plan.analytic import estimate
-from moe_jax.tools.plan.report import gib
 from moe_jax.train.state import TrainState, everywhere
 
 MOST_WAIT = 0.1  # of a step
@@ -34,8 +35,8 @@ def memory(subject: Subject) -> Finding:
     needed = estimate(subject.plan)
     state = needed.parameters + needed.gradients + needed.optimizer
     figure = (
-        f"{gib(needed.total)} a device of {subject.plan.mesh.size}: {gib(state)} of parameters, "
-        f"gradients and optimizer"
+        f"{formats.size(needed.total)} a device of {subject.plan.mesh.size}: "
+        f"{formats.size(state)} of parameters, gradients and optimizer"
     )
     stats = None if subject.shrunk else subject.devices[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
@@ -43,7 +44,7 @@ def memory(subject: Subject) -> Finding:
     limit = float(stats["bytes_limit"])
     return Finding(
         needed.total <= limit,
-        f"{figure}; it has {gib(limit)}",
+        f"{figure}; it has {formats.size(limit)}",
         "Raise mesh.fsdp, mesh.expert or train.accumulation, or set model.remat: `python -m "
         "moe_jax plan --search` ranks them.",
     )
@@ -76,7 +77,7 @@ def saves_bitwise(subject: Subject) -> Finding:
 
 
 def _marks(state: TrainState) -> Any:
-    return jax.tree.map(lambda leaf: bits(leaf, range(leaf.ndim)), state)
+    return jax.tree.map(bit_hash, state)
 
 
 def data_wait(subject: Subject) -> Finding:

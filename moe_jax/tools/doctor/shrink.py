@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, to_dict
+from moe_jax.config import Config, to_flat_dict
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.tokenizers import load_tokenizer
@@ -128,19 +128,11 @@ def at_peak(config: Config) -> Config:
 
 def changes(old: Config, new: Config) -> list[str]:
     """Each key that differs, as `model.width 4096 -> 64`."""
-    before, after = _flat(to_dict(old), ""), _flat(to_dict(new), "")
+    before, after = to_flat_dict(old), to_flat_dict(new)
     keys = [key for key in after if before.get(key) != after[key]]
     keys += [key for key in before if key not in after]
     return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in keys]
 
 
-def _flat(tree: dict[str, Any], above: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
-    return flat
-
-
 def _text(value: Any) -> str:
-    return "''" if value in ("", None, {}) else str(value)
+    return "''" if value in ("", None) else str(value)

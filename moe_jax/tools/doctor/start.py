@@ -1,5 +1,6 @@
 """Checks of the initial parameters: their scale, what they make of a batch, what they drop."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import Config
+from moe_jax.model.forward import batch_context
 from moe_jax.model.layout import to_layers
 from moe_jax.model.rope import rope_tables
 from moe_jax.moe.components import Components
-from moe_jax.moe.types import MoEContext
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
 from moe_jax.train.state import everywhere
-from moe_jax.train.step import row_keys
+from moe_jax.train.step import step_keys
 
 SIGMAS = 5  # of the estimate of a standard deviation
 LOSS_TOLERANCE = 1.0  # nats
@@ -101,19 +102,14 @@ def residual_scale(subject: Subject) -> list[float]:
     run, state = subject.run, subject.state()
     model, config = run.model, run.model.config
     batch = jax.tree.map(lambda leaf: leaf[0], subject.batch)
-    context = MoEContext(
-        token_ids_BT=batch.tokens_BT,
-        mask_BT=batch.segments_BT > 0,
-        row_keys_B=row_keys(run.config.seed, jnp.int32(0), batch.row_B),
-        mesh=run.mesh,
-        train=False,
-    )
+    keys_B = step_keys(run.config.seed, jnp.int32(0), batch.row_B)
+    context = batch_context(batch, keys_B, run.mesh, False, {}, run.step_options.num_sources)
     rope = rope_tables(batch.positions_BT, config.head_dim, config.rope_theta, model.dtype)
     segments = batch.segments_BT if config.confine_attention else None
 
     def block_of(layer: int) -> Any:
         def block(params: Any, router: Any, x: jax.Array):
-            here = MoEContext(**{**vars(context), "router_state": router})
+            here = dataclasses.replace(context, router_state=router)
             x, _ = nnx.merge(model.blocks[layer], params)(x, rope, segments, here)
             return x, jnp.sqrt((x.astype(jnp.float32) ** 2).mean())
 

@@ -22,6 +22,7 @@ from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.layout import to_layers
 from moe_jax.moe.types import MoEAux
+from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.context import Run
 from moe_jax.run.loop import compile_step
 from moe_jax.run.restore import first_state
@@ -124,7 +125,7 @@ class Subject:
 
     def _take_steps(self) -> Steps:
         mesh, model = self.run.mesh, self.run.model
-        marks = jax.jit(lambda p: reduce_leaves(model, p, bits), out_shardings=everywhere(mesh))
+        marks = jax.jit(lambda p: reduce_leaves(model, p, _bits), out_shardings=everywhere(mesh))
         before = by_layer(model, jax.device_get(marks(self.state().params)))
         self._state, metrics = self.step_fn(self.state(), self.batch)
         after = by_layer(model, jax.device_get(marks(self._state.params)))
@@ -165,22 +166,8 @@ def by_layer(model: ModelDef, reduced: Any) -> dict[str, np.ndarray]:
     return {k: np.asarray(v) for k, v in named_leaves(to_layers(reduced, model.layout)).items()}
 
 
-def bits(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """A checksum of the bits and where they stand; no single number can change unseen.
-
-    Every weight is odd, so a number that changes changes the sum modulo 2^32.
-    """
-    raw = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize])
-    if leaf.dtype.itemsize == 8:
-        raw = (raw >> 32) * 3 + raw
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis in axes:
-        ramp = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        place = place * jnp.uint32(0x9E3779B1) + ramp
-    return (raw.astype(jnp.uint32) * (2 * place + 1)).sum(tuple(axes), dtype=jnp.uint32)
-
-
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+def _bits(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+    return bit_hash(leaf, kept=leaf.ndim - len(axes))
 
 
 def _norm(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:

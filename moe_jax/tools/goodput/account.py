@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
 from moe_jax.watch.timekeeper import GOODPUT, INIT
 
@@ -107,11 +107,9 @@ def read(path: Folder) -> Account:
       UserError: no such file, or no row in it.
     """
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): name the workdir of a run."
-        ) from None
+        lines = json_files.read_lines(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: name the workdir of a run.") from None
     found = account(lines)
     if not found.attempts:
         raise UserError(f"{path} holds no row of {GOODPUT}: name the workdir of a run.")
@@ -126,7 +124,7 @@ def account(lines: Sequence[bytes]) -> Account:
     after an attempt that was done, or that a STOP file ended, the time is `paused`.
     Clocks that go backwards make both shorter, never negative.
     """
-    rows = [_parse(line) for line in lines]
+    rows = [records.parse_line(line, _row) for line in lines]
     by_attempt: dict[str, list[_Row]] = {}
     for row in rows:
         if row is not None:
@@ -180,37 +178,16 @@ def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int]]:
     return reversed(found)
 
 
-def _parse(line: bytes) -> _Row | None:
-    """The row in `line`; None if there is none."""
-    try:
-        row = json.loads(line)
-        known = row["seconds"].keys() & _MEASURED
-        return _Row(
-            _text(row["attempt"]),
-            _time(row["began"]),
-            _time(row["time"]),
-            _count(row["from"]),
-            _count(row["step"]),
-            {name: _time(row["seconds"][name]) for name in known},
-            None if row.get("end") is None else _count(row["end"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _time(value: Any) -> float:
-    if not 0 <= value <= _LATEST:
-        raise ValueError
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if not (isinstance(value, int) and 0 <= value <= _LATEST):
-        raise ValueError
-    return value
+def _row(value: Any) -> _Row:
+    """Raises ValueError for a row that no attempt wrote."""
+    row = records.mapping(value)
+    seconds, end = records.mapping(row.get("seconds")), row.get("end")
+    return _Row(
+        records.text(row.get("attempt")),
+        records.number(row.get("began"), _LATEST),
+        records.number(row.get("time"), _LATEST),
+        records.count(row.get("from")),
+        records.count(row.get("step")),
+        {name: records.number(seconds[name], _LATEST) for name in _MEASURED if name in seconds},
+        None if end is None else records.count(end),
+    )

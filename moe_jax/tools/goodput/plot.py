@@ -42,7 +42,7 @@ def write_plot(path: Path, account: Account) -> None:
     axes.set_yticks(places, names, fontsize="small")
     axes.set_ylim(len(attempts) + 0.6, 0.4)
     axes.set_xlabel(unit)
-    axes.set_title(f"goodput {100 * account.goodput:.1f}%: where the time of each attempt went")
+    axes.set_title(f"goodput {account.goodput:.1%}: where the time of each attempt went")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(
         loc="outside lower center", ncols=len(CATEGORIES), frameon=False, fontsize="small"

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from moe_jax.files.formats import table
+from moe_jax.files.formats import duration, table
 from moe_jax.tools.goodput.account import CATEGORIES, Account, Attempt
 
 
@@ -22,7 +22,7 @@ def report(account: Account) -> str:
     parts = [
         table(rows, left=2),
         _attempts(account.attempts),
-        f"goodput: {100 * account.goodput:.1f}% of {meant} went into steps that the run still has"
+        f"goodput: {account.goodput:.1%} of {meant} went into steps that the run still has"
         + (", pauses left out" if seconds["paused"] else ""),
     ]
     if account.unreadable:
@@ -101,18 +101,6 @@ def apportion(parts: Sequence[float], units: int) -> list[int]:
     for i in order[: units - sum(floors)]:
         floors[i] += 1
     return floors
-
-
-def duration(seconds: float) -> str:
-    """4000 -> 1h06m40s, 3.14 -> 3.1s."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [f"{days}d"] if days else []
-    parts += [f"{hours:02d}h" if days else f"{hours}h"] if days or hours else []
-    return "".join([*parts, f"{minutes:02d}m" if parts else f"{minutes}m", f"{rest:02d}s"])
 
 
 def _date(seconds: float) -> str:

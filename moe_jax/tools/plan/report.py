@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
+from moe_jax.files import formats
 from moe_jax.model.flops import param_counts
 from moe_jax.tools.hlo import Collectives, mesh_axes
 from moe_jax.tools.plan.analytic import Memory
@@ -40,13 +41,13 @@ def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float
     """Bytes of one device: by purpose from the analytic model, beside the compiled program's."""
     yield "bytes per device at the fullest moment (analytic):"
     for name, size in memory._asdict().items():
-        yield f"  {name:<12} {gib(size):>10}"
-    yield f"  {'total':<12} {gib(memory.total):>10} of {gib(chip_bytes)} usable"
+        yield f"  {name:<12} {formats.size(size):>10}"
+    yield f"  {'total':<12} {formats.size(memory.total):>10} of {formats.size(chip_bytes)} usable"
     if compiled is not None:
         gap = memory.total / compiled.peak - 1
         yield (
-            f"  {'compiled':<12} {gib(compiled.peak):>10} (state and batch "
-            f"{gib(compiled.arguments)}); the analytic total is {gap:+.1%}"
+            f"  {'compiled':<12} {formats.size(compiled.peak):>10} (state and batch "
+            f"{formats.size(compiled.arguments)}); the analytic total is {gap:+.1%}"
         )
 
 
@@ -61,8 +62,8 @@ def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:
         if not total:
             continue
         parts = sorted(((size, axes) for (name, axes), size in sums.items() if name == op))
-        over = ", ".join(f"{gib(size)} over {axes}" for size, axes in reversed(parts))
-        yield f"  {op:<18} {gib(total):>10}  ({over})"
+        over = ", ".join(f"{formats.size(size)} over {axes}" for size, axes in reversed(parts))
+        yield f"  {op:<18} {formats.size(total):>10}  ({over})"
 
 
 def read_traffic(collectives: Collectives, plan: Plan) -> list[Traffic]:
@@ -88,19 +89,11 @@ def describe_speed(
         f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
     )
     disk = checkpoint_bytes(plan.model, plan.optimizer)
-    yield f"checkpoint: {gib(disk)}"
+    yield f"checkpoint: {formats.size(disk)}"
     rate = plan.tokens / roof.seconds
     yield f"tokens a day, at most: {rate * _DAY:.4g}"
     hours = budget / rate / 3600 * topology.num_chips
     yield f"chip-hours for {budget:.3g} tokens, at least: {hours:,.0f}"
-
-
-def gib(size: float) -> str:
-    """Bytes as text."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size / 2**20:.2f} MiB"
 
 
 def describe_found(found: Found) -> str:
@@ -108,7 +101,8 @@ def describe_found(found: Found) -> str:
     config, roof = found.plan.config, found.roof
     return (
         f"{mesh_text(config.mesh)}, remat {config.model.remat}, batch {config.train.batch_size:,} "
-        f"in {config.train.accumulation}: {gib(found.memory.total)}, {1e3 * roof.exposed:,.1f} ms, "
+        f"in {config.train.accumulation}: {formats.size(found.memory.total)}, "
+        f"{1e3 * roof.exposed:,.1f} ms, "
         f"{roof.mfu(roof.exposed):.1%} to {roof.mfu(roof.seconds):.1%} MFU, "
         f"limited by {roof.limit}"
     )

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.config import Config, to_dict
+from moe_jax.config import Config, to_flat_dict
 from moe_jax.tools.results.read import DONE, Result
 
 
@@ -68,16 +68,7 @@ def _telling(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 def _flat(config: Config) -> dict[str, Any]:
     """Dotted keys of all that shapes a run; a dense model ignores what is said about experts."""
-    flat: dict[str, Any] = {}
-
-    def visit(node: dict[str, Any], above: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                visit(value, f"{above}{key}.")
-            else:
-                flat[f"{above}{key}"] = value
-
-    visit(to_dict(config), "")
+    flat = to_flat_dict(config)
     del flat["seed"]
     if not config.model.dense:
         return flat

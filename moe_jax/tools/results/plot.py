@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.files.formats import count
 from moe_jax.tools.results.group import Group
-from moe_jax.tools.results.table import short
 
 _LOSS = "held-out loss (nats a token)"
 
@@ -63,7 +63,7 @@ def _draw_curves(axes: Any, groups: Sequence[Group], colours: dict[int, str]) ->
         mean = [statistics.mean(points[flops]) for flops in whole]
         spread = [statistics.stdev(points[f]) if len(points[f]) > 1 else 0.0 for f in whole]
         colour = colours[id(each)]
-        sizes = f"{short(each.runs[0].parameters or 0)} parameters"
+        sizes = f"{count(each.runs[0].parameters or 0, digits=2)} parameters"
         axes.plot(whole, mean, marker=".", color=colour, label=f"{each.label()}  ({sizes})")
         low = [m - s for m, s in zip(mean, spread, strict=True)]
         high = [m + s for m, s in zip(mean, spread, strict=True)]

@@ -2,22 +2,24 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from moe_jax.errors import UserError
-from moe_jax.files.formats import table
+from moe_jax.files.formats import count, or_dash, table
 from moe_jax.tools.results.group import Group, Spread, labels
 from moe_jax.tools.results.read import Result
 
+_short = partial(count, digits=2)
 # attribute of Result -> (heading, how a number is written)
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "best_heldout": ("held-out loss", "{:.4f}".format),
     "train_loss": ("train loss", "{:.4f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "drop_fraction": ("dropped", "{:.1%}".format),
-    "parameters": ("parameters", lambda number: short(number)),
-    "active": ("active", lambda number: short(number)),
-    "flops_per_token": ("FLOPs/token", lambda number: short(number)),
+    "parameters": ("parameters", _short),
+    "active": ("active", _short),
+    "flops_per_token": ("FLOPs/token", _short),
     "flops": ("FLOPs", "{:.2e}".format),
 }
 _WITH_DEVIATION = ("best_heldout", "train_loss")
@@ -33,7 +35,7 @@ def runs_table(results: Sequence[Result]) -> str:
     rows = [["run", "config", "seed", "state", *(heading for heading, _ in _COLUMNS.values())]]
     for run in results:
         seed = "-" if run.config is None else str(run.config.seed)
-        numbers = [_cell(getattr(run, name), form) for name, (_, form) in _COLUMNS.items()]
+        numbers = [or_dash(getattr(run, name), form) for name, (_, form) in _COLUMNS.items()]
         rows.append([run.name, label.get(run.name, "-"), seed, _one_line(run.state), *numbers])
     return table(rows, left=2)
 
@@ -66,10 +68,6 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
         raise UserError(f"--csv={path} cannot be written ({error.strerror}).") from None
 
 
-def _cell(number: int | float | None, form: Callable[[float], str]) -> str:
-    return "-" if number is None else form(number)
-
-
 def _spread(spread: Spread | None, name: str) -> str:
     form = _COLUMNS[name][1]
     if spread is None:
@@ -77,14 +75,6 @@ def _spread(spread: Spread | None, name: str) -> str:
     if spread.deviation is None or name not in _WITH_DEVIATION:
         return form(spread.mean)
     return f"{form(spread.mean)} ± {form(spread.deviation)}"
-
-
-def short(number: int | float) -> str:
-    """7510528 -> 7.51M."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.2f}{unit}"
-    return f"{number:.0f}"
 
 
 def _one_line(text: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from moe_jax.config import Config
-from moe_jax.data.batch import Batch
+from moe_jax.data.batch import make_batch
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.config import MoEConfig
@@ -46,9 +46,7 @@ def test_a_saved_step_runs_as_the_compiled_one(tmp_path, no_cache):
     )
     shape = (1, config.train.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, 64, shape, np.int32)
-    ones = np.ones(shape, np.int32)
-    rows = np.arange(shape[1], dtype=np.int32)[None]
-    batch = Batch(tokens, tokens, ones, ones, ones.astype(bool), ones, ones, rows)
+    batch = make_batch(tokens, tokens)
     state, expected = compiled(first, batch)
     again, metrics = loaded(second, batch)
     assert float(metrics.loss.total) == float(expected.loss.total)
