@@ -57,9 +57,8 @@ class MoE(nnx.Module):
         out_init = residual_fan_in(F, depth)
         self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own, narrow=True)
         self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own, narrow=True)
-        self.shared = None
-        if config.shared_experts:
-            self.shared = DenseFFN(
+        self.shared = (
+            DenseFFN(
                 width,
                 config.shared_experts * F,
                 activation=activation,
@@ -67,6 +66,9 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=scoped(rngs, "shared"),
             )
+            if config.shared_experts
+            else None
+        )
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: MoEContext
