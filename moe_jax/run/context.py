@@ -17,11 +17,10 @@ from moe_jax.train.step import StepOptions
 Say = Callable[[str], None]
 
 
-def make_optimizer(config: Config) -> Optimizer:
+def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
     """The optimizer of a config, which leaves a frozen router's parameters alone."""
-    moe = config.model.moe
-    frozen = ("router_",) if moe.freeze_router and not config.model.dense else ()
-    return Optimizer(config.optimizer, config.train.steps, frozen)
+    frozen = ("router",) if config.model.moe.freeze_router else ()
+    return Optimizer(config.optimizer, config.train.steps, model.rules, frozen)
 
 
 def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:

@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.define import define
 from moe_jax.model.layout import to_stacked
 from moe_jax.nn.params import param_dtype
-from moe_jax.run.context import Run, Say
+from moe_jax.run.context import Run, Say, make_optimizer
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
@@ -53,7 +53,7 @@ def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
 def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
     flat = define(dataclasses.replace(run.config.model, scan_layers=False), run.model.dtype)
-    target = placed_state(flat, run.optimizer, run.mesh)
+    target = placed_state(flat, make_optimizer(run.config, flat), run.mesh)
     return to_disk(target, flat.layout)
 
 

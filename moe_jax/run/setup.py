@@ -63,7 +63,7 @@ def prepare(
     mesh = make_mesh(config.mesh, devices)
     model = define(config.model, jnp.dtype(config.precision))
     resolve.check_shapes(model, mesh)
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, model)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )

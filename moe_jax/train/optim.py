@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.errors import UserError
+from moe_jax.nn.params import ParamRule
 from moe_jax.registry import lookup
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
@@ -105,13 +106,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
 
 
-def _decayed(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Weight decay of matrices; `Optimizer` calls rules on one leaf of one layer at a time."""
-    return optax.add_decayed_weights(
-        config.weight_decay, mask=lambda leaf: jax.tree.map(lambda x: x.ndim >= 2, leaf)
-    )
-
-
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -131,64 +125,80 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.chain(_adam(config), _decayed(config))
+def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [_adam(config)]
 
 
-def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     """Factored second moments (Shazeer and Stern, arXiv 1804.04235), without relative steps."""
-    return optax.chain(
+    del config
+    return [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),  # the rate is relative to each weight's size, as in T5
-        _decayed(config),
-    )
+    ]
 
 
+# Name -> the transformations that turn a gradient into a direction, without weight decay.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
-class Optimizer:
-    """An update rule applied leaf by leaf, and for stacked layers layer by layer.
+def _transformation(config: OptimizerConfig, decay: bool) -> optax.GradientTransformation:
+    """Gradient -> direction for one parameter of one layer, weight decay included."""
+    direction = OPTIMIZERS[config.name](config)
+    # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
+    weight_decay = optax.add_decayed_weights(config.weight_decay, mask=lambda _: decay)
+    return optax.chain(*direction, weight_decay)
 
-    So a rule that looks at a whole matrix (Adafactor) does the same to scanned layers as to
-    unrolled ones, and the state of a leaf has the leaf's layout: it is stacked and split with the
-    parameters.  Leaves whose path names a norm are not decayed whatever their rank.
+
+class Optimizer:
+    """An update rule applied to one parameter of one layer at a time.
+
+    Stacked layers are mapped over, so a rule that looks at a whole matrix (Adafactor) does the same
+    to scanned layers as to unrolled ones, and the state of a parameter has the parameter's layout:
+    it is stacked and sharded with it.
 
     Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
     """
 
-    def __init__(self, config: OptimizerConfig, steps: int, frozen: tuple[str, ...] = ()):
-        self._frozen = frozen  # beginnings of the names of parameters that never change
+    def __init__(
+        self, config: OptimizerConfig, steps: int, rules: Any, frozen: tuple[str, ...] = ()
+    ):
+        """Binds what does not change during a run.
+
+        Args:
+          config: the knobs.
+          steps: length of the run, for the schedule.
+          rules: a tree like the parameters' with the `ParamRule` of each (`ModelDef.rules`).
+          frozen: groups of parameters that never change.
+        """
         self.schedule = make_schedule(config, steps)
-        self._rule = lookup(OPTIMIZERS, config.name, "optimizer.name")(config)
-        plain = dataclasses.replace(config, weight_decay=0.0)
-        self._no_decay = lookup(OPTIMIZERS, config.name, "optimizer.name")(plain)
+        self._rules, self._frozen = rules, frozen
+        self._by_decay = {decay: _transformation(config, decay) for decay in (False, True)}
 
     def init(self, params: Any) -> Any:
         """State: the tree of `params` with the rule's state in place of each leaf."""
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._for(path)[0](leaf), params)
+        return jax.tree.map(lambda rule, param: self._of(rule).init(param), self._rules, params)
 
     def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
         """New parameters and state after `step` (from 0)."""
         rate = self.schedule(step)
 
-        def one(path, param, gradient, state):
-            if path[-1].key.startswith(self._frozen):
+        def one(rule, param, gradient, state):
+            if rule.group in self._frozen:
                 return param, state
             direction: Any
-            direction, state = self._for(path)[1](gradient, state, param)
+            direction, state = self._of(rule).update(gradient, state, param)
             return param - (rate * direction).astype(param.dtype), state
 
-        pairs = jax.tree_util.tree_map_with_path(one, params, gradients, state)
+        pairs = jax.tree.map(one, self._rules, params, gradients, state)
         outer = jax.tree.structure(params)
         flat = outer.flatten_up_to(pairs)
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
 
-    def _for(self, path: tuple[Any, ...]):
-        """(init, update) for the leaf at `path`."""
-        keys = [str(getattr(key, "key", key)) for key in path]
-        rule = self._no_decay if any("norm" in key for key in keys) else self._rule
-        if "stack" in keys:
-            return jax.vmap(rule.init), jax.vmap(rule.update)
-        return rule.init, rule.update
+    def _of(self, rule: ParamRule) -> optax.GradientTransformation:
+        """What updates a parameter with this rule, of all stacked layers at once."""
+        one_layer = self._by_decay[rule.decay]
+        if not rule.stacked:
+            return one_layer
+        return optax.GradientTransformation(jax.vmap(one_layer.init), jax.vmap(one_layer.update))
