@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from moe_jax.checkpoint import Checkpoints
@@ -18,9 +19,15 @@ Say = Callable[[str], None]
 
 
 def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
-    """The optimizer of a config, which leaves a frozen router's parameters alone."""
+    """The optimizer of a config, which leaves a frozen router's parameters alone.
+
+    Raises:
+      UserError: one that cannot be applied to the model's parameters.
+    """
     frozen = ("router",) if config.model.moe.freeze_router else ()
-    return Optimizer(config.optimizer, config.train.steps, model.rules, frozen)
+    optimizer = Optimizer(config.optimizer, config.train.steps, model.rules, frozen)
+    jax.eval_shape(optimizer.init, model.abstract)
+    return optimizer
 
 
 def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from optax, by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,16 +10,27 @@ import optax
 
 from moe_jax.errors import UserError
 from moe_jax.nn.params import ParamRule
-from moe_jax.registry import lookup
+from moe_jax.registry import lookup, suggest
+from moe_jax.train import optax_by_name
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
+ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, its knobs, and how the learning rate moves."""
+    """Which optimizer, its knobs, and how the learning rate moves.
 
-    name: str = "adamw"  # adamw | adafactor
+    A dotted name is a function of optax that makes a gradient transformation, called with
+    `options`.  As with the other optimizers, gradients come clipped (`clip_norm`), and a parameter
+    changes by -rate(step) * (direction + weight_decay * parameter).  The direction is what the
+    transformation returns, or the negated update where the function takes a `learning_rate`, such
+    as optax.sgd: it is then called with 1, and without weight decay of its own.
+    """
+
+    # adamw | adafactor, or the dotted name of a transformation, such as optax.scale_by_lion.
+    name: str = "adamw"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a dotted name alone
     learning_rate: float = 1e-3  # the peak
     b1: float = 0.9
     b2: float = 0.95
@@ -32,7 +44,7 @@ class OptimizerConfig:
     final_share: float = 0.1  # of the peak, reached at the end (cosine, wsd)
 
     def __post_init__(self):
-        lookup(OPTIMIZERS, self.name, "optimizer.name")
+        self._check_name()
         lookup(SCHEDULES, self.schedule, "optimizer.schedule")
         if self.moment_dtype not in MOMENT_DTYPES:
             raise UserError(
@@ -54,6 +66,34 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: set it in [0, 1).")
         if not 0 < self.decay_share <= 1:
             raise UserError(f"optimizer.decay_share is {self.decay_share}: set it in (0, 1].")
+
+    @property
+    def dotted(self) -> bool:
+        """True if `name` names a transformation of optax."""
+        return "." in self.name
+
+    def _check_name(self) -> None:
+        """Raises UserError for an unknown name, its options, and knobs that it would not read."""
+        if self.dotted:
+            optax_by_name.check_options(self.name, self.options)
+            for field in dataclasses.fields(self):
+                if field.name in ADAM_KNOBS and getattr(self, field.name) != field.default:
+                    raise UserError(
+                        f"optimizer.{field.name} is {getattr(self, field.name)!r}, which "
+                        f"{self.name} does not read: set it back to {field.default!r} and give "
+                        f"arguments in optimizer.options."
+                    )
+            return
+        if self.name not in OPTIMIZERS:
+            raise UserError(
+                f"optimizer.name {self.name!r} is unknown{suggest(self.name, OPTIMIZERS)}: use one "
+                f"of these, or a dotted name such as optax.scale_by_lion."
+            )
+        if self.options:
+            raise UserError(
+                f"optimizer.options is {dict(self.options)!r}, which {self.name} does not read: "
+                f"set its own keys, such as optimizer.b1."
+            )
 
 
 def _warmup(config: OptimizerConfig, rest: optax.Schedule) -> optax.Schedule:
@@ -145,7 +185,10 @@ OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 def _transformation(config: OptimizerConfig, decay: bool) -> optax.GradientTransformation:
     """Gradient -> direction for one parameter of one layer, weight decay included."""
-    direction = OPTIMIZERS[config.name](config)
+    if config.dotted:
+        direction = optax_by_name.directions(config.name, config.options)
+    else:
+        direction = OPTIMIZERS[config.name](config)
     # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
     weight_decay = optax.add_decayed_weights(config.weight_decay, mask=lambda _: decay)
     return optax.chain(*direction, weight_decay)
@@ -173,11 +216,17 @@ class Optimizer:
           frozen: groups of parameters that never change.
         """
         self.schedule = make_schedule(config, steps)
-        self._rules, self._frozen = rules, frozen
+        self._config, self._rules, self._frozen = config, rules, frozen
         self._by_decay = {decay: _transformation(config, decay) for decay in (False, True)}
 
     def init(self, params: Any) -> Any:
-        """State: the tree of `params` with the rule's state in place of each leaf."""
+        """State: the tree of `params` with the rule's state in place of each leaf.
+
+        Raises:
+          UserError: a transformation of optax that cannot be applied to one of them.
+        """
+        if self._config.dotted:
+            self._check(params)
         return jax.tree.map(lambda rule, param: self._of(rule).init(param), self._rules, params)
 
     def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
@@ -195,6 +244,20 @@ class Optimizer:
         outer = jax.tree.structure(params)
         flat = outer.flatten_up_to(pairs)
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
+
+    def _check(self, params: Any) -> None:
+        """Raises UserError as `init` does; parameters of one shape are checked once."""
+        leaves = zip(jax.tree.leaves(self._rules), jax.tree.leaves_with_path(params), strict=True)
+        paths = {}
+        for rule, (path, param) in leaves:
+            paths.setdefault((param.shape[rule.stacked :], param.dtype), path)
+        for (shape, dtype), path in paths.items():
+            optax_by_name.check_parameter(
+                self._config.name,
+                self._config.options,
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                jax.ShapeDtypeStruct(shape, dtype),
+            )
 
     def _of(self, rule: ParamRule) -> optax.GradientTransformation:
         """What updates a parameter with this rule, of all stacked layers at once."""

@@ -174,7 +174,10 @@ def test_schedules(x64, name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"name": "adam"}, "adamw"),
+        ({"name": "adam"}, "adamw.*or a dotted name such as optax"),
+        ({"options": {"b1": 0.8}}, r"which adamw does not read: set its own keys"),
+        ({"name": "optax.sgd", "b1": 0.8}, r"b1 is 0\.8, which optax\.sgd does not read"),
+        ({"name": "optax.sgd", "moment_dtype": "bfloat16"}, "set it back to 'param'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"moment_dtype": "float16"}, "moment_dtype"),
         ({"learning_rate": 0.0}, "above 0"),
