@@ -25,6 +25,7 @@ import optax
 from benchmarks.layer import LOADS, Shape, layer
 from benchmarks.timing import plain, timed
 from moe_jax.files.formats import table
+from moe_jax.nn.params import ParamRule
 from moe_jax.parallel.xla_flags import avoid_command_buffers
 from moe_jax.train.optim import Optimizer, OptimizerConfig
 
@@ -94,7 +95,8 @@ def costs(
 def update(weights: Any, gradients: Any) -> Callable[[], Any]:
     """A step of AdamW on its own last result; `weights` are given away."""
     config = OptimizerConfig()
-    optimizer = Optimizer(config, STEPS)
+    rules = jax.tree.map(lambda w: ParamRule("experts", (None,) * w.ndim), weights)
+    optimizer = Optimizer(config, STEPS, rules)
 
     def one(params, moments, gradients):
         norm = optax.tree.norm(gradients)

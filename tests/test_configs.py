@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import Config, default_config, from_config_dict, to_json
+from moe_jax.config import Config, default_config, from_config_dict, from_json, to_json
 from moe_jax.errors import UserError
 from moe_jax.model.define import define
 from moe_jax.model.flops import flops_per_token, param_counts
@@ -113,6 +113,18 @@ def test_one_expert_is_refused(router):
         resolve(from_config_dict(config), 1, BYTES)
     config.model.dense = True
     resolve(from_config_dict(config), 1, BYTES)
+
+
+def test_the_options_of_a_named_transformation_are_a_mapping_of_a_config_file():
+    """A key set there has a type, as any other; a resolved config keeps all of them."""
+    config = default_config()
+    config.optimizer.name, config.optimizer.options = "optax.scale_by_lion", {"b1": 0.8}
+    config.optimizer.options.mode = "smooth"
+    typed = from_config_dict(config)
+    assert typed.optimizer.options == {"b1": 0.8, "mode": "smooth"}
+    assert from_json(to_json(typed)) == typed
+    with pytest.raises(TypeError, match="b1"):
+        config.optimizer.options.b1 = "high"
 
 
 def test_an_option_cannot_replace_a_key_of_all():

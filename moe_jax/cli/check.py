@@ -67,8 +67,9 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     config, components, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    check_shapes(define(config.model, jnp.float32, components), mesh)
-    make_optimizer(config)
+    model = define(config.model, jnp.float32, components)
+    check_shapes(model, mesh)
+    make_optimizer(config, model)
     return config, workdir
 
 

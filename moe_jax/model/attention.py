@@ -1,5 +1,6 @@
 """Self-attention layer: projections, q/k norm, RoPE, attention, output projection."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -22,14 +23,16 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
         D, A = config.width, config.head_dim
         H, J = config.num_heads, config.num_kv_heads
-        own = param_dtype(dtype)
         self.implementation, self.layer = config.attention, layer
         query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
-        self.q_DHA = param(rngs, "q", (D, H, A), ("embed", *query), fan_in(D), own, narrow=True)
-        self.k_DJA = param(rngs, "k", (D, J, A), ("embed", *key_value), fan_in(D), own, narrow=True)
-        self.v_DJA = param(rngs, "v", (D, J, A), ("embed", *key_value), fan_in(D), own, narrow=True)
+        matrix = functools.partial(
+            param, rngs, dtype=param_dtype(dtype), group="attention", narrow=True
+        )
+        self.q_DHA = matrix("q", (D, H, A), ("embed", *query), fan_in(D))
+        self.k_DJA = matrix("k", (D, J, A), ("embed", *key_value), fan_in(D))
+        self.v_DJA = matrix("v", (D, J, A), ("embed", *key_value), fan_in(D))
         out_init = residual_fan_in(H * A, config.num_layers)
-        self.o_HAD = param(rngs, "o", (H, A, D), (*query, "embed"), out_init, own, narrow=True)
+        self.o_HAD = matrix("o", (H, A, D), (*query, "embed"), out_init)
         self.q_norm = _qk_norm(config, H, "heads", dtype, scoped(rngs, "q_norm"))
         self.k_norm = _qk_norm(config, J, "kv_heads", dtype, scoped(rngs, "k_norm"))
 

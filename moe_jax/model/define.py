@@ -16,6 +16,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import Layout, make_layout, to_stacked
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.components import Components, make_components
+from moe_jax.nn.params import ParamRule
 
 Params = dict[str, Any]
 
@@ -32,6 +33,7 @@ class ModelDef:
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
     abstract: Params  # jax.ShapeDtypeStruct of every parameter
     logical_axes: Params  # tuple of logical axis names of every parameter
+    rules: Params  # ParamRule of every parameter: what the optimizer needs to know
     narrow: Params  # whether the parameter is read in `dtype` alone
 
 
@@ -54,10 +56,10 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
 
     model = nnx.eval_shape(make)
     trunk, blocks, states = split_model(model)
-    abstract = map_variables(states, value_of)
-    axes = map_variables(states, lambda variable: variable.get_metadata("logical_axes"))
-    narrow = map_variables(states, lambda variable: variable.get_metadata("narrow", False))
     layout = make_layout(config)
+    abstract = map_variables(states, value_of)
+    rules = to_stacked(map_variables(states, rule_of), layout, lambda *leaves: leaves[0].stack())
+    narrow = map_variables(states, lambda variable: variable.get_metadata("narrow", False))
     return ModelDef(
         config=config,
         components=components,
@@ -66,9 +68,8 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
         trunk=trunk,
         blocks=blocks,
         abstract=jax.eval_shape(lambda tree: to_stacked(tree, layout), abstract),
-        logical_axes=to_stacked(
-            axes, layout, lambda *leaves: ("layers", *leaves[0]), is_leaf=is_axes
-        ),
+        logical_axes=jax.tree.map(lambda rule: rule.axes, rules),
+        rules=rules,
         narrow=to_stacked(narrow, layout, lambda *leaves: leaves[0]),
     )
 
@@ -81,6 +82,11 @@ def is_axes(leaf: Any) -> bool:
 def value_of(variable: nnx.Variable) -> Any:
     """The array that a variable holds."""
     return variable.get_value()
+
+
+def rule_of(variable: nnx.Variable) -> ParamRule:
+    """What the optimizer has to know about a parameter of one layer, from its metadata."""
+    return ParamRule(variable.get_metadata("group"), variable.get_metadata("logical_axes"))
 
 
 def split_model(

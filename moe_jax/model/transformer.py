@@ -34,12 +34,14 @@ class Trunk(nnx.Module):
         # A tied table is also the head, which sums D products into a logit.
         embed_init = truncated_normal(1 / math.sqrt(D))
         self.dtype = dtype
-        self.embed_VD = param(rngs, "embed", (V, D), ("vocab", "embed"), embed_init, own)
+        self.embed_VD = param(
+            rngs, "embed", (V, D), ("vocab", "embed"), embed_init, own, group="embedding"
+        )
         self.norm = RMSNorm(D, "norm", eps=config.norm_eps, dtype=dtype, rngs=rngs)
         self.head_DV = (
             None
             if config.tied_head
-            else param(rngs, "head", (D, V), ("embed", "vocab"), fan_in(D), own)
+            else param(rngs, "head", (D, V), ("embed", "vocab"), fan_in(D), own, group="head")
         )
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

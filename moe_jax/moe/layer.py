@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -87,15 +88,17 @@ class MoE(nnx.Module):
         self.router_names = []
         for name, spec in self.router.param_specs(D, E).items():
             init = truncated_normal(spec.std)
-            leaf = param(rngs, f"router_{name}", spec.shape, spec.logical_axes, init, own)
+            leaf = param(
+                rngs, f"router_{name}", spec.shape, spec.logical_axes, init, own, group="router"
+            )
             setattr(self, f"router_{name}", leaf)
             self.router_names.append(name)
         # Fan-in is one expert's: the stack of E is not an input dimension.
         into = ("experts", "expert_embed", None, "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
-        out_init = residual_fan_in(F, depth)
-        self.w_in_EDUF = param(rngs, "w_in", (E, D, U, F), into, fan_in(D), own, narrow=True)
-        self.w_out_EFD = param(rngs, "w_out", (E, F, D), out, out_init, own, narrow=True)
+        expert = functools.partial(param, rngs, dtype=own, group="experts", narrow=True)
+        self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D))
+        self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth))
         # Assigned once: NNX takes an attribute that was None for one without parameters.
         self.shared = (
             DenseFFN(

@@ -1,5 +1,7 @@
 """Dense feed-forward network."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -27,14 +29,12 @@ class DenseFFN(nnx.Module):
         """`depth`: layers of the model, for the initial values of the output projection."""
         D, F, own = width, hidden, param_dtype(dtype)
         into, out = ("embed", "mlp"), ("mlp", "embed")
-        out_init = residual_fan_in(F, depth)
-        self.w_in_DF = param(rngs, "w_in", (D, F), into, fan_in(D), own, narrow=True)
+        matrix = functools.partial(param, rngs, dtype=own, group="ffn", narrow=True)
+        self.w_in_DF = matrix("w_in", (D, F), into, fan_in(D))
         self.w_gate_DF = (
-            param(rngs, "w_gate", (D, F), into, fan_in(D), own, narrow=True)
-            if activation == "swiglu"
-            else None
+            matrix("w_gate", (D, F), into, fan_in(D)) if activation == "swiglu" else None
         )
-        self.w_out_FD = param(rngs, "w_out", (F, D), out, out_init, own, narrow=True)
+        self.w_out_FD = matrix("w_out", (F, D), out, residual_fan_in(F, depth))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up_BTF = _project(x_BTD, self.w_in_DF)

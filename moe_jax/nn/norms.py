@@ -28,7 +28,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, logical_axis: str, *, eps: float, dtype: Any, rngs: nnx.Rngs):
         self.eps = eps
-        self.weight = param(rngs, "weight", (size,), (logical_axis,), ones, param_dtype(dtype))
+        own = param_dtype(dtype)
+        self.weight = param(rngs, "weight", (size,), (logical_axis,), ones, own, group="norm")
 
     def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         return rms_norm(x, self.weight[...], self.eps)

@@ -1,5 +1,6 @@
-"""How a module declares a parameter: name, shape, logical axes and initialiser in one place."""
+"""How a module declares a parameter: name, shape, logical axes, group and initialiser together."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,6 +13,31 @@ from flax import nnx
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 _TRUNCATED_STD = 0.87962566103423978  # std of a standard normal cut at two sigma
+
+# What a parameter belongs to.  Shared experts are "ffn": every token passes through them.
+GROUPS = ("attention", "embedding", "experts", "ffn", "head", "norm", "router")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+    """What decides how the optimizer treats a parameter."""
+
+    group: str  # one of GROUPS
+    axes: tuple[str | None, ...]  # logical; the first is "layers" where layers are stacked
+
+    @property
+    def stacked(self) -> bool:
+        """True if the first axis counts layers, each of which is a parameter of its own."""
+        return self.axes[:1] == ("layers",)
+
+    @property
+    def decay(self) -> bool:
+        """True for a matrix, False for one layer's vector and for a norm's weight of any rank."""
+        return self.group != "norm" and len(self.axes) - self.stacked >= 2
+
+    def stack(self) -> "ParamRule":
+        """The rule of this parameter of several layers, stacked."""
+        return dataclasses.replace(self, axes=("layers", *self.axes))
 
 
 def param_dtype(dtype: Any) -> Any:
@@ -27,20 +53,35 @@ def param(
     init: Initializer,
     dtype: Any,
     *,
+    group: str,
     narrow: bool = False,
 ) -> nnx.Param:
-    """A parameter whose metadata `logical_axes` names one axis (or None) for each dimension.
-
-    `narrow`: it is read in the computation's dtype alone, so a copy in that dtype serves as well.
+    """A parameter with the metadata `logical_axes`, `group` and `narrow`.
 
     Its key is the `params` key of `rngs` folded with `name`, never a counter: the value does not
     depend on which other parameters exist or on their order.
+
+    Args:
+      rngs: its `params` key is the module's.
+      name: unique within the module.
+      shape: of the value.
+      logical_axes: one name (or None) for each dimension.
+      init: draws the value.
+      dtype: of the value.
+      group: one of GROUPS; the optimizer's rules follow from it and from the axes (`ParamRule`).
+      narrow: True if layers read it in the computation's dtype alone, so that a copy in that dtype
+        serves as well.
+
+    Raises:
+      ValueError: an unknown group, or axes that do not fit the shape.
     """
     if len(shape) != len(logical_axes):
         raise ValueError(f"parameter {name}: shape {shape} against logical axes {logical_axes}")
+    if group not in GROUPS:
+        raise ValueError(f"parameter {name}: group {group!r} is not one of {', '.join(GROUPS)}")
     key = jax.random.fold_in(rngs.params.key.get_value(), zlib.crc32(name.encode()))
     value = init(key, tuple(shape), dtype)
-    return nnx.Param(value, logical_axes=tuple(logical_axes), narrow=narrow)
+    return nnx.Param(value, logical_axes=tuple(logical_axes), group=group, narrow=narrow)
 
 
 def truncated_normal(std: float) -> Initializer:

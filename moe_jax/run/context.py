@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from moe_jax.checkpoint import Checkpoints
@@ -17,11 +18,16 @@ from moe_jax.train.step import StepOptions
 Say = Callable[[str], None]
 
 
-def make_optimizer(config: Config) -> Optimizer:
-    """The optimizer of a config, which leaves a frozen router's parameters alone."""
-    moe = config.model.moe
-    frozen = ("router_",) if moe.freeze_router and not config.model.dense else ()
-    return Optimizer(config.optimizer, config.train.steps, frozen)
+def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
+    """The optimizer of a config, which leaves a frozen router's parameters alone.
+
+    Raises:
+      UserError: one that cannot be applied to the model's parameters.
+    """
+    frozen = ("router",) if config.model.moe.freeze_router else ()
+    optimizer = Optimizer(config.optimizer, config.train.steps, model.rules, frozen)
+    jax.eval_shape(optimizer.init, model.abstract)
+    return optimizer
 
 
 def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:

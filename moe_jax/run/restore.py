@@ -59,7 +59,7 @@ def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
     model = dataclasses.replace(run.config.model, scan_layers=False)
     flat = define(model, run.model.dtype, run.model.components)
-    target = placed_state(flat, run.optimizer, run.mesh)
+    target = placed_state(flat, make_optimizer(run.config, flat), run.mesh)
     return to_disk(target, flat.layout)
 
 

@@ -56,14 +56,14 @@ def prepare(
         config.data.sequence_length,
         jnp.dtype(config.precision),
     )
+    mesh = make_mesh(config.mesh, devices)
+    model = define(config.model, jnp.dtype(config.precision), components)
+    resolve.check_shapes(model, mesh)
+    optimizer = make_optimizer(config, model)
     store = text(config.data, store_root(config.data, workdir), progress=say, alive=alive)
     store.check_vocabulary(config.model.vocab_size)
     if saved_config(workdir) is not None:
         check_same_text(store, workdir)
-    mesh = make_mesh(config.mesh, devices)
-    model = define(config.model, jnp.dtype(config.precision), components)
-    resolve.check_shapes(model, mesh)
-    optimizer = make_optimizer(config)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from optax, by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,16 +9,28 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.errors import UserError
-from moe_jax.registry import lookup
+from moe_jax.nn.params import ParamRule
+from moe_jax.registry import lookup, suggest
+from moe_jax.train import optax_by_name
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
+ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, its knobs, and how the learning rate moves."""
+    """Which optimizer, its knobs, and how the learning rate moves.
 
-    name: str = "adamw"  # adamw | adafactor
+    A dotted name is a function of optax that makes a gradient transformation, called with
+    `options`.  As with the other optimizers, gradients come clipped (`clip_norm`), and a parameter
+    changes by -rate(step) * (direction + weight_decay * parameter).  The direction is what the
+    transformation returns, or the negated update where the function takes a `learning_rate`, such
+    as optax.sgd: it is then called with 1, and without weight decay of its own.
+    """
+
+    # adamw | adafactor, or the dotted name of a transformation, such as optax.scale_by_lion.
+    name: str = "adamw"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a dotted name alone
     learning_rate: float = 1e-3  # the peak
     b1: float = 0.9
     b2: float = 0.95
@@ -31,7 +44,7 @@ class OptimizerConfig:
     final_share: float = 0.1  # of the peak, reached at the end (cosine, wsd)
 
     def __post_init__(self):
-        lookup(OPTIMIZERS, self.name, "optimizer.name")
+        self._check_name()
         lookup(SCHEDULES, self.schedule, "optimizer.schedule")
         if self.moment_dtype not in MOMENT_DTYPES:
             raise UserError(
@@ -53,6 +66,34 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: set it in [0, 1).")
         if not 0 < self.decay_share <= 1:
             raise UserError(f"optimizer.decay_share is {self.decay_share}: set it in (0, 1].")
+
+    @property
+    def dotted(self) -> bool:
+        """True if `name` names a transformation of optax."""
+        return "." in self.name
+
+    def _check_name(self) -> None:
+        """Raises UserError for an unknown name, its options, and knobs that it would not read."""
+        if self.dotted:
+            optax_by_name.check_options(self.name, self.options)
+            for field in dataclasses.fields(self):
+                if field.name in ADAM_KNOBS and getattr(self, field.name) != field.default:
+                    raise UserError(
+                        f"optimizer.{field.name} is {getattr(self, field.name)!r}, which "
+                        f"{self.name} does not read: set it back to {field.default!r} and give "
+                        f"arguments in optimizer.options."
+                    )
+            return
+        if self.name not in OPTIMIZERS:
+            raise UserError(
+                f"optimizer.name {self.name!r} is unknown{suggest(self.name, OPTIMIZERS)}: use one "
+                f"of these, or a dotted name such as optax.scale_by_lion."
+            )
+        if self.options:
+            raise UserError(
+                f"optimizer.options is {dict(self.options)!r}, which {self.name} does not read: "
+                f"set its own keys, such as optimizer.b1."
+            )
 
 
 def _warmup(config: OptimizerConfig, rest: optax.Schedule) -> optax.Schedule:
@@ -105,13 +146,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
 
 
-def _decayed(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Weight decay of matrices; `Optimizer` calls rules on one leaf of one layer at a time."""
-    return optax.add_decayed_weights(
-        config.weight_decay, mask=lambda leaf: jax.tree.map(lambda x: x.ndim >= 2, leaf)
-    )
-
-
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -131,64 +165,103 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.chain(_adam(config), _decayed(config))
+def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [_adam(config)]
 
 
-def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     """Factored second moments (Shazeer and Stern, arXiv 1804.04235), without relative steps."""
-    return optax.chain(
+    del config
+    return [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),  # the rate is relative to each weight's size, as in T5
-        _decayed(config),
-    )
+    ]
 
 
+# Name -> the transformations that turn a gradient into a direction, without weight decay.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
-class Optimizer:
-    """An update rule applied leaf by leaf, and for stacked layers layer by layer.
+def _transformation(config: OptimizerConfig, decay: bool) -> optax.GradientTransformation:
+    """Gradient -> direction for one parameter of one layer, weight decay included."""
+    if config.dotted:
+        direction = optax_by_name.directions(config.name, config.options)
+    else:
+        direction = OPTIMIZERS[config.name](config)
+    # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
+    weight_decay = optax.add_decayed_weights(config.weight_decay, mask=lambda _: decay)
+    return optax.chain(*direction, weight_decay)
 
-    So a rule that looks at a whole matrix (Adafactor) does the same to scanned layers as to
-    unrolled ones, and the state of a leaf has the leaf's layout: it is stacked and split with the
-    parameters.  Leaves whose path names a norm are not decayed whatever their rank.
+
+class Optimizer:
+    """An update rule applied to one parameter of one layer at a time.
+
+    Stacked layers are mapped over, so a rule that looks at a whole matrix (Adafactor) does the same
+    to scanned layers as to unrolled ones, and the state of a parameter has the parameter's layout:
+    it is stacked and sharded with it.
 
     Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
     """
 
-    def __init__(self, config: OptimizerConfig, steps: int, frozen: tuple[str, ...] = ()):
-        self._frozen = frozen  # beginnings of the names of parameters that never change
+    def __init__(
+        self, config: OptimizerConfig, steps: int, rules: Any, frozen: tuple[str, ...] = ()
+    ):
+        """Binds what does not change during a run.
+
+        Args:
+          config: the knobs.
+          steps: length of the run, for the schedule.
+          rules: a tree like the parameters' with the `ParamRule` of each (`ModelDef.rules`).
+          frozen: groups of parameters that never change.
+        """
         self.schedule = make_schedule(config, steps)
-        self._rule = lookup(OPTIMIZERS, config.name, "optimizer.name")(config)
-        plain = dataclasses.replace(config, weight_decay=0.0)
-        self._no_decay = lookup(OPTIMIZERS, config.name, "optimizer.name")(plain)
+        self._config, self._rules, self._frozen = config, rules, frozen
+        self._by_decay = {decay: _transformation(config, decay) for decay in (False, True)}
 
     def init(self, params: Any) -> Any:
-        """State: the tree of `params` with the rule's state in place of each leaf."""
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._for(path)[0](leaf), params)
+        """State: the tree of `params` with the rule's state in place of each leaf.
+
+        Raises:
+          UserError: a transformation of optax that cannot be applied to one of them.
+        """
+        if self._config.dotted:
+            self._check(params)
+        return jax.tree.map(lambda rule, param: self._of(rule).init(param), self._rules, params)
 
     def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
         """New parameters and state after `step` (from 0)."""
         rate = self.schedule(step)
 
-        def one(path, param, gradient, state):
-            if path[-1].key.startswith(self._frozen):
+        def one(rule, param, gradient, state):
+            if rule.group in self._frozen:
                 return param, state
             direction: Any
-            direction, state = self._for(path)[1](gradient, state, param)
+            direction, state = self._of(rule).update(gradient, state, param)
             return param - (rate * direction).astype(param.dtype), state
 
-        pairs = jax.tree_util.tree_map_with_path(one, params, gradients, state)
+        pairs = jax.tree.map(one, self._rules, params, gradients, state)
         outer = jax.tree.structure(params)
         flat = outer.flatten_up_to(pairs)
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
 
-    def _for(self, path: tuple[Any, ...]):
-        """(init, update) for the leaf at `path`."""
-        keys = [str(getattr(key, "key", key)) for key in path]
-        rule = self._no_decay if any("norm" in key for key in keys) else self._rule
-        if "stack" in keys:
-            return jax.vmap(rule.init), jax.vmap(rule.update)
-        return rule.init, rule.update
+    def _check(self, params: Any) -> None:
+        """Raises UserError as `init` does; parameters of one shape are checked once."""
+        leaves = zip(jax.tree.leaves(self._rules), jax.tree.leaves_with_path(params), strict=True)
+        paths = {}
+        for rule, (path, param) in leaves:
+            paths.setdefault((param.shape[rule.stacked :], param.dtype), path)
+        for (shape, dtype), path in paths.items():
+            optax_by_name.check_parameter(
+                self._config.name,
+                self._config.options,
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                jax.ShapeDtypeStruct(shape, dtype),
+            )
+
+    def _of(self, rule: ParamRule) -> optax.GradientTransformation:
+        """What updates a parameter with this rule, of all stacked layers at once."""
+        one_layer = self._by_decay[rule.decay]
+        if not rule.stacked:
+            return one_layer
+        return optax.GradientTransformation(jax.vmap(one_layer.init), jax.vmap(one_layer.update))

@@ -201,3 +201,19 @@ def test_a_full_disk_in_a_librarys_thread_is_one_line(error, traceback, capsys):
     command_exit._thread_failed(threading.ExceptHookArgs(given))
     text = capsys.readouterr().err
     assert str(error) in text and (len(text.splitlines()) > 1) == traceback
+
+
+def test_options_of_a_named_transformation_are_flags_once_the_file_sets_them(tmp_path):
+    path = tmp_path / "lion.py"
+    path.write_text(
+        "from moe_jax.config import default_config\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.optimizer.name = 'optax.scale_by_lion'\n"
+        "    config.optimizer.options = {'b1': 0.9}\n"
+        "    return config\n"
+    )
+    parsed = parse(f"--config={path}", "--config.optimizer.options.b1=0.8")
+    assert parsed.config.optimizer.options.to_dict() == {"b1": 0.8}
+    with pytest.raises(UserError, match=r"config\.optimizer\.options\.b2 is not a config key"):
+        parse(f"--config={path}", "--config.optimizer.options.b2=0.8")

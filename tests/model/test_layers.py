@@ -100,8 +100,10 @@ def test_a_parameter_depends_on_its_name_alone():
     def value(name, *drawn_before):
         rngs = nnx.Rngs(7)
         for other in drawn_before:
-            param(rngs, other, (4,), (None,), fan_in(4), jnp.float32)
-        return np.asarray(param(rngs, name, (4,), (None,), fan_in(4), jnp.float32)[...])
+            param(rngs, other, (4,), (None,), fan_in(4), jnp.float32, group="ffn")
+        return np.asarray(
+            param(rngs, name, (4,), (None,), fan_in(4), jnp.float32, group="ffn")[...]
+        )
 
     np.testing.assert_array_equal(value("q"), value("q", "k", "v"))
     assert (value("q") != value("k")).all()
@@ -117,7 +119,12 @@ def test_fan_in_has_the_variance_it_promises():
 
 def test_axes_must_name_every_dimension():
     with pytest.raises(ValueError, match="logical axes"):
-        param(nnx.Rngs(0), "w", (2, 3), ("embed",), fan_in(2), jnp.float32)
+        param(nnx.Rngs(0), "w", (2, 3), ("embed",), fan_in(2), jnp.float32, group="ffn")
+
+
+def test_a_parameter_names_a_group_that_exists():
+    with pytest.raises(ValueError, match="'expert' is not one of"):
+        param(nnx.Rngs(0), "w", (2,), (None,), fan_in(2), jnp.float32, group="expert")
 
 
 def test_the_embedding_adds_a_tokens_gradients_in_float32():

@@ -301,6 +301,34 @@ def test_logical_axes_match_shapes_and_are_known():
             spec(names)  # raises for an unknown or colliding name
 
 
+GROUP_OF = {
+    "embed_VD": "embedding",
+    "head_DV": "head",
+    **dict.fromkeys(("q_DHA", "k_DJA", "v_DJA", "o_HAD"), "attention"),
+    **dict.fromkeys(("w_in_DF", "w_gate_DF", "w_out_FD"), "ffn"),
+    **dict.fromkeys(("w_in_EDUF", "w_out_EFD"), "experts"),
+    **dict.fromkeys(("router_kernel", "router_noise_kernel"), "router"),
+    "weight": "norm",
+}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_optimizers_rule_of_every_parameter(scan):
+    """Matrices are decayed, norms are not, and only what is scanned has an axis of layers."""
+    moe = dataclasses.replace(SPARSE.moe, router="noisy_top_k", shared_experts=1, options={})
+    config = dataclasses.replace(SPARSE, qk_norm="head", scan_layers=scan, moe=moe)
+    model = define(config, jnp.float32)
+    seen = set()
+    for path, rule in jax.tree.leaves_with_path(model.rules):
+        name = path[-1].key
+        assert rule.group == GROUP_OF[name], path
+        assert rule.decay == (name != "weight"), path
+        assert rule.stacked == (path[0].key == "stack"), path
+        seen.add(name)
+    assert seen == set(GROUP_OF)
+    assert jax.tree.structure(model.rules) == jax.tree.structure(model.abstract)
+
+
 def test_abstract_parameters_are_those_of_init():
     model = define(dataclasses.replace(SPARSE, scan_layers=True), jnp.bfloat16)
     real = jax.eval_shape(lambda: init(model, jax.random.key(0)))

@@ -63,7 +63,8 @@ def make(config: Config, **axes):
     """(state, step function, batch) on a mesh of the first devices."""
     sizes = MeshConfig(**{"data": 1, **axes})
     mesh = make_mesh(sizes, jax.devices()[: sizes.batch_shards * sizes.tensor])
-    model, optimizer = define(config.model, jnp.float32), make_optimizer(config)
+    model = define(config.model, jnp.float32)
+    optimizer = make_optimizer(config, model)
     step = jit_train_step(model, optimizer, make_step_options(config), mesh)
     return (
         init_train_state(model, optimizer, mesh, jax.random.key(0)),

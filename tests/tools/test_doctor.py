@@ -13,6 +13,7 @@ from small_run import ROOT, flags, small_config, write_corpus
 from moe_jax.config import Config, from_config_dict
 from moe_jax.config_file import read_config_file
 from moe_jax.model import transformer
+from moe_jax.model.define import ModelDef
 from moe_jax.moe import components, layer
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
@@ -182,8 +183,8 @@ def test_balance_that_depends_on_accumulation_is_seen(well, monkeypatch):
 
 
 def test_parameter_left_out_of_the_step_is_named(tmp_path, corpus, monkeypatch):
-    def without(config: Config) -> Optimizer:
-        return Optimizer(config.optimizer, config.train.steps, ("embed_VD",))
+    def without(config: Config, model: ModelDef) -> Optimizer:
+        return Optimizer(config.optimizer, config.train.steps, model.rules, ("embedding",))
 
     monkeypatch.setattr(setup, "make_optimizer", without)
     finding = learning.step_changes(subject_of(tmp_path, corpus))

@@ -42,7 +42,8 @@ def make(accumulation: int, scan: bool, dtype=jnp.bfloat16):
         train=TrainConfig(batch_size=B, accumulation=accumulation),
         optimizer=OptimizerConfig(warmup_steps=0),
     )
-    model, optimizer = define(config.model, dtype), make_optimizer(config)
+    model = define(config.model, dtype)
+    optimizer = make_optimizer(config, model)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     options = make_step_options(config)
     state = init_train_state(model, optimizer, mesh, jax.random.key(0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.nn.params import ParamRule
 from moe_jax.train.optim import Optimizer, OptimizerConfig, make_schedule
 
 CONFIG = OptimizerConfig(
@@ -19,8 +20,15 @@ CONFIG = OptimizerConfig(
     schedule="constant",
     warmup_steps=2,
 )
-SHAPES = {"w_DF": (6, 8), "norm": {"scale_D": (6,)}, "bias_F": (8,), "q_norm_HA": (2, 4)}
-DECAYED = {"w_DF"}
+# Names say nothing: the matrix is called a norm, and the norm's weight of rank 2 is not.
+SHAPES = {"norm_DF": (6, 8), "scale": {"weight_D": (6,)}, "bias_F": (8,), "q_HA": (2, 4)}
+RULES = {
+    "norm_DF": ParamRule("ffn", ("embed", "mlp")),
+    "scale": {"weight_D": ParamRule("norm", ("embed",))},
+    "bias_F": ParamRule("ffn", ("mlp",)),
+    "q_HA": ParamRule("norm", ("heads", "head_dim")),
+}
+DECAYED = {"norm_DF"}
 
 
 def is_shape(leaf):
@@ -33,9 +41,9 @@ def draw(seed, shapes=SHAPES):
     return jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=is_shape)
 
 
-def run(config, params, gradients, dtype="float64", steps=100):
+def run(config, params, gradients, dtype="float64", rules=RULES, frozen=()):
     """Parameters and optimizer state after one update for each of `gradients`."""
-    optimizer = Optimizer(config, steps)
+    optimizer = Optimizer(config, 100, rules, frozen)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     state = optimizer.init(params)
     for step, gradient in enumerate(gradients):
@@ -70,10 +78,27 @@ def test_the_first_step_of_a_warm_up_changes_nothing(x64):
     jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
+def test_frozen_groups_never_change(x64):
+    """Neither do their moments; the other groups do."""
+    params, gradients = draw(0), [draw(seed) for seed in range(1, 4)]
+    got, state = run(
+        dataclasses.replace(CONFIG, warmup_steps=0), params, gradients, frozen=("norm",)
+    )
+    for name in ("scale", "q_HA"):
+        jax.tree.map(np.testing.assert_array_equal, got[name], params[name])
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(state[name]))
+    for name in ("norm_DF", "bias_F"):
+        assert np.all(np.asarray(got[name]) != params[name])
+
+
+# w_DF is a matrix in each layer; bias_D has rank 2 only where layers are stacked.
+LAYER_RULES = {"w_DF": ParamRule("ffn", ("embed", "mlp")), "bias_D": ParamRule("ffn", ("embed",))}
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
     """Adafactor looks at whole matrices: factored moments and the clip by their RMS."""
-    layers, shapes = 3, {"w_DF": (128, 130), "norm_D": (6,)}  # optax factors from 128 on
+    layers, shapes = 3, {"w_DF": (128, 130), "bias_D": (6,)}  # optax factors from 128 on
     config = dataclasses.replace(CONFIG, name=name, warmup_steps=0)
     trees = [[draw(10 * step + layer, shapes) for layer in range(layers)] for step in range(4)]
     # Scales differ between layers, so a norm or an RMS over all of them would show.
@@ -82,14 +107,14 @@ def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
         for step in trees
     ]
     unrolled = [{str(layer): tree for layer, tree in enumerate(step)} for step in trees]
-    stacked = [{"stack": jax.tree.map(lambda *xs: np.stack(xs), *step)} for step in trees]
-    apart, _ = run(config, unrolled[0], unrolled[1:])
-    together, _ = run(config, stacked[0], stacked[1:])
+    stacked = [jax.tree.map(lambda *xs: np.stack(xs), *step) for step in trees]
+    rules = {str(layer): LAYER_RULES for layer in range(layers)}
+    apart, _ = run(config, unrolled[0], unrolled[1:], rules=rules)
+    rules = {leaf: rule.stack() for leaf, rule in LAYER_RULES.items()}
+    together, _ = run(config, stacked[0], stacked[1:], rules=rules)
     for layer in range(layers):
         for leaf in shapes:
-            np.testing.assert_allclose(
-                together["stack"][leaf][layer], apart[str(layer)][leaf], rtol=1e-12
-            )
+            np.testing.assert_allclose(together[leaf][layer], apart[str(layer)][leaf], rtol=1e-12)
 
 
 def test_adafactor_is_factored():
@@ -99,6 +124,7 @@ def test_adafactor_is_factored():
         {"w_DF": np.ones(shape)},
         [{"w_DF": np.ones(shape)}],
         "float32",
+        {"w_DF": LAYER_RULES["w_DF"]},
     )
     largest = max(leaf.size for leaf in jax.tree.leaves(state))
     assert largest == max(shape)
@@ -148,7 +174,10 @@ def test_schedules(x64, name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"name": "adam"}, "adamw"),
+        ({"name": "adam"}, "adamw.*or a dotted name such as optax"),
+        ({"options": {"b1": 0.8}}, r"which adamw does not read: set its own keys"),
+        ({"name": "optax.sgd", "b1": 0.8}, r"b1 is 0\.8, which optax\.sgd does not read"),
+        ({"name": "optax.sgd", "moment_dtype": "bfloat16"}, "set it back to 'param'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"moment_dtype": "float16"}, "moment_dtype"),
         ({"learning_rate": 0.0}, "above 0"),

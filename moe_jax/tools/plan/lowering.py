@@ -67,7 +67,7 @@ def make_plan(config: Config, num_devices: int) -> Plan:
     mesh = abstract_mesh(config.mesh)
     resolve.check_shapes(model, mesh)
     flops = flops_per_token(model, config.data.sequence_length)
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, model)
     leaves = _leaves(model, optimizer)
     return Plan(asked, config, model, optimizer, mesh, leaves, flops, notes)
 

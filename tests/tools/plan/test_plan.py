@@ -19,6 +19,7 @@ from moe_jax.tools.plan.lowering import make_plan
 from moe_jax.tools.plan.roofline import Traffic, roofline, torus_rings
 from moe_jax.tools.plan.search import anywhere, meshes, search
 from moe_jax.tools.plan.topology import parse_topology
+from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import abstract_state, state_shardings
 
 MODEL = ModelConfig(
@@ -50,7 +51,7 @@ def small(mesh: MeshConfig = MESH, batch: int = 16, **model) -> Config:
 
 def test_state_is_what_the_trainer_holds(mesh_of):
     """Exactly the bytes of the shards that the trainer's own shardings give, for each optimizer."""
-    for name in ("adamw", "adafactor"):
+    for name in ("adamw", "adafactor", "optax.scale_by_lion"):
         config = small()
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, name=name)
@@ -91,6 +92,18 @@ def test_memory_of_a_small_model_by_hand():
     assert memory.gradients == 4 * split - 2 * copied + V * D * 4
     gathered = 2 * (attention + experts + router)
     assert memory.collectives == 2 * gathered + 5 * M * D * 2
+
+
+def test_a_transformation_with_one_moment_needs_half_of_adams_two():
+    """But for the counters, one per parameter of one layer."""
+    sizes = {}
+    for name in ("adamw", "optax.scale_by_lion"):
+        config = dataclasses.replace(small(), optimizer=OptimizerConfig(name))
+        plan = make_plan(config, 8)
+        counters = sum(leaf.whole for leaf in plan.leaves)
+        sizes[name] = analytic.estimate(plan).optimizer - counters
+        assert 0 < counters < 1000
+    assert sizes["optax.scale_by_lion"] == sizes["adamw"] / 2
 
 
 def test_flops_and_traffic_by_hand():
