@@ -16,7 +16,7 @@ from moe_jax.pretrained.weights import (
     read_router_state,
     router_state_names,
 )
-from moe_jax.run.context import Run, Say
+from moe_jax.run.context import Run, Say, make_optimizer
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
