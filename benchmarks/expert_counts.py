@@ -96,16 +96,16 @@ def update(weights: Any, gradients: Any) -> Callable[[], Any]:
     """A step of AdamW on its own last result; `weights` are given away."""
     config = OptimizerConfig()
     rules = jax.tree.map(lambda w: ParamRule("experts", (None,) * w.ndim), weights)
-    optimizer = Optimizer(config, STEPS, rules)
+    optimizer = Optimizer(config, STEPS)
 
     def one(params, moments, gradients):
         norm = optax.tree.norm(gradients)
         scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
         clipped = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-        return optimizer.update(clipped, moments, params, jnp.int32(config.warmup_steps))
+        return optimizer.update(clipped, moments, params, rules, jnp.int32(config.warmup_steps))
 
     compiled = jax.jit(one, donate_argnums=(0, 1))
-    held = [weights, jax.jit(optimizer.init)(weights)]
+    held = [weights, jax.jit(lambda tree: optimizer.init(tree, rules))(weights)]
 
     def call() -> Any:
         held[:] = compiled(*held, gradients)

@@ -13,8 +13,8 @@ from typing import Any
 
 from small_run import ROOT
 
-from moe_jax.cli.parse import load_config
 from moe_jax.config import Config, from_config_dict
+from moe_jax.config_file import read_config_file
 
 DEVICES = 2
 STEP = 4  # of its checkpoint
@@ -36,6 +36,6 @@ def overrides(folder: Path) -> dict[str, Any]:
 
 def config_of(folder: Path) -> Config:
     """The config that these flags make of configs/tiny.py."""
-    config = load_config(str(ROOT / "configs" / "tiny.py"))
+    config = read_config_file(str(ROOT / "configs" / "tiny.py"))
     config.update_from_flattened_dict(overrides(folder))
     return from_config_dict(config)

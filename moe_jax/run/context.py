@@ -25,8 +25,8 @@ def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
       UserError: one that cannot be applied to the model's parameters.
     """
     frozen = ("router",) if config.model.moe.freeze_router else ()
-    optimizer = Optimizer(config.optimizer, config.train.steps, model.rules, frozen)
-    jax.eval_shape(optimizer.init, model.abstract)
+    optimizer = Optimizer(config.optimizer, config.train.steps, frozen=frozen)
+    jax.eval_shape(lambda params: optimizer.init(params, model.rules), model.abstract)
     return optimizer
 
 

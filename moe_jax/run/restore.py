@@ -16,7 +16,7 @@ from moe_jax.pretrained.weights import (
     read_router_state,
     router_state_names,
 )
-from moe_jax.run.context import Run, Say, make_optimizer
+from moe_jax.run.context import Run, Say
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
@@ -59,7 +59,7 @@ def _disk_target(run: Run) -> dict[str, Any]:
     """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
     model = dataclasses.replace(run.config.model, scan_layers=False)
     flat = define(model, run.model.dtype, run.model.components)
-    target = placed_state(flat, make_optimizer(run.config, flat), run.mesh)
+    target = placed_state(flat, run.optimizer, run.mesh)
     return to_disk(target, flat.layout)
 
 

@@ -150,6 +150,20 @@ def check_parameter(
         )
 
 
+def check_state(
+    rule: optax.GradientTransformation, path: str, parameter: jax.ShapeDtypeStruct
+) -> None:
+    """Hold the state of a transformation to one parameter of one layer; see `check_parameter`."""
+    try:
+        problem = _state_problem(rule, parameter)
+    except Exception as error:  # what its code raises for arguments that do not fit
+        problem = f"it fails ({_line(error)})"
+    if problem:
+        raise UserError(
+            f"The optimizer's transformation: for {path} {list(parameter.shape)} {problem}."
+        )
+
+
 def _state_problem(rule: optax.GradientTransformation, parameter: jax.ShapeDtypeStruct) -> str:
     """Why its state cannot lie beside the parameter; empty if it can."""
     state = jax.eval_shape(rule.init, parameter)

@@ -183,9 +183,13 @@ def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
-def _transformation(config: OptimizerConfig, decay: bool) -> optax.GradientTransformation:
+def _transformation(
+    config: OptimizerConfig, decay: bool, given: optax.GradientTransformation | None
+) -> optax.GradientTransformation:
     """Gradient -> direction for one parameter of one layer, weight decay included."""
-    if config.dotted:
+    if given is not None:
+        direction = [given]
+    elif config.dotted:
         direction = optax_by_name.directions(config.name, config.options)
     else:
         direction = OPTIMIZERS[config.name](config)
@@ -205,32 +209,47 @@ class Optimizer:
     """
 
     def __init__(
-        self, config: OptimizerConfig, steps: int, rules: Any, frozen: tuple[str, ...] = ()
+        self,
+        config: OptimizerConfig,
+        steps: int,
+        *,
+        frozen: tuple[str, ...] = (),
+        transformation: optax.GradientTransformation | None = None,
     ):
         """Binds what does not change during a run.
 
         Args:
           config: the knobs.
           steps: length of the run, for the schedule.
-          rules: a tree like the parameters' with the `ParamRule` of each (`ModelDef.rules`).
-          frozen: groups of parameters that never change.
+          frozen: groups of parameters that never change (`ParamRule.group`).
+          transformation: in place of the one that `config.name` names.  It turns a gradient into
+            a direction, as optax's `scale_by_*` do: a parameter changes by
+            -rate(step) * (direction + weight_decay * parameter).
         """
         self.schedule = make_schedule(config, steps)
-        self._config, self._rules, self._frozen = config, rules, frozen
-        self._by_decay = {decay: _transformation(config, decay) for decay in (False, True)}
+        self._config, self._frozen, self._given = config, frozen, transformation
+        self._by_decay = {
+            decay: _transformation(config, decay, transformation) for decay in (False, True)
+        }
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Any, rules: Any) -> Any:
         """State: the tree of `params` with the rule's state in place of each leaf.
+
+        Args:
+          params: the parameters.
+          rules: a tree like theirs with the `ParamRule` of each (`ModelDef.rules`).
 
         Raises:
           UserError: a transformation of optax that cannot be applied to one of them.
         """
-        if self._config.dotted:
-            self._check(params)
-        return jax.tree.map(lambda rule, param: self._of(rule).init(param), self._rules, params)
+        if self._config.dotted or self._given is not None:
+            self._check(params, rules)
+        return jax.tree.map(lambda rule, param: self._of(rule).init(param), rules, params)
 
-    def update(self, gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
-        """New parameters and state after `step` (from 0)."""
+    def update(
+        self, gradients: Any, state: Any, params: Any, rules: Any, step: jax.Array
+    ) -> tuple[Any, Any]:
+        """New parameters and state after `step` (from 0); `rules` as `init` got them."""
         rate = self.schedule(step)
 
         def one(rule, param, gradient, state):
@@ -240,24 +259,25 @@ class Optimizer:
             direction, state = self._of(rule).update(gradient, state, param)
             return param - (rate * direction).astype(param.dtype), state
 
-        pairs = jax.tree.map(one, self._rules, params, gradients, state)
+        pairs = jax.tree.map(one, rules, params, gradients, state)
         outer = jax.tree.structure(params)
         flat = outer.flatten_up_to(pairs)
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
 
-    def _check(self, params: Any) -> None:
+    def _check(self, params: Any, rules: Any) -> None:
         """Raises UserError as `init` does; parameters of one shape are checked once."""
-        leaves = zip(jax.tree.leaves(self._rules), jax.tree.leaves_with_path(params), strict=True)
+        leaves = zip(jax.tree.leaves(rules), jax.tree.leaves_with_path(params), strict=True)
         paths = {}
         for rule, (path, param) in leaves:
             paths.setdefault((param.shape[rule.stacked :], param.dtype), path)
         for (shape, dtype), path in paths.items():
-            optax_by_name.check_parameter(
-                self._config.name,
-                self._config.options,
-                jax.tree_util.keystr(path, simple=True, separator="/"),
-                jax.ShapeDtypeStruct(shape, dtype),
-            )
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            parameter = jax.ShapeDtypeStruct(shape, dtype)
+            if self._given is not None:
+                optax_by_name.check_state(self._given, name, parameter)
+            else:
+                config = self._config
+                optax_by_name.check_parameter(config.name, config.options, name, parameter)
 
     def _of(self, rule: ParamRule) -> optax.GradientTransformation:
         """What updates a parameter with this rule, of all stacked layers at once."""

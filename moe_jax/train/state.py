@@ -59,7 +59,7 @@ def init_train_state(
     def rest(params):
         step, guard = jnp.zeros((), jnp.int32), first_guard(param_dtype(model.dtype))
         copies = make_copies(model, params)
-        return step, optimizer.init(params), initial_router_state(model), guard, copies
+        return step, optimizer.init(params, model.rules), initial_router_state(model), guard, copies
 
     places = (where.step, where.optimizer, where.router, where.guard, where.copies)
     step, moments, router, guard, copies = jax.jit(rest, out_shardings=places)(params)
@@ -77,7 +77,7 @@ def initial_router_state(model: ModelDef) -> dict[str, jax.Array]:
 
 def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     """Shapes and dtypes of the state; allocates nothing."""
-    optimizer_state = jax.eval_shape(optimizer.init, model.abstract)
+    optimizer_state = jax.eval_shape(lambda p: optimizer.init(p, model.rules), model.abstract)
     router = jax.eval_shape(lambda: initial_router_state(model))
     guard = jax.eval_shape(lambda: first_guard(param_dtype(model.dtype)))
     step = jax.ShapeDtypeStruct((), jnp.int32)

@@ -119,7 +119,9 @@ def make_train_step(
             if options.clip_norm:
                 scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-            params, moments = optimizer.update(grads, state.optimizer, state.params, state.step)
+            params, moments = optimizer.update(
+                grads, state.optimizer, state.params, model.rules, state.step
+            )
             router = _next_router_state(model, state.router, sums.moe)
             new = TrainState(state.step, params, moments, router, state.guard)
             verdict = judge(state.guard, loss.total, norm, options.spike_factor)

@@ -184,7 +184,7 @@ def test_balance_that_depends_on_accumulation_is_seen(well, monkeypatch):
 
 def test_parameter_left_out_of_the_step_is_named(tmp_path, corpus, monkeypatch):
     def without(config: Config, model: ModelDef) -> Optimizer:
-        return Optimizer(config.optimizer, config.train.steps, model.rules, ("embedding",))
+        return Optimizer(config.optimizer, config.train.steps, frozen=("embedding",))
 
     monkeypatch.setattr(setup, "make_optimizer", without)
     finding = learning.step_changes(subject_of(tmp_path, corpus))

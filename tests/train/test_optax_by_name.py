@@ -1,5 +1,6 @@
 """Named optax transformations against plain optax on the whole tree, and what is refused."""
 
+import functools
 import inspect
 import subprocess
 
@@ -16,7 +17,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.nn.params import ParamRule
 from moe_jax.train.optax_by_name import check_options, check_parameter, directions, find
 from moe_jax.train.optim import Optimizer, OptimizerConfig
-from moe_jax.train.state import new_state, state_shardings
+from moe_jax.train.state import init_train_state, state_shardings
 
 LAYERS, STEPS, RATE, DECAY = 3, 4, 0.01, 0.1
 RULES = {
@@ -65,13 +66,13 @@ def test_stacked_layers_change_as_under_plain_optax_on_the_whole_tree(x64, name)
         name, options, RATE, weight_decay=decay, schedule="constant", warmup_steps=0
     )
     rules = {leaf: rule.stack() for leaf, rule in RULES.items()}
-    optimizer = Optimizer(config, STEPS, rules)
+    optimizer = Optimizer(config, STEPS)
     expected = jax.tree.map(jnp.asarray, draw(0))
     got = stacked(expected)
-    state, plain_state = optimizer.init(got), plain.init(expected)
+    state, plain_state = optimizer.init(got, rules), plain.init(expected)
     for step in range(STEPS):
         gradients = draw(step + 1)
-        got, state = optimizer.update(stacked(gradients), state, got, jnp.int32(step))
+        got, state = optimizer.update(stacked(gradients), state, got, rules, jnp.int32(step))
         updates, plain_state = plain.update(gradients, plain_state, expected)
         expected = optax.apply_updates(expected, updates)
     # 1e-6: the schedule is computed in float32.
@@ -92,9 +93,9 @@ def test_state_is_sharded_like_the_parameter_it_mirrors(mesh_of):
         moe=moe,
     )
     model, mesh = define(config, jnp.float32), mesh_of(fsdp=2, expert=2)
-    optimizer = Optimizer(OptimizerConfig("optax.scale_by_lion"), 10, model.rules)
+    optimizer = Optimizer(OptimizerConfig("optax.scale_by_lion"), 10)
     where = state_shardings(model, optimizer, mesh)
-    state = new_state(model, optimizer, mesh, jax.random.key(0))
+    state = init_train_state(model, optimizer, mesh, jax.random.key(0))
     split = 0
     for param, place, own in zip(
         jax.tree.leaves(state.params),
@@ -198,8 +199,8 @@ def test_transformations_that_training_cannot_use(name, options, sentence):
     for rule, shape in ((RULES["w_DF"], (4, 6)), (RULES["w_DF"].stack(), (LAYERS, 4, 6))):
         with pytest.raises(UserError, match=sentence) as error:
             params = {"w_DF": jax.ShapeDtypeStruct(shape, jnp.float32)}
-            optimizer = Optimizer(OptimizerConfig(name, options), STEPS, {"w_DF": rule})
-            jax.eval_shape(optimizer.init, params)
+            optimizer = Optimizer(OptimizerConfig(name, options), STEPS)
+            jax.eval_shape(functools.partial(optimizer.init, rules={"w_DF": rule}), params)
         assert f"optimizer.name is {name!r}" in str(error.value)
 
 

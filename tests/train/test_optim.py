@@ -43,12 +43,12 @@ def draw(seed, shapes=SHAPES):
 
 def run(config, params, gradients, dtype="float64", rules=RULES, frozen=()):
     """Parameters and optimizer state after one update for each of `gradients`."""
-    optimizer = Optimizer(config, 100, rules, frozen)
+    optimizer = Optimizer(config, 100, frozen=frozen)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    state = optimizer.init(params)
+    state = optimizer.init(params, rules)
     for step, gradient in enumerate(gradients):
         gradient = jax.tree.map(lambda x: jnp.asarray(x, dtype), gradient)
-        params, state = optimizer.update(gradient, state, params, jnp.int32(step))
+        params, state = optimizer.update(gradient, state, params, rules, jnp.int32(step))
     return params, state
 
 

@@ -1,0 +1,139 @@
+"""docs/library.md: every block runs as written, one after the other, in a folder of its own."""
+
+import inspect
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from old_workdir import unpack
+from small_run import write_corpus
+
+import moe_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "library.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the page's blocks have defined once all of them ran."""
+    folder, back = tmp_path_factory.mktemp("library"), Path.cwd()
+    write_corpus(folder / "texts")
+    unpack(folder / "old")
+    (folder / "runs").mkdir()
+    (folder / "old" / "run").rename(folder / "runs" / "tiny")
+    defined: dict = {"__name__": "library"}
+    os.chdir(folder)
+    try:
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE, re.S), 1):
+            run = compile(block, f"docs/library.md, block {number}", "exec")
+            exec(run, defined)
+    finally:
+        os.chdir(back)
+        moe_jax.ROUTERS.pop("sharp", None)
+    return defined
+
+
+def test_what_the_page_computes(names):
+    for leaf in jax.tree.leaves(names["grads"]):
+        assert np.isfinite(np.asarray(leaf)).all()
+    assert names["net"].moe.deterministic
+    np.testing.assert_array_equal(
+        np.sign(names["state"].params["embed_VD"]).shape, names["model"].abstract["embed_VD"].shape
+    )
+    assert int(names["state"].step) == 3
+    assert float(names["metrics"].loss.total) < 7
+    assert names["logits_BTV"].shape == (2, 16, 258) and names["study"].load_E.sum() == 4 * 16 * 2
+    tokens = np.asarray(names["tokens"])[None]
+    np.testing.assert_array_equal(names["again"].logits(tokens), names["tiny"].logits(tokens))
+
+
+def test_the_routers_state_of_the_page_follows_the_load(names):
+    layer = names["layer"]
+    assert layer.router == names["Sharp"](temperature=0.5) == names["same"].router
+
+
+SECTIONS = {"Args": 1, "Returns": 1}
+
+
+def public():
+    """(name, object) of every function and class that the three namespaces export."""
+    for space in (moe_jax, moe_jax.data, moe_jax.ops):
+        for name in space.__all__:
+            found = getattr(space, name)
+            if inspect.isfunction(found) or inspect.isclass(found):
+                yield f"{space.__name__}.{name}", found
+            elif callable(found) and hasattr(found, "__wrapped__"):
+                yield f"{space.__name__}.{name}", found.__wrapped__
+
+
+@pytest.mark.parametrize("name, found", public())
+def test_public_names_say_what_they_take(name, found):
+    text = inspect.getdoc(found) or ""
+    assert len(text) > 20, name
+    if inspect.isfunction(found):
+        taken = [p for p in inspect.signature(found).parameters if p not in ("self", "cls")]
+        if len(taken) > 1:
+            assert "Args:" in text, name
+            missing = [p for p in taken if not re.search(rf"\b{p}\b", text)]
+            assert not missing, (name, missing)
+
+
+def test_layers_made_from_one_rngs_differ_and_the_first_is_the_seeds():
+    from flax import nnx
+
+    config, rngs = moe_jax.MoEConfig(num_experts=2, expert_width=4), nnx.Rngs(0)
+    first, second = (moe_jax.MoE(config, 4, rngs=rngs) for _ in range(2))
+    alone = moe_jax.MoE(config, 4, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(first.w_in_EDUF[...], alone.w_in_EDUF[...])
+    assert (np.asarray(first.w_in_EDUF[...]) != np.asarray(second.w_in_EDUF[...])).any()
+
+
+def test_load_config_sets_keys_and_refuses_what_is_none():
+    config = moe_jax.load_config(str(ROOT / "configs" / "tiny.py"), {"train.steps": 7})
+    assert config.train.steps == 7
+    with pytest.raises(moe_jax.UserError, match=r"train\.stepz is not a config key"):
+        moe_jax.load_config(str(ROOT / "configs" / "tiny.py"), {"train.stepz": 7})
+
+
+def test_the_module_equals_the_forward_pass(x64):
+    """In float64, with experts in every other layer, packed documents and a stateful router."""
+    from flax import nnx
+
+    moe = moe_jax.MoEConfig(
+        num_experts=4, expert_width=8, every=2, router="sigmoid_bias", group_rows=2
+    )
+    shape = moe_jax.ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_width=16,
+        confine_attention=True,
+        moe=moe,
+    )
+    module = moe_jax.Transformer(shape, dtype=jnp.float64, rngs=nnx.Rngs(params=jax.random.key(3)))
+    model = moe_jax.define(shape, jnp.float64)
+    params = moe_jax.init(model, jax.random.key(3))
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
+    segments_BT = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 0]), 4), (2, 12))
+    state = {"bias": jnp.array([[0.3, -0.2, 0.1, 0.0]])}
+    got = module(tokens_BT, segments_BT=segments_BT, router_state=state)
+    mesh = moe_jax.make_mesh(moe_jax.MeshConfig(data=1), jax.devices()[:1])
+    context = moe_jax.MoEContext(
+        token_ids_BT=tokens_BT,
+        mask_BT=segments_BT > 0,
+        row_keys_B=jax.random.split(jax.random.key(0), 2),
+        mesh=mesh,
+        train=False,
+        router_state=state,
+    )
+    positions_BT = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
+    x_BTD, _ = moe_jax.forward(model, params, tokens_BT, positions_BT, segments_BT, context)
+    np.testing.assert_allclose(got, x_BTD @ params["head_DV"], rtol=0, atol=1e-10)
