@@ -136,7 +136,7 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """One run: everything that decides what it trains and how; every field has a default."""
 
     seed: int = 0
     precision: str = "float32"  # compute dtype: float32 | bfloat16 | float64 (the oracle, CPU)

@@ -18,7 +18,10 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
 
     Args:
       path: FILE.py, or FILE.py:ARG for `get_config(ARG)`.  The file is run.
-      overrides: {"train.steps": 200}: keys to set, as --config.train.steps=200 does.
+      overrides: {"train.steps": 200}: keys to set, as --config.train.steps=200 does; None: none.
+
+    Returns:
+      The typed config.
 
     Raises:
       UserError: no such file, no `get_config` in it, an unknown key, or a bad value.

@@ -57,9 +57,6 @@ def test_the_routers_state_of_the_page_follows_the_load(names):
     assert layer.router == names["Sharp"](temperature=0.5) == names["same"].router
 
 
-SECTIONS = {"Args": 1, "Returns": 1}
-
-
 def public():
     """(name, object) of every function and class that the three namespaces export."""
     for space in (moe_jax, moe_jax.data, moe_jax.ops):
@@ -71,7 +68,7 @@ def public():
                 yield f"{space.__name__}.{name}", found.__wrapped__
 
 
-@pytest.mark.parametrize("name, found", public())
+@pytest.mark.parametrize("name, found", list(public()))
 def test_public_names_say_what_they_take(name, found):
     text = inspect.getdoc(found) or ""
     assert len(text) > 20, name
@@ -81,6 +78,9 @@ def test_public_names_say_what_they_take(name, found):
             assert "Args:" in text, name
             missing = [p for p in taken if not re.search(rf"\b{p}\b", text)]
             assert not missing, (name, missing)
+        assert "Returns:" in text, name
+        raises = "raise UserError" in inspect.getsource(found)
+        assert not raises or "Raises:" in text, name
 
 
 def test_layers_made_from_one_rngs_differ_and_the_first_is_the_seeds():

@@ -71,9 +71,12 @@ def build_store(
     Args:
       config: the corpus, its tokenizer and the split.
       root: folder of all stores, local or gs://.
-      progress: called with a line of text now and then.
+      progress: called with a line of text now and then; None: nothing is told.
       layout: chunk and shard sizes.
       alive: called whenever some text was read, here or by the process that builds meanwhile.
+
+    Returns:
+      The store, open for reading.
 
     Raises:
       UserError: input that cannot be used (see corpora.py, tokenizers.py), or a corpus too small

@@ -151,7 +151,13 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the path (local or gs://) of a tokenizer.json or a SentencePiece .model.
+    """The tokenizer of a name, as `data.tokenizer` has it.
+
+    Args:
+      name: `bytes`, or the path (local or gs://) of a tokenizer.json or a SentencePiece .model.
+
+    Returns:
+      What encodes text to int32 ids and decodes them.
 
     Raises:
       UserError: a name of neither form, or a file that is missing or of another format.

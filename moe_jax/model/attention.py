@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.config import ModelConfig
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rope: Rope,
         segments_BT: Int[Array, "B T"] | None,
-        mesh: Mesh | None,
+        mesh: Mesh | AbstractMesh | None,
     ) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
         q_BTHA = linear(x_BTD, self.q_DHA[...].astype(dtype))

@@ -45,6 +45,9 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
       dtype: of the computation; parameters are float32 or wider.
       components: router and dispatch path of its MoE layers; None: those that `config.moe` names.
 
+    Returns:
+      What `init`, `forward` and the train step take.
+
     Raises:
       UserError: as `Transformer`.
     """

@@ -13,7 +13,15 @@ from moe_jax.model.transformer import Transformer, Trunk, make_block
 
 
 def init(model: ModelDef, key: jax.Array) -> Params:
-    """Initial parameters: the same for any layout, mesh and JAX device; call it under jit."""
+    """Initial parameters: the same for any layout, mesh and JAX device; call it under jit.
+
+    Args:
+      model: of `define`.
+      key: PRNG key; a parameter's value depends on it, the layer and the parameter's name alone.
+
+    Returns:
+      A tree like `model.abstract`.
+    """
     rngs = nnx.Rngs(params=key)
     states = split_model(Transformer(model.config, model.components, dtype=model.dtype, rngs=rngs))[
         2

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.errors import UserError
@@ -25,7 +25,7 @@ def call_context(
     token_ids_BT: Int[Array, "B T"] | None,
     key: jax.Array | None,
     router_state: Mapping[str, jax.Array] | None,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     train: bool,
 ) -> MoEContext:
     """The context of layers that are called without one; see `MoE.__call__`.
@@ -58,7 +58,7 @@ def call_context(
     )
 
 
-def _mesh_of(like_BT: jax.Array, mesh: Mesh | None) -> Mesh | None:
+def _mesh_of(like_BT: jax.Array, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None:
     """The mesh that was passed, else that of `jax.set_mesh` if it is one of ours, else none."""
     if mesh is not None and tuple(mesh.axis_names) != AXES:
         raise UserError(
@@ -67,8 +67,8 @@ def _mesh_of(like_BT: jax.Array, mesh: Mesh | None) -> Mesh | None:
         )
     around = jax.sharding.get_abstract_mesh()
     ours = not around.empty and tuple(around.axis_names) == AXES
-    mesh = mesh if mesh is not None else around if ours else None  # pyright: ignore
-    lies_on = mesh if mesh is not None else jax.typeof(like_BT).sharding.mesh
+    found = mesh if mesh is not None else around if ours else None
+    lies_on = found if found is not None else jax.typeof(like_BT).sharding.mesh
     names = zip(lies_on.axis_names, lies_on.axis_types, strict=True)
     explicit = [str(name) for name, kind in names if kind is AxisType.Explicit]
     if explicit:
@@ -76,11 +76,16 @@ def _mesh_of(like_BT: jax.Array, mesh: Mesh | None) -> Mesh | None:
             f"x lies on a mesh with Explicit axes ({', '.join(explicit)}): make it with "
             f"axis_types=(AxisType.Auto,) * {len(lies_on.axis_names)}."
         )
-    return mesh
+    return found
 
 
 def rows_in_group(
-    rows: int, length: int, group_rows: int, choices: int, num_experts: int, mesh: Mesh | None
+    rows: int,
+    length: int,
+    group_rows: int,
+    choices: int,
+    num_experts: int,
+    mesh: Mesh | AbstractMesh | None,
 ) -> int:
     """Rows in a routing group of a batch of `rows` rows: `group_rows`, 0: the fewest that will do.
 

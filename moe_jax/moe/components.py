@@ -52,6 +52,9 @@ def make_router(config: MoEConfig) -> Router:
       config: fields that it shares with the router's dataclass fill those; the others come from
         `config.options[config.router]`.
 
+    Returns:
+      A frozen dataclass of its own knobs.
+
     Raises:
       UserError: an unknown name or knob.
     """
@@ -64,6 +67,9 @@ def make_dispatch(config: MoEConfig) -> Dispatch:
     Args:
       config: fields that it shares with the path's dataclass fill those; the others come from
         `config.options[config.dispatch]`.
+
+    Returns:
+      A frozen dataclass of its own knobs.
 
     Raises:
       UserError: an unknown name or knob.

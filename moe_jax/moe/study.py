@@ -81,6 +81,9 @@ def study_router(
       group_rows: rows in a routing group.
       deterministic: no noise.
 
+    Returns:
+      The choice, its losses, and the load of every expert.
+
     Raises:
       UserError: a number of rows that the groups do not divide.
     """

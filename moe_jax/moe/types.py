@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -210,7 +210,9 @@ class DispatchIn:
     mask_GS: Bool[Array, "G S"]
     rows: int  # R
     train: bool
-    mesh: Mesh | None  # None: XLA splits the layer as it splits the caller's own model
+    mesh: (
+        Mesh | AbstractMesh | None
+    )  # None: XLA splits the layer as it splits the caller's own model
     slots: int | None = None  # an expert's slots in a group where the router bounds them itself
 
     @property
@@ -344,7 +346,9 @@ class MoEContext:
     token_ids_BT: Int[Array, "B T"]
     mask_BT: Bool[Array, "B T"]
     row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
-    mesh: Mesh | None  # with the axes of parallel/mesh.py; None: XLA splits the layer
+    mesh: (
+        Mesh | AbstractMesh | None
+    )  # with the axes of parallel/mesh.py; None: XLA splits the layer
     train: bool
     group_rows: int = 0  # rows in a routing group; 0: those of the layer's own config
     router_state: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -30,7 +30,7 @@ def attention(
     k_BTJA: Float[Array, "B T J A"],
     v_BTJA: Float[Array, "B T J A"],
     segments_BT: Int[Array, "B T"] | None,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     implementation: str = "auto",
     layer: int = 0,
 ) -> Float[Array, "B T H A"]:
@@ -40,16 +40,19 @@ def attention(
       q_BTHA, k_BTJA, v_BTJA: queries, keys, values; J divides H.
       segments_BT: with it, a query sees only keys of its own segment.  Padding is a segment like
         any other, so its rows are finite and never read by real tokens.
-      mesh: batch is split over data x fsdp x expert, heads over tensor.  None: XLA splits the
-        attention with what is around it, which only the reference allows.
+      mesh: batch is split over data x fsdp x expert, heads over tensor.  None or abstract:
+        XLA splits the attention with what is around it, which only the reference allows.
       implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
       layer: the layer's number, which changes no result.  No two layers of a program that takes
         gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
 
+    Returns:
+      Weighted values of every query head, in the dtype of the queries.
+
     Raises:
       UserError: unknown implementation.
     """
-    if mesh is None:
+    if not isinstance(mesh, Mesh):
         implementation = "xla"
     elif implementation == "auto":
         implementation = best_attention(mesh, q_BTHA)

@@ -54,6 +54,9 @@ def cross_entropy(
       mesh: where it runs; vocabulary may be split over `tensor`.
       implementation: a key of CROSS_ENTROPY.
 
+    Returns:
+      Sums over all positions and devices: of the loss, of -log softmax in nats and of the z-loss.
+
     Raises:
       UserError: unknown implementation.
     """
@@ -76,7 +79,14 @@ def token_nll(
     chunk: int,
     mesh: Mesh,
 ) -> Float[Array, "B T"]:
-    """-log softmax(x head)[target] of every position, for evaluation; see `cross_entropy`."""
+    """-log softmax(x head)[target] of every position, for evaluation.
+
+    Args:
+      x_BTD, head_DV, targets_BT, chunk, mesh: as of `cross_entropy`.
+
+    Returns:
+      Nats, float32 or wider [B, T].
+    """
 
     def shard(x_BTD, head_DV, targets_BT):
         D = x_BTD.shape[-1]

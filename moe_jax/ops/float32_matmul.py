@@ -19,6 +19,13 @@ from jaxtyping import Array, Float
 def float32_matmul(x: Float[Array, "*batch D"], w_DE: Float[Array, "D E"]) -> Float[Array, "..."]:
     """x @ w in the wider dtype of the two, at least float32, with no rounding below it.
 
+    Args:
+      x: rows of width D, of any leading axes.
+      w_DE: the matrix.
+
+    Returns:
+      [*batch, E].
+
     In parts, w and the gradients' sums travel three times as wide between devices: D * 3E numbers,
     1.5 MB for a width of 2048 and 64 experts.
     """

@@ -31,7 +31,18 @@ _TINY = 1e-30  # a row of zeros is divided by it
 def float8_grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
-    """y[n] = x[n] @ w[group of n], both rounded to float8; see `grouped_matmul` for the rest."""
+    """y[n] = x[n] @ w[group of n], both rounded to float8; see `grouped_matmul` for the rest.
+
+    Args:
+      x_ND: rows, sorted by group.
+      w_EDF: one matrix for each group.
+      sizes_E: int32 rows of each group; rows past their sum are unspecified in the output.
+
+    Returns:
+      [N, F] in the dtype of x.
+
+    Reference: FP8 formats, arXiv 2209.05433.
+    """
     return _save(x_ND, w_EDF, sizes_E)[0]
 
 

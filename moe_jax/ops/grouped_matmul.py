@@ -28,7 +28,18 @@ from moe_jax.parallel.collectives import varying_like
 def grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
-    """y[n] = x[n] @ w[group of n]."""
+    """y[n] = x[n] @ w[group of n].
+
+    Args:
+      x_ND: rows, sorted by group.
+      w_EDF: one matrix for each group.
+      sizes_E: int32 rows of each group; rows past their sum are unspecified in the output.
+
+    Returns:
+      [N, F] in the dtype of x.
+
+    Reference: MegaBlocks, arXiv 2211.15841.
+    """
     return _run("forward", x_ND, w_EDF, sizes_E, kernels=_kernels(x_ND, w_EDF))
 
 

@@ -67,6 +67,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
       config: sizes of the axes; by default all devices are on `data`.
       devices: None: every device of every process.
 
+    Returns:
+      A mesh over them; on TPUs in an order that follows the torus.
+
     Raises:
       UserError: sizes that do not multiply to the number of devices.
     """

@@ -39,6 +39,9 @@ def load(
         stay float32.  A float64 run loads as float64 alone, under jax_enable_x64.
       mesh: where the weights go, as `make_mesh` makes it; None: one device.
 
+    Returns:
+      Parameters, router state, tokenizer, and what they are good for (`logits`, `save`).
+
     Raises:
       UserError: no such folder, step or dtype; a mesh that does not fit the model; a checkpoint,
         config or tokenizer that is missing or damaged.

@@ -107,7 +107,17 @@ def make_gradients(
 def make_train_step(
     model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step with everything bound that does not change; `jit_train_step` donates the state."""
+    """The train step as a pure function, not compiled; `jit_train_step` is what a run compiles.
+
+    Args:
+      model: of `define`.
+      optimizer: of whose state the train state was made.
+      options: seed of the noise, clipping, and what a step is refused for.
+      mesh: of `make_mesh`, where state and batch lie.
+
+    Returns:
+      (state, batch [accumulation, rows, T]) -> (state, metrics).
+    """
     gradients = make_gradients(model, options, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -172,7 +182,18 @@ def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:
 def jit_train_step(
     model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """The train step as a run compiles it."""
+    """The train step as a run compiles it; its state is donated.
+
+    Args:
+      model: of `define`.
+      optimizer: of whose state the train state was made.
+      options: seed of the noise, clipping, and what a step is refused for.
+      mesh: of `make_mesh`, where state and batch lie.
+
+    Returns:
+      (state, batch of `put_batch`) -> (state, metrics): a step whose loss or gradient is not
+      finite, or far above its mean, leaves the state as it was.
+    """
     step = make_train_step(model, optimizer, options, mesh)
     where = state_shardings(model, optimizer, mesh)
     # Metrics whole on every device: each process can read them.

@@ -12,7 +12,7 @@ from trainer import OVERRIDES, assert_same_end, checkpoints
 from moe_jax.parallel.distributed import DONE, FIX
 
 WHY = {"tmpfs": "No space left on device", "limit": "File too large"}
-NEEDS = r"{why}.*; it needs (\d+\.\d) MiB and (\d+\.\d) MiB are free\): make room or fix"
+NEEDS = r"{why}.*; it needs (\d+\.\d) MiB and ([\d.,]+) [KMGT]iB are free\): make room or fix"
 SAVES = """
 import sys
 import numpy as np

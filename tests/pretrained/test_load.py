@@ -14,7 +14,7 @@ from trained import copy_with, digest, files_of, tokens, train
 
 import moe_jax
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.data.build import build, store_root
+from moe_jax.data.build import build_store, store_root
 from moe_jax.data.pipeline import HeldOut
 from moe_jax.model.define import define, map_variables, split_model, value_of
 from moe_jax.model.forward import forward, head_weight
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_forward_pass(tiny):
 
 def test_the_loss_of_held_out_text_is_what_the_run_has_logged(workdir, tiny):
     config = tiny.run_config
-    store = build(config.data, store_root(config.data, workdir))
+    store = build_store(config.data, store_root(config.data, workdir))
     heldout = HeldOut(store, config.train.batch_size, config.data.sequence_length, False)
     total = count = 0.0
     for number in range(min(config.eval.batches, len(heldout))):

@@ -296,7 +296,9 @@ def steps(run: Run, state: TrainState, last: int) -> TrainState:
     """`state` after the steps up to `last`."""
     step_fn = compile_step(run)
     first = int(state.step)
-    with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run), first, last) as feed:
+    with DeviceFeed(
+        run.batches.rows, run.microbatch, batch_shardings(run.mesh), first, last
+    ) as feed:
         for _, batch in feed:
             state, _ = step_fn(state, batch)
     return state

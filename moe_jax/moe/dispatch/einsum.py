@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
@@ -60,7 +60,7 @@ class Einsum(Slots):
         return y_GSD, kept_GSK
 
 
-def _split(x: jax.Array, mesh: Mesh | None, before: P, after: P) -> jax.Array:
+def _split(x: jax.Array, mesh: Mesh | AbstractMesh | None, before: P, after: P) -> jax.Array:
     """`x`, which is split as `before`, split as `after`; without a mesh XLA decides."""
     if mesh is None:
         return x
