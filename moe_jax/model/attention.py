@@ -1,14 +1,14 @@
 """Self-attention layer: projections, q/k norm, RoPE, attention, output projection."""
 
+import dataclasses
 import functools
-from typing import Any
 
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import Rope, apply_rope
 from moe_jax.nn.norms import RMSNorm
 from moe_jax.nn.params import fan_in, param, param_dtype, residual_fan_in, scoped
@@ -17,13 +17,27 @@ from moe_jax.ops.attention import attention
 from moe_jax.ops.linear import linear
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What one attention layer needs to know of its model."""
+
+    width: int  # D
+    num_heads: int  # H
+    num_kv_heads: int  # J
+    head_dim: int  # A
+    qk_norm: str = "none"  # none | head | full, as in ModelConfig
+    norm_eps: float = 1e-5
+    implementation: str = "auto"  # a key of ATTENTION, or auto
+    depth: int = 1  # layers of the model, for the initial output projection
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention with H query and J key/value heads of width A."""
 
-    def __init__(self, config: ModelConfig, *, layer: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, *, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
         D, A = config.width, config.head_dim
         H, J = config.num_heads, config.num_kv_heads
-        self.implementation, self.layer = config.attention, layer
+        self.implementation, self.layer = config.implementation, layer
         query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
         matrix = functools.partial(
             param, rngs, dtype=param_dtype(dtype), group="attention", narrow=True
@@ -31,7 +45,7 @@ class Attention(nnx.Module):
         self.q_DHA = matrix("q", (D, H, A), ("embed", *query), fan_in(D))
         self.k_DJA = matrix("k", (D, J, A), ("embed", *key_value), fan_in(D))
         self.v_DJA = matrix("v", (D, J, A), ("embed", *key_value), fan_in(D))
-        out_init = residual_fan_in(H * A, config.num_layers)
+        out_init = residual_fan_in(H * A, config.depth)
         self.o_HAD = matrix("o", (H, A, D), (*query, "embed"), out_init)
         self.q_norm = _qk_norm(config, H, "heads", dtype, scoped(rngs, "q_norm"))
         self.k_norm = _qk_norm(config, J, "kv_heads", dtype, scoped(rngs, "k_norm"))
@@ -59,7 +73,7 @@ class Attention(nnx.Module):
 
 
 def _qk_norm(
-    config: ModelConfig, heads: int, axis: str, dtype: Any, rngs: nnx.Rngs
+    config: AttentionConfig, heads: int, axis: str, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> RMSNorm | None:
     """Norm of queries or keys: none, each head by itself (Qwen3), or all together (OLMoE)."""
     if config.qk_norm == "none":

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.attention import Attention
+from moe_jax.model.attention import Attention, AttentionConfig
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import Rope
 from moe_jax.moe.components import Components
@@ -31,8 +31,9 @@ class Block(nnx.Module):
         """`components`: of the layers that hold experts; None in a dense model."""
         D, eps = config.width, config.norm_eps
         self.attention_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
-        attention_rngs = scoped(rngs, "attention")
-        self.attention = Attention(config, layer=layer, dtype=dtype, rngs=attention_rngs)
+        self.attention = Attention(
+            _attention_config(config), layer=layer, dtype=dtype, rngs=scoped(rngs, "attention")
+        )
         self.ffn_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         ffn_rngs = scoped(rngs, "ffn")
         if components is not None and config.is_moe(layer):
@@ -76,3 +77,16 @@ class Block(nnx.Module):
                 return x_BTD + self.ffn(normed), None
         out_BTD, aux = self.ffn(normed, context)
         return x_BTD + out_BTD, aux
+
+
+def _attention_config(config: ModelConfig) -> AttentionConfig:
+    return AttentionConfig(
+        width=config.width,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
+        implementation=config.attention,
+        depth=config.num_layers,
+    )

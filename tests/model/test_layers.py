@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.attention import Attention
+from moe_jax.model.attention import Attention, AttentionConfig
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import apply_rope, rope_tables
 from moe_jax.model.transformer import Transformer
@@ -79,9 +79,7 @@ def test_qk_norm_makes_attention_blind_to_scale(x64, mesh_of, qk_norm, sizes):
     rope = rope_tables(jnp.arange(5, dtype=jnp.int32)[None], 6, 1e4, jnp.float64)
 
     def spread(qk_norm, scale_one_head):
-        config = ModelConfig(
-            width=24, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=qk_norm, norm_eps=0.0
-        )
+        config = AttentionConfig(24, 4, 2, 6, qk_norm=qk_norm, norm_eps=0.0, depth=4)
         layer = Attention(config, layer=0, dtype=jnp.float64, rngs=nnx.Rngs(0))
         plain = layer(x, rope, None, mesh_of())
         scale = jnp.ones(4).at[0].set(3.0) if scale_one_head else jnp.full(4, 3.0)
