@@ -120,11 +120,17 @@ def test_the_module_equals_the_forward_pass(x64):
     )
     module = moe_jax.Transformer(shape, dtype=jnp.float64, rngs=nnx.Rngs(params=jax.random.key(3)))
     model = moe_jax.define(shape, jnp.float64)
-    params = moe_jax.init(model, jax.random.key(3))
+    params = jax.jit(lambda key: moe_jax.init(model, key))(jax.random.key(3))
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
     segments_BT = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 0]), 4), (2, 12))
     state = {"bias": jnp.array([[0.3, -0.2, 0.1, 0.0]])}
-    got = module(tokens_BT, segments_BT=segments_BT, router_state=state)
+    graph, values = nnx.split(module)
+
+    @jax.jit
+    def called(values):
+        return nnx.merge(graph, values)(tokens_BT, segments_BT=segments_BT, router_state=state)
+
+    got = called(values)
     mesh = moe_jax.make_mesh(moe_jax.MeshConfig(data=1), jax.devices()[:1])
     context = moe_jax.MoEContext(
         token_ids_BT=tokens_BT,
@@ -135,5 +141,10 @@ def test_the_module_equals_the_forward_pass(x64):
         router_state=state,
     )
     positions_BT = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
-    x_BTD, _ = moe_jax.forward(model, params, tokens_BT, positions_BT, segments_BT, context)
+
+    @jax.jit
+    def passed(params):
+        return moe_jax.forward(model, params, tokens_BT, positions_BT, segments_BT, context)[0]
+
+    x_BTD = passed(params)
     np.testing.assert_allclose(got, x_BTD @ params["head_DV"], rtol=0, atol=1e-10)

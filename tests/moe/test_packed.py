@@ -65,11 +65,28 @@ def forward_backward(
     return made, gradients
 
 
+PAIRS = [*((priority, "top_k") for priority in PRIORITIES), ("token", "soft")]
+
+
+# Every priority on one device; each of the other meshes once, the rest of them with --full.
 @pytest.mark.parametrize(
-    ("priority", "router"), [*((priority, "top_k") for priority in PRIORITIES), ("token", "soft")]
+    ("sizes", "priority", "router"),
+    [
+        *(({}, *pair) for pair in PAIRS),
+        ({"data": 2}, "batch", "top_k"),
+        ({"tensor": 2}, "token", "soft"),
+        *(
+            pytest.param(sizes, *pair, marks=pytest.mark.full)
+            for sizes, here in (
+                ({"data": 2}, ("batch", "top_k")),
+                ({"tensor": 2}, ("token", "soft")),
+            )
+            for pair in PAIRS
+            if pair != here
+        ),
+    ],
 )
-@pytest.mark.parametrize("sizes", [{}, {"data": 2}, {"tensor": 2}])
-def test_packed_rows_are_the_slots(mesh_of, monkeypatch, priority, router, sizes):
+def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router):
     mesh = mesh_of(**sizes)
     (y_BTD, aux), gradients = forward_backward(mesh, priority, router)
     asked = []

@@ -44,12 +44,11 @@ class Cell(NamedTuple):
     dispatch: str
 
 
-# Every layout, both accumulations, the routers that draw, both dispatch paths.
+# Every axis, both accumulations, the routers that draw and the one with state, both paths.
 DEFAULT = (
-    Cell("data", 4, "switch", "capacity"),
     Cell("expert", 1, "gshard", "dropless"),
     Cell("data_expert", 4, "sigmoid_bias", "capacity"),
-    Cell("all", 4, "gshard", "dropless"),
+    Cell("all", 4, "switch", "capacity"),
 )
 EVERY = itertools.starmap(Cell, itertools.product(LAYOUTS, (1, 4), ROUTERS, DISPATCHES))
 CELLS = [cell if cell in DEFAULT else pytest.param(*cell, marks=pytest.mark.full) for cell in EVERY]
