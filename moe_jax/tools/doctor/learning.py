@@ -17,7 +17,7 @@ def router_gradient(subject: Subject) -> Finding:
     if not subject.moe_layers:
         return NO_EXPERTS
     moe, gradients = subject.config.model.moe, subject.probe.gradients
-    norms = {name: float(g) for name, g in gradients.items() if is_router(name)}
+    norms = {name: float(gradients[name]) for name in subject.router_parameters}
     if not norms:
         return Finding(True, f"router {moe.router} has no parameters (0 of them)")
     if moe.freeze_router:
@@ -30,11 +30,6 @@ def router_gradient(subject: Subject) -> Finding:
         "Let the combine weights carry the router's gradient: no softmax over one logit, no "
         "renormalising at top_k=1, no stop_gradient on weights.",
     )
-
-
-def is_router(name: str) -> bool:
-    """Whether this is the name of a router's parameter."""
-    return name.rsplit("/", 1)[-1].startswith("router_")
 
 
 def gradients_arrive(subject: Subject) -> Finding:
@@ -68,7 +63,7 @@ def _all_of(subject: Subject, good: dict[str, np.ndarray], verb: str, fix: str) 
     place = {str(layer): i for i, layer in enumerate(subject.moe_layers)}
     bad, idle = [], []
     for name, value in good.items():
-        if frozen and is_router(name):
+        if frozen and name in subject.router_parameters:
             continue
         for expert in np.flatnonzero(~np.atleast_1d(value)):
             if value.ndim and not subject.probe.kept[place[layer_of(name)]][expert]:

@@ -22,6 +22,7 @@ from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.layout import to_layers
 from moe_jax.moe.types import MoEAux
+from moe_jax.nn.params import ParamRule
 from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.context import Run
 from moe_jax.run.loop import compile_step
@@ -73,6 +74,17 @@ class Subject:
         """Numbers of the layers that hold experts."""
         model = self.config.model
         return [layer for layer in range(model.num_layers) if model.is_moe(layer)]
+
+    @cached_property
+    def router_parameters(self) -> frozenset[str]:
+        """Names of the parameters that a router holds, as `by_layer` gives them."""
+        model = self.run.model
+
+        def marks(rule: ParamRule, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            return np.full(leaf.shape[: int(rule.stacked)], rule.group == "router")
+
+        names = by_layer(model, jax.tree.map(marks, model.rules, model.abstract))
+        return frozenset(name for name, mark in names.items() if mark)
 
     def state(self) -> TrainState:
         """The state that the next step starts from."""
