@@ -36,8 +36,19 @@ def assert_agrees(layer: cases.Layer, keep=None) -> int:
     return dropped
 
 
-@pytest.mark.parametrize("priority", PRIORITIES)
-@pytest.mark.parametrize("dispatch", BOUNDED)
+# `einsum` hands out slots by the code of `capacity`: by default it shows that once.
+@pytest.mark.parametrize(
+    ("dispatch", "priority"),
+    [
+        pytest.param(
+            dispatch,
+            priority,
+            marks=[pytest.mark.full] if dispatch == "einsum" and priority != "token" else [],
+        )
+        for dispatch in BOUNDED
+        for priority in PRIORITIES
+    ],
+)
 def test_who_overflows(dispatch, priority):
     assert assert_agrees(layer("gshard", dispatch, "expert2_tensor2", priority=priority)) > 100
 

@@ -154,7 +154,7 @@ def compile_log(env, dispatch: str, where: str) -> str:
     ("dispatch", "where"),
     [
         ("capacity", "fsdp2_expert2_tensor2"),
-        ("dropless", "data2_expert4"),
+        pytest.param("dropless", "data2_expert4", marks=pytest.mark.full),
         # The readable reference: nobody trains on it.
         pytest.param("einsum", "data2_expert4", marks=pytest.mark.full),
     ],

@@ -352,7 +352,16 @@ def wrong_unbroken(*layer_and_scenario) -> set[str]:
     return wrong(Mutant("none", lambda patch: None, "", *layer_and_scenario))
 
 
-@pytest.mark.parametrize("mutant", MATRIX, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def _params():
+    """By default the first mutant of each quantity; the rest with --full."""
+    seen: set[str] = set()
+    for mutant in MATRIX:
+        marks = [pytest.mark.full] if mutant.quantity in seen else []
+        seen.add(mutant.quantity)
+        yield pytest.param(mutant, id=mutant.name.replace(" ", "-"), marks=marks)
+
+
+@pytest.mark.parametrize("mutant", list(_params()))
 def test_the_matrix_catches(mutant, monkeypatch):
     assert not wrong_unbroken(*mutant[3:])
     mutant.plant(monkeypatch.setattr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,16 +139,42 @@ def test_the_router_is_noisy_in_training_only(mesh_of):
     assert np.abs(compute(True) - compute(False)).max() > 1e-4
 
 
-def test_remat_changes_no_value(x64, mesh_of):
+class Pair(NamedTuple):
+    """Two MoE layers that are not scanned and keep everything, and one step of them."""
+
+    config: ModelConfig
+    out: Any
+    grads: Any
+
+
+@pytest.fixture(scope="module")
+def unscanned_pair():
+    """`Pair` on one device, in float64."""
     moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
     config = dataclasses.replace(SPARSE, num_layers=2, moe=moe)
-    _, _, out, grads = step(config, mesh_of())
-    for name in REMAT.keys() - {"none"}:
-        scan = name in ("full", "save_dispatch")
-        again = dataclasses.replace(config, remat=name, scan_layers=scan)
-        model, _, remat_out, remat_grads = step(again, mesh_of())
-        assert_close(remat_out, out)
-        assert_close(to_layers(remat_grads, model.layout), grads)
+    with jax.enable_x64(True):
+        _, _, out, grads = step(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return Pair(config, out, grads)
+
+
+# By default the policies that recompute most and that send nothing again, both scanned.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full",
+        "save_dispatch",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in sorted(REMAT.keys() - {"none", "full", "save_dispatch"})
+        ),
+    ],
+)
+def test_remat_changes_no_value(x64, mesh_of, unscanned_pair, name):
+    scan = name in ("full", "save_dispatch")
+    again = dataclasses.replace(unscanned_pair.config, remat=name, scan_layers=scan)
+    model, _, remat_out, remat_grads = step(again, mesh_of())
+    assert_close(remat_out, unscanned_pair.out)
+    assert_close(to_layers(remat_grads, model.layout), unscanned_pair.grads)
 
 
 def test_remat_recomputes(mesh_of):
@@ -258,7 +285,7 @@ def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
     assert scan or len(scales) == len(set(scales))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.full), True])
 def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
     model = define(dataclasses.replace(SPARSE, scan_layers=scan), jnp.float32)
     where = jax.tree.map(lambda _: NamedSharding(mesh_of(), PartitionSpec()), model.abstract)

@@ -108,7 +108,7 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router
     [
         ("capacity", 2, {}),
         ("dropless", 2, {}),
-        ("dropless", 2, {"expert": 2}),
+        pytest.param("dropless", 2, {"expert": 2}, marks=pytest.mark.full),
         ("dropless", 3, {"expert": 2}),  # more choices than experts of a shard
     ],
 )

@@ -269,7 +269,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
         first_state(noisy, str(straight), lines.append)
 
 
-@pytest.mark.parametrize("scanned_first", [True, False])
+@pytest.mark.parametrize("scanned_first", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
     layers = {"model.num_layers": 4, "model.moe.every": 2}
     first = ready(tmp_path / "run", corpus, 1, **layers, model__scan_layers=scanned_first)
