@@ -81,11 +81,16 @@ def replace_text(path: Path, text: str) -> None:
         path.write_text(text)  # object stores replace whole objects
         return
     unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk it only takes room
+            unfinished.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # not every file system can do this for a folder
         os.fsync(folder)

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -16,9 +16,11 @@ from moe_jax.files import json_files, records
 from moe_jax.files.formats import count, duration, or_dash
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror
+from moe_jax.files.write_errors import cannot_write
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+_BOARD = "tensorboard"  # folder of the event files
 
 
 class Reporter:
@@ -27,6 +29,9 @@ class Reporter:
     A row is a dict with `step` and numbers; per-layer lists stand under `layers`, other nested
     dicts (per source, say) are welcome.  A number that is not finite becomes a string ("nan",
     "inf", "-inf"), so that every line stays JSON and float() still reads it.
+
+    Once it is made, it never ends a run: what a full disk refuses is kept in memory and written
+    when there is room (`GrowingFile`), and what a store refuses is copied later.
 
     Args:
       workdir: folder of the run; into one of an object store, files are copied every half minute,
@@ -40,23 +45,31 @@ class Reporter:
 
     def __init__(self, workdir: Folder, total_steps: int, resumed_step: int | None):
         self._workdir, self._mirror = workdir, Mirror(workdir)
-        with self._writing():
-            self._mirror.folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, LEDGER):
-                self._mirror.fetch(f"{name}*")
-            self._files = _Files(self._mirror.folder, resumed_step)
         done = resumed_step or 0
         on_terminal = sys.stdout.isatty()
         self._screen = _Bar(total_steps, done) if on_terminal else _PlainLines(total_steps)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._screen.close)
+            with self._writing():
+                self._mirror.folder.mkdir(parents=True, exist_ok=True)
+                for name in (METRICS, LEDGER):
+                    self._mirror.fetch(f"{name}*")
+                self._files = self._open(resumed_step)
+            failed.pop_all()
+
+    def _open(self, resumed_step: int | None) -> "_Files":
+        there = self._workdir / _BOARD
+        names = [path.name for path in there.iterdir()] if there.exists() else []
+        return _Files(self._mirror.folder, resumed_step, names, self.say)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"--workdir={self._workdir} cannot be written ({error.strerror or error}): choose "
-                f"another folder or change its permissions."
+            what = f"--workdir={self._workdir}"
+            raise cannot_write(
+                what, error, "choose another folder or change its permissions"
             ) from None
 
     def rewind(self, step: int) -> None:
@@ -67,33 +80,23 @@ class Reporter:
         """
         self._files.close()
         with self._writing():
-            self._files = _Files(self._mirror.folder, step)
+            self._files = self._open(step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to metrics.jsonl and TensorBoard, and shows it.
-
-        Raises:
-          UserError: metrics.jsonl cannot be written.
-        """
+        """Appends `row` to metrics.jsonl and TensorBoard, and shows it."""
         row = {name: plain(value) for name, value in row.items()}
         self._files.metrics.append(row)
-        for tag, value in _scalars(row):
-            if tag != "step":
-                self._files.board.add_scalar(tag, value, row["step"])
+        scalars = ((tag, value) for tag, value in _scalars(row) if tag != "step")
+        self._files.board.add(row["step"], scalars)
         self._screen.show(row)
         self._copy(self._mirror.push_if_due)
 
     def ledger(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to ledger.jsonl.
-
-        Raises:
-          UserError: it cannot be written.
-        """
+        """Appends `row` to ledger.jsonl."""
         self._files.ledger.append(row)
 
     def flush(self) -> None:
-        """What was logged so far lies in the workdir afterwards: call it before a checkpoint."""
-        self._files.board.flush()
+        """Copies what was logged so far to an object store; a local workdir has it already."""
         self._copy(self._mirror.push)
 
     def _copy(self, push: Callable[[], None]) -> None:
@@ -107,10 +110,13 @@ class Reporter:
         self._screen.say(text)
 
     def close(self) -> None:
-        """Ends the bar and flushes the event file."""
+        """Ends the bar, closes the files and makes the last copies."""
         self._screen.close()
         self._files.close()
-        self._mirror.close()
+        try:
+            self._mirror.close()
+        except UserError as error:  # the checkpoints are there: the exit code stays the run's own
+            self.say(str(error))
 
     def __enter__(self) -> "Reporter":
         return self
@@ -144,17 +150,20 @@ class SilentReporter:
 class _Files:
     """What a reporter writes, continued after `resumed_step` (None: begun)."""
 
-    def __init__(self, folder: pathlib.Path, resumed_step: int | None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        resumed_step: int | None,
+        event_files: Sequence[str],
+        say: Callable[[str], None],
+    ):
         for name in (METRICS, LEDGER):
             truncate(folder / name, resumed_step)
-        self.metrics, self.ledger = Lines(folder / METRICS), Lines(folder / LEDGER)
-        import tensorboardX  # imports torch where that is installed: seconds
+        self.metrics, self.ledger = (Lines(folder / name, say) for name in (METRICS, LEDGER))
+        from moe_jax.record.board import Board  # imports torch where that is installed: seconds
 
-        self.board = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=None if resumed_step is None else resumed_step + 1,
-            write_to_disk=True,
-        )
+        purge_step = None if resumed_step is None else resumed_step + 1
+        self.board = Board(folder / _BOARD, event_files, purge_step, say)
 
     def close(self) -> None:
         self.board.close()

@@ -17,6 +17,7 @@ import jax
 from moe_jax.errors import UserError
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import exit_code
 from moe_jax.parallel.process import process_age
 
@@ -110,16 +111,14 @@ class _Rows:
         try:
             self._mirror.folder.mkdir(parents=True, exist_ok=True)
             self._mirror.fetch(GOODPUT)
-            self._lines = Lines(self._mirror.folder / GOODPUT)
+            # A row that waits for the disk is worth nothing once there is a later one.
+            self._lines = Lines(self._mirror.folder / GOODPUT, lambda line: None, keep=1)
         except OSError as error:
-            raise UserError(
-                f"{workdir / GOODPUT} cannot be written ({error.strerror or error}): change "
-                f"its permissions or choose another --workdir."
-            ) from None
+            advice = "change its permissions or choose another --workdir"
+            raise cannot_write(workdir / GOODPUT, error, advice) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with contextlib.suppress(UserError):
-            self._lines.append(row)
+        self._lines.append(row)
 
     def push_if_due(self) -> None:
         with contextlib.suppress(UserError):

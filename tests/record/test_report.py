@@ -3,15 +3,19 @@
 import io
 import json
 import pathlib
+import threading
 from contextlib import redirect_stdout
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from no_room import no_room
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from moe_jax.errors import UserError
-from moe_jax.record.report import METRICS, Reporter, SilentReporter
+from moe_jax.record import board
+from moe_jax.record.report import LEDGER, METRICS, Reporter, SilentReporter
 
 ROW = {
     "step": 40,
@@ -147,20 +151,80 @@ def test_other_processes_write_and_print_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
+def events(path: pathlib.Path) -> list[event_pb2.Event]:
+    """Read with TensorFlow's framing: length, checksum of it, payload, checksum of it."""
+    found, data = [], path.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        payload, rest = data[12 : 12 + length], data[12 + length :]
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        assert int.from_bytes(rest[:4], "little") == masked_crc32c(payload)
+        found.append(event_pb2.Event.FromString(payload))
+        data = rest[4:]
+    return found
+
+
+def event_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """In the order in which TensorBoard reads them."""
+    return sorted((folder / "tensorboard").iterdir())
+
+
 def test_tensorboard_holds_every_number(tmp_path):
     report(tmp_path, [ROW])
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    found = {}
-    data = events.read_bytes()
-    while data:  # a record: length, checksum of it, payload, checksum of it
-        length = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
+    (path,) = event_files(tmp_path)
+    version, row = events(path)
+    assert version.file_version == "brain.Event:2"
+    found = {value.tag: (row.step, value.simple_value) for value in row.summary.value}
     assert found["loss"] == (40, pytest.approx(3.12344))
     assert found["layers/dead_experts/01"] == (40, 2.0)
     assert found["layers/router_entropy/00"] == (40, 1.5)
     assert "mfu" not in found and "step" not in found
+
+
+def test_tensorboard_hides_what_a_resume_takes_again(tmp_path):
+    report(tmp_path, [{"step": step, "loss": 1.0} for step in (10, 20, 30)])
+    report(tmp_path, [{"step": 30, "loss": 2.0}], resumed=20)
+    _, later = event_files(tmp_path)
+    _, version, start, row = events(later)
+    assert (version.step, start.step, row.step) == (21, 21, 30)
+    assert start.session_log.status == event_pb2.SessionLog.START
+
+
+@pytest.mark.parametrize("jump", [-86_400, -1, 0, 1])
+def test_a_clock_that_jumps_neither_blocks_nor_reorders(tmp_path, monkeypatch, jump):
+    """TensorBoard reads event files in the order of their names."""
+    clock = {"now": 2e9}
+    monkeypatch.setattr(board.time, "time", lambda: clock["now"])
+    with redirect_stdout(io.StringIO()), Reporter(tmp_path, 200, None) as reporter:
+        before = threading.active_count()
+        for step in range(1, 50):
+            reporter.log({"step": step, "loss": float(step)})
+            clock["now"] += jump
+        reporter.rewind(20)
+        reporter.log({"step": 21, "loss": 1.5})
+        assert threading.active_count() == before  # no writer that could die or fall asleep
+    first, second = event_files(tmp_path)
+    assert [event.step for event in events(first)[1:]] == [*range(1, 50)]
+    assert [event.step for event in events(second)[1:]] == [21, 21, 21]
+
+
+def test_a_full_disk_costs_no_row_and_no_event(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 200, None)
+    for step in range(1, 40):
+        with no_room(10**7 if step % 10 < 4 else 9):
+            reporter.log({"step": step, "loss": 1.0})
+            reporter.ledger({"step": step})
+    with no_room():
+        reporter.close()
+    for name in (METRICS, LEDGER):
+        assert [row["step"] for row in read(tmp_path / name)] == [*range(1, 34)]
+    (path,) = event_files(tmp_path)
+    assert [event.step for event in events(path)] == [*range(34)]
+    said = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path / METRICS}: 6 records are lost." in said
+    # Four times full and three times not any more, for each of three files.
+    assert sum("make room" in line for line in said) == 12
+    assert sum("is written again" in line for line in said) == 9
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

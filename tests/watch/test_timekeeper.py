@@ -5,9 +5,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from no_room import no_room
 
 from moe_jax.errors import UserError
-from moe_jax.files.lines import Lines
 from moe_jax.watch import timekeeper
 from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
@@ -139,16 +139,11 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock, monkeypatch):
+def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock):
     with Timekeeper(tmp_path, True, NEVER) as keeper:
         keeper.resumed(0)
         before = len(rows(tmp_path))
-        with monkeypatch.context() as patch:
-
-            def full(lines, row):
-                raise UserError("no space left")
-
-            patch.setattr(Lines, "append", full)
+        with no_room():
             keeper.resumed(1)
             with keeper("checkpoint"):
                 clock.now += 6
