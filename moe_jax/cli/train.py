@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
                 )  # after later rows are set aside
 
         # ---- train
-        with _last_save(run, watch), _closing(reporter, watch):
+        with _closing(reporter, watch), _last_save(run, watch):
             preemption.defer()
             code = Trainer(run, lowered, reporter, preemption, watch, rewinds).train(state)
         with watchdog("checkpoint"):

@@ -8,6 +8,7 @@ from etils import epath
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, read_config, to_json
 from moe_jax.errors import UserError
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.pretrained.tokenizer import save_tokenizer
 
 _CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
@@ -72,7 +73,5 @@ def write_folder(
         # Last: without it `load` refuses the folder, so one that was cut short is not taken.
         (folder / _CONFIG).write_text(to_json(config))
     except OSError as error:
-        raise UserError(
-            f"{call}: it cannot be written ({error.strerror or error}): name another folder or "
-            f"change its permissions."
-        ) from None
+        advice = "name another folder or change its permissions"
+        raise cannot_write(f"{call}: it", error, advice) from None

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from moe_jax.errors import UserError
 from moe_jax.files import json_files
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.version import __version__
 
 DATA_RECORD = "data.json"
@@ -57,10 +57,8 @@ def write_run_record(
         for name, text in files.items():
             json_files.replace_text(folder / name, text)
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another "
-            f"folder or change its permissions."
-        ) from None
+        advice = "choose another folder or change its permissions"
+        raise cannot_write(f"--workdir={workdir}", error, advice) from None
 
 
 def versions() -> dict[str, Any]:

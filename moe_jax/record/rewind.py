@@ -28,6 +28,7 @@ from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import lead
 
 REWINDS = "rewinds.jsonl"
@@ -165,10 +166,7 @@ class Rewinds:
         try:
             json_files.replace_text(self._path, text)
         except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror or error}): make room, then run "
-                f"the same command again."
-            ) from None
+            raise cannot_write(self._path, error, "change its permissions") from None
 
 
 def read_rewinds(workdir: Folder) -> tuple[Rewind, ...]:

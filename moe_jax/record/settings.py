@@ -18,6 +18,7 @@ from moe_jax.config import Config, from_config_dict, to_dict
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.provenance import versions
 
 SETTINGS = "settings.jsonl"
@@ -119,7 +120,4 @@ def _write(workdir: Folder, history: Sequence[Settings]) -> None:
     try:
         json_files.replace_text(workdir / SETTINGS, text)
     except OSError as error:
-        raise UserError(
-            f"{workdir / SETTINGS} cannot be written ({error.strerror or error}): make room, then "
-            f"run the same command again."
-        ) from None
+        raise cannot_write(workdir / SETTINGS, error, "change its permissions") from None

@@ -1,7 +1,7 @@
 """Held-out evaluation and samples of a live run."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,9 @@ from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.eval.generate import make_sampler
 from moe_jax.eval.heldout import eval_row, make_eval_step
+from moe_jax.files import json_files
+from moe_jax.files.workdir import Folder
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.rules import sharding
 from moe_jax.run.context import Run
 from moe_jax.train.state import TrainState, everywhere
@@ -75,3 +78,11 @@ def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str],
         text_ids = itertools.takewhile(lambda i: i != run.store.eos_id, ids[len(prompt) :].tolist())
         text = tokenizer.decode([*prompt.tolist(), *text_ids])
         write(f"--- sample {number} at step {step}, temperature {config.temperature:g}\n{text}")
+
+
+def save_samples(path: Folder, texts: Sequence[str], say: Callable[[str], None]) -> None:
+    """Replace the file of samples; if that fails, a line says so and the run goes on."""
+    try:
+        json_files.replace_text(path, "\n".join(texts) + "\n")
+    except OSError as error:
+        say(str(cannot_write(path, error, "change its permissions")))

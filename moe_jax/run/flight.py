@@ -13,6 +13,7 @@ from moe_jax.config import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.files.workdir import Folder
+from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import lead
 from moe_jax.record.provenance import versions
 from moe_jax.record.report import plain
@@ -70,7 +71,10 @@ class FlightRecorder:
                 self._say(f"no flight record of step {step}: {folder} holds {MOST}, move some away")
                 return
             self._replace(record_path(self._run.workdir, step), self._record(step, why))
-        except (OSError, UserError) as error:
+        except OSError as error:
+            said = cannot_write(folder, error, "change its permissions")
+            self._say(f"no flight record of step {step}: {said}")
+        except UserError as error:
             self._say(f"no flight record of step {step}: {error}")
 
     def _replace(self, path: Folder, record: Row) -> None:

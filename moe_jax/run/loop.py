@@ -15,7 +15,7 @@ from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
 from moe_jax.run.control import Control, Stop
 from moe_jax.run.end import End, end_of
-from moe_jax.run.evaluate import Evaluator, write_samples
+from moe_jax.run.evaluate import Evaluator, save_samples, write_samples
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
 from moe_jax.run.restore import restored_state
@@ -163,8 +163,9 @@ class Trainer:
                         reporter.log({"step": done, **self._evaluate(state)})
                 if save_now:
                     with watch("checkpoint"):
-                        reporter.flush()
+                        # First: a store that is slow to copy rows to must not cost a step.
                         save(run, state, done, self._rewinds.beside())
+                        reporter.flush()
                 log.restart_clock(evaluate_now or control.save_now)
         return _Steps(stop, state, log)
 
@@ -242,8 +243,7 @@ class Trainer:
         why = {"max_epochs": end.epochs} if end.epochs else {}
         with self._watch("checkpoint"):
             if texts and lead():
-                (run.workdir / SAMPLES).unlink(missing_ok=True)  # a hard link keeps its content
-                (run.workdir / SAMPLES).write_text("\n".join(texts) + "\n")
+                save_samples(run.workdir / SAMPLES, texts, self._reporter.say)
             # Last: its presence says that all of this was done.
             self._reporter.log({"step": step, **why, **row})
 

@@ -4,11 +4,18 @@ from collections.abc import Callable
 
 import jax
 
+from moe_jax.errors import UserError, one_line
 from moe_jax.files.workdir import Folder, Mirror
+
+# Native code reports a full disk as a RuntimeError.
+_FAILURES = (OSError, RuntimeError, UserError)
 
 
 class Profiler:
-    """Captures the steps of `train.profile_steps` into WORKDIR/profile (TensorBoard, Perfetto)."""
+    """Captures the steps of `train.profile_steps` into WORKDIR/profile (TensorBoard, Perfetto).
+
+    A trace that cannot be written is reported in one line, and the run goes on.
+    """
 
     def __init__(self, steps: range, workdir: Folder, say: Callable[[str], None]):
         self._steps = steps
@@ -25,14 +32,30 @@ class Profiler:
         if self._mirror is not None:
             self.close()
             return
-        mirror = Mirror(self._folder)
-        jax.profiler.start_trace(str(mirror.folder))
+        try:
+            mirror = Mirror(self._folder)
+            jax.profiler.start_trace(str(mirror.folder))
+        except _FAILURES as error:
+            self._say(self._failed(error))
+            self._steps = range(0)
+            return
         self._mirror = mirror
 
     def close(self) -> None:
         """Write the trace, if one is being taken."""
         mirror, self._mirror = self._mirror, None
-        if mirror is not None:
+        if mirror is None:
+            return
+        try:
             jax.profiler.stop_trace()
             mirror.close()
-            self._say(f"trace written to {self._folder}")
+        except _FAILURES as error:
+            self._say(self._failed(error))
+            return
+        self._say(f"trace written to {self._folder}")
+
+    def _failed(self, error: Exception) -> str:
+        return (
+            f"The trace cannot be written to {self._folder} ({one_line(str(error))}): make room or "
+            f"check its permissions. The run goes on."
+        )
