@@ -1,5 +1,7 @@
 """One live run to a workdir, and a dead one is never in the way."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -57,3 +59,16 @@ def test_an_object_store_has_no_locks():
     with alone_in(workdir), alone_in(workdir):
         entered = True
     assert entered
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_and_the_run_goes_on(tmp_path, monkeypatch, number):
+    def no_locks(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    said = []
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with alone_in(tmp_path, said.append):
+        entered = True
+    assert entered and len(said) == 1
+    assert f"{tmp_path} lies on a file system without locks ({os.strerror(number)})" in said[0]
