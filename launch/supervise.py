@@ -8,6 +8,10 @@ each time; a signal of any kind counts, a crash in native code included.  After 
 when --max_stuck restarts in a row brought no later checkpoint: steps that are lost again are no
 progress.  Where the trainer went back past bad batches (rewinds.jsonl) the count starts over.
 
+If another process holds WORKDIR/lock when COMMAND starts, COMMAND is refused with 1.  It is then
+run again once the lock is free, for up to --max_in_use seconds: the trainer of an earlier
+supervisor may be frozen, or still at its last save.
+
 SIGTERM and Ctrl-C reach COMMAND as one SIGTERM, to save a checkpoint; the supervisor waits for it
 and ends with its code.  COMMAND runs in a session of its own, so that a terminal's Ctrl-C does not
 reach it twice, and reads nothing from the terminal.  Where the supervisor is killed, on Linux the
@@ -22,14 +26,17 @@ with 42 and is run again as well.
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +59,8 @@ GAVE_UP = 1  # a person must look: handing 42 or 137 on would make an outer laun
 _STOPPED = 42  # with a checkpoint: the only code after which there is nothing to wait for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _HELPER = Path(__file__).with_name("with_parent.py")
+_REFUSED = 1  # what the trainer ends with in a workdir that is in use
+_LOOK_INTERVAL = 1.0  # seconds between two looks at a lock
 _TAIL = 1 << 20  # bytes of metrics.jsonl that surely hold its last whole line
 
 
@@ -63,6 +72,7 @@ class SuperviseOptions:
     max_stuck: int = option(3, "Restarts in a row without a later checkpoint.", least=1)
     wait: float = option(5.0, "Seconds before a restart; doubled until there is progress.")
     max_wait: float = option(120.0, "Most seconds before a restart.")
+    max_in_use: float = option(600.0, "Most seconds to wait for a workdir that is in use.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,7 +116,10 @@ class Supervisor:
         options = self._options
         best, stuck, restart = (0, 0), 0, 0
         while True:
+            holder = lock_holder(self._workdir)
             code = self._once()
+            if holder and code == _REFUSED and self._wait_for_lock(holder):
+                continue
             if self._stopping or not (code < 0 or code in AGAIN):
                 return _handed_on(code)
 
@@ -145,6 +158,18 @@ class Supervisor:
         if self._stopping:  # the signal came while there was no child to hand it to
             self._child.terminate()
         return self._child.wait()
+
+    def _wait_for_lock(self, holder: str) -> bool:
+        """Waits until nobody holds the workdir's lock; False if that takes too long."""
+        limit = self._options.max_in_use
+        frozen = ", which is stopped: kill -CONT lets it end" if _is_stopped(holder) else ""
+        _say(f"workdir in use by {holder}{frozen}; waiting up to {limit:g} s for it")
+        end = time.monotonic() + limit
+        while (left := end - time.monotonic()) > 0 and not self._stopping:
+            select.select([self._wakes], [], [], min(left, _LOOK_INTERVAL))
+            if not lock_holder(self._workdir):
+                return not self._stopping
+        return False
 
     def _stop(self, *_: object) -> None:
         if not self._stopping:
@@ -193,6 +218,38 @@ def progress(workdir: Any) -> tuple[int, int]:
         return len(lines), kept if last["settled"] else min(kept, int(last["step"]))
     except Exception:  # there is none, it is damaged, or of whichever client the store has
         return 0, kept
+
+
+def lock_holder(workdir: Any) -> str:
+    """The live process that holds the workdir's lock, as the lock's file names it; "": none."""
+    if "://" in os.fspath(workdir):  # an object store has no locks
+        return ""
+    try:
+        # As moe_jax/record/lock.py has it.  A pipe under that name must not be waited for.
+        file = os.open(workdir / "lock", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file lets go of it
+    except BlockingIOError:
+        return os.read(file, 200).decode(errors="replace").strip() or "another process"
+    except OSError:  # a file system without locks
+        return ""
+    finally:
+        os.close(file)
+    return ""
+
+
+def _is_stopped(holder: str) -> bool:
+    """Whether the holder of a lock is a process of this machine that a signal has stopped."""
+    match = re.fullmatch(r"process (\d+) on (.+)", holder)
+    if match is None or match[2] != socket.gethostname():
+        return False
+    try:
+        status = Path(f"/proc/{match[1]}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 def kept_step(workdir: Any) -> int:

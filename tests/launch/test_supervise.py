@@ -217,6 +217,82 @@ def test_the_command_ignores_no_signal_that_it_would_not_otherwise(tmp_path):
     assert supervised & ~plain == 0
 
 
+# ---- a workdir in use
+
+# Holds the lock as a trainer does, until SIGTERM.
+HOLDER = """
+import pathlib, signal, sys
+from moe_jax.record.lock import alone_in
+with alone_in(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    signal.alarm(60)  # whatever becomes of the test
+    signal.pause()
+"""
+# Ends with 1 where the lock is held, else with the code it is given, like a trainer.
+NEXT = """
+import fcntl, sys
+from pathlib import Path
+workdir = Path(sys.argv[2].partition("=")[2])
+with open(workdir / "starts", "a") as file:
+    file.write("x")
+with open(workdir / "lock") as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(1)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, cli_env):
+    """The trainer of a supervisor that is gone, frozen."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=cli_env, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def next_trainer(workdir: Path, code: int, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-I", "-S", "-c", NEXT, str(code), f"--workdir={workdir}"]
+    return follow(*options, "--", *command)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_it_waits_for_the_frozen_trainer_of_another_supervisor(tmp_path, holder, code):
+    process = next_trainer(tmp_path, code)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert f" in use by process {holder.pid} on " in line and ", which is stopped" in line
+    holder.send_signal(signal.SIGTERM)
+    holder.send_signal(signal.SIGCONT)
+    process.communicate(timeout=ENDS)
+    assert (process.returncode, starts(tmp_path)) == (code, 2)
+
+
+def test_it_waits_only_so_long_and_hears_a_signal_meanwhile(tmp_path, holder):
+    process = next_trainer(tmp_path, 0, "--max_in_use=0.1")
+    process.communicate(timeout=ENDS)
+    assert (process.returncode, starts(tmp_path)) == (1, 1)
+    process = next_trainer(tmp_path, 0)
+    assert process.stdout is not None and " in use by " in process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=ENDS)
+    assert (process.returncode, starts(tmp_path)) == (1, 2)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("process 1 on here\n"), os.mkfifo])
+def test_a_lock_that_nobody_holds_is_not_waited_for(tmp_path, waits, capfd, make):
+    make(tmp_path / "lock")
+    assert supervise.main(arguments([{"end": 1}], tmp_path)) == 1
+    assert (starts(tmp_path), waits, capfd.readouterr().out) == (1, [], "")
+
+
 # ---- what it reads
 
 
