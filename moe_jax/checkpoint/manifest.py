@@ -7,24 +7,34 @@ writes to commit it is added afterwards (`seal`); a step that a kill has left wi
 """
 
 import hashlib
-import io
 import json
+import math
 import os
+import re
+import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from etils import epath
 
+from moe_jax.checkpoint.declared import check_declared
 from moe_jax.errors import one_line
 from moe_jax.files import json_files, records
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
+_INDEX = "manifest.ocdbt"  # of the arrays
 _AT_COMMIT = (COMMIT, "_CHECKPOINT_METADATA")  # which gets the time of the commit
 _FORMAT = 1
 # Bytes: between two blocks a thread that hashes needs the lock that the training loop may hold.
 _BLOCK = 4 * 2**20
+SLOWEST = 2**20  # bytes a second: reading a step that is slower than that is given up
+# What Orbax and TensorStore look for in a step; hidden files are those of file systems and editors.
+_READ_BY_ORBAX = re.compile(
+    r"(manifest\.ocdbt|_METADATA|_sharding|(d|array_metadatas|ocdbt\.[^/]*)/(.*/)?[^./][^/]*)"
+)
 _READERS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter lock
 
 
@@ -55,8 +65,24 @@ def seal(directory: epath.Path) -> None:
 
 
 def incomplete(directory: epath.Path) -> str | None:
-    """None if every file of the step is there in its size, else the reason in a few words."""
+    """None if every file of the step is there in its size, else the reason in a few words.
+
+    Files that the manifest does not list are refused where Orbax would read them, and anything but
+    files and folders everywhere.
+    """
     return _reason(lambda: _sizes(directory, _listed(directory)))
+
+
+def undeclared(directory: epath.Path) -> str | None:
+    """None if the arrays of a local, complete step fit its files, else why not in a few words."""
+
+    def check() -> None:
+        files = _listed(directory)
+        if _INDEX not in files:  # without it Orbax would look for arrays elsewhere
+            raise ValueError(f"{_INDEX} is missing")
+        check_declared(directory, sum(entry.size for entry in files.values()))
+
+    return None if _is_remote(directory) else _reason(check)
 
 
 def verify(directory: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -84,7 +110,8 @@ def committed(directory: epath.Path) -> bool:
 
 def size(directory: epath.Path) -> int:
     """Bytes of all files under `directory`."""
-    return sum(path.stat().length for _, path in _files(directory))
+    files = (path for _, path in _files(directory) if json_files.is_file(path))
+    return sum(path.stat().length for path in files)
 
 
 def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.Path]]:
@@ -96,12 +123,20 @@ def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.
             yield f"{above}{path.name}", path
 
 
-def _entry(path: epath.Path) -> Entry:
+def _entry(path: epath.Path, deadline: float = math.inf) -> Entry:
+    """Raises TimeoutError where `deadline`, of the monotonic clock, passes between two blocks."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with path.open("rb") as file:
-        while count := cast(io.BufferedReader, file).readinto(block):
+    with json_files.open_regular(path) as file:
+        while count := file.readinto(block):
             digest.update(block[:count])
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"slower than {SLOWEST >> 20} MiB/s")
     return Entry(path.stat().length, digest.hexdigest())
+
+
+def seconds_to_read(size: int) -> float:
+    """The time limit for reading `size` bytes of a step."""
+    return 60 + size / SLOWEST
 
 
 def _text(files: dict[str, Entry]) -> str:
@@ -120,6 +155,11 @@ def _listed(directory: epath.Path) -> dict[str, Entry]:
 
 
 def _sizes(directory: epath.Path, files: dict[str, Entry]) -> str | None:
+    for name, path in _files(directory):
+        if not (_is_remote(directory) or stat.S_ISREG(os.lstat(path).st_mode)):
+            return f"{name} is a link, a pipe or a device: put the file itself there"
+        if name not in files and _READ_BY_ORBAX.fullmatch(name):
+            return f"{name} is not in {MANIFEST}"
     for name, expected in sorted(files.items()):
         path = directory / name
         if not json_files.is_file(path):
@@ -131,8 +171,10 @@ def _sizes(directory: epath.Path, files: dict[str, Entry]) -> str | None:
 
 
 def _contents(directory: epath.Path, files: dict[str, Entry], share: tuple[int, int]) -> str | None:
+    deadline = time.monotonic() + seconds_to_read(sum(entry.size for entry in files.values()))
+
     def differs(name: str) -> bool:
-        return _entry(directory / name).sha256 != files[name].sha256
+        return _entry(directory / name, deadline).sha256 != files[name].sha256
 
     names = sorted(files)[share[0] :: share[1]]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -140,6 +182,10 @@ def _contents(directory: epath.Path, files: dict[str, Entry], share: tuple[int, 
             if bad:
                 return f"{name} differs from what was written (SHA-256)"
     return None
+
+
+def _is_remote(directory: epath.Path) -> bool:
+    return "://" in os.fspath(directory)
 
 
 def _reason(check: Callable[[], str | None]) -> str | None:

@@ -31,6 +31,11 @@ from moe_jax.files import formats, json_files
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]
+# What Orbax and TensorStore raise of files that they cannot read, or of metadata that they parse.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(RecursionError, MemoryError),
+)
 
 
 class Checkpoints:
@@ -67,6 +72,15 @@ class Checkpoints:
     def verify(self, step: int) -> str | None:
         """None if `step` is as it was written, else why not; reads every byte."""
         return manifest.verify(self._folder.path(step))
+
+    def examine(self, step: int) -> str | None:
+        """`verify` for a step that anybody may have written: its arrays must fit its files, too."""
+        directory = self._folder.path(step)
+        return (
+            manifest.incomplete(directory)
+            or manifest.undeclared(directory)
+            or manifest.verify(directory)
+        )
 
     def quarantined(self) -> list[str]:
         """Names of the steps that were set aside, as they stand in quarantine/."""
@@ -260,10 +274,10 @@ class Checkpoints:
         """Shape and dtype of every leaf of `step` by name, without reading any array."""
         with self._reading(step):
             tree = self._handler.metadata(self._folder.path(step)).tree
-        return {
-            name: Leaf(leaf.shape, np.dtype(leaf.dtype))
-            for name, leaf in named_leaves(tree).items()
-        }
+            return {
+                name: Leaf(leaf.shape, np.dtype(leaf.dtype))
+                for name, leaf in named_leaves(tree).items()
+            }
 
     def restore(self, step: int, tree: Any) -> Any:
         """`step` as a pytree like `tree`.
@@ -338,7 +352,7 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             if lost_peer(error):
                 raise
             raise UserError(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,6 +109,21 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read ({error.strerror or error}): change its permissions or move it "
             f"away."
         ) from None
+
+
+def open_regular(path: Path) -> Any:
+    """A binary file, open to be read: never a link, a pipe or a device, and without waiting.
+
+    Raises:
+      OSError: it is none, or cannot be opened.
+    """
+    if "://" in os.fspath(path):
+        return path.open("rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a file")
+    return os.fdopen(descriptor, "rb")
 
 
 def is_file(path: Path) -> bool:

@@ -123,12 +123,12 @@ def _good_step(call: str, checkpoints: Checkpoints, wanted: int | None) -> int:
         raise UserError(f"{call}: no checkpoint of step {wanted}: it has steps {there}.")
     step = newest_good_step(checkpoints) if wanted is None else wanted
     if step is None:
-        why = checkpoints.verify(steps[-1])
+        why = checkpoints.examine(steps[-1])
         raise UserError(
             f"{call}: none of its checkpoints verifies (newest: step {steps[-1]}, {why}): restore "
             f"a copy."
         )
-    bad = None if wanted is None else checkpoints.verify(wanted)
+    bad = None if wanted is None else checkpoints.examine(wanted)
     if bad is not None:
         raise UserError(f"{call}: the checkpoint of step {step} is bad ({bad}): load another step.")
     return step

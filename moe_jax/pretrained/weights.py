@@ -20,7 +20,7 @@ def newest_good_step(checkpoints: Checkpoints) -> int | None:
     bad: set[int] = set()
     # Listed anew each time: a live run adds steps, and deletes the one that was just found bad.
     while steps := [step for step in checkpoints.steps() if step not in bad]:
-        if checkpoints.verify(steps[-1]) is None:
+        if checkpoints.examine(steps[-1]) is None:
             return steps[-1]
         bad.add(steps[-1])
     return None

@@ -106,7 +106,11 @@ def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
     other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
     step = newest_good_step(other)
     if step is None:
-        raise UserError(f"--init_from={workdir} holds no checkpoint: name another run's workdir.")
+        there = other.steps()
+        why = f" that can be used (step {there[-1]}: {other.examine(there[-1])})" if there else ""
+        raise UserError(
+            f"--init_from={workdir} holds no checkpoint{why}: name another run's workdir."
+        )
     found: dict[str, Any] = {"params": read_params(other, step, run.model, run.mesh)}
     here = sorted(jax.eval_shape(lambda: initial_router_state(run.model)))
     there = router_state_names(other, step)
