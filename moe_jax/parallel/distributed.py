@@ -10,6 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
+from moe_jax.parallel.coordinator import bind_address, chosen_by_user
 
 DONE = 0  # exit code: finished, or stopped by a person's STOP file
 FIX = 1  # something a person must fix
@@ -63,6 +64,7 @@ def start(
             process_id,
             cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=heartbeat,
+            coordinator_bind_address=_bind(coordinator) if process_id == 0 else None,
         )
     elif detect(os.environ):
         # Left alone, JAX gives each of Slurm's tasks one GPU, also where a node has one task.
@@ -70,6 +72,20 @@ def start(
         jax.distributed.initialize(
             local_device_ids=[] if one_a_node else None, heartbeat_timeout_seconds=heartbeat
         )
+
+
+def _bind(coordinator: str) -> str | None:
+    """Where process 0 listens; None: on all addresses, or as the user has told JAX."""
+    if chosen_by_user():
+        return None
+    address = bind_address(coordinator)
+    if address is None:
+        print(
+            f"the coordinator listens on all addresses of this host: {coordinator} is not one "
+            f"address of it",
+            flush=True,
+        )
+    return address
 
 
 def detect(environment: Mapping[str, str]) -> bool:

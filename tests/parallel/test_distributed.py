@@ -98,7 +98,14 @@ def test_half_of_the_variables_is_refused(monkeypatch, changed, sentence):
 @pytest.mark.parametrize(
     ("environment", "arguments", "expected"),
     [
-        (VARIABLES, (), (("host:1", 2, 0), {"cluster_detection_method": "deactivate"})),
+        (
+            VARIABLES,
+            (),
+            (
+                ("host:1", 2, 0),
+                {"cluster_detection_method": "deactivate", "coordinator_bind_address": None},
+            ),
+        ),
         ({**SLURM, **VARIABLES}, ("other:2", 3, 1), (("other:2", 3, 1), None)),
         ({**SLURM, **VARIABLES}, (), (("host:1", 2, 0), None)),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (), ((), {"local_device_ids": []})),
