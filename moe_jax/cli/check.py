@@ -25,6 +25,7 @@ from moe_jax.config import Config, from_config_dict, read_config, to_flat_dict
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import Folder, locate
 from moe_jax.model.define import define
+from moe_jax.parallel.platforms import check_platforms
 from moe_jax.record.report import METRICS, has_last_eval
 from moe_jax.run.context import make_optimizer
 from moe_jax.run.resolve import check_shapes
@@ -34,6 +35,8 @@ from moe_jax.run.setup import settle
 def main(argv: Sequence[str]) -> int:
     """Reads stdin, answers each line; returns 0 whatever the answers are."""
     given = parse(argv, COMMANDS["check"]).flags
+    if not given.devices:
+        check_platforms()
     runs = [json.loads(line) for line in sys.stdin if line.strip()]
     for arguments in runs:
         with contextlib.redirect_stdout(sys.stderr):  # a config file may print

@@ -18,6 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.files.workdir import Folder, locate
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
+from moe_jax.parallel.platforms import check_platforms
 from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import examine, make_subject, report
 from moe_jax.tools.doctor.finding import Finding
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if not (given.conformance and given.devices):
         jax.config.update("jax_num_cpu_devices", max(DEVICES, given.devices))
     if given.conformance:
+        check_platforms()
         from moe_jax.tools.doctor.conformance.run import main_conformance
 
         return main_conformance(given.full, _say)
@@ -46,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     config = from_config_dict(parsed.config)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
+    check_platforms()
     began = time.perf_counter()
     with _folder(given.workdir) as folder:
         try:

@@ -17,6 +17,7 @@ from moe_jax.files.workdir import Folder
 from moe_jax.model.define import define
 from moe_jax.ops.attention import check_attention
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.platforms import check_platforms
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.run import resolve
 from moe_jax.run.context import Run, Say, make_optimizer
@@ -99,8 +100,11 @@ def set_numerics(config: Config) -> None:
     """JAX's own settings for a config: after `distributed.start`, before anything is compiled.
 
     Raises:
-      UserError: float64 on devices that do not have it.
+      UserError: a platform that is not there, or float64 on devices that do not have it.
     """
+    if config.train.deterministic:
+        use_deterministic_kernels()
+    check_platforms()
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
         if jax.default_backend() != "cpu":
@@ -108,8 +112,6 @@ def set_numerics(config: Config) -> None:
                 "precision float64 is the oracle and runs on the CPU: set "
                 "JAX_PLATFORMS=cpu or another precision."
             )
-    if config.train.deterministic:
-        use_deterministic_kernels()
 
 
 def settle(config: Config, workdir: Folder, num_devices: int) -> resolve.Resolved:

@@ -1,0 +1,42 @@
+"""A platform that is not there is one sentence, whichever command meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small_run import flags
+
+COMMANDS = {
+    "train": lambda run: ["train", *run],
+    "bench": lambda run: ["bench", *run],
+    "doctor": lambda run: ["doctor", *run],
+    "conformance": lambda run: ["doctor", "--conformance"],
+    "check": lambda run: ["check"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "platforms"),
+    [
+        ("train", "nonsense"),
+        ("train", "cpu,nonsense"),
+        ("bench", "cuda"),
+        ("doctor", "nonsense"),
+        ("conformance", "cuda"),
+        ("check", "nonsense"),
+    ],
+)
+def test_a_platform_that_is_not_there(tmp_path, cli_env, command, platforms):
+    run = flags(tmp_path / "run", f"{tmp_path}/*.txt")
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_jax", *COMMANDS[command](run)],
+        env=cli_env | {"JAX_PLATFORMS": platforms},
+        input=json.dumps(run) + "\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: JAX_PLATFORMS={platforms} cannot be started (")
+    assert "platforms of this machine: cpu: set" in line
