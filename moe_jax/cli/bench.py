@@ -9,6 +9,7 @@ from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
+from moe_jax.files.workdir import locate
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.run.loop import start_lowering
 from moe_jax.run.restore import first_state
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     config = from_config_dict(parsed.config)
     set_numerics(config)
-    workdir = Path(parsed.flags.workdir or Path.home() / ".cache" / "moe_jax" / "bench").absolute()
+    workdir = locate(parsed.flags.workdir or str(Path.home() / ".cache" / "moe_jax" / "bench"))
     run = prepare(config, workdir, _progress)
     lowered = start_lowering(run)
     given, state = parsed.flags, first_state(run, "", _progress)

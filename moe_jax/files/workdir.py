@@ -12,6 +12,9 @@ from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
 
 Folder = pathlib.Path | epath.Path
+# Bytes of the longest path in a workdir, with room to spare: a step in quarantine, or a trace,
+# whose file has the name of the host.
+BELOW = 256
 
 
 def is_remote(folder: os.PathLike[str] | str) -> bool:
@@ -42,6 +45,7 @@ def locate(workdir: str) -> Folder:
         return folder
     folder = pathlib.Path(workdir).absolute()
     there = next(f for f in (folder, *folder.parents) if os.path.exists(f))
+    _check_length(folder, there)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "write-protected" if there.is_dir() else "not a folder"
         raise UserError(
@@ -49,6 +53,30 @@ def locate(workdir: str) -> Folder:
         )
     check_links(folder)
     return folder
+
+
+def _check_length(folder: pathlib.Path, there: pathlib.Path) -> None:
+    """Raises UserError where names below `folder`, or its own, would be too long.
+
+    Args:
+      there: the nearest folder that exists, whose file system has the limits.
+    """
+    longest_name, longest_path = (
+        os.pathconf(there, "PC_NAME_MAX"),
+        os.pathconf(there, "PC_PATH_MAX"),
+    )
+    name = max((len(os.fsencode(part)) for part in folder.parts), default=0)
+    if name > longest_name:
+        raise UserError(
+            f"--workdir={folder} has a name of {name} bytes in it and the file system of {there} "
+            f"takes {longest_name}: choose a shorter name."
+        )
+    path = len(os.fsencode(folder))
+    if path + BELOW > longest_path:
+        raise UserError(
+            f"--workdir={folder} is a path of {path} bytes, which leaves less than {BELOW} for the "
+            f"files in it ({there} takes {longest_path}): choose a shorter path."
+        )
 
 
 class Mirror:

@@ -1,6 +1,8 @@
 """Workdirs in an object store, through etils and fsspec; the store itself is a dict."""
 
+import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from small_run import small_config, write_corpus
 
 from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
-from moe_jax.files.workdir import Mirror, is_remote, locate
+from moe_jax.files.workdir import BELOW, Mirror, is_remote, locate
 from moe_jax.parallel.distributed import Preemption
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import Reporter, has_last_eval
@@ -165,6 +167,44 @@ def test_a_local_folder_is_written_in_place(tmp_path, monkeypatch):
     with Reporter(tmp_path / "x", 9, None) as reporter:
         reporter.log({"step": 1, "loss": 1.0})
         assert steps(tmp_path / "x") == [1]
+
+
+def deep(folder: Path, size: int) -> Path:
+    """A path of `size` bytes below `folder`, of names that are short enough."""
+    whole, rest = divmod(size - len(os.fsencode(folder)), 201)
+    half = (199 + rest) // 2
+    return folder.joinpath(*["y" * 200] * (whole - 1), "z" * half, "z" * (199 + rest - half))
+
+
+def test_a_workdir_with_names_too_long(tmp_path):
+    """Every file of a run, quarantine and tails included, must find room below it."""
+    limit = os.pathconf(tmp_path, "PC_PATH_MAX")
+    for name in ("x" * 256, "ü" * 128, f"{'x' * 256}/run"):
+        with pytest.raises(UserError, match="has a name of 256 bytes in it"):
+            locate(str(tmp_path / name))
+    locate(str(tmp_path / ("x" * 255)))
+    for size in (limit - BELOW + 1, limit, 3 * limit):
+        path = deep(tmp_path, size)
+        assert len(os.fsencode(path)) == size
+        with pytest.raises(UserError, match=f"is a path of {size} bytes"):
+            locate(str(path))
+    fits = locate(str(deep(tmp_path, limit - BELOW)))
+    (fits / "checkpoints" / "quarantine" / "123456789.12" / "ocdbt.process_1234").mkdir(
+        parents=True
+    )
+    (fits / "profile" / "plugins" / "profile" / "2026_12_01_03_13_25").mkdir(parents=True)
+    Path(fits, "profile/plugins/profile/2026_12_01_03_13_25", f"{'h' * 64}.xplane.pb").touch()
+    aside = Path(fits, "checkpoints/123456789.orbax-checkpoint-tmp/ocdbt.process_1234/d")
+    aside.mkdir(parents=True)
+    (aside / f"{'a' * 32}.__lock").touch()
+
+
+@pytest.mark.parametrize("command", ["checkpoint", "results", "goodput", "ledger", "replay"])
+def test_commands_that_read_a_workdir_with_names_too_long(tmp_path, command):
+    module = importlib.import_module(f"moe_jax.cli.{command}")
+    more = ["--step=1"] if command == "replay" else []
+    with pytest.raises(UserError):
+        module.main([command, f"--workdir={tmp_path / ('x' * 256)}", *more])
 
 
 def test_a_store_that_cannot_be_used_is_one_sentence(bucket, monkeypatch):

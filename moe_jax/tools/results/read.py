@@ -46,7 +46,7 @@ def read_runs(folder: Path) -> list[Result]:
     Raises:
       UserError: there is none.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
         raise UserError(f"--workdir={folder} is not a folder: name one with runs below it.")
     results = [read_run(path, os.path.relpath(path, folder)) for path in _run_folders(folder)]
     if not results:
@@ -56,7 +56,7 @@ def read_runs(folder: Path) -> list[Result]:
 
 def read_run(folder: Path, name: str) -> Result:
     """The run in `folder`; never raises for what it finds there."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
         return Result(name, "not started")
     try:
         config = read_config(folder / "config.json")
