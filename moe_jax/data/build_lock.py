@@ -11,6 +11,7 @@ from etils import epath
 
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_link, check_links
+from moe_jax.files.write_errors import reason
 
 LOOK = 0.25  # seconds between two looks at who builds
 TELL = 1.0  # seconds between two signs of life of who builds
@@ -74,6 +75,13 @@ class Turn:
                 return
             except BlockingIOError:
                 time.sleep(LOOK)
+            except OSError as error:
+                print(
+                    f"the store lies on a file system without locks ({reason(error)}): nothing "
+                    f"keeps a second process from building it, so build it with one first.",
+                    flush=True,
+                )
+                return
             told = os.fstat(file.fileno()).st_mtime_ns
             if told != seen:
                 seen = told
