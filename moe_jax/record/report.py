@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.formats import count, duration, or_dash
 from moe_jax.files.lines import Lines
-from moe_jax.files.workdir import Folder, Mirror
+from moe_jax.files.workdir import Folder, Mirror, is_remote
 from moe_jax.files.write_errors import cannot_write
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+COPY_TIMEOUT = 10.0  # seconds for which a copy to an object store may hold up the run
+LAST_COPY_TIMEOUT = 120.0  # the same at its end
 _BOARD = "tensorboard"  # folder of the event files
 
 
@@ -45,6 +48,7 @@ class Reporter:
 
     def __init__(self, workdir: Folder, total_steps: int, resumed_step: int | None):
         self._workdir, self._mirror = workdir, Mirror(workdir)
+        self._copies = _Copies(self._mirror, self.say) if is_remote(workdir) else None
         done = resumed_step or 0
         on_terminal = sys.stdout.isatty()
         self._screen = _Bar(total_steps, done) if on_terminal else _PlainLines(total_steps)
@@ -89,7 +93,8 @@ class Reporter:
         scalars = ((tag, value) for tag, value in _scalars(row) if tag != "step")
         self._files.board.add(row["step"], scalars)
         self._screen.show(row)
-        self._copy(self._mirror.push_if_due)
+        if self._copies:
+            self._copies.start(self._mirror.push_if_due)
 
     def ledger(self, row: Mapping[str, Any]) -> None:
         """Appends `row` to ledger.jsonl."""
@@ -97,13 +102,8 @@ class Reporter:
 
     def flush(self) -> None:
         """Copies what was logged so far to an object store; a local workdir has it already."""
-        self._copy(self._mirror.push)
-
-    def _copy(self, push: Callable[[], None]) -> None:
-        try:
-            push()
-        except UserError as error:  # a store out of reach for a while is no reason to stop
-            self.say(f"{error} Trying again later.")
+        if self._copies:
+            self._copies.start(self._mirror.push)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -113,10 +113,8 @@ class Reporter:
         """Ends the bar, closes the files and makes the last copies."""
         self._screen.close()
         self._files.close()
-        try:
-            self._mirror.close()
-        except UserError as error:  # the checkpoints are there: the exit code stays the run's own
-            self.say(str(error))
+        if self._copies:
+            self._copies.finish()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -145,6 +143,61 @@ class SilentReporter:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+class _Copies:
+    """Copies to an object store, one at a time, each holding up its caller for a limited time.
+
+    A store may take hours to answer, and raises nothing meanwhile.
+    """
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        self._mirror, self._say, self._failed = mirror, say, ""
+        self._thread: threading.Thread | None = None  # the copy that has not ended yet
+
+    def start(self, copy: Callable[[], None]) -> None:
+        """Run `copy`, unless an earlier one is still under way: the next copies the same."""
+        if not self._ended(0.0):
+            return
+        self._begin(copy)
+        if not self._ended(COPY_TIMEOUT):
+            self._say(f"{self._late(COPY_TIMEOUT)} The run goes on.")
+        elif self._failed:
+            self._say(f"{self._failed} Trying again later.")
+
+    def finish(self) -> None:
+        """Make the last copy, after the one under way."""
+        if self._ended(LAST_COPY_TIMEOUT):
+            self._begin(self._mirror.close)
+        if not self._ended(LAST_COPY_TIMEOUT):
+            self._say(
+                f"{self._late(LAST_COPY_TIMEOUT)} The rows are kept in {self._mirror.folder}."
+            )
+        elif self._failed:
+            self._say(self._failed)
+
+    def _begin(self, copy: Callable[[], None]) -> None:
+        self._failed = ""
+        self._thread = threading.Thread(target=self._run, args=[copy], daemon=True)
+        self._thread.start()
+
+    def _run(self, copy: Callable[[], None]) -> None:
+        try:
+            copy()
+        except UserError as error:
+            self._failed = str(error)
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether no copy is under way, after waiting for up to `seconds`."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        return True
+
+    def _late(self, seconds: float) -> str:
+        return f"A copy of the rows to the object store takes longer than {seconds:g} s."
 
 
 class _Files:

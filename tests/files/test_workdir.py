@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import BELOW, Mirror, is_remote, locate
 from moe_jax.parallel.distributed import Preemption
+from moe_jax.record import report
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import Reporter, has_last_eval
 from moe_jax.run.control import STOP_FILE, Control, Stop
@@ -28,6 +30,8 @@ class Buckets(MemoryFileSystem):
     store: dict = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
     broken = False
+    held = threading.Event()  # writes wait for it
+    held.set()
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -37,6 +41,8 @@ class Buckets(MemoryFileSystem):
         assert "a" not in mode and "+" not in mode, "objects cannot be appended to"
         if self.broken:
             raise OSError("503 from the store")
+        if "w" in mode:
+            self.held.wait(60)
         return super()._open(path, mode, **kwargs)
 
 
@@ -129,6 +135,31 @@ def test_a_store_out_of_reach_stops_nothing(bucket, monkeypatch, capsys):
     monkeypatch.setattr(Buckets, "broken", False)
     reporter.close()
     assert steps(workdir) == [1] and not kept.exists()
+
+
+def test_a_store_that_does_not_answer_holds_up_nothing(bucket, monkeypatch, capsys):
+    def limit(seconds: float) -> None:
+        for name in ("COPY_TIMEOUT", "LAST_COPY_TIMEOUT"):
+            monkeypatch.setattr(report, name, seconds)
+
+    workdir, answers = locate("gs://bucket/one"), threading.Event()
+    limit(60.0)
+    reporter = Reporter(workdir, 9, None)
+    reporter.log({"step": 1, "loss": 1.0})
+    monkeypatch.setattr(Buckets, "held", answers)
+    limit(0.1)
+    for step in (2, 3):
+        reporter.log({"step": step, "loss": 1.0})
+        reporter.flush()
+    said = capsys.readouterr().out
+    assert said.count("takes longer than 0.1 s. The run goes on.") == 1
+    reporter.close()
+    kept = Path(capsys.readouterr().out.split("kept in ")[1].rstrip(".\n"))
+    assert steps(kept) == [1, 2, 3]
+    answers.set()
+    limit(60.0)
+    reporter.close()
+    assert steps(workdir) == [1, 2, 3] and not kept.exists()
 
 
 def test_the_record_and_the_stop_file(bucket, tmp_path):
