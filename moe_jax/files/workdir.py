@@ -10,6 +10,7 @@ from etils import epath
 
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
+from moe_jax.files.schemes import check_scheme, reach, reason
 
 Folder = pathlib.Path | epath.Path
 # Bytes of the longest path in a workdir, with room to spare: a step in quarantine, or a trace,
@@ -26,24 +27,16 @@ def locate(workdir: str) -> Folder:
     """The folder that --workdir names; makes nothing.
 
     Raises:
-      UserError: it cannot be made or written, a link in it leads out of it, or its store cannot be
-        reached.
+      UserError: it cannot be made or written, its name is too long or of a store that is not
+        supported, a link in it leads out of it, or its store cannot be reached.
     """
+    check_scheme(workdir, "--workdir")
     if is_remote(workdir):
-        folder = epath.Path(workdir)
-        try:
+        with reach(workdir, "--workdir"):
+            folder = epath.Path(workdir)
             folder.exists()
-        except ImportError:
-            raise UserError(
-                f"--workdir={workdir} needs a package that is not here: pip install gcsfs."
-            ) from None
-        except Exception as error:  # of whichever client the store has
-            raise UserError(
-                f"--workdir={workdir} cannot be reached ({_reason(error)}): check its name and "
-                f"your access."
-            ) from None
         return folder
-    folder = pathlib.Path(workdir).absolute()
+    folder = pathlib.Path(os.path.expanduser(workdir)).absolute()
     there = next(f for f in (folder, *folder.parents) if os.path.exists(f))
     _check_length(folder, there)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -124,7 +117,7 @@ class Mirror:
                 target.write_bytes(file.read_bytes())
             except Exception as error:  # of whichever client the store has
                 raise UserError(
-                    f"{file.name} could not be copied to {self._there} ({_reason(error)}): it is "
+                    f"{file.name} could not be copied to {self._there} ({reason(error)}): it is "
                     f"kept in {self.folder}."
                 ) from None
             self._copied[file] = mark
@@ -139,7 +132,3 @@ class Mirror:
 def _mark(file: pathlib.Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -200,6 +200,19 @@ def test_a_local_folder_is_written_in_place(tmp_path, monkeypatch):
         assert steps(tmp_path / "x") == [1]
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/run", "hf://a/b", "http://x.y/run", "file:///run"])
+def test_a_url_of_another_scheme_is_no_workdir(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--workdir is '.*': \w+:// is not supported"):
+        locate(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/runs/x") == tmp_path / "runs" / "x"
+
+
 def deep(folder: Path, size: int) -> Path:
     """A path of `size` bytes below `folder`, of names that are short enough."""
     whole, rest = divmod(size - len(os.fsencode(folder)), 201)
