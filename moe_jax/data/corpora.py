@@ -19,13 +19,21 @@ from typing import NamedTuple
 from etils import epath
 
 from moe_jax.data.config import DataConfig
+from moe_jax.data.readers import READERS, read_pieces
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files.schemes import check_scheme, reach
 
 MAX_FILE_LABELS = 64  # more files than this share one source label
-PARQUET_ROWS = 1024  # decoded at once: of long documents, 65,536 (the default) take gigabytes
-PIECE_CHARACTERS = 8192  # a text corpus of a single file is cut into documents of about this size
 STDLIB_SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".md": "text",
+    ".parquet": "parquet",
+    ".text": "text",
+    ".txt": "text",
+}
+COMPRESSED = (".7z", ".br", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 class SourceFile(NamedTuple):
@@ -57,32 +65,42 @@ class Stream:
     field: str  # JSONL field or Parquet column
     weight: float
     files: tuple[SourceFile, ...]
+    heldout_files: tuple[SourceFile, ...] = ()  # the whole held-out text; empty: a share of `files`
+    key: str = "data"  # where the config describes it
     alive: Callable[[], None] = _nobody_waits  # called for each document or block that was read
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The stream's source labels, in order of appearance."""
-        return tuple(dict.fromkeys(file.source for file in self.files))
+        return tuple(dict.fromkeys(file.source for file in (*self.files, *self.heldout_files)))
 
     def documents(self) -> Iterator[Document]:
-        """Every document that is not empty.
+        """Every document of `files` that is not empty.
 
         Raises:
           UserError: a file that is empty or cannot be read as its kind, naming file and place.
         """
+        return self._documents(self.files)
+
+    def heldout_documents(self) -> Iterator[Document]:
+        """Every document of `heldout_files` that is not empty; raises as `documents`."""
+        return self._documents(self.heldout_files)
+
+    def _documents(self, files: tuple[SourceFile, ...]) -> Iterator[Document]:
         read = READERS[self.kind]
-        if self.kind == "text" and len(self.files) == 1:
-            read = _read_pieces  # a lone document could not be split into train and held-out
-        for file in self.files:
+        if self.kind == "text" and len(files) == 1:
+            read = read_pieces  # a lone document could not be split into train and held-out
+        for file in files:
             with _reading(file.path):
-                for number, text in enumerate(read(file.path, self.field)):
+                texts = read(file.path, self.field, f"{self.key}.field")
+                for number, text in enumerate(texts):
                     self.alive()
                     if text:
                         yield Document(f"{file.name}#{number}", file.source, text)
 
     def digests(self) -> Iterator[tuple[str, str]]:
-        """(relative name, SHA-256 of the content) of every file."""
-        for file in self.files:
+        """(relative name, SHA-256 of the content) of every file, held-out ones last."""
+        for file in (*self.files, *self.heldout_files):
             sha = hashlib.sha256()
             with _reading(file.path), file.path.open("rb") as stream:
                 while block := stream.read(1 << 20):
@@ -97,41 +115,109 @@ def find_streams(
     """The corpus that `config` describes; `alive` is called while it is read.
 
     Raises:
-      UserError: a glob that matches no file.
+      UserError: a glob that matches no file, files whose kind does not follow from their suffix,
+        or keys that contradict each other.
     """
-    if not config.mixture:
-        files = _find_files(config.source, config.files, "data")
-        if config.source != "stdlib":
-            files = _label(files, config.source)
-        return (Stream(config.source, config.source, config.field, 1.0, files, alive),)
+    if config.mixture:
+        return _find_mixture(config, alive)
+    if config.source == "stdlib" and not config.files:
+        if config.heldout_files:
+            raise UserError("data.heldout_files is set without data.files: name those as well.")
+        files = _stdlib_files(epath.Path(sysconfig.get_path("stdlib")))
+        return (Stream("stdlib", "stdlib", config.field, 1.0, files, alive=alive),)
+    files = _find_files(config.files, "data.files")
+    heldout = _find_files(config.heldout_files, "data.heldout_files")
+    asked = "" if config.source == "stdlib" else config.source
+    kind = _kind(asked, files + heldout, "data")
+    files, heldout = _label(files, kind), _label(heldout, kind)
+    return (Stream(kind, kind, config.field, 1.0, files, heldout, alive=alive),)
+
+
+def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream, ...]:
+    for key in ("files", "heldout_files"):
+        if getattr(config, key):
+            raise UserError(
+                f"data.{key} is set beside data.mixture, which names the {key} of each entry: "
+                f"leave it empty or empty the mixture."
+            )
     streams = []
     for name, part in config.mixture.items():
-        where = f"data.mixture.{name}"
-        kind = part.get("source", "text")
-        files = _find_files(kind, part.get("files", ""), where)
-        files = tuple(file._replace(source=name) for file in files)
-        weight = float(part.get("weight", 1.0))
-        streams.append(Stream(name, kind, part.get("field", "text"), weight, files, alive))
+        key, asked = f"data.mixture.{name}", part.get("source", "")
+        if asked == "stdlib":
+            if part.get("files") or part.get("heldout_files"):
+                raise UserError(
+                    f"{key}.source is 'stdlib', which has files of its own: remove the entry's "
+                    f"files, or its source."
+                )
+            kind, heldout = asked, ()
+            files = _stdlib_files(epath.Path(sysconfig.get_path("stdlib")))
+        else:
+            files = _find_files(part.get("files", ""), f"{key}.files")
+            heldout = _find_files(part.get("heldout_files", ""), f"{key}.heldout_files")
+            kind = _kind(asked, files + heldout, key)
+        files, heldout = (
+            tuple(file._replace(source=name) for file in found) for found in (files, heldout)
+        )
+        weight, field = float(part.get("weight", 1.0)), part.get("field", "text")
+        streams.append(Stream(name, kind, field, weight, files, heldout, key, alive))
+    if len({bool(stream.heldout_files) for stream in streams}) > 1:
+        without = next(stream.key for stream in streams if not stream.heldout_files)
+        raise UserError(
+            f"{without}.heldout_files is empty, and other entries of data.mixture name theirs: "
+            f"name them in every entry or in none."
+        )
     return tuple(streams)
 
 
-def _find_files(kind: str, globs: str, where: str) -> tuple[SourceFile, ...]:
-    if kind == "stdlib":
-        return _stdlib_files(epath.Path(sysconfig.get_path("stdlib")))
+def _find_files(globs: str, key: str) -> tuple[SourceFile, ...]:
     patterns = [pattern.strip() for pattern in globs.split(",") if pattern.strip()]
     if not patterns:
-        raise UserError(f"{where}.files is empty: name the {kind} files to train on.")
+        if key.endswith("heldout_files"):
+            return ()
+        raise UserError(f"{key} is empty: name the files to train on.")
     paths: dict[str, epath.Path] = {}
     for pattern in patterns:
-        found = _glob(pattern)
+        check_scheme(pattern, key)
+        with reach(pattern, key):
+            found = _glob(pattern)
+            if not found and epath.Path(pattern).expanduser().is_dir():
+                raise UserError(
+                    f"{key}: {pattern!r} is a folder: name the files in it, such as "
+                    f"{posixpath.join(pattern, '*.txt')!r}."
+                )
         if not found:
-            raise UserError(f"{where}.files: no file matches {pattern!r}.")
+            raise UserError(f"{key}: no file matches {pattern!r}.")
         paths.update((os.fspath(path), path) for path in found)
     ordered = sorted(paths)
     folder = posixpath.commonpath([posixpath.dirname(path) for path in ordered])
     return tuple(
         SourceFile(posixpath.relpath(path, folder or "."), paths[path], "") for path in ordered
     )
+
+
+def _kind(asked: str, files: tuple[SourceFile, ...], key: str) -> str:
+    """How to read the files: as `asked` or, if that is empty, as their suffix says."""
+    kinds: dict[str, str] = {}  # -> the first file of each
+    for file in files:
+        suffix = posixpath.splitext(file.name)[1].lower()
+        if suffix in COMPRESSED:
+            raise UserError(
+                f"{key}.files: {file.path} is compressed ({suffix}), which is not read: decompress "
+                f"it."
+            )
+        kinds.setdefault(asked or SUFFIXES.get(suffix, ""), file.name)
+    if "" in kinds:
+        raise UserError(
+            f"{key}.files: the suffix of {kinds['']!r} does not tell how to read it (known: "
+            f"{', '.join(SUFFIXES)}): set {key}.source to text, jsonl or parquet."
+        )
+    if len(kinds) > 1:
+        named = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise UserError(
+            f"{key}.files are of several kinds, {named}: name files of one, or write a "
+            f"data.mixture with an entry for each."
+        )
+    return next(iter(kinds))
 
 
 def _glob(pattern: str) -> list[epath.Path]:
@@ -174,128 +260,10 @@ def _stdlib_files(root: epath.Path) -> tuple[SourceFile, ...]:
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
     try:
-        yield
+        with reach(os.fspath(path), "data.files"):
+            yield
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): change its permissions or leave "
             f"it out."
         ) from None
-
-
-def _read_stdlib(path: epath.Path, field: str) -> Iterator[str]:
-    del field
-    try:
-        yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return  # a few modules declare another encoding
-
-
-def _read_text(path: epath.Path, field: str) -> Iterator[str]:
-    del field
-    raw = path.read_bytes()
-    if not raw:
-        raise UserError(f"{path} is empty: remove it from the files to train on.")
-    try:
-        yield raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 at byte offset {error.start}: convert it or leave it out."
-        ) from None
-
-
-def _read_pieces(path: epath.Path, field: str) -> Iterator[str]:
-    """The file cut after line ends, so that a corpus of one file has documents to hold out."""
-    for text in _read_text(path, field):
-        start = 0
-        while start < len(text):
-            stop = start + PIECE_CHARACTERS
-            stop = text.rfind("\n", start, stop) + 1 or stop
-            yield text[start:stop]
-            start = stop
-
-
-def _read_jsonl(path: epath.Path, field: str) -> Iterator[str]:
-    empty = True
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            empty = False
-            if line.strip():
-                yield _jsonl_field(line, field, f"{path} line {number}")
-    if empty:
-        raise UserError(f"{path} is empty: remove it from the files to train on.")
-
-
-def _jsonl_field(line: bytes, field: str, where: str) -> str:
-    try:
-        record = json_files.parse(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): fix or remove it.") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        raise UserError(f"{where} has no text in field {field!r}: set data.field to one that has.")
-    try:
-        record[field].encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where} holds half a surrogate pair, which UTF-8 cannot: fix or remove it."
-        ) from None
-    return record[field]
-
-
-def _read_parquet(path: epath.Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "Parquet files need pyarrow: install the extra, pip install 'moe_jax[data]'."
-        ) from None
-    with path.open("rb") as stream:
-        with _arrow(f"{path} is not a Parquet file"):
-            file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-            columns, declared = file.schema_arrow.names, file.metadata.num_rows
-        if field not in columns:
-            raise UserError(
-                f"{path} has no column {field!r}: set data.field to one of {', '.join(columns)}."
-            )
-        if declared == 0:
-            raise UserError(f"{path} is empty: remove it from the files to train on.")
-        row = 0
-        for group in range(file.num_row_groups):
-            where = f"{path}, row group {group},"
-            with _arrow(f"{where} cannot be read"):
-                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
-            while True:
-                with _arrow(f"{where} cannot be read after row {row}"):
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                for value in batch.column(0):
-                    with _arrow(f"{path} row {row} is not UTF-8"):
-                        text = value.as_py()
-                    if not isinstance(text, str | None):
-                        raise UserError(f"{path} row {row}: column {field!r} does not hold text.")
-                    yield text or ""
-                    row += 1
-        if row != declared:
-            raise UserError(
-                f"{path} holds {row} rows and says that it has {declared}: fix or leave it out."
-            )
-
-
-@contextlib.contextmanager
-def _arrow(what: str) -> Iterator[None]:
-    """A damaged file makes Arrow raise errors of many kinds, OSError and ValueError among them."""
-    try:
-        yield
-    except Exception as error:
-        why = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{what} ({why}): fix or leave it out.") from None
-
-
-# name of a kind -> the texts of one file of it
-READERS: dict[str, Callable[[epath.Path, str], Iterator[str]]] = {
-    "stdlib": _read_stdlib,
-    "text": _read_text,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-}

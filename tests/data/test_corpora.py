@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpora import PIECE_CHARACTERS, find_streams
+from moe_jax.data.corpora import find_streams
+from moe_jax.data.readers import FREE_BYTES, MAX_RATIO, PIECE_CHARACTERS
 from moe_jax.errors import UserError
 
 
@@ -52,6 +53,127 @@ def test_text_files_are_documents_in_order_of_name(tmp_path):
         ("b.txt#0", "b", "b\r\n"),
         ("c.txt#0", "c", "c\r\n"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("a.txt", "text"), ("a.TXT", "text"), ("b.text", "text"), ("c.md", "text")),
+        *(("d.jsonl", "jsonl"), ("e.ndjson", "jsonl"), ("f.parquet", "parquet")),
+    ],
+)
+def test_named_files_are_never_the_standard_library(tmp_path, name, kind):
+    """Without data.source, and in an entry of a mixture, how to read them follows from the name."""
+    path = tmp_path / name
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["words"]}), path)
+    else:
+        path.write_text('{"text": "words"}' if kind == "jsonl" else "words")
+    for config in ({"files": str(path)}, {"mixture": {"a": {"files": str(path)}}}):
+        (stream,) = find_streams(DataConfig(**config))
+        assert stream.kind == kind and [doc.text for doc in stream.documents()] == ["words"]
+
+
+CONTRADICTIONS = {
+    "unknown suffix": (
+        {"files": "{0}/a.py"},
+        r"data\.files: the suffix of 'a\.py' .*set data\.so",
+    ),
+    "no suffix": ({"files": "{0}/none"}, r"the suffix of 'none' does not tell"),
+    "mixed": (
+        {"files": "{0}/a.txt,{0}/b.jsonl"},
+        r"data\.files are of several kinds, jsonl \(b\.jsonl\) and text \(a\.txt\)",
+    ),
+    "mixed with held-out files": (
+        {"files": "{0}/a.txt", "heldout_files": "{0}/b.jsonl"},
+        r"several kinds, jsonl",
+    ),
+    "compressed": ({"files": "{0}/c.jsonl.gz"}, r"c\.jsonl\.gz is compressed \(\.gz\).*decompress"),
+    "compressed, and a source": (
+        {"files": "{0}/c.jsonl.gz", "source": "jsonl"},
+        r"is compressed \(\.gz\)",
+    ),
+    "in a mixture": (
+        {"mixture": {"m": {"files": "{0}/a.py"}}},
+        r"data\.mixture\.m\.files: the suffix of .*set data\.mixture\.m\.source",
+    ),
+    "files beside a mixture": (
+        {"files": "{0}/a.txt", "mixture": {"m": {"files": "{0}/b.jsonl"}}},
+        r"data\.files is set beside data\.mixture",
+    ),
+    "held-out files beside a mixture": (
+        {"heldout_files": "{0}/a.txt", "mixture": {"m": {"files": "{0}/b.jsonl"}}},
+        r"data\.heldout_files is set beside data\.mixture",
+    ),
+    "held-out files of the standard library": (
+        {"heldout_files": "{0}/a.txt"},
+        r"data\.heldout_files is set without data\.files",
+    ),
+    "held-out files in one entry": (
+        {
+            "mixture": {
+                "m": {"files": "{0}/a.txt", "heldout_files": "{0}/a.txt"},
+                "n": {"files": "{0}/a.txt"},
+            }
+        },
+        r"data\.mixture\.n\.heldout_files is empty, and other entries",
+    ),
+    "standard library with files": (
+        {"mixture": {"m": {"source": "stdlib", "files": "{0}/a.txt"}}},
+        r"data\.mixture\.m\.source is 'stdlib', which has files of its own",
+    ),
+    "folder": ({"files": "{0}"}, r"is a folder: name the files in it, such as '.*/\*\.txt'"),
+    "folder with a slash": ({"files": "{0}/", "source": "text"}, r"is a folder"),
+    "folder in a mixture": (
+        {"mixture": {"m": {"files": "{0}"}}},
+        r"data\.mixture\.m\.files: .* is a folder",
+    ),
+    "s3": (
+        {"files": "s3://b/a.txt"},
+        r"data\.files is 's3://b/a\.txt': s3:// is not supported",
+    ),
+    "s3 among others": ({"files": "{0}/a.txt, S3://b/*.txt"}, r"S3:// is not supported"),
+    "https": ({"files": "https://x.y/a.txt"}, r"https:// is not supported: download it"),
+    "hf": ({"files": "hf://datasets/o/d/a.txt"}, r"hf:// is not supported: download it"),
+    "file": ({"files": "file:///a.txt"}, r"file:// is not supported"),
+    "hf held out": (
+        {"files": "{0}/a.txt", "heldout_files": "hf://d/a.txt"},
+        r"data\.heldout_files is 'hf://d/a\.txt'",
+    ),
+}
+
+
+def placed(value, folder: Path):
+    """`value` with {0} in its texts replaced by the folder."""
+    if isinstance(value, dict):
+        return {key: placed(one, folder) for key, one in value.items()}
+    return value.replace("{0}", str(folder))
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_files_that_cannot_be_meant_are_one_sentence(case, tmp_path):
+    for name in ("a.txt", "a.py", "none", "c.jsonl.gz"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "b.jsonl").write_text('{"text": "words"}')
+    fields, message = CONTRADICTIONS[case]
+    with pytest.raises(UserError, match=message) as error:
+        documents(**placed(fields, tmp_path))
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_source_that_is_set_reads_files_of_any_name(tmp_path):
+    (tmp_path / "a.py").write_text("import os")
+    for name in ("a.py", "*.py"):
+        assert texts(source="text", files=f"{tmp_path}/{name}") == ["import os"]
+
+
+def test_a_bucket_without_its_client_is_one_sentence(tmp_path, monkeypatch):
+    def missing(*_: object):
+        raise ImportError("No module named 'gcsfs'")
+
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.glob", missing)
+    with pytest.raises(UserError, match=r"gs://b/\*\.txt needs a package .*pip install gcsfs"):
+        texts(files="gs://b/*.txt")
 
 
 def test_many_files_share_one_label(tmp_path):
@@ -158,6 +280,58 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(type(stream.files[0].path), "open", refuse)
     with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\)"):
         list(stream.digests())
+
+
+def test_a_wrong_field_in_a_mixture_names_the_key_of_its_entry(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    for name, field, message in (
+        ("a.parquet", "text", r"no column 'text': set data\.mixture\.m\.field to one of body, n"),
+        ("a.parquet", "n", r"does not hold text: set data\.mixture\.m\.field to"),
+        ("a.jsonl", "text", r"no text in field 'text': set data\.mixture\.m\.field to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            documents(mixture={"m": {"files": f"{tmp_path}/{name}", "field": field}})
+
+
+def bombs() -> dict[str, tuple[pyarrow.Table, dict]]:
+    """Tables that take some KiB as files and hundreds of MiB to GiB as text."""
+    text = "word " * (1 << 16)
+    column = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 20_000, pyarrow.int32()), pyarrow.array([text])
+    )
+    zeros = pyarrow.array([b"a" * (1 << 20)] * 100, pyarrow.binary()).cast(pyarrow.string())
+    return {
+        "one text, again and again": (pyarrow.table({"text": column}), {}),
+        "one text, as nothing but its prefix": (
+            pyarrow.table({"text": pyarrow.array([text] * 500)}),
+            {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        ),
+        "a compressed page": (
+            pyarrow.table({"text": zeros}),
+            {"compression": "zstd", "use_dictionary": False},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_a_file_that_expands_without_bound_is_left(tmp_path, name):
+    table, how = bombs()[name]
+    path = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(table, path, **how)
+    assert path.stat().st_size < 1 << 19
+    (stream,) = find_streams(DataConfig(files=str(path)))
+    read = 0
+    with pytest.raises(UserError, match=r"bomb\.parquet expands without bound: its [\d,]+ bytes"):
+        for document in stream.documents():
+            read += len(document.text)
+    assert read <= FREE_BYTES + MAX_RATIO * path.stat().st_size
+
+
+def test_text_that_repeats_itself_within_the_bound_is_read(tmp_path):
+    rows = pyarrow.table({"text": ["the same words " * 100] * 20_000})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd")
+    assert len(texts(files=f"{tmp_path}/a.parquet")) == 20_000
 
 
 def test_a_missing_parquet_column_lists_those_there(tmp_path):
