@@ -14,7 +14,7 @@ from moe_jax.cli.commands import Command
 from moe_jax.cli.exit import run
 from moe_jax.cli.parse import parse
 from moe_jax.config import Config, from_config_dict
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
@@ -34,7 +34,7 @@ def peer_shape(config: Config) -> dict[str, Any]:
     Raises:
       UserError: the config asks for something that the peer's models do not have.
     """
-    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    vocabulary = config.model.vocab_size or config_tokenizer(config.data).vocab_size
     model = dataclasses.replace(config.model, vocab_size=vocabulary)
     length = config.data.sequence_length
     for key, value, wanted in _demands(model):

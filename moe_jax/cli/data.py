@@ -15,8 +15,9 @@ from moe_jax.data.build import build_store, store_root
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, Split, Store
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from moe_jax.data.tokenizers import Tokenizer, config_tokenizer, train_bpe
 from moe_jax.errors import UserError
+from moe_jax.files.schemes import check_scheme
 
 SAMPLES = 10
 SAMPLE_TOKENS = 64
@@ -32,9 +33,10 @@ def main(argv: Sequence[str]) -> None:
         return
     parsed = parse(argv, COMMANDS["data"])
     config = from_config_dict(parsed.config).data
+    check_scheme(parsed.flags.workdir, "--workdir")
     root = store_root(config, parsed.flags.workdir or "runs/data")
     store = build_store(config, root, lambda line: print(line, flush=True))
-    for line in describe(store, load_tokenizer(config.tokenizer)):
+    for line in describe(store, config_tokenizer(config)):
         print(line)
 
 

@@ -5,30 +5,43 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 from etils import epath
 from jaxtyping import Integer
 
+from moe_jax.data import sentencepiece_file
+from moe_jax.data.config import DataConfig
+from moe_jax.data.control_tokens import (
+    END_OF_TEXT,
+    MARK,
+    PADDING,
+    UNNAMED,
+    SpecialNames,
+    TokenizerFile,
+    declared_names,
+    find_special,
+    pieces,
+    spelling,
+)
 from moe_jax.errors import UserError
+from moe_jax.files.schemes import check_scheme, reach
+from moe_jax.files.whole import write_whole
 
 LARGEST = 2**31 - 1  # ids are int32 on the devices
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
-# Names under which published tokenizers keep the token that ends a document, and padding.
-KNOWN_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-KNOWN_PAD = (PADDING, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
 class Tokenizer(Protocol):
     """What the data pipeline needs of a tokenizer.
 
-    A tokenizer without an end-of-document or padding token gets one beyond its own vocabulary;
-    `vocab_size` counts them.
+    Text is data: no text is encoded to the id of a control token, whatever it spells.  A tokenizer
+    without an end-of-document or padding token gets one beyond its own vocabulary; `vocab_size`
+    counts them.
     """
 
     vocab_size: int  # V
+    bos_id: int | None  # begins every document under data.begin_with_bos; None: it has none
     eos_id: int  # ends every document
     pad_id: int
     identity: str  # SHA-256 that changes when the tokens of some text would
@@ -42,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of token ids; eos and padding become nothing, broken UTF-8 becomes U+FFFD."""
+        """Text of token ids; bos, eos and padding become nothing, broken UTF-8 becomes U+FFFD."""
         ...
 
 
@@ -50,6 +63,7 @@ class BytesTokenizer:
     """UTF-8 bytes as tokens: 256 + eos + padding."""
 
     vocab_size = 258
+    bos_id = None
     eos_id = 256
     pad_id = 257
     identity = hashlib.sha256(b"bytes").hexdigest()
@@ -68,29 +82,58 @@ class BytesTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json."""
+    """A Hugging Face tokenizer.json.
 
-    def __init__(self, path: epath.Path):
+    Texts are encoded by a copy in which no control token has the spelling that texts may hold.
+    """
+
+    def __init__(self, path: epath.Path, names: SpecialNames = UNNAMED):
         import tokenizers
 
         raw = read_tokenizer_file(path)
         self._path = path
         with _library(f"{path} is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-            # Stored for fine-tuning; here they would cut documents and add padding to the stream.
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            file = TokenizerFile(raw)
+            whole = vocabulary.keys() - file.merged
         if not vocabulary:
             raise UserError(f"{path} has an empty vocabulary: name another tokenizer.json.")
-        ids = _special_ids(
-            next((vocabulary[name] for name in KNOWN_EOS if name in vocabulary), None),
-            next((vocabulary[name] for name in KNOWN_PAD if name in vocabulary), None),
+        declared, found = declared_names(path.parent), {}
+        for kind, asked in names._asdict().items():
+            found[kind] = find_special(
+                kind, asked, getattr(declared, kind), vocabulary, file.added, whole, path
+            )
+        self.bos_id = found["bos"]
+        self.eos_id, self.pad_id, self.vocab_size = _special_ids(
+            found["eos"],
+            found["pad"],
             max(vocabulary.values()) + 1,  # ids may have holes: the largest counts
             path,
         )
-        self.eos_id, self.pad_id, self.vocab_size = ids
-        self.identity = hashlib.sha256(b"tokenizer.json" + raw).hexdigest()
+        special, marks = {self.bos_id, self.eos_id, self.pad_id}, file.control()
+        control = {n: i for n, i in vocabulary.items() if i in special or n in marks}
+        with _library(f"{path} is not a tokenizer.json"):
+            self._encoder = self._without(file, control, vocabulary)
+            unknown = vocabulary.get(file.unknown() or "")
+        self._names = {place: name for name, place in control.items()}
+        self._control = np.zeros(self.vocab_size, bool)
+        # What stands for whatever the model cannot encode comes of text, and only so.
+        self._control[[i for i in control.values() if i != unknown or i in special]] = True
+        self.identity = _identity(b"tokenizer.json", raw, self)
+
+    @staticmethod
+    def _without(file: TokenizerFile, control: dict[str, int], vocabulary: dict[str, int]) -> Any:
+        """The tokenizer whose control tokens have spellings of their own."""
+        import tokenizers
+
+        own = {name: spelling(place) for name, place in control.items()}
+        respelled = json.dumps(file.respelled(own), ensure_ascii=False)
+        tokenizer = tokenizers.Tokenizer.from_str(respelled)
+        expected = {own.get(name, name): place for name, place in vocabulary.items()}
+        if tokenizer.get_vocab(with_added_tokens=True) != expected:
+            raise ValueError("its added tokens and its vocabulary do not fit together")
+        return tokenizer
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
@@ -98,21 +141,39 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
+        rows = self._encode(texts)
+        for number, text in enumerate(texts):
+            if len(cut := pieces(text)) > 1:
+                rows[number] = np.concatenate(self._encode(cut))
+            control = rows[number][self._control[rows[number]]]
+            if len(control):  # a normalizer or a model of an odd kind
+                token = int(control[0])
+                raise UserError(
+                    f"{self._path} makes the control token {self._names.get(token, token)!r} of "
+                    f"text that does not spell it: name another tokenizer."
+                )
+        return rows
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         with _library(f"{self._path} fails on a text"):
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
-        special = (self.eos_id, self.pad_id)
+        special = (self.bos_id, self.eos_id, self.pad_id)
         with _library(f"{self._path} fails on token ids"):
             return self._tokenizer.decode([i for i in map(int, ids) if i not in special])
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model file."""
+    """A SentencePiece .model file.
 
-    def __init__(self, path: epath.Path):
+    Texts are encoded by a copy in which user-defined marks, which the library looks for in every
+    text, are control symbols.
+    """
+
+    def __init__(self, path: epath.Path, names: SpecialNames = UNNAMED):
         try:
             import sentencepiece
         except ImportError:
@@ -124,15 +185,37 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         with _library(f"{path} is not a SentencePiece model"):
             self._processor.LoadFromSerializedProto(raw)
-        eos, pad = self._processor.eos_id(), self._processor.pad_id()
-        ids = _special_ids(
-            eos if eos >= 0 else None,
-            pad if pad >= 0 else None,
-            self._processor.vocab_size(),
-            path,
+            found = sentencepiece_file.sentencepieces(raw)
+        vocabulary = {piece.name: place for place, piece in enumerate(found)}
+        apart = (sentencepiece_file.CONTROL, sentencepiece_file.USER_DEFINED)
+        added = {piece.name for piece in found if piece.kind in apart}
+        declared, ids = declared_names(path.parent), {}
+        for kind, asked in names._asdict().items():
+            own = getattr(self._processor, f"{kind}_id")()
+            ids[kind] = find_special(
+                kind,
+                asked,
+                getattr(declared, kind) or (found[own].name if own >= 0 else ""),
+                vocabulary,
+                added,
+                (),
+                path,
+            )
+        self.bos_id = ids["bos"]
+        self.eos_id, self.pad_id, self.vocab_size = _special_ids(
+            ids["eos"], ids["pad"], self._processor.vocab_size(), path
         )
-        self.eos_id, self.pad_id, self.vocab_size = ids
-        self.identity = hashlib.sha256(b"sentencepiece" + raw).hexdigest()
+        special = {self.bos_id, self.eos_id, self.pad_id}
+        marks = {
+            place
+            for place, piece in enumerate(found)
+            if place in special
+            or (piece.kind == sentencepiece_file.USER_DEFINED and MARK.fullmatch(piece.name))
+        }
+        self._encoder = sentencepiece.SentencePieceProcessor()
+        with _library(f"{path} is not a SentencePiece model"):
+            self._encoder.LoadFromSerializedProto(sentencepiece_file.as_control(raw, marks))
+        self.identity = _identity(b"sentencepiece", raw, self)
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
@@ -141,43 +224,70 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
         with _library(f"{self._path} fails on a text"):
-            return [np.asarray(ids, np.int64) for ids in self._processor.encode(list(texts))]
+            return [np.asarray(ids, np.int64) for ids in self._encoder.encode(list(texts))]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
-        special = (self.eos_id, self.pad_id)
+        special = (self.bos_id, self.eos_id, self.pad_id)
         with _library(f"{self._path} fails on token ids"):
             return self._processor.decode([i for i in map(int, ids) if i not in special])
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, names: SpecialNames = UNNAMED) -> Tokenizer:
     """The tokenizer of a name, as `data.tokenizer` has it.
 
     Args:
       name: `bytes`, or the path (local or gs://) of a tokenizer.json or a SentencePiece .model.
+      names: of the bos, eos and padding tokens; each that is empty is what tokenizer_config.json
+        beside the file says, else found by the names that published tokenizers use.
 
     Returns:
       What encodes text to int32 ids and decodes them.
 
     Raises:
-      UserError: a name of neither form, or a file that is missing or of another format.
+      UserError: a name of neither form, a file that is missing or of another format, or a token
+        that the file does not have.
     """
     if name == "bytes":
+        for kind, asked in names._asdict().items():
+            if asked:
+                raise UserError(
+                    f"data.{kind} is {asked!r}, but the tokenizer 'bytes' has no tokens with "
+                    f"names: leave it empty, or set data.tokenizer to a file."
+                )
         return BytesTokenizer()
+    check_scheme(name, "data.tokenizer")
+    path = epath.Path(name).expanduser()
     if name.endswith(".json"):
-        return JsonTokenizer(epath.Path(name))
+        return JsonTokenizer(path, names)
     if name.endswith(".model"):
-        return SentencePieceTokenizer(epath.Path(name))
+        return SentencePieceTokenizer(path, names)
     raise UserError(
         f"data.tokenizer is {name!r}: use 'bytes', a path ending in .json (tokenizer.json) or one "
         "ending in .model (SentencePiece)."
     )
 
 
+def config_tokenizer(config: DataConfig) -> Tokenizer:
+    """`load_tokenizer` with what a config says.
+
+    Raises:
+      UserError: see there, or documents are to begin with a token that the tokenizer does not have.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, SpecialNames(config.bos, config.eos, config.pad))
+    if config.begin_with_bos and tokenizer.bos_id is None:
+        raise UserError(
+            f"data.begin_with_bos is True, but no token of {config.tokenizer!r} is known to begin "
+            f"documents: set data.bos to the name of one, or data.begin_with_bos to False."
+        )
+    return tokenizer
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) -> Tokenizer:
     """Train a byte-level BPE on `texts`, write it as a tokenizer.json, and load it.
 
-    Byte-level BPE (GPT-2): the alphabet is the 256 bytes, so every text round-trips.
+    Byte-level BPE (GPT-2): the alphabet is the 256 bytes, so every text round-trips.  What fails
+    leaves the output as it was.
 
     Raises:
       UserError: a vocabulary smaller than the bytes and the two special tokens, or an output that
@@ -190,35 +300,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
         raise UserError(
             f"vocab_size is {vocab_size}: a byte-level BPE needs 258 or more (the bytes, eos, pad)."
         )
-    path = epath.Path(output)
+    check_scheme(os.fspath(output), "The output")
+    path = epath.Path(output).expanduser()
     if path.suffix != ".json":
         raise UserError(f"The output {path} must end in .json, so that data.tokenizer can name it.")
-    try:  # before the hours of training, not after
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"The output {path} cannot be written ({error.strerror or error}): name another."
-        ) from None
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    path.write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1))
+    with write_whole(path, "The output") as unfinished:  # before the hours of training, not after
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT, PADDING],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer=trainer)
+        made = json.loads(tokenizer.to_str())
+        unfinished.write_text(json.dumps(made, ensure_ascii=False, indent=1), encoding="utf-8")
     return load_tokenizer(os.fspath(path))
 
 
 def read_tokenizer_file(path: epath.Path) -> bytes:
     """The bytes of a tokenizer's file; raises UserError where it is missing or unreadable."""
     try:
-        return path.read_bytes()
+        with reach(os.fspath(path), "data.tokenizer"):
+            return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"data.tokenizer: there is no file {path}: name another.") from None
     except OSError as error:
@@ -237,6 +343,12 @@ def _library(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
         raise UserError(f"{what} ({str(error).rstrip('.')}): name another.") from None
+
+
+def _identity(format: bytes, raw: bytes, tokenizer: Tokenizer) -> str:
+    """SHA-256 over the file and the ids that its surroundings and the config decide."""
+    ids = json.dumps([tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]).encode()
+    return hashlib.sha256(format + b" 2" + ids + raw).hexdigest()
 
 
 def _special_ids(

@@ -1,5 +1,6 @@
 """`load`: a trained model out of a run's workdir, or out of a folder that was saved."""
 
+import dataclasses
 import os
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import PRECISIONS, Config
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.define import ModelDef, Params, define
 from moe_jax.model.mesh_fit import mesh_fault
@@ -85,12 +86,12 @@ def _compute_dtype(call: str, dtype: DTypeLike | None, config: Config) -> jnp.dt
 
 
 def _tokenizer(call: str, name: str, config: Config) -> Tokenizer:
-    if name != "bytes" and not epath.Path(name).exists():
+    if name != "bytes" and not epath.Path(name).expanduser().exists():
         raise UserError(
             f"{call}: the run's tokenizer {name} is not there: bring it back, or put a copy beside "
             f"config.json, as tokenizer.json or (SentencePiece) tokenizer.model."
         )
-    tokenizer = load_tokenizer(name)
+    tokenizer = config_tokenizer(dataclasses.replace(config.data, tokenizer=name))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{call}: the tokenizer {name} has {tokenizer.vocab_size} ids and the model only "

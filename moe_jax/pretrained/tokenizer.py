@@ -6,7 +6,8 @@ import os
 from etils import epath
 
 from moe_jax.config import Config
-from moe_jax.data.tokenizers import END_OF_TEXT, PADDING, BytesTokenizer, read_tokenizer_file
+from moe_jax.data.control_tokens import CONFIG_NAME, END_OF_TEXT, PADDING
+from moe_jax.data.tokenizers import BytesTokenizer, read_tokenizer_file
 
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
@@ -23,6 +24,8 @@ def tokenizer_name(folder: epath.Path, config: Config) -> str:
 def save_tokenizer(name: str, folder: epath.Path) -> None:
     """Writes the tokenizer's file into `folder`: a copy, or byte_level_json() for "bytes".
 
+    A tokenizer_config.json beside the file comes along.
+
     Args:
       name: what `load_tokenizer` took.
       folder: of the saved model.
@@ -34,8 +37,12 @@ def save_tokenizer(name: str, folder: epath.Path) -> None:
     if name == "bytes":
         (folder / _JSON).write_text(byte_level_json())
         return
-    raw = read_tokenizer_file(epath.Path(name))
+    path = epath.Path(name).expanduser()
+    raw = read_tokenizer_file(path)
     (folder / (_JSON if name.endswith(".json") else _SENTENCEPIECE)).write_bytes(raw)
+    beside = path.parent / CONFIG_NAME
+    if beside.exists():  # says which tokens end and begin documents
+        (folder / CONFIG_NAME).write_bytes(beside.read_bytes())
 
 
 def byte_level_json() -> str:

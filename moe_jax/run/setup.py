@@ -11,7 +11,7 @@ from moe_jax.config import Config
 from moe_jax.data.build import build_store, store_root
 from moe_jax.data.pipeline import Batches, HeldOut
 from moe_jax.data.store import Store
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files.workdir import Folder
 from moe_jax.model.define import define
@@ -123,7 +123,7 @@ def settle(config: Config, workdir: Folder, num_devices: int) -> resolve.Resolve
     saved = saved_config(workdir)
     if saved is not None:
         config = keep_groups(config, saved)
-    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    vocabulary = config_tokenizer(config.data).vocab_size
     found = resolve.resolve(config, num_devices, vocabulary)
     if saved is None:
         return found

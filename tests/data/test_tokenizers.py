@@ -1,5 +1,6 @@
 """Tokenizers: round trips, special ids, what is refused."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -110,6 +111,37 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"folder\.json cannot be written"):
         train_bpe(texts, 300, tmp_path / "folder.json")
     assert next(texts) == SAMPLE[0]  # found out before any text was read
+
+
+@pytest.mark.parametrize("there", [None, b"an older one"])
+def test_a_failed_training_leaves_the_output_as_it_was(tmp_path, there):
+    output = tmp_path / "deep" / "t.json"
+    if there is not None:
+        output.parent.mkdir()
+        output.write_bytes(there)
+
+    def texts():
+        yield SAMPLE[0]
+        raise UserError("The text ends here.")
+
+    with pytest.raises(UserError, match="ends here"):
+        train_bpe(texts(), 300, output)
+    assert [path.read_bytes() for path in output.parent.iterdir()] == [there] * (there is not None)
+    train_bpe(iter(SAMPLE), 300, output)
+    assert [path.name for path in output.parent.iterdir()] == ["t.json"]
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch):
+    def full(path, text, *rest, **more):
+        with path.open("w") as file:
+            file.write(text[:9])
+        if text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.write_text", full)
+    with pytest.raises(UserError, match=r"t\.json cannot be written \(No space left .*make room"):
+        train_bpe(iter(SAMPLE), 300, tmp_path / "t.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stored_truncation_and_padding_are_not_applied(bpe, tmp_path):

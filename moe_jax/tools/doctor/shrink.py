@@ -11,7 +11,7 @@ from typing import Any
 from moe_jax.config import Config, to_flat_dict
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.components import make_router
@@ -46,7 +46,7 @@ def shrink(config: Config, mesh: MeshConfig) -> Config:
         train.batch_size // (train.accumulation * shards), max(2, ROWS // (accumulation * shards))
     )
     rows -= rows % max(group_rows, 1)
-    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    vocabulary = config_tokenizer(config.data).vocab_size
     model = _shrink_model(config.model, mesh, vocabulary)
     moe = dataclasses.replace(model.moe, group_rows=group_rows)
     length = min(config.data.sequence_length, LENGTH)
@@ -110,14 +110,16 @@ def _experts(moe: MoEConfig, shards: int) -> int:
 def affordable(data: DataConfig, most: int) -> DataConfig:
     """The config's own text, unless it is absent or more than `most` bytes: then `stdlib`."""
     try:
-        files = [file for stream in find_streams(data) for file in stream.files]
-        if data.source == "stdlib" and not data.mixture:
+        streams = find_streams(data)
+        files = [f for stream in streams for f in (*stream.files, *stream.heldout_files)]
+        if [stream.kind for stream in streams] == ["stdlib"]:
             return data
         if sum(file.path.stat().length for file in files) <= most:
             return data
     except (UserError, OSError):
         pass
-    return dataclasses.replace(data, source="stdlib", files="", field="text", mixture={}, store="")
+    own = {"source": "stdlib", "files": "", "field": "text", "heldout_files": "", "mixture": {}}
+    return dataclasses.replace(data, **own, store="")
 
 
 def at_peak(config: Config) -> Config:

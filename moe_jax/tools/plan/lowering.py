@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from moe_jax.config import Config
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import config_tokenizer
 from moe_jax.model.define import ModelDef, define, is_axes
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
@@ -60,7 +60,7 @@ def make_plan(config: Config, num_devices: int) -> Plan:
     Raises:
       UserError: what the trainer refuses before it compiles.
     """
-    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    vocabulary = config.model.vocab_size or config_tokenizer(config.data).vocab_size
     asked = config
     config, components, notes = resolve.resolve(config, num_devices, vocabulary)
     model = define(config.model, jnp.dtype(config.precision), components)
