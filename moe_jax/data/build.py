@@ -22,7 +22,9 @@ from etils import epath
 from moe_jax.data.build_lock import Turn
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Document, Stream, find_streams
+from moe_jax.data.heldout import HoldOut, share_warnings
 from moe_jax.data.store import (
+    CODECS,
     MANIFEST,
     SOURCE,
     SPLITS,
@@ -38,8 +40,9 @@ from moe_jax.data.store import (
     read_manifest,
     sealed,
 )
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, config_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files.schemes import check_scheme
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
 SHARD_TOKENS = 1 << 22  # one file
@@ -83,17 +86,21 @@ def build_store(
         to hold some of it out.
     """
     say = progress or (lambda line: None)
-    tokenizer = load_tokenizer(config.tokenizer)
+    root = _checked_root(root)
+    tokenizer = config_tokenizer(config)
     turn = Turn(alive)
     streams = find_streams(config, turn.alive)
-    fingerprint = store_fingerprint(config, streams, tokenizer, layout)
-    path = epath.Path(root) / fingerprint[:16]
+    fingerprint, earlier = store_fingerprints(config, streams, tokenizer, layout)
+    path = root / fingerprint[:16]
     if read_manifest(path) is None:  # a finished store may lie where nobody can write
-        with turn(epath.Path(root), fingerprint[:16]):
+        with turn(root, fingerprint[:16]):
             if read_manifest(path) is None:  # nobody built it while this process waited
                 say(f"building the store {path}")
                 _write(path, config, streams, tokenizer, layout, fingerprint, say)
-    return _opened(path, streams, fingerprint)
+    store = _opened(path, streams, fingerprint, earlier)
+    for line in share_warnings(store, config):
+        say(line)
+    return store
 
 
 def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout()) -> Store:
@@ -102,16 +109,18 @@ def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout())
     Raises:
       UserError: as `build_store`, or the store is not there.
     """
-    tokenizer, streams = load_tokenizer(config.tokenizer), find_streams(config)
-    fingerprint = store_fingerprint(config, streams, tokenizer, layout)
-    path = epath.Path(root) / fingerprint[:16]
+    tokenizer, streams = config_tokenizer(config), find_streams(config)
+    fingerprint, earlier = store_fingerprints(config, streams, tokenizer, layout)
+    path = _checked_root(root) / fingerprint[:16]
     if read_manifest(path) is None:
         raise UserError(f"There is no store {path}: build it with python -m moe_jax data.")
-    return _opened(path, streams, fingerprint)
+    return _opened(path, streams, fingerprint, earlier)
 
 
-def _opened(path: epath.Path, streams: tuple[Stream, ...], fingerprint: str) -> Store:
-    store = open_store(path, [stream.weight for stream in streams])
+def _opened(
+    path: epath.Path, streams: tuple[Stream, ...], fingerprint: str, earlier: tuple[str, ...]
+) -> Store:
+    store = open_store(path, [stream.weight for stream in streams], earlier)
     if store.fingerprint != fingerprint:
         raise UserError(f"{path} holds another store than its name says: delete it.")
     return store
@@ -122,58 +131,48 @@ def store_root(config: DataConfig, workdir: str | os.PathLike) -> epath.Path:
     folder = epath.Path(workdir).expanduser()
     if not config.store:
         return (folder if "://" in os.fspath(workdir) else folder.resolve()).parent / "stores"
-    return epath.Path(config.store).expanduser()
+    return _checked_root(config.store)
 
 
-def store_fingerprint(
+def _checked_root(root: str | os.PathLike) -> epath.Path:
+    """The folder of stores; raises UserError for a URL that TensorStore would take for a folder."""
+    check_scheme(os.fspath(root), "data.store")
+    return epath.Path(root).expanduser()
+
+
+def store_fingerprints(
     config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: Layout
-) -> str:
-    """SHA-256 of all that decides what a store holds; paths and weights do not."""
-    payload = {
-        "format": STORE_FORMAT,
+) -> tuple[str, tuple[str, ...]]:
+    """SHA-256 of all that decides what a store holds; paths and weights do not.
+
+    Returns:
+      The fingerprint, and those that earlier formats gave to a store of the same tokens.
+    """
+    fraction = config.heldout_fraction
+    payload: dict[str, Any] = {
+        "format": 2,
         "layout": dataclasses.asdict(layout),
         "tokenizer": tokenizer.identity,
-        "heldout_fraction": config.heldout_fraction,
+        "heldout_fraction": fraction,
         "streams": [
             [stream.name, stream.kind, stream.field, stream.sources, list(stream.digests())]
             for stream in streams
         ],
     }
+    heldout = [len(stream.heldout_files) for stream in streams]
+    changed = {
+        "format": STORE_FORMAT,
+        "bos": config.begin_with_bos,
+        "heldout_fraction": None if any(heldout) else fraction,
+        "heldout_files": heldout,  # of each stream's digests, these many last ones
+    }
+    # Format 2 wrote the same tokens but for tokenizers from files, whose identity is another now.
+    same = not config.begin_with_bos and not any(heldout)
+    return _sha256(payload | changed), (_sha256(payload),) if same else ()
+
+
+def _sha256(payload: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload).encode()).hexdigest()
-
-
-class HoldOut:
-    """Which documents are held out: a function of their content, so copies stay together.
-
-    A document is held out when the first 64 bits of its SHA-256, as a fraction, are below
-    `fraction`; in a stream where none is, the document with the smallest is.
-    """
-
-    def __init__(self, streams: tuple[Stream, ...], fraction: float):
-        self._limit = int(fraction * 2**64)
-        self._chosen: set[int] = set()
-        for stream in streams:
-            smallest = min((self._key(doc.text) for doc in stream.documents()), default=None)
-            if smallest is None:
-                raise UserError(f"data: {stream.name!r} holds no documents: name other files.")
-            if smallest >= self._limit:
-                self._chosen.add(smallest)
-        for stream in streams:
-            if all(self.split(doc.text) == "heldout" for doc in stream.documents()):
-                raise UserError(
-                    f"data: {stream.name!r} is too small to train on some of it and hold some "
-                    "out: it needs at least two different documents (a single text file counts "
-                    "as one for every 8,192 characters)."
-                )
-
-    def split(self, text: str) -> str:
-        """train or heldout."""
-        key = self._key(text)
-        return "heldout" if key < self._limit or key in self._chosen else "train"
-
-    @staticmethod
-    def _key(text: str) -> int:
-        return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 
 def _write(
@@ -191,14 +190,10 @@ def _write(
     ids = {source: i for i, source in enumerate(sources)}
     stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
     bounds = {}
+    bos = (tokenizer.bos_id,) if config.begin_with_bos and tokenizer.bos_id is not None else ()
     for split in SPLITS:
-        documents = (
-            document
-            for stream in streams
-            for document in stream.documents()
-            if hold_out.split(document.text) == split
-        )
-        writer = _SplitWriter(path / split, tokenizer, layout, ids)
+        writer = _SplitWriter(path / split, tokenizer, layout, ids, bos)
+        documents = hold_out.split(split)
         total, table = writer.write(documents, lambda line, split=split: say(f"{split}: {line}"))
         first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))
         bounds[split] = [*table[first, START].tolist(), total]
@@ -207,6 +202,7 @@ def _write(
         "fingerprint": fingerprint,
         "tokenizer": tokenizer.identity,
         "vocab_size": tokenizer.vocab_size,
+        "bos_ids": list(bos),
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "streams": [stream.name for stream in streams],
@@ -214,8 +210,11 @@ def _write(
         "splits": bounds,
     }
     folder = key_value_store(path)
-    manifest["arrays"] = array_digests(folder)
-    folder.write(MANIFEST, sealed(manifest)).result()
+    with _writing(path):
+        manifest["arrays"] = array_digests(folder)
+        folder.write(MANIFEST, sealed(manifest)).result()
+    if hold_out.left_out:
+        say(f"train: {hold_out.left_out:,} documents left out, which are also held out")
     for split in SPLITS:
         folder.delete_range(ts.KvStore.KeyRange(f"{split}/parts/", f"{split}/parts0")).result()
 
@@ -224,12 +223,18 @@ class _SplitWriter:
     """Writes one split, shard by shard."""
 
     def __init__(
-        self, path: epath.Path, tokenizer: Tokenizer, layout: Layout, source_ids: dict[str, int]
+        self,
+        path: epath.Path,
+        tokenizer: Tokenizer,
+        layout: Layout,
+        source_ids: dict[str, int],
+        bos: tuple[int, ...],
     ):
         self._path = path
         self._tokenizer = tokenizer
         self._layout = layout
         self._source_ids = source_ids
+        self._bos = np.array(bos, np.int64)
         self._folder = key_value_store(path)
         self._parts = self._read_parts()
         spec = array_spec(path / "tokens")
@@ -242,7 +247,8 @@ class _SplitWriter:
                 ) from error
         else:
             dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-            self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
+            with _writing(path):
+                self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
 
     def write(
         self, documents: Iterator[Document], say: Callable[[str], None]
@@ -279,7 +285,7 @@ class _SplitWriter:
         return end, table
 
     def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        """Each document with its token ids and eos; the tokenizer gets many at once."""
+        """Each document with its bos, token ids and eos; the tokenizer gets many at once."""
         batch, size = [], 0
         for document in documents:
             batch.append(document)
@@ -300,7 +306,10 @@ class _SplitWriter:
                     f"{document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, beyond "
                     f"its {self._tokenizer.vocab_size}: use one whose vocabulary is whole."
                 )
-            yield document, np.append(ids, self._tokenizer.eos_id)
+            yield (
+                document,
+                np.concatenate([self._bos, ids, [self._tokenizer.eos_id]], dtype=np.int64),
+            )
 
     def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
         start = shard * self._layout.shard
@@ -351,9 +360,6 @@ def _part(number: int) -> str:
     return f"parts/{number:08d}"
 
 
-CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-
-
 def _regular(shape: list[int]) -> dict[str, Any]:
     return {"name": "regular", "configuration": {"chunk_shape": shape}}
 
@@ -375,5 +381,6 @@ def _writing(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # tensorstore raises ValueError and others
         raise UserError(
-            f"{path} cannot be written ({first_line(error)}): free its disk or set data.store."
+            f"{path} cannot be written ({first_line(error)}): make room on its disk or set "
+            f"data.store, then run the same command again: it goes on after what is whole."
         ) from error

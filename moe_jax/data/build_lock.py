@@ -1,6 +1,7 @@
 """One process of a machine builds a store; those that wait for it see whether it gets on."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -11,7 +12,6 @@ from etils import epath
 
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_link, check_links
-from moe_jax.files.write_errors import reason
 
 LOOK = 0.25  # seconds between two looks at who builds
 TELL = 1.0  # seconds between two signs of life of who builds
@@ -52,13 +52,15 @@ class Turn:
         try:
             root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            file = os.fdopen(os.open(root / f"{name}.lock", flags, 0o666), "wb")
+            path = root / f"{name}.lock"
+            file = os.fdopen(os.open(path, flags, 0o666), "wb")
         except OSError as error:
+            advice = "make room there or set" if error.errno == errno.ENOSPC else "set"
             raise UserError(
-                f"The store cannot be written to {root} ({error.strerror}): set data.store."
+                f"The store cannot be written to {root} ({error.strerror}): {advice} data.store."
             ) from None
         with file:
-            self._wait(file)
+            self._wait(file, path)
             check_link(root / name, root)
             check_links(root / name)
             self._held = file
@@ -67,7 +69,7 @@ class Turn:
             finally:
                 self._held = None
 
-    def _wait(self, file: BinaryIO) -> None:
+    def _wait(self, file: BinaryIO, path: epath.Path) -> None:
         seen = os.fstat(file.fileno()).st_mtime_ns
         while True:
             try:
@@ -75,13 +77,11 @@ class Turn:
                 return
             except BlockingIOError:
                 time.sleep(LOOK)
-            except OSError as error:
-                print(
-                    f"the store lies on a file system without locks ({reason(error)}): nothing "
-                    f"keeps a second process from building it, so build it with one first.",
-                    flush=True,
-                )
-                return
+            except OSError as error:  # a file system without locks
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}), which keeps two processes "
+                    f"from building one store: set data.store to a folder on another file system."
+                ) from None
             told = os.fstat(file.fileno()).st_mtime_ns
             if told != seen:
                 seen = told

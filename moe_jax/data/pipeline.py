@@ -40,15 +40,25 @@ class Supply(NamedTuple):
 class Windows:
     """The windows of a split, numbered through all its streams.
 
+    Args:
+      split: to cut into windows.
+      pad_id: token of places without text.
+      sequence_length: T.
+      confine: targets and positions stop at document borders.
+      lead: tokens that begin every document and stand for no text (its bos).
+
     Attributes:
       starts: number of each stream's first window, then the number of windows.
     """
 
-    def __init__(self, split: Split, pad_id: int, sequence_length: int, confine: bool):
+    def __init__(
+        self, split: Split, pad_id: int, sequence_length: int, confine: bool, lead: int = 0
+    ):
         self._split = split
         self._pad_id = pad_id
         self._T = sequence_length
         self._confine = confine
+        self._lead = lead
         lengths = np.diff(split.bounds)
         counts = -(-np.maximum(lengths - 1, 0) // sequence_length)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -109,14 +119,14 @@ class Windows:
         """Bytes of the token at each place: its document's, spread evenly over its tokens.
 
         Sums over whole documents are exact for any tokenizer, and every token of the byte
-        tokenizer gets exactly 1.
+        tokenizer gets exactly 1.  A bos gets none.
         """
-        first_BT = self._document_starts[document_BT]
+        first_BT = self._document_starts[document_BT] + self._lead
         length_BT = self._document_starts[document_BT + 1] - first_BT
         size_BT = self._split.documents[document_BT, BYTES]
         index_BT = place_BT - first_BT
         bytes_BT = (index_BT + 1) * size_BT // length_BT - index_BT * size_BT // length_BT
-        return bytes_BT.astype(np.int32)
+        return np.where(index_BT < 0, 0, bytes_BT).astype(np.int32)
 
 
 class Batches:
@@ -150,7 +160,7 @@ class Batches:
         Raises:
           UserError: a sequence longer than the split, or fewer windows than a batch has rows.
         """
-        windows = Windows(store.train, store.pad_id, sequence_length, confine)
+        windows = Windows(store.train, store.pad_id, sequence_length, confine, len(store.bos_ids))
         _check_length(store.train, sequence_length, "training")
         if len(windows) < batch_size:
             raise UserError(
@@ -222,7 +232,9 @@ class HeldOut:
         """
         _check_length(store.heldout, sequence_length, "held-out")
         self.batch_size = batch_size
-        self._windows = Windows(store.heldout, store.pad_id, sequence_length, confine)
+        self._windows = Windows(
+            store.heldout, store.pad_id, sequence_length, confine, len(store.bos_ids)
+        )
         self._order = np.random.Generator(np.random.Philox(HELDOUT_SEED)).permutation(
             len(self._windows)
         )

@@ -8,7 +8,8 @@
 
 Tokens are cut into rows only when they are read, so the sequence length is chosen at training
 time.  The entries of a mixture lie one after the other in the stream.  An eos token ends every
-document.  `build` (build.py) writes stores; this file opens them.
+document and, under data.begin_with_bos, a bos token begins it.  `build_store` (build.py) writes
+stores; this file opens them.
 """
 
 import dataclasses
@@ -27,11 +28,13 @@ from jaxtyping import Integer
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 
-STORE_FORMAT = 2  # raised whenever the same text would be stored differently
+STORE_FORMAT = 3  # raised whenever the same text would be stored differently
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 CACHE_BYTES = 256 << 20  # decoded chunks kept in memory, all arrays together
 START, BYTES, SOURCE = range(3)  # columns of a documents array
+# Of every chunk.  No compression: what a stranger's store declares is then what lies on the disk.
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,10 @@ class Store:
 
     path: str
     fingerprint: str  # SHA-256 over names, contents, tokenizer, split and format
+    earlier: tuple[str, ...]  # fingerprints that earlier formats gave to the same tokens
     tokenizer: str  # identity of the tokenizer
     vocab_size: int  # V
+    bos_ids: tuple[int, ...]  # what every document begins with: the bos token or nothing
     eos_id: int
     pad_id: int
     streams: tuple[str, ...]  # entries of the mixture, in order of their tokens
@@ -90,6 +95,10 @@ class Store:
     sources: tuple[str, ...]  # labels by source id
     train: Split
     heldout: Split
+
+    def same_text(self, fingerprint: object) -> bool:
+        """Whether `fingerprint`, as a run has recorded it, is of a store with the same tokens."""
+        return fingerprint in (self.fingerprint, *self.earlier)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError when a model with `vocab_size` ids has no row for some token here."""
@@ -199,6 +208,7 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
         "streams": records.names,
         "sources": records.names,
         "arrays": records.mapping,
+        "bos_ids": lambda value: [token_id(one) for one in records.items(value)],
         "eos_id": token_id,
         "pad_id": token_id,
         "splits": splits,
@@ -211,8 +221,15 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
+def open_store(
+    path: str | os.PathLike, weights: Sequence[float] = (), earlier: tuple[str, ...] = ()
+) -> Store:
     """Open a finished store; `weights` of its streams default to 1 each.
+
+    Args:
+      path: folder of the store, local or gs://.
+      weights: of the streams in training.
+      earlier: fingerprints of earlier formats, for `Store.same_text`.
 
     Raises:
       UserError: nothing there, another format, or damage.
@@ -233,8 +250,10 @@ def open_store(path: str | os.PathLike, weights: Sequence[float] = ()) -> Store:
     return Store(
         path=os.fspath(path),
         fingerprint=manifest["fingerprint"],
+        earlier=earlier,
         tokenizer=manifest["tokenizer"],
         vocab_size=manifest["vocab_size"],
+        bos_ids=tuple(manifest["bos_ids"]),
         eos_id=manifest["eos_id"],
         pad_id=manifest["pad_id"],
         streams=tuple(manifest["streams"]),
@@ -253,6 +272,10 @@ def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context)
         what = f"{path}/tokens holds {tokens.dtype.name}{list(tokens.shape)}"
         raise damaged(f"{what} instead of uint16 or uint32 [{total}]", path.parent)
     table = ts.open(array_spec(path / "documents"), read=True).result()
+    for name, array in (("tokens", tokens), ("documents", table)):
+        if _codecs(array) != [codec["name"] for codec in CODECS]:
+            what = f"{path}/{name} has codecs {', '.join(_codecs(array))}"
+            raise damaged(f"{what}, which no store has", path.parent)
     if table.dtype.name != "int64" or table.shape[1:] != (3,) or table.shape[0] > total:
         what = f"{path}/documents holds {table.dtype.name}{list(table.shape)}"
         raise damaged(f"{what} instead of int64 [at most {total}, 3]", path.parent)
@@ -262,6 +285,14 @@ def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context)
     if starts[0] != 0 or (np.diff(starts) <= 0).any() or not known.all():
         raise damaged(f"{path}/documents does not fit its tokens and sources", path.parent)
     return Split(os.fspath(path), tokens, documents, bounds, manifest["vocab_size"])
+
+
+def _codecs(array: ts.TensorStore) -> list[str]:
+    """Names of the codecs of an array's chunks, those inside shards if it has any."""
+    codecs = array.spec().to_json()["metadata"]["codecs"]
+    if codecs[0]["name"] == "sharding_indexed":
+        codecs = codecs[0]["configuration"]["codecs"]
+    return [codec["name"] for codec in codecs]
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.data.feed import DeviceFeed, batch_shardings
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import config_tokenizer
 from moe_jax.eval.generate import make_sampler
 from moe_jax.eval.heldout import eval_row, make_eval_step
 from moe_jax.files import json_files
@@ -56,8 +56,9 @@ def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str],
     config = run.config.eval
     if not config.samples:
         return
-    tokenizer = load_tokenizer(run.config.data.tokenizer)
-    prompt = np.asarray(tokenizer.encode(config.sample_prompt), np.int32)
+    tokenizer = config_tokenizer(run.config.data)
+    # As documents begin: with a bos, where they do.
+    prompt = np.array([*run.store.bos_ids, *tokenizer.encode(config.sample_prompt)], np.int32)
     if not prompt.size:
         prompt = np.array([run.store.eos_id], np.int32)
     shards = run.config.mesh.batch_shards

@@ -104,7 +104,8 @@ def _changed_knobs(router: Router, new: MoEConfig, old: MoEConfig) -> list[str]:
 def check_same_text(store: Store, workdir: Folder) -> None:
     """Raises UserError when the files behind a resumed run's data have changed."""
     path = workdir / DATA_RECORD
-    if path.exists() and json_files.read(path) != {"fingerprint": store.fingerprint}:
+    record = json_files.read(path) if path.exists() else {"fingerprint": store.fingerprint}
+    if not isinstance(record, dict) or not store.same_text(record.get("fingerprint")):
         raise UserError(
             f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
             f"({DATA_RECORD} there holds another fingerprint): bring the files back, or use "

@@ -1,6 +1,5 @@
 """Whoever waits for a store is alive while its builder is, and no longer."""
 
-import errno
 import fcntl
 import os
 import threading
@@ -56,15 +55,3 @@ def test_a_build_gets_on_with_every_document_it_reads(tmp_path):
     built = len(told)
     build_store(config, tmp_path / "stores", alive=lambda: told.append(1))
     assert len(told) == built + 4
-
-
-def test_a_file_system_without_locks_is_named_and_the_store_is_built(tmp_path, monkeypatch, capsys):
-    def no_locks(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    for number in range(4):
-        (tmp_path / f"{number}.txt").write_text(f"text {number}")
-    config = DataConfig(source="text", files=f"{tmp_path}/*.txt")
-    assert build_store(config, tmp_path / "stores").train.num_tokens
-    assert capsys.readouterr().out.count("without locks (No locks available)") == 1

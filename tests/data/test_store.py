@@ -248,7 +248,7 @@ def test_a_renamed_store_is_refused(config, store, tmp_path):
 
 def test_another_format_is_refused(store):
     manifest = Path(store.path) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 0'))
     with pytest.raises(UserError, match="store format 0"):
         open_store(store.path)
     manifest.unlink()

@@ -1,0 +1,127 @@
+"""Which documents are held out, and how far that is from what the config asks for."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_jax.data.config import DataConfig
+from moe_jax.data.corpora import Document, Stream
+from moe_jax.data.store import BYTES, START, Split, Store
+from moe_jax.errors import UserError
+
+FAR = 2.0  # a held-out share this many times the asked one, or this part of it, is told
+
+
+class HoldOut:
+    """Splits the documents of streams into train and heldout; no document is in both.
+
+    With files of held-out text, these are the whole of it, and training leaves out every document
+    that is also there.  Else it is a function of the document's content, so copies stay together: a
+    document is held out when the first 64 bits of its SHA-256, as a fraction, are below `fraction`;
+    in a stream where none is, the document with the smallest is.
+
+    Attributes:
+      left_out: documents of the training files that are also held out, of those `split` has given.
+    """
+
+    def __init__(self, streams: tuple[Stream, ...], fraction: float):
+        self.left_out = 0
+        self._streams = streams
+        self._by_file = any(stream.heldout_files for stream in streams)
+        self._limit = 0 if self._by_file else int(fraction * 2**64)
+        self._chosen: set[int] = set()
+        for stream in streams:
+            if self._by_file:
+                self._chosen.update(_key(doc.text) for doc in stream.heldout_documents())
+            else:
+                self._chosen |= self._smallest(stream)
+        for stream in streams:
+            self._check(stream)
+
+    def split(self, name: str) -> Iterator[Document]:
+        """The documents of `train` or `heldout`, stream by stream, in order."""
+        for stream in self._streams:
+            if self._by_file and name == "heldout":
+                yield from stream.heldout_documents()
+                continue
+            for document in stream.documents():
+                if self._is_held(document) == (name == "heldout"):
+                    yield document
+                elif self._by_file:
+                    self.left_out += 1
+
+    def _is_held(self, document: Document) -> bool:
+        key = _key(document.text)
+        return key < self._limit or key in self._chosen
+
+    def _smallest(self, stream: Stream) -> set[int]:
+        """The key to hold out of a stream that has none below the limit."""
+        smallest = min((_key(doc.text) for doc in stream.documents()), default=None)
+        if smallest is None:
+            raise UserError(f"{stream.key}: {stream.name!r} holds no documents: name other files.")
+        return {smallest} if smallest >= self._limit else set()
+
+    def _check(self, stream: Stream) -> None:
+        """Raises UserError where one of the splits would have no text of the stream."""
+        if self._by_file and not any(stream.heldout_documents()):
+            raise UserError(
+                f"{stream.key}.heldout_files hold no documents: name files with text in them."
+            )
+        if not all(self._is_held(document) for document in stream.documents()):
+            return
+        if self._by_file:
+            raise UserError(
+                f"{stream.key}.files hold no document that {stream.key}.heldout_files do not hold "
+                f"as well: name other files to train on."
+            )
+        raise UserError(
+            f"{stream.key}: {stream.name!r} is too small to train on some of it and hold some out: "
+            f"it needs at least two different documents (a single text file counts as one for "
+            f"every 8,192 characters), or {stream.key}.heldout_files."
+        )
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+
+
+def share_warnings(store: Store, config: DataConfig) -> list[str]:
+    """A line for each stream whose held-out share of bytes is far from `config.heldout_fraction`.
+
+    Documents are held out whole, so few of them, or a very long one, may make any share.  Nothing
+    is told of held-out text that is named by file.
+    """
+    if config.heldout_files or any(part.get("heldout_files") for part in config.mixture.values()):
+        return []
+    asked, lines = config.heldout_fraction, []
+    rows = [_stream_bytes(split) for split in (store.train, store.heldout)]
+    counts = [_stream_documents(split) for split in (store.train, store.heldout)]
+    for i, name in enumerate(store.streams):
+        held = rows[1][i] / (rows[0][i] + rows[1][i])
+        if asked / FAR <= held <= asked * FAR:
+            continue
+        where = f"of data.mixture.{name} " if config.mixture else ""
+        documents = f"{counts[1][i]:,} of {counts[0][i] + counts[1][i]:,} documents"
+        lines.append(
+            f"WARNING: {held:.1%} of the bytes {where}are held out and data.heldout_fraction asks "
+            f"for {asked:.1%}: {documents}, each of them whole.  Use more or shorter documents, or "
+            f"data.heldout_files."
+        )
+    return lines
+
+
+def _stream_bytes(split: Split) -> np.ndarray:
+    """Bytes of each stream's documents [streams]."""
+    place = _stream_of(split)
+    return np.bincount(place, split.documents[:, BYTES], minlength=len(split.bounds) - 1)
+
+
+def _stream_documents(split: Split) -> np.ndarray:
+    """Documents of each stream [streams]."""
+    return np.bincount(_stream_of(split), minlength=len(split.bounds) - 1)
+
+
+def _stream_of(split: Split) -> np.ndarray:
+    """The stream of each document."""
+    return np.searchsorted(split.bounds[:-1], split.documents[:, START], side="right") - 1
