@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.cli.commands import COMMON_FLAGS, Command
+from moe_jax.cli.mixture import add_mixture_keys
 from moe_jax.config_file import read_config_file
 from moe_jax.errors import UserError
 from moe_jax.parallel.xla_flags import avoid_command_buffers, use_virtual_devices
@@ -50,6 +51,7 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
     if command.config:
         path, arguments = _split_config(arguments)
         loaded = read_config_file(path)
+        add_mixture_keys(loaded, arguments)
         _check_keys(loaded, arguments)
         config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=arguments)
     stray = _read(values, arguments)

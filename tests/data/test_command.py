@@ -3,6 +3,12 @@
 import json
 import re
 
+import pytest
+from ml_collections import ConfigDict
+
+from moe_jax.cli.mixture import add_mixture_keys
+from moe_jax.errors import UserError
+
 
 def write_config(tmp_path, corpus):
     (tmp_path / "run.py").write_text(f"""
@@ -33,6 +39,42 @@ def test_builds_and_describes_a_store_with_a_new_tokenizer(run_cli, corpus, tmp_
     assert re.search(r"^train +[\d,]+ tokens, \d+ documents, [\d.]+ bytes a token$", done.out, re.M)
     assert re.search(r"^a/01 +[\d,]+ +[\d,]+$", done.out, re.M)
     assert len(done.out.split("10 samples")[1].splitlines()) == 11
+
+
+def test_entries_of_a_mixture_are_set_on_the_command_line():
+    """Those of the file, keys that it leaves out, and entries of their own."""
+
+    def mixture(there: dict, *flags: str) -> dict:
+        config = ConfigDict({"data": {"mixture": there}})
+        config.lock()
+        arguments = [f"--config.data.mixture.{flag}" for flag in flags]
+        add_mixture_keys(config, arguments)
+        return config.data.mixture.to_dict()
+
+    web = {"web": {"files": "w/*", "weight": 1}}
+    assert mixture(web) == web
+    assert mixture(web, "web.field=body") == {"web": web["web"] | {"field": "text"}}
+    assert mixture(web, "web.weight=0.5") == {"web": {"files": "w/*", "weight": 1.0}}
+    assert isinstance(mixture(web, "web.weight=0.5")["web"]["weight"], float)
+    assert mixture(web, "code.files=c/*", "code.weight", "2") == web | {
+        "code": {"files": "", "weight": 1.0}
+    }
+    with pytest.raises(UserError, match=r"mixture\.web key 'wieght' is unknown .*'weight'"):
+        mixture(web, "web.wieght=3")
+    with pytest.raises(UserError, match=r"mixture\.my-code has a name that no flag can have"):
+        mixture(web, "my-code.weight=3")
+
+
+def test_a_mixture_of_the_command_line_alone(run_cli, corpus, tmp_path):
+    write_config(tmp_path, corpus)
+    (tmp_path / "run.py").write_text(
+        (tmp_path / "run.py").read_text().replace("config.data.f", "#")
+    )
+    flags = [f"--config.data.mixture.{n}.files={corpus}/{n}/*.txt" for n in "ab"]
+    flags += ["--config.data.mixture.a.weight=3"]
+    done = run_cli(["moe_jax", "data", "--config=run.py", "--workdir=runs/a", *flags])
+    assert (done.code, done.err) == (0, "")
+    assert "mixture      a 75.0%, b 25.0%" in done.out
 
 
 def test_a_users_mistake_is_one_line(run_cli, corpus, tmp_path):
