@@ -25,7 +25,8 @@ def add_mixture_keys(config: ConfigDict, argv: Sequence[str]) -> None:
     Raises:
       UserError: KEY is none of an entry's, or no flag can have NAME.
     """
-    mixture = config.get("data", ConfigDict()).get("mixture")
+    data = config.get("data")
+    mixture = data.get("mixture") if isinstance(data, ConfigDict) else None
     if not isinstance(mixture, ConfigDict):
         return
     for name, key in (match.groups() for match in map(_OVERRIDE.match, argv) if match):

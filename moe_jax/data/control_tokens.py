@@ -163,8 +163,9 @@ class TokenizerFile:
 
     def unknown(self) -> str | None:
         """The token that stands for what the model cannot encode."""
-        place = self._model.get("unk_id")
-        return self._model["vocab"][place][0] if place is not None else self._model.get("unk_token")
+        vocabulary: Any = self._model["vocab"]
+        place = self._model.get("unk_id")  # of Unigram, whose vocabulary is a list
+        return self._model.get("unk_token") if place is None else vocabulary[place][0]
 
     def control(self) -> set[str]:
         """Added tokens that are control tokens."""
@@ -175,7 +176,7 @@ class TokenizerFile:
 
         Merges that make such a token, or make others of it, are left out.
         """
-        vocabulary = self._model["vocab"]
+        vocabulary: Any = self._model["vocab"]
         if isinstance(vocabulary, dict):
             vocabulary = {spelling.get(name, name): place for name, place in vocabulary.items()}
         else:  # Unigram: pieces with scores

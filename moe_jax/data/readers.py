@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from etils import epath
 
@@ -126,7 +126,7 @@ def _read_parquet(path: epath.Path, field: str, key: str) -> Iterator[str]:
             )
 
 
-def _batches(stream: BinaryIO, group: int, field: str, kind: Any) -> Iterator[Any]:
+def _batches(stream: IO[bytes], group: int, field: str, kind: Any) -> Iterator[Any]:
     """A column of one row group, some rows at a time.
 
     Texts that the file has once stay so in memory, however many rows repeat them.  Arrow does this

@@ -63,7 +63,7 @@ class BytesTokenizer:
     """UTF-8 bytes as tokens: 256 + eos + padding."""
 
     vocab_size = 258
-    bos_id = None
+    bos_id: int | None = None
     eos_id = 256
     pad_id = 257
     identity = hashlib.sha256(b"bytes").hexdigest()

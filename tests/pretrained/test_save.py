@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from old_workdir import DEVICES, STEP, config_of, unpack
@@ -18,11 +19,13 @@ from moe_jax.checkpoint import Checkpoints, array_digest, named_leaves
 from moe_jax.cli import checkpoint as checkpoint_command
 from moe_jax.config import to_json
 from moe_jax.data.tokenizers import BytesTokenizer, load_tokenizer, train_bpe
-from moe_jax.pretrained.tokenizer import byte_level_json
+from moe_jax.pretrained.tokenizer import byte_level_json, save_tokenizer
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
 
-SPECIAL = st.sampled_from(["<|endoftext|>", "<|padding|>", "\x00", "\r\n", " ", "🙂", "e\u0301"])
+SPECIAL = st.sampled_from(
+    ["<|endoftext|>", "<|padding|>", "<|im_end|>", "</s>", "\x00", "\r\n", " ", "🙂", "e\u0301"]
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # surrogates alone have no UTF-8
 
 
@@ -106,6 +109,17 @@ def test_a_folder_that_was_cut_short_is_not_taken(tiny, tmp_path, monkeypatch):
         tiny.save(tmp_path / "model")
     with pytest.raises(moe_jax.UserError, match="is missing: bring it back"):
         moe_jax.load(tmp_path / "model")
+
+
+def test_what_names_the_end_token_is_saved_beside_the_tokenizer(tmp_path):
+    train_bpe(["some text"], 262, tmp_path / "a" / "tokenizer.json")
+    file = tmp_path / "a" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|padding|>", "<|end_of_text|>"))
+    (file.parent / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
+    (tmp_path / "b").mkdir()
+    save_tokenizer(str(file), epath.Path(tmp_path / "b"))
+    first, second = (load_tokenizer(str(tmp_path / x / "tokenizer.json")) for x in "ab")
+    assert first.eos_id == second.eos_id == 1 and first.identity == second.identity
 
 
 @given(st.lists(SPECIAL | ANY_TEXT).map("".join))
