@@ -33,4 +33,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 20
     config.checkpoint.every_steps = 100
     config.eval.every = 100
+    config.eval.sample_tokens = 120  # with the prompt, a row at most
     return config

@@ -29,6 +29,7 @@ from moe_jax.parallel.platforms import check_platforms
 from moe_jax.record.report import METRICS, has_last_eval
 from moe_jax.run.context import make_optimizer
 from moe_jax.run.resolve import check_shapes
+from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import settle
 
 
@@ -72,6 +73,7 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     model = define(config.model, jnp.float32, components)
     check_shapes(model, mesh)
+    check_samples(config)
     make_optimizer(config, model)
     return config, workdir
 

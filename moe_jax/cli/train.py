@@ -28,6 +28,7 @@ from moe_jax.run.context import Run
 from moe_jax.run.end import end_of
 from moe_jax.run.loop import SAMPLES, Trainer, start_lowering
 from moe_jax.run.restore import first_state
+from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.watch.phases import Phases
 from moe_jax.watch.timekeeper import Timekeeper
@@ -57,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
             watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
+            notes = check_samples(config)
             run = prepare(config, workdir, _say, alive=watchdog.alive)
-            for line in _describe(run):
+            for line in [*_describe(run), *notes]:
                 _say(line)
             # From here on the workdir belongs to this process.
             if lead:

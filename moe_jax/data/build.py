@@ -40,7 +40,7 @@ from moe_jax.data.store import (
     read_manifest,
     sealed,
 )
-from moe_jax.data.tokenizers import Tokenizer, config_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, bos_ids, config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files.schemes import check_scheme
 
@@ -190,7 +190,7 @@ def _write(
     ids = {source: i for i, source in enumerate(sources)}
     stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
     bounds = {}
-    bos = (tokenizer.bos_id,) if config.begin_with_bos and tokenizer.bos_id is not None else ()
+    bos = bos_ids(config, tokenizer)
     for split in SPLITS:
         writer = _SplitWriter(path / split, tokenizer, layout, ids, bos)
         documents = hold_out.split(split)

@@ -283,6 +283,13 @@ def config_tokenizer(config: DataConfig) -> Tokenizer:
     return tokenizer
 
 
+def bos_ids(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What every document begins with: the bos token or nothing."""
+    if config.begin_with_bos and tokenizer.bos_id is not None:
+        return (tokenizer.bos_id,)
+    return ()
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) -> Tokenizer:
     """Train a byte-level BPE on `texts`, write it as a tokenizer.json, and load it.
 

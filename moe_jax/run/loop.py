@@ -15,10 +15,11 @@ from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
 from moe_jax.run.control import Control, Stop
 from moe_jax.run.end import End, end_of
-from moe_jax.run.evaluate import Evaluator, save_samples, write_samples
+from moe_jax.run.evaluate import Evaluator
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
 from moe_jax.run.restore import restored_state
+from moe_jax.run.samples import save_samples, write_samples
 from moe_jax.run.step_log import StepLog, step_row, way_on
 from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
 from moe_jax.train.step import abstract_batch, jit_train_step
