@@ -41,7 +41,7 @@ RUN = {
     "train.log_every": 1,
     "checkpoint.every_steps": EVERY,
     "eval.every": 0,
-    "eval.batches": 1,
+    "eval.rows": 32,
     "eval.samples": 0,
 }
 

@@ -41,7 +41,7 @@ TINY = {
     "train.log_every": 1,
     "train.ledger_every": 0,
     "eval.every": 0,
-    "eval.batches": 1,
+    "eval.rows": 32,
     "eval.samples": 0,
 }
 NUMBERS = ("loss", "lm_loss", "balance_loss", "grad_norm", "kept", "dropped")

@@ -55,7 +55,7 @@ def train(folder: Path, mesh: dict[str, int], arguments: list[str]) -> list[dict
         *(sys.executable, "-m", "moe_jax", "train", f"--config={CONFIG}", f"--workdir={workdir}"),
         "--config.train.log_every=1",
         "--config.eval.every=0",
-        "--config.eval.batches=1",
+        "--config.eval.rows=32",
         "--config.eval.samples=0",
         *(f"--config.mesh.{axis}={size}" for axis, size in axes.items()),
         f"--devices={8 if mesh else 1}",

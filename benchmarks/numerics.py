@@ -29,7 +29,7 @@ from moe_jax.files.formats import table
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 20  # steps
-QUIET = ("eval.every=0", "eval.batches=1", "eval.samples=0", "checkpoint.every_steps=0")
+QUIET = ("eval.every=0", "eval.rows=32", "eval.samples=0", "checkpoint.every_steps=0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,4 +26,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data.sequence_length = 4096
     config.train.batch_size = 4
+    config.eval.rows = 64
     return config

@@ -28,4 +28,5 @@ def get_config(arg: str = "8") -> ConfigDict:
     config.train.batch_size = 8
     config.optimizer.schedule = "constant"
     config.optimizer.learning_rate = 1e-3
+    config.eval.rows = 128
     return config

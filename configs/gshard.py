@@ -36,4 +36,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.name, config.optimizer.schedule = "adafactor", "inverse_sqrt"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.01, 10_000
     config.optimizer.weight_decay = 0.0
+    config.eval.rows = 16_384
     return config

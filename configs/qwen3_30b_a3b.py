@@ -37,4 +37,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.sequence_length = 4096
     config.train.steps, config.train.batch_size = 250_000, 1024
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-4, 2000
+    config.eval.rows = 16_384
     return config

@@ -8,8 +8,8 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 from flax.traverse_util import flatten_dict
@@ -27,6 +27,32 @@ from moe_jax.train.optim import OptimizerConfig
 
 LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+class _Renamed(NamedTuple):
+    """The key that takes the place of one that earlier versions had."""
+
+    key: str  # dotted, in the section of the old key
+    means: str  # for the sentence that refuses the old one
+    value: Callable[[Any, Mapping[str, Any]], Any]  # from the old value and the whole saved config
+
+
+def _rows_of_batches(batches: Any, saved: Mapping[str, Any]) -> Any:
+    """Rows of so many batches; what is no number is left to the check of types."""
+    train = saved.get("train")
+    size = train.get("batch_size") if isinstance(train, Mapping) else None
+    return batches * size if isinstance(batches, int) and isinstance(size, int) else batches
+
+
+# A config file or a flag with one of these keys is refused and told the new one.  A saved config of
+# an earlier version (config.json, settings.jsonl) is read with the new key in its place.
+_RENAMED = {
+    "eval.batches": _Renamed(
+        "eval.rows",
+        "held-out rows of an evaluation, whatever train.batch_size is",
+        _rows_of_batches,
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +110,14 @@ class EvalConfig:
     """Held-out loss and samples."""
 
     every: int = 100  # steps; 0: only at the end
-    batches: int = 16  # held-out batches an evaluation; 0: the whole split
+    rows: int = 512  # held-out rows an evaluation; 0: the whole split
     samples: int = 2  # texts generated at the end
     sample_tokens: int = 200
     sample_prompt: str = "def "
     temperature: float = 0.8  # 0: greedy
 
     def __post_init__(self):
-        for name in ("every", "batches", "samples", "sample_tokens", "temperature"):
+        for name in ("every", "rows", "samples", "sample_tokens", "temperature"):
             if getattr(self, name) < 0:
                 raise UserError(f"eval.{name} is {getattr(self, name)}: set 0 or more.")
 
@@ -200,7 +226,7 @@ def from_json(text: str) -> Config:
         plain = json_files.parse(text)
     except ValueError as error:
         raise UserError(f"The resolved config is not JSON ({error}).") from None
-    return _from_plain(plain)
+    return from_saved(plain)
 
 
 def read_config(path: pathlib.Path | epath.Path) -> Config:
@@ -212,15 +238,34 @@ def read_config(path: pathlib.Path | epath.Path) -> Config:
     """
     plain = json_files.read(path)
     try:
-        return _from_plain(plain)
+        return from_saved(plain)
     except UserError as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from None
 
 
-def _from_plain(plain: Any) -> Config:
+def from_saved(plain: Any) -> Config:
+    """The config that this version or an earlier one has saved as `to_dict` gives it.
+
+    Raises:
+      UserError: it is damaged, or holds what no version has saved.
+    """
     if not isinstance(plain, dict):
         raise UserError("The resolved config is not a JSON object.")
+    for old, new in _RENAMED.items():
+        section, _, key = old.partition(".")
+        values = plain.get(section)
+        if isinstance(values, Mapping) and key in values:
+            rest = {name: value for name, value in values.items() if name != key}
+            renamed = {new.key.rpartition(".")[2]: new.value(values[key], plain)}
+            plain = plain | {section: renamed | rest}
     return _build(Config, plain, "")
+
+
+def refuse_renamed(key: str) -> None:
+    """Raises UserError for a dotted key that an earlier version had under another name."""
+    if key in _RENAMED:
+        new = _RENAMED[key]
+        raise UserError(f"config.{key} is now config.{new.key} ({new.means}): set that instead.")
 
 
 def fingerprint(config: Any) -> str:
@@ -234,6 +279,7 @@ def _build(cls: type, plain: Mapping[str, Any], path: str) -> Any:
     unknown = set(plain) - set(hints)
     if unknown:
         key = sorted(unknown)[0]
+        refuse_renamed(f"{path}{key}")
         raise UserError(f"config.{path}{key} is not a config key{suggest(key, hints)}.")
     return cls(**{key: _value(hints[key], value, f"{path}{key}") for key, value in plain.items()})
 

@@ -30,8 +30,13 @@ def unpack(folder: Path) -> Path:
 
 
 def overrides(folder: Path) -> dict[str, Any]:
-    """--config.* flags of the run; texts and store by paths relative to `folder`."""
-    return json.loads((folder / "run" / "overrides.json").read_text())
+    """--config.* flags of the run; texts and store by paths relative to `folder`.
+
+    One key has another name since: a batch of 4 rows was evaluated.
+    """
+    given = json.loads((folder / "run" / "overrides.json").read_text())
+    assert given.pop("eval.batches") == 1
+    return given | {"eval.rows": given["train.batch_size"]}
 
 
 def config_of(folder: Path) -> Config:

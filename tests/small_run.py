@@ -28,7 +28,7 @@ SMALL = {
     "train.steps": 8,
     "train.log_every": 1,
     "eval.every": 0,
-    "eval.batches": 2,
+    "eval.rows": 64,
     "eval.samples": 1,
     "eval.sample_tokens": 8,
     "checkpoint.every_steps": 0,

@@ -1,8 +1,22 @@
 """The whole configuration as plain values."""
 
 import dataclasses
+import json
 
-from moe_jax.config import Config, default_config, from_config_dict, to_flat_dict
+import pytest
+from small_run import ROOT
+
+from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.parse import parse
+from moe_jax.config import (
+    Config,
+    default_config,
+    from_config_dict,
+    read_config,
+    to_dict,
+    to_flat_dict,
+)
+from moe_jax.errors import UserError
 
 
 def test_dotted_keys_hold_every_value_of_a_config():
@@ -18,3 +32,43 @@ def test_dotted_keys_hold_every_value_of_a_config():
     typed = from_config_dict(found)
     moe = dataclasses.replace(typed.model.moe, options={})  # default_config lists their defaults
     assert config == dataclasses.replace(typed, model=dataclasses.replace(typed.model, moe=moe))
+
+
+def saved_with(**sections):
+    """The default config as saved, with sections changed; a value of None removes its key."""
+    plain = to_dict(Config())
+    for name, values in sections.items():
+        merged = plain[name] | values
+        plain[name] = {key: value for key, value in merged.items() if value is not None}
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("batches", "batch_size", "rows"), [(16, 32, 512), (1, 4, 4), (0, 32, 0), (3, 10, 30)]
+)
+def test_a_saved_config_with_a_renamed_key_is_read(tmp_path, batches, batch_size, rows):
+    plain = saved_with(eval={"batches": batches, "rows": None}, train={"batch_size": batch_size})
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    found = read_config(tmp_path / "config.json")
+    assert to_dict(found) == saved_with(eval={"rows": rows}, train={"batch_size": batch_size})
+
+
+@pytest.mark.parametrize("batches", [None, "2", [2], {"a": 1}, 2.5, 10**40, -1])
+def test_a_renamed_key_with_garbage_is_one_sentence(tmp_path, batches):
+    for train in ({}, {"train": 7}, {"train": {"batch_size": "x"}}):
+        plain = {"eval": {"batches": batches}} | train
+        (tmp_path / "config.json").write_text(json.dumps(plain))
+        with pytest.raises(UserError, match="is damaged or of another version"):
+            read_config(tmp_path / "config.json")
+
+
+def test_a_renamed_key_in_a_flag_or_a_config_file_names_the_new_one(tmp_path):
+    sentence = r"^config\.eval\.batches is now config\.eval\.rows \(.*\): set that instead\.$"
+    tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    with pytest.raises(UserError, match=sentence):
+        parse(["data", tiny, "--config.eval.batches=4"], COMMANDS["data"])
+    config = default_config()
+    with config.unlocked():
+        config.eval.batches = 4
+    with pytest.raises(UserError, match=sentence):
+        from_config_dict(config)

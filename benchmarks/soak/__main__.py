@@ -67,7 +67,7 @@ MODEL = {
     "train.ledger_every": 10,
     "optimizer.warmup_steps": 4,
     "eval.every": EVAL_EVERY,
-    "eval.batches": 2,
+    "eval.rows": 32,
     "eval.samples": 1,
     "eval.sample_tokens": 8,
     "checkpoint.every_steps": SAVE_EVERY,

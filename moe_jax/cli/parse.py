@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax.cli.commands import COMMON_FLAGS, Command
 from moe_jax.cli.mixture import add_mixture_keys
+from moe_jax.config import refuse_renamed
 from moe_jax.config_file import read_config_file
 from moe_jax.errors import UserError
 from moe_jax.parallel.xla_flags import avoid_command_buffers, use_virtual_devices
@@ -97,6 +98,7 @@ def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
             if not isinstance(node, ConfigDict):
                 raise UserError(f"{above} is a value and has no key {key!r}.")
             if key not in node:
+                refuse_renamed(f"{above}.{key}".removeprefix("config."))
                 raise UserError(f"{above}.{key} is not a config key{suggest(key, node)}.")
             node, above = node[key], f"{above}.{key}"
 

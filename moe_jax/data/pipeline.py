@@ -23,7 +23,7 @@ from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
 from moe_jax.errors import UserError
 
 ENDLESS = 2**53  # rows: no run reads so many
-HELDOUT_SEED = 0  # every run evaluates on the same windows in the same order
+HELDOUT_SEED = 0  # every run evaluates the same windows in the same order
 
 
 class Supply(NamedTuple):
@@ -219,13 +219,29 @@ class Batches:
 
 
 class HeldOut:
-    """Every held-out window once, in a fixed pseudo-random order; `len()` batches.
+    """A sample of the held-out windows, each once, in a fixed pseudo-random order; `len()` batches.
 
-    Any first few batches are a fair sample.  The last batch is filled with rows of padding.
+    The sample and its order follow from the split, the sequence length and `rows` alone: batches of
+    any size, on any number of devices, hold the same rows one after the other.  The last batch is
+    filled with rows of padding.
     """
 
-    def __init__(self, store: Store, batch_size: int, sequence_length: int, confine: bool = False):
+    def __init__(
+        self,
+        store: Store,
+        batch_size: int,
+        sequence_length: int,
+        confine: bool = False,
+        rows: int = 0,
+    ):
         """See `Batches.for_training`.
+
+        Args:
+          store: an open store.
+          batch_size: rows that are evaluated at once.
+          sequence_length: T.
+          confine: as in training.
+          rows: of the sample; 0, or more than the split has: the whole split.
 
         Raises:
           UserError: a sequence longer than the held-out split.
@@ -235,21 +251,25 @@ class HeldOut:
         self._windows = Windows(
             store.heldout, store.pad_id, sequence_length, confine, len(store.bos_ids)
         )
-        self._order = np.random.Generator(np.random.Philox(HELDOUT_SEED)).permutation(
-            len(self._windows)
-        )
+        order = np.random.Generator(np.random.Philox(HELDOUT_SEED)).permutation(len(self._windows))
+        self._order = order[: rows or None]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the sample, padding not counted."""
+        return len(self._order)
 
     def __len__(self) -> int:
-        return math.ceil(len(self._windows) / self.batch_size)
+        return math.ceil(self.num_rows / self.batch_size)
 
     def rows(self, index: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
-        """Rows `row_ids` (0 .. batch_size - 1) of batch `index`."""
+        """Rows `row_ids` (0 .. batch_size - 1) of batch `index`; `row_B` counts from the first."""
         if not 0 <= index < len(self):
             raise IndexError(f"held-out batch {index} of {len(self)}")
         places = index * self.batch_size + np.asarray(row_ids)
         inside = places < len(self._order)
         windows = np.where(inside, self._order[np.where(inside, places, 0)], -1)
-        return self._windows.batch(windows, row_ids)
+        return self._windows.batch(windows, places)
 
 
 def _check_length(split: Split, sequence_length: int, what: str) -> None:

@@ -79,8 +79,14 @@ def make_eval_step(
     return eval_step
 
 
-def eval_row(sums: EvalSums, sources: tuple[str, ...]) -> dict[str, Any]:
-    """The logged numbers; `sums` holds NumPy arrays over all held-out batches."""
+def eval_row(sums: EvalSums, sources: tuple[str, ...], rows: int) -> dict[str, Any]:
+    """The logged numbers of one evaluation.
+
+    Args:
+      sums: NumPy arrays, over all held-out batches.
+      sources: names of the sources, in the order of axis S.
+      rows: of the sample, padding not counted.
+    """
     targets, size = max(1, sums.targets_S.sum()), max(1, sums.bytes_S.sum())
     present = [s for s in range(len(sources)) if sums.targets_S[s]]
     row: dict[str, Any] = {
@@ -88,6 +94,7 @@ def eval_row(sums: EvalSums, sources: tuple[str, ...]) -> dict[str, Any]:
         "eval_loss_nodrop": float(sums.nodrop_nll_S.sum() / targets),
         "eval_bits_per_byte": float(sums.nll_S.sum() / size / np.log(2)),
         "eval_bits_per_byte_nodrop": float(sums.nodrop_nll_S.sum() / size / np.log(2)),
+        "eval_rows": rows,
         "eval_tokens": int(targets),
     }
     if sums.moe is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.config import Config, from_config_dict, to_dict
+from moe_jax.config import Config, from_saved, to_dict
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
@@ -40,7 +40,7 @@ class Settings:
     def typed(self) -> Config:
         """Its config; raises UserError where that is damaged or of another version."""
         try:
-            return from_config_dict(self.config)
+            return from_saved(self.config)
         except UserError as error:
             raise UserError(f"{SETTINGS} is damaged or of another version: {error}") from None
 

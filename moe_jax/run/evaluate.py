@@ -15,26 +15,26 @@ class Evaluator:
     """Compiles once, then gives a row of held-out numbers for any parameters."""
 
     def __init__(self, run: Run):
+        # A microbatch is a whole number of routing groups on every mesh, so a group always holds
+        # the same rows of the sample.
         _, rows, length = run.microbatch
         self._run = run
         self._shape = (1, rows, length)
-        # Counted in batches of a whole step, so that accumulation changes nothing.
-        limit = run.config.eval.batches * run.config.train.accumulation or len(run.heldout)
-        self._batches = min(limit, len(run.heldout))
         step = make_eval_step(run.model, len(run.store.sources), run.mesh)
         self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The same held-out windows every time, so curves are comparable."""
+        """The same held-out rows every time, so curves are comparable."""
         total: Any = None
         where = batch_shardings(self._run.mesh)
-        with DeviceFeed(self._run.heldout.rows, self._shape, where, 0, self._batches) as feed:
+        heldout = self._run.heldout
+        with DeviceFeed(heldout.rows, self._shape, where, 0, len(heldout)) as feed:
             for _, batch in feed:
                 sums = jax.tree.map(
                     _wide, jax.device_get(self._step(state.params, state.router, batch))
                 )
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
-        return eval_row(total, self._run.store.sources)
+        return eval_row(total, self._run.store.sources, heldout.num_rows)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:

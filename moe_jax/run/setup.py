@@ -88,6 +88,7 @@ def prepare(
         config.train.batch_size // config.train.accumulation,
         config.data.sequence_length,
         config.model.confine_attention,
+        config.eval.rows,
     )
     for line in [*notes, *resolve.describe(config, components)]:
         say(line)

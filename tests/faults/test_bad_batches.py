@@ -33,7 +33,7 @@ OVERRIDES = {
     "train.max_skipped": 2,
     "checkpoint.every_steps": 2,
     "checkpoint.keep_last": 99,
-    "eval.batches": 1,
+    "eval.rows": 32,
     "eval.samples": 0,
 }
 EXPECTED = {"step": 8, "data_step": 12, "refused": (10, 12), "skipped": (8, 11)}

@@ -84,7 +84,7 @@ def test_two_epochs_with_three_kills_lose_and_double_no_example(tmp_path, cli_en
             "train.steps": steps,
             "checkpoint.every_steps": EVERY,
             "eval.samples": 0,
-            "eval.batches": 0,
+            "eval.rows": 0,
         },
     )
     told = tmp_path / "told"

@@ -80,10 +80,10 @@ def test_logits_are_those_of_the_forward_pass(tiny):
 def test_the_loss_of_held_out_text_is_what_the_run_has_logged(workdir, tiny):
     config = tiny.run_config
     store = build_store(config.data, store_root(config.data, workdir))
-    heldout = HeldOut(store, config.train.batch_size, config.data.sequence_length, False)
+    heldout = HeldOut(store, 8, config.data.sequence_length, False, config.eval.rows)
     total = count = 0.0
-    for number in range(min(config.eval.batches, len(heldout))):
-        batch = heldout.rows(number, np.arange(config.train.batch_size))
+    for number in range(len(heldout)):
+        batch = heldout.rows(number, np.arange(8))
         logits_BTV = np.asarray(tiny.logits(batch.tokens_BT), np.float64)
         log_sum_BT = np.log(np.exp(logits_BTV).sum(-1))
         hit_BT = np.take_along_axis(logits_BTV, batch.targets_BT[..., None], -1)[..., 0]

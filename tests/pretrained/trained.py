@@ -23,7 +23,7 @@ OVERRIDES = {
     "model.moe.router": "sigmoid_bias",
     "model.moe.options.sigmoid_bias.update_rate": 0.01,
     "checkpoint.every_steps": 4,
-    "eval.batches": 1,
+    "eval.rows": 32,
     "eval.samples": 0,
     "train.steps": STEPS[-1],
 }

@@ -40,7 +40,7 @@ OVERRIDES = {
     "train.log_every": 4,
     "checkpoint.every_steps": 2,
     "checkpoint.keep_last": 99,
-    "eval.batches": 1,
+    "eval.rows": 32,
     "eval.samples": 0,
 }
 

@@ -60,7 +60,7 @@ def test_tiny_in_bfloat16_stays_in_the_stated_band(run_cli, tmp_path):
             "train.steps": 300,
             "train.log_every": 1,
             "eval.every": 0,
-            "eval.batches": 1,
+            "eval.rows": 32,
             "eval.samples": 0,
         }
         arguments = [f"--config.{name}={value}" for name, value in values.items()]

@@ -40,7 +40,7 @@ OVERRIDES = {
     "train.ledger_every": 4,
     "train.debug": True,
     "eval.every": 4,
-    "eval.batches": 0,
+    "eval.rows": 0,
 }
 MOE_LAYERS, TOP_K, ROWS, T = 2, 2, 32, 32
 
@@ -170,7 +170,7 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     overrides = {
         "data.tokenizer": str(tmp_path / "tokenizer.json"),
-        "eval.batches": 0,
+        "eval.rows": 0,
         "train.batch_size": 8,
     }
     run = prepare(
