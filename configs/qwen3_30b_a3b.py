@@ -3,8 +3,9 @@
 Paper: Qwen3 Technical Report, https://arxiv.org/abs/2505.09388: q/k norm by head, renormalised
   weights, no shared expert, balance loss over the global batch.  The recipe below is ours.
 Cost: 30.5B parameters, 3.35B active; 2^22 tokens a step.  Weights, gradients and Adam in
-  float32 need 490 GB.  `fsdp` takes the devices beside `expert`; with few of
-  them, set train.accumulation so that a device holds a row or two at a time (not yet run).
+  float32 need 490 GB.  `fsdp` takes the devices beside `expert`, enough of them that a device
+  holds a row or two (not yet run).  train.accumulation is no way round that: the balance loss
+  would be one over a microbatch, not over the global batch of the paper.
 Expected: no published loss; the released weights are the reference for the architecture.
 Command: python -m moe_jax train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'

@@ -136,6 +136,21 @@ def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
         raise UserError(f"{fault}: change config.mesh or the model's size.")
 
 
+def _describe_global_balance(config: Config) -> list[str]:
+    """How many rows `balance_scope` global stands for: microbatches are balanced one by one."""
+    moe, train = config.model.moe, config.train
+    if moe.balance_scope != "global" or not moe.balance_weight:
+        return []
+    rows = train.batch_size // train.accumulation
+    line = f"balance loss: over {rows} rows at once (balance_scope global)"
+    if train.accumulation == 1:
+        return [line]
+    return [
+        f"{line}, one microbatch of the {train.batch_size} rows of a step: "
+        f"train.accumulation {train.accumulation} changes it"
+    ]
+
+
 def describe(config: Config, components: Components | None) -> list[str]:
     """Start-up lines: routing groups and the capacity in tokens."""
     model, moe = config.model, config.model.moe
@@ -150,6 +165,7 @@ def describe(config: Config, components: Components | None) -> list[str]:
         f"{model.moe_layers} of {model.num_layers} layers hold {moe.num_experts} experts, "
         f"top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
         f"routing group: {moe.group_rows} rows = {tokens} tokens",
+        *_describe_global_balance(config),
     ]
     if train is None:
         return [*lines, "capacity: unbounded"]

@@ -5,7 +5,25 @@ from small_run import small_config
 
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.run.resolve import describe, resolve
 from moe_jax.run.samples import check_samples
+
+
+def balance_lines(**overrides):
+    config = small_config("", **{"train.batch_size": 64, "mesh.data": 1} | overrides)
+    found = resolve(config, 1, 258)
+    return [line for line in describe(found.config, found.components) if "balance loss" in line]
+
+
+@pytest.mark.parametrize(("accumulation", "rows"), [(1, 64), (4, 16), (64, 1)])
+def test_a_global_balance_loss_says_over_how_many_rows_it_is(accumulation, rows):
+    overrides = {"train.accumulation": accumulation}
+    (line,) = balance_lines(**overrides | {"model.moe.balance_scope": "global"})
+    assert f"over {rows} rows at once" in line
+    assert ("one microbatch of the 64 rows of a step" in line) == (accumulation > 1)
+    assert not balance_lines(**overrides)  # groups are whole in a microbatch
+    unused = {"model.moe.balance_scope": "global", "model.moe.balance_weight": 0.0}
+    assert not balance_lines(**overrides | unused)
 
 
 def sampling(prompt, tokens, length=32, **overrides):
