@@ -109,7 +109,7 @@ COMMANDS = {
         (
             Flag("csv", "", "Also write the table of runs here, numbers in full."),
             Flag("plot", "", "Also plot (PNG, SVG or PDF by the name's end); needs matplotlib."),
-            Flag("x", "", "Config key for the plot's right panel, such as data.sequence_length."),
+            Flag("x", "", "Config key for the plot's right panel, such as model.moe.num_experts."),
         ),
         config=False,
     ),

@@ -2,6 +2,7 @@
 
 [--csv=FILE] [--plot=FILE] [--x=KEY].  Every run is listed; one that has not come to its end, or
 whose files are damaged, with what is wrong.  Means are over runs that differ in their seed alone.
+Configurations are ranked by held-out loss if all of them were evaluated on one sample.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import jax
 
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
-from moe_jax.tools.results.group import group
+from moe_jax.errors import one_line
+from moe_jax.tools.results.group import group, sample_fault
 from moe_jax.tools.results.plot import write_plot
 from moe_jax.tools.results.read import read_runs
 from moe_jax.tools.results.table import NOTE, groups_table, runs_table, write_csv
@@ -27,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     if groups:
         print(f"\n{groups_table(groups)}")
     print(f"\n{NOTE}")
+    fault = sample_fault(groups)
+    if fault:
+        print(f"\n{one_line(fault)}")
     if given.csv:
         write_csv(Path(given.csv), results)
     if given.plot:

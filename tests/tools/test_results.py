@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from small_run import small_config
 from moe_jax.cli.results import main
 from moe_jax.config import Config, to_json
 from moe_jax.errors import UserError
-from moe_jax.tools.results.group import group, labels
+from moe_jax.tools.results.group import group, labels, ranks, sample_fault
 from moe_jax.tools.results.plot import write_plot
 from moe_jax.tools.results.read import DONE, read_runs
 from moe_jax.tools.results.table import groups_table, runs_table
@@ -144,11 +145,144 @@ def test_seeds_become_means_and_deviations(tmp_path):
     table = groups_table([dense, sparse]).splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
         "dense",
+        "1",
         "3",
         "2.2000 ± 0.2000",
-        "2.2000 ± 0.2000",
     ]
+    assert [cell.strip() for cell in table[3].split("|")[2:5]] == ["2", "1", "2.5000"]
     assert "| step 4 of 8 |" in runs_table(results)
+
+
+def held_out(step: int, loss: float, rows: int = 64, tokens: int | None = None) -> dict:
+    return {
+        "step": step,
+        "eval_loss": loss,
+        "eval_loss_nodrop": loss - 0.125,
+        "eval_rows": rows,
+        "eval_tokens": rows * T if tokens is None else tokens,
+    }
+
+
+def evaluated(folder: Path, *held: dict, text: str = "aa", **overrides: object) -> None:
+    """A finished run with these held-out rows, on a store of this fingerprint."""
+    write_run(folder, config(**overrides), [train_row(8, 2.0), *held])
+    (folder / "data.json").write_text(json.dumps({"fingerprint": text}))
+
+
+def test_the_sample_and_the_loss_without_drops_have_columns(tmp_path, capsys):
+    evaluated(tmp_path / "a", held_out(4, 2.5), held_out(8, 2.75))
+    (run,) = read_runs(tmp_path)
+    assert (run.heldout_rows, run.best_heldout, run.best_nodrop) == (64, 2.5, 2.375)
+    assert main(["moe-results", f"--workdir={tmp_path}", f"--csv={tmp_path / 'all.csv'}"]) == 0
+    heading, _, cells = capsys.readouterr().out.splitlines()[:3]
+    shown = dict(zip(*[[c.strip() for c in s.split("|")] for s in (heading, cells)], strict=True))
+    assert shown["held-out rows"] == "64" and shown["without drops"] == "2.3750"
+    (row,) = csv.DictReader((tmp_path / "all.csv").open())
+    assert (row["heldout_rows"], row["best_nodrop"]) == ("64", "2.375")
+
+
+def test_a_best_loss_is_one_of_the_newest_sample(tmp_path):
+    """eval.rows was changed on resume: the earlier, lower loss is another sample's."""
+    evaluated(tmp_path / "a", held_out(2, 1.0, rows=8), held_out(4, 2.5), held_out(8, 2.75))
+    (run,) = read_runs(tmp_path)
+    assert (run.heldout_rows, run.best_heldout, run.best_nodrop) == (64, 2.5, 2.375)
+    assert [loss for _, loss in run.curve] == [2.5, 2.75]
+
+
+RANKED = {"eval.rows": 64, "model.moe.num_experts": 8}
+
+
+@pytest.mark.parametrize(
+    ("other", "overrides", "differs"),
+    [
+        ({}, {}, ""),
+        ({"rows": 32}, {"eval.rows": 32}, "its size"),
+        ({"tokens": 64 * T - 5}, {}, "its size"),
+        ({"text": "bb"}, {}, "the text or its tokenizer"),
+        # As many targets, cut into other rows of the same order: other text.
+        ({"rows": 32, "tokens": 64 * T}, {"eval.rows": 32, "data.sequence_length": 64}, "length"),
+        # The whole split, cut otherwise: the same targets.
+        ({"rows": 32, "tokens": 64 * T, "whole": True}, {"data.sequence_length": 64}, ""),
+    ],
+)
+def test_losses_on_different_samples_are_listed_but_not_ranked(
+    tmp_path, other, overrides, differs, capsys
+):
+    other = dict(other)
+    whole, text = other.pop("whole", False), other.pop("text", "aa")
+    base = RANKED | ({"eval.rows": 0} if whole else {})
+    evaluated(tmp_path / "a", held_out(8, 2.5), **base | {"model.moe.num_experts": 4})
+    evaluated(tmp_path / "b", held_out(8, 2.25, **other), text=text, **base | overrides)
+    groups = group(read_runs(tmp_path))
+    fault = sample_fault(groups)
+    assert ranks(groups) == ([None, None] if differs else [2, 1])
+    assert bool(fault) == bool(differs) and differs in fault
+    arguments = ["moe-results", f"--workdir={tmp_path}"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "| a " in out and "| b " in out and (fault in out)
+    plot = [*arguments, f"--plot={tmp_path / 'plot.png'}"]
+    if not differs:
+        assert main(plot) == 0
+        return
+    assert "not ranked" in fault and " in a; " in fault and " in b)" in fault
+    with pytest.raises(UserError, match="were evaluated on different samples"):
+        main(plot)
+
+
+def test_seeds_on_different_samples_are_not_averaged(tmp_path):
+    """One config, but the text behind it has changed from seed to seed."""
+    evaluated(tmp_path / "a", held_out(8, 2.0), seed=0)
+    evaluated(tmp_path / "b", held_out(8, 3.0), seed=1, text="bb")
+    groups = group(read_runs(tmp_path))
+    assert [[run.name for run in each.runs] for each in groups] == [["a"], ["b"]]
+    assert "aa" not in sample_fault(groups) and "text" in sample_fault(groups)
+
+
+@pytest.mark.parametrize("record", ["[]", "7", '{"fingerprint": [1]}', "{", '"x"', "\xff"])
+def test_a_broken_record_of_the_text_is_no_text(tmp_path, record):
+    evaluated(tmp_path / "a", held_out(8, 2.0))
+    (tmp_path / "a" / "data.json").write_bytes(record.encode("latin-1"))
+    (run,) = read_runs(tmp_path)
+    assert run.state == DONE and run.sample is not None and run.sample.text == ""
+
+
+REFUSED = {"skipped": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "state", "train_loss"),
+    [
+        # The last step of a finished run was refused: not finite, or a spike.
+        ([train_row(7, 2.0), train_row(8, math.nan) | REFUSED, held_out(8, 2.5)], DONE, 2.0),
+        ([train_row(7, 2.0), train_row(8, 9e9) | REFUSED, held_out(8, 2.5)], DONE, 2.0),
+        # Stopped among refused steps: it goes on from there.
+        ([train_row(4, 2.0), train_row(5, math.nan) | REFUSED], "step 5 of 8", 2.0),
+        (
+            [train_row(4, 2.0), *[train_row(s, 9e9) | REFUSED for s in (5, 6, 7)]],
+            "step 7 of 8",
+            2.0,
+        ),
+        # One more than train.max_skipped (3), finite or not, and none accepted at all.
+        (
+            [train_row(1, 2.0), *[train_row(s, 9e9) | REFUSED for s in (2, 3, 4, 5)]],
+            "diverged at step 5",
+            2.0,
+        ),
+        ([train_row(s, math.nan) | REFUSED for s in (1, 2, 3, 4)], "diverged at step 4", None),
+        # Accepted again since, and further than the end of an earlier train.steps.
+        (
+            [train_row(4, 9e9) | REFUSED, train_row(5, 2.5) | {"skipped": 0}],
+            "step 5 of 8",
+            2.5,
+        ),
+    ],
+)
+def test_refused_steps_are_no_end_and_no_loss(tmp_path, rows, state, train_loss):
+    written = [{k: str(v) if v != v else v for k, v in row.items()} for row in rows]
+    write_run(tmp_path / "a", config(), written)
+    (run,) = read_runs(tmp_path)
+    assert (run.state, run.train_loss) == (state, train_loss)
 
 
 def test_labels_say_what_differs(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, put together."""
+"""Runs that differ in their seed alone, put together; and which may be ranked at all."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.config import Config, to_flat_dict
-from moe_jax.tools.results.read import DONE, Result
+from moe_jax.tools.results.read import DONE, Result, Sample
 
 
 class Spread(NamedTuple):
@@ -39,13 +39,66 @@ class Group:
 
 
 def group(results: Sequence[Result]) -> list[Group]:
-    """The runs that are done, by all of their config but the seed, in order of appearance."""
+    """The runs that are done, by all of their config but the seed, in order of appearance.
+
+    Runs of one config that were evaluated on different samples are apart: their text has changed.
+    """
     settings = _telling(results)
-    members: dict[str, list[Result]] = {}
+    members: dict[tuple[str, Sample | None], list[Result]] = {}
     for run in results:
         if run.state == DONE and run.config is not None:
-            members.setdefault(json.dumps(_flat(run.config), sort_keys=True), []).append(run)
+            key = json.dumps(_flat(run.config), sort_keys=True), run.sample
+            members.setdefault(key, []).append(run)
     return [Group(settings[runs[0].name], tuple(runs)) for runs in members.values()]
+
+
+def sample_fault(groups: Sequence[Group]) -> str:
+    """Why the held-out losses of the groups do not compare, in one sentence; empty if they do."""
+    runs: dict[Sample, list[Result]] = {}
+    for run in (run for each in groups for run in each.runs if run.sample is not None):
+        runs.setdefault(run.sample, []).append(run)
+    if len(runs) < 2:
+        return ""
+    samples = list(runs)
+    differs = [
+        name
+        for name, values in (
+            ("its size (eval.rows)", {sample.tokens for sample in samples}),
+            ("data.sequence_length", {sample.sequence_length for sample in samples}),
+            ("the text or its tokenizer", {sample.text for sample in samples}),
+        )
+        if len(values) > 1
+    ]
+    named = "; ".join(
+        f"{_size(members[0])} in {', '.join(run.name for run in members)}"
+        for members in runs.values()
+    )
+    return (
+        f"The held-out losses are not ranked: the runs were evaluated on different samples "
+        f"({named}), which differ in {' and '.join(differs)}; eval.rows=0, the whole split, is one "
+        f"sample for every data.sequence_length."
+    )
+
+
+def ranks(groups: Sequence[Group]) -> list[int | None]:
+    """Place of each group by its mean best held-out loss, 1 the lowest; None where it has none.
+
+    Equal losses share a place.  No group has a place where `sample_fault` is not empty.
+    """
+    spreads = [each.spread("best_heldout") for each in groups]
+    means = [None if spread is None else spread.mean for spread in spreads]
+    if sample_fault(groups):
+        return [None] * len(groups)
+    known = [mean for mean in means if mean is not None]
+    return [None if mean is None else 1 + sum(one < mean for one in known) for mean in means]
+
+
+def _size(run: Result) -> str:
+    """`512 rows, 65,536 tokens`, as far as the run's folder tells it."""
+    assert run.sample is not None
+    rows = [] if run.heldout_rows is None else [f"{run.heldout_rows:,} rows"]
+    tokens = [] if run.sample.tokens is None else [f"{run.sample.tokens:,} tokens"]
+    return ", ".join([*rows, *tokens]) or "unknown size"
 
 
 def labels(results: Sequence[Result]) -> dict[str, str]:

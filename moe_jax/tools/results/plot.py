@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_jax.errors import UserError
 from moe_jax.files.formats import count
-from moe_jax.tools.results.group import Group
+from moe_jax.tools.results.group import Group, sample_fault
 
 _LOSS = "held-out loss (nats a token)"
 
@@ -18,7 +18,8 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
     Lines and points are means over seeds, bands and bars one sample standard deviation.
 
     Raises:
-      UserError: matplotlib is missing, there is nothing to plot, or the file cannot be written.
+      UserError: matplotlib is missing, there is nothing to plot, the runs were evaluated on
+        different samples, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -26,6 +27,9 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
         raise UserError("--plot needs matplotlib: pip install 'moe_jax[plots]'.") from None
     if not groups:
         raise UserError("--plot has nothing to show: no run is at its end yet.")
+    fault = sample_fault(groups)
+    if fault:
+        raise UserError(f"--plot shows losses side by side. {fault}")
     if x:
         _check_key(x, groups)
     figure = Figure(figsize=(10, 4.2), layout="constrained")

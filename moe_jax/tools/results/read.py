@@ -1,25 +1,35 @@
 """One run's folder as numbers; whatever is missing or broken there becomes its state."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
 from moe_jax.model.define import define
 from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.record.provenance import DATA_RECORD
 from moe_jax.record.report import METRICS, is_last, read_row
 
 DONE = "done"
 _NO_RUNS_BELOW = {"checkpoints", "stores", "tensorboard", "profile"}
 _SWEEP_RECORD = "sweep.json"  # of launch/sweep.py: run name -> overrides
 _RUN_NAME = re.compile("[a-z0-9-]+")  # as launch/runs.py makes them: no path to anywhere else
+
+
+class Sample(NamedTuple):
+    """The held-out text of an evaluation: losses compare only where all of it is equal."""
+
+    tokens: int | None  # targets of the loss; None: the row does not say
+    sequence_length: int | None  # T, which cuts the rows; None: the whole split, however it is cut
+    text: str  # fingerprint of the token store; empty: the folder does not tell it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +39,11 @@ class Result:
     name: str  # its folder, below the one that was asked about
     state: str  # DONE, or what it is instead
     config: Config | None = None
+    sample: Sample | None = None  # of the newest evaluation; the losses below are all on it
+    heldout_rows: int | None = None  # of that sample
     best_heldout: float | None = None  # nats a token
-    train_loss: float | None = None  # language-model loss of the last logged step, nats a token
+    best_nodrop: float | None = None  # the same without drops, of its own best evaluation
+    train_loss: float | None = None  # language-model loss of the last accepted step, nats a token
     tokens_per_second: float | None = None  # median of the log steps
     drop_fraction: float | None = None  # median of the log steps
     parameters: int | None = None
@@ -81,15 +94,24 @@ def read_run(folder: Path, name: str) -> Result:
         return Result(name, str(error).removeprefix(f"{folder}/"), **known)
     step_flops = per_token * config.train.batch_size * config.data.sequence_length
     train = [row for row in rows if "loss" in row]
-    heldout = [(row["step"], _number(row, "eval_loss")) for row in rows if "eval_loss" in row]
-    curve = tuple((step * step_flops, loss) for step, loss in heldout if loss is not None)
+    accepted = [row for row in train if not _refused(row)]
+    text = _text_of(folder)
+    heldout = [(row, _sample(row, config, text)) for row in rows if "eval_loss" in row]
+    # eval.rows may have changed when the run was resumed.
+    newest = heldout[-1][1] if heldout else None
+    alike = [row for row, sample in heldout if sample == newest]
+    losses = [(row["step"], _number(row, "eval_loss")) for row in alike]
+    curve = tuple((step * step_flops, loss) for step, loss in losses if loss is not None)
     return Result(
         name,
         _state(config, rows, train, broken),
+        sample=newest,
+        heldout_rows=_count(alike[-1], "eval_rows") if alike else None,
         best_heldout=min((loss for _, loss in curve), default=None),
-        train_loss=_number(train[-1], "lm_loss") if train else None,
+        best_nodrop=_least(alike, "eval_loss_nodrop"),
+        train_loss=_number(accepted[-1], "lm_loss") if accepted else None,
         tokens_per_second=_median(train, "tokens_per_second"),
-        drop_fraction=_median(train, "drop_fraction"),
+        drop_fraction=_median(accepted, "drop_fraction"),
         flops=max((row["step"] for row in rows), default=0) * step_flops,
         curve=curve,
         **known,
@@ -137,19 +159,55 @@ def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], br
     steps = config.train.steps
     if broken:
         return f"{METRICS}: {broken} broken line{'s' * (broken > 1)}"
-    last = [_number(train[-1], name, keep=True) for name in ("loss", "grad_norm")] if train else []
-    if not all(math.isfinite(number or 0.0) for number in last):
-        return f"diverged at step {train[-1]['step']}"
+    # First: the last step of a finished run may have been refused, which changed nothing.
     if any("eval_loss" in row and row["step"] >= steps for row in rows):
         return DONE
     if any(is_last(row, steps, config.data.max_epochs) for row in rows):
         return DONE
+    # Every refused step has a row.  A few are no end: the run goes on, or was stopped among them.
+    last = list(itertools.takewhile(_refused, reversed(train)))
+    if len(last) > config.train.max_skipped or (last and "skipped" not in last[0]):
+        return f"diverged at step {last[0]['step']}"
     return f"step {max((row['step'] for row in rows), default=0)} of {steps}"
+
+
+def _refused(row: Mapping[str, Any]) -> bool:
+    """Whether the guard refused a step; rows older than the guard tell it by their numbers."""
+    if "skipped" in row:
+        return bool(_number(row, "skipped"))
+    numbers = [_number(row, name, keep=True) for name in ("loss", "grad_norm")]
+    return not all(math.isfinite(number or 0.0) for number in numbers)
+
+
+def _sample(row: Mapping[str, Any], config: Config, text: str) -> Sample:
+    """What a row of held-out numbers was evaluated on; its config is the run's present one."""
+    rows = _count(row, "eval_rows")
+    whole = rows is not None and (config.eval.rows == 0 or rows < config.eval.rows)
+    return Sample(_count(row, "eval_tokens"), None if whole else config.data.sequence_length, text)
+
+
+def _text_of(folder: Path) -> str:
+    """The fingerprint of a run's token store; empty where the folder does not tell it."""
+    try:
+        record = json_files.read(folder / DATA_RECORD)
+    except (FileNotFoundError, UserError):
+        return ""
+    found = record.get("fingerprint") if isinstance(record, Mapping) else None
+    return found if isinstance(found, str) else ""
 
 
 def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     numbers = [number for row in rows if (number := _number(row, key)) is not None]
     return statistics.median(numbers) if numbers else None
+
+
+def _least(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return min((n for row in rows if (n := _number(row, key)) is not None), default=None)
+
+
+def _count(row: Mapping[str, Any], key: str) -> int | None:
+    number = _number(row, key)
+    return None if number is None else int(number)
 
 
 def _number(row: Mapping[str, Any], key: str, keep: bool = False) -> float | None:

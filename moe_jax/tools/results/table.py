@@ -7,13 +7,15 @@ from pathlib import Path
 
 from moe_jax.errors import UserError
 from moe_jax.files.formats import count, or_dash, table
-from moe_jax.tools.results.group import Group, Spread, labels
+from moe_jax.tools.results.group import Group, Spread, labels, ranks
 from moe_jax.tools.results.read import Result
 
 _short = partial(count, digits=2)
 # attribute of Result -> (heading, how a number is written)
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "best_heldout": ("held-out loss", "{:.4f}".format),
+    "best_nodrop": ("without drops", "{:.4f}".format),
+    "heldout_rows": ("held-out rows", "{:,.0f}".format),
     "train_loss": ("train loss", "{:.4f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "drop_fraction": ("dropped", "{:.1%}".format),
@@ -22,10 +24,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "flops_per_token": ("FLOPs/token", _short),
     "flops": ("FLOPs", "{:.2e}".format),
 }
-_WITH_DEVIATION = ("best_heldout", "train_loss")
+_WITH_DEVIATION = ("best_heldout", "best_nodrop", "train_loss")
 NOTE = (
-    "Losses are nats a token: the best held-out one, the last of training without auxiliary "
-    "losses; tokens/s and dropped are medians of the log steps; FLOPs are the model's."
+    "Losses are nats a token: the best held-out ones, dropping by the eval capacity and without "
+    "drops, and that of the last accepted training step without auxiliary losses; held-out rows "
+    "are their sample; tokens/s and dropped are medians of the log steps; FLOPs are the model's."
 )
 
 
@@ -41,11 +44,14 @@ def runs_table(results: Sequence[Result]) -> str:
 
 
 def groups_table(groups: Sequence[Group]) -> str:
-    """One line a configuration: means over its seeds, `±` one sample standard deviation."""
-    rows = [["config", "runs", *(heading for heading, _ in _COLUMNS.values())]]
-    for each in groups:
+    """One line a configuration: means over its seeds, `±` one sample standard deviation.
+
+    `rank` is the place by held-out loss; `-` where the samples differ (`sample_fault` says how).
+    """
+    rows = [["config", "rank", "runs", *(heading for heading, _ in _COLUMNS.values())]]
+    for each, rank in zip(groups, ranks(groups), strict=True):
         numbers = [_spread(each.spread(name), name) for name in _COLUMNS]
-        rows.append([each.label(), str(len(each.runs)), *numbers])
+        rows.append([each.label(), or_dash(rank, str), str(len(each.runs)), *numbers])
     return table(rows, left=1)
 
 
@@ -57,7 +63,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
     """
     label = labels(results)
     try:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["run", "config", "seed", "state", *_COLUMNS])
             for run in results:
