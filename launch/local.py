@@ -73,7 +73,7 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
             )
@@ -87,7 +87,7 @@ class Local:
         line = ""
         assert process.stdout is not None
         own(log)
-        with log.open("a") as file, process.stdout:
+        with log.open("a", encoding="utf-8") as file, process.stdout:
             for line in process.stdout:
                 file.write(line)
                 file.flush()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,18 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 Options = TypeVar("Options")  # a dataclass of a launcher's options
+
+
+def print_line(line: str) -> None:
+    """Prints a line; what was started goes on where the screen is lost (`| head`, a full disk)."""
+    try:
+        print(line.encode(errors="backslashreplace").decode(), flush=True)
+    except UnicodeEncodeError:  # not a letter of this locale
+        print(ascii(line)[1:-1], flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python writes what it holds back at its end
+        os.close(nowhere)
 
 
 class LaunchError(Exception):
@@ -29,7 +42,7 @@ class Shell:
 
     def say(self, line: str) -> None:
         """Prints a line."""
-        print(line, flush=True)
+        print_line(line)
 
     def run(self, *command: str, show: bool = False) -> str:
         """Runs `command` and returns what it wrote to stdout, without the last line break.
@@ -69,7 +82,7 @@ class Shell:
         self.say(f"+ write {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise LaunchError(
                 f"{path} cannot be written ({error.strerror or error}): choose another folder."

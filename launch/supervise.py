@@ -50,6 +50,7 @@ from launch.shell import (
     flag_of,
     make_parser,
     option,
+    print_line,
     read_options,
     run_main,
     split_arguments,
@@ -285,7 +286,7 @@ def _handed_on(code: int) -> int:
 
 def _say(line: str) -> None:
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    print(f"{now} {line}", flush=True)
+    print_line(f"{now} {line}")
 
 
 if __name__ == "__main__":

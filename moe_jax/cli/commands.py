@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moe_jax.cli import streams
 from moe_jax.errors import UserError
 from moe_jax.registry import suggest
 
@@ -162,8 +163,7 @@ def run_command(name: str, arguments: Sequence[str]) -> NoReturn:
     """Runs one command with the arguments after its name, and exits with its code."""
     if {"--help", "-h"} & set(arguments):
         bpe = name == "data" and "train-bpe" in arguments
-        print(help_text(f"{name} train-bpe" if bpe else name, TRAIN_BPE if bpe else COMMANDS[name]))
-        sys.exit(0)
+        _show(help_text(f"{name} train-bpe" if bpe else name, TRAIN_BPE if bpe else COMMANDS[name]))
     from moe_jax.cli.exit import run
 
     run(_main_of(name), [f"moe_jax {name}", *arguments])
@@ -171,16 +171,17 @@ def run_command(name: str, arguments: Sequence[str]) -> NoReturn:
 
 def script() -> NoReturn:
     """The console commands: moe-train is `train`, and so on."""
+    streams.guard()
     name = os.path.basename(sys.argv[0]).removesuffix(".exe").removeprefix("moe-")
     run_command(name, sys.argv[1:])
 
 
 def main() -> NoReturn:
     """python -m moe_jax NAME ARGUMENTS"""
+    streams.guard()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(overview())
-        sys.exit(0)
+        _show(overview())
     if name not in COMMANDS:
         shown = [name for name, command in COMMANDS.items() if command.listed]
         error = UserError(f"{name!r} is not a command of moe_jax{suggest(name, shown)}.")
@@ -200,6 +201,17 @@ def _main_of(name: str) -> Callable[[Sequence[str]], int | None]:
         return command.main(argv)
 
     return main
+
+
+def _show(text: str) -> NoReturn:
+    """Prints a help text and exits."""
+    try:
+        print(text)
+        streams.finish()
+        code = 0
+    except streams.OutputLostError as lost:
+        code = lost.tell()
+    sys.exit(code)
 
 
 def overview() -> str:

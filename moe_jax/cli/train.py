@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict, to_json
@@ -40,6 +41,7 @@ SAVE_GRACE = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """One run of the command; returns its exit code."""
+    streams.go_on_without_output()  # the run is its workdir, not its screen
     # ---- command line and processes
     parsed = parse(argv, COMMANDS["train"])
     given = parsed.flags

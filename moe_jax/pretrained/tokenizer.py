@@ -35,7 +35,7 @@ def save_tokenizer(name: str, folder: epath.Path) -> None:
       OSError: `folder` cannot be written.
     """
     if name == "bytes":
-        (folder / _JSON).write_text(byte_level_json())
+        (folder / _JSON).write_text(byte_level_json(), encoding="utf-8")
         return
     path = epath.Path(name).expanduser()
     raw = read_tokenizer_file(path)

@@ -203,7 +203,7 @@ def write_csv(path: Path, totals: Totals) -> None:
       UserError: the file cannot be written.
     """
     try:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["axis", "layer", "name", *Fates._fields])
             for axis, fates in totals.ledger._asdict().items():

@@ -98,7 +98,7 @@ class Watchdog:
         if where:
             with contextlib.suppress(OSError):
                 where.parent.mkdir(parents=True, exist_ok=True)
-                with where.open("w") as file:
+                with where.open("w", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
         last_word.cancel()
         self._end(AGAIN)

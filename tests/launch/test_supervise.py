@@ -335,3 +335,21 @@ def test_it_needs_no_jax():
         text=True,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("redirect", ["", "> /dev/full", ">&-"])  # "": into a pipe without a reader
+def test_a_supervisor_without_a_screen_goes_on(tmp_path, redirect):
+    read, write = os.pipe()
+    os.close(read)
+    plan = [{"saved": [2], "end": 42}, {"saved": [4], "end": 42}, {"end": 0}]
+    command = [sys.executable, "-S", "-m", "launch.supervise", *arguments(plan, tmp_path)]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {redirect}', "bash", *command],
+        cwd=Path(supervise.__file__).parents[1],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=ENDS,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr, starts(tmp_path)) == (0, b"", 3)
