@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -22,6 +23,10 @@ _LIBTPU_ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: two plans may compile at once
 }
+# Accelerator types of Cloud TPU, such as v5p-1024 and v5litepod-16, end in a number of TensorCores
+# or of chips.  Generation -> TensorCores per chip, where those are counted.
+_TENSOR_CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}
+_OTHER_NAMES = {"v5litepod": "v5e"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +50,61 @@ class Topology:
 
 def parse_topology(name: str) -> Topology:
     """`v5p:8x8x16`, `v5e:4x4`, `h200:8`; raises UserError for anything else."""
+    _refuse_accelerator_type(name)
     chip, _, sizes = name.partition(":")
     known = lookup(CHIPS, chip, "--topology")
     axes = known.torus or 1
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") != axes - 1:
-        example = "x".join(["4"] * axes)
+        chips = int(sizes) if re.fullmatch(r"[1-9][0-9]{0,8}", sizes) else 0
+        example = _slice_of(chips, known) or "x".join(["4"] * axes)
         raise UserError(f"--topology={name} is not a size of {chip}: write {chip}:{example}.")
     return Topology(name, known, tuple(int(size) for size in sizes.split("x")))
+
+
+def _refuse_accelerator_type(name: str) -> None:
+    """Raises UserError for names such as v5p-1024: one of them may have several shapes."""
+    found = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]{0,8})", name.lower())
+    if found is None:
+        return
+    generation, number = found[1], int(found[2])
+    if generation in _TENSOR_CORES and generation not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise UserError(f"--topology={name}: no figures of {generation} are known here ({known}).")
+    chip, cores = _OTHER_NAMES.get(generation, generation), _TENSOR_CORES.get(generation, 1)
+    if chip not in CHIPS:
+        return
+    counted = f"{number} TensorCores, {cores} a chip" if cores > 1 else f"{number} chips"
+    if number % cores:
+        raise UserError(
+            f"--topology={name} would be {counted}: name the chips along the torus, such as "
+            f"{chip}:4x4x4."
+        )
+    shape = _slice_of(number // cores, CHIPS[chip])
+    if not shape or CHIPS[chip].per_chip > 1:  # what a number of those counts is not defined
+        example = "x".join(["4"] * (CHIPS[chip].torus or 1))
+        raise UserError(
+            f"--topology={name} is not a slice of {chip} that can be told by its number: name the "
+            f"chips along the torus, such as {chip}:{example}."
+        )
+    raise UserError(f"--topology={name} stands for {counted}: write their shape, {chip}:{shape}.")
+
+
+def _slice_of(chips: int, chip: Chip) -> str:
+    """The slice of so many chips with the most equal sides, as 8x8x16; empty where there is none.
+
+    Reference: the tables of shapes in chips.py's sources.  From 64 chips on a slice of a 3-D torus
+    is made of cubes of 4x4x4.
+    """
+    if not chip.torus or not chips or chips > chip.island:
+        return str(chips) if chips and not chip.torus else ""
+    if chip.torus == 3 and chips == 4:
+        return "2x2x1"
+    cubes = chip.torus == 3 and chips >= 64
+    whole = (side for side in range(1, chips + 1) if chips % side == 0)
+    sides = [side for side in whole if (side % 4 == 0 if cubes else side & (side - 1) == 0)]
+    shapes = itertools.combinations_with_replacement(sides, chip.torus)
+    legal = [shape for shape in shapes if math.prod(shape) == chips]
+    return "x".join(map(str, min(legal, key=sum, default=())))
 
 
 def compile_devices(topology: Topology) -> tuple[list[Any], str]:

@@ -181,6 +181,43 @@ def test_a_wrong_topology_is_one_sentence(name):
         parse_topology(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        # Sides as in the vendor's tables of v5p, v5e and v6e.
+        ("v5p-1024", "1024 TensorCores, 2 a chip: write their shape, v5p:8x8x8."),
+        ("v5p-8", "v5p:2x2x1."),
+        ("v5p-32", "v5p:2x2x4."),
+        ("v5p-64", "v5p:2x4x4."),
+        ("v5p-384", "v5p:4x4x12."),
+        ("V5P-4096", "v5p:8x16x16."),
+        ("v5p-12288", "v5p:16x16x24."),
+        ("v5litepod-16", "16 chips: write their shape, v5e:4x4."),
+        ("v5e-8", "v5e:2x4."),
+        ("v6e-256", "v6e:16x16."),
+        ("h200-8", "h200:8."),
+        ("v5p:512", "not a size of v5p: write v5p:8x8x8."),
+        ("v5e:128", "write v5e:8x16."),
+        ("v4-8", "no figures of v4 are known here (v5e, v5p, "),
+        # No such slice: an odd core, more chips than a pod has, sides that are no cubes.
+        ("v5p-7", "such as v5p:4x4x4."),
+        ("v5p-999999", "such as v5p:4x4x4."),
+        ("v5p-200", "such as v5p:4x4x4."),
+        ("v5litepod-999", "such as v5e:4x4."),
+        ("tpu7x-128", "such as tpu7x:4x4x4."),
+        ("v5p-99999999999999999999", "unknown"),
+        ("v9-8", "unknown"),
+    ],
+)
+def test_names_that_count_cores_or_chips_get_their_shape(name, answer):
+    with pytest.raises(UserError) as error:
+        parse_topology(name)
+    assert answer in str(error.value) and "\n" not in str(error.value)
+    suggested = re.search(r"write (?:their shape, )?(\S+)\.$", str(error.value))
+    if suggested:
+        parse_topology(suggested[1])
+
+
 def test_search_says_why():
     """Fits are ranked; an indivisible head count and too little memory are both told."""
     topology = parse_topology("v5e:2x4")
