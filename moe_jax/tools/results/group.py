@@ -55,8 +55,9 @@ def group(results: Sequence[Result]) -> list[Group]:
 def sample_fault(groups: Sequence[Group]) -> str:
     """Why the held-out losses of the groups do not compare, in one sentence; empty if they do."""
     runs: dict[Sample, list[Result]] = {}
-    for run in (run for each in groups for run in each.runs if run.sample is not None):
-        runs.setdefault(run.sample, []).append(run)
+    for run in (run for each in groups for run in each.runs):
+        if run.sample is not None:
+            runs.setdefault(run.sample, []).append(run)
     if len(runs) < 2:
         return ""
     samples = list(runs)
