@@ -130,3 +130,13 @@ def test_what_another_machine_would_round_otherwise_is_refused(tmp_path, begins)
         other = cast(Settings, dataclasses.replace(settings, **change))
         with pytest.raises(UserError, match=sentence):
             replay._prepared(other, tmp_path)
+
+
+def test_the_config_of_a_version_with_another_name_for_a_key_is_read(tmp_path, begins):
+    begins(0, 1)
+    path = tmp_path / SETTINGS
+    line = json.loads(path.read_text())
+    del line["config"]["eval"]["rows"]
+    line["config"]["eval"]["batches"] = 3
+    path.write_text(json.dumps(line) + "\n")
+    assert read_settings(tmp_path)[0].typed().eval.rows == 3 * Config().train.batch_size
