@@ -29,7 +29,7 @@ def typed(line: str, folder, more_steps: int) -> list[str]:
     if words[:2] in (["moe_jax", "checkpoint"], ["moe_jax", "goodput"]):
         return words
     if words[:2] == ["moe_jax", "results"]:  # of a sweep that this test does not run
-        return [word.replace("runs/dense", "runs") for word in words]
+        return [word.replace("runs/dense", "runs/tiny") for word in words]
     text = {"data.source": "text", "data.files": f"{folder}/path/*.txt"}
     small = SMALL | SMALLER | text | {"train.steps": more_steps, "model.moe.num_experts": 8}
     given = {word.split("=")[0].removeprefix("--config.") for word in words}

@@ -196,13 +196,15 @@ RANKED = {"eval.rows": 64, "model.moe.num_experts": 8}
     ("other", "overrides", "differs"),
     [
         ({}, {}, ""),
-        ({"rows": 32}, {"eval.rows": 32}, "its size"),
-        ({"tokens": 64 * T - 5}, {}, "its size"),
-        ({"text": "bb"}, {}, "the text or its tokenizer"),
+        ({"rows": 32}, {"eval.rows": 32}, "size"),
+        ({"tokens": 64 * T - 5}, {}, "size"),
+        ({"text": "bb"}, {}, "text or tokenizer"),
         # As many targets, cut into other rows of the same order: other text.
         ({"rows": 32, "tokens": 64 * T}, {"eval.rows": 32, "data.sequence_length": 64}, "length"),
         # The whole split, cut otherwise: the same targets.
         ({"rows": 32, "tokens": 64 * T, "whole": True}, {"data.sequence_length": 64}, ""),
+        # All rows that there are, whether just as many were asked for or more.
+        ({}, {"eval.rows": 512}, ""),
     ],
 )
 def test_losses_on_different_samples_are_listed_but_not_ranked(

@@ -54,30 +54,27 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 def sample_fault(groups: Sequence[Group]) -> str:
     """Why the held-out losses of the groups do not compare, in one sentence; empty if they do."""
-    runs: dict[Sample, list[Result]] = {}
-    for run in (run for each in groups for run in each.runs):
-        if run.sample is not None:
-            runs.setdefault(run.sample, []).append(run)
-    if len(runs) < 2:
+    runs = [run for each in groups for run in each.runs if run.sample is not None]
+    samples = [run.sample for run in runs if run.sample is not None]
+    lengths = {sample.sequence_length for sample in samples}
+    unlike = {
+        "size (eval.rows)": len({sample.tokens for sample in samples}) > 1,
+        "text or tokenizer": len({sample.text for sample in samples}) > 1,
+        "data.sequence_length": len(lengths) > 1 and not all(sample.whole for sample in samples),
+    }
+    if not any(unlike.values()):
         return ""
-    samples = list(runs)
-    differs = [
-        name
-        for name, values in (
-            ("its size (eval.rows)", {sample.tokens for sample in samples}),
-            ("data.sequence_length", {sample.sequence_length for sample in samples}),
-            ("the text or its tokenizer", {sample.text for sample in samples}),
-        )
-        if len(values) > 1
-    ]
+    alike: dict[tuple, list[Result]] = {}
+    for run, sample in zip(runs, samples, strict=True):
+        alike.setdefault((sample.tokens, sample.text, sample.sequence_length), []).append(run)
     named = "; ".join(
         f"{_size(members[0])} in {', '.join(run.name for run in members)}"
-        for members in runs.values()
+        for members in alike.values()
     )
     return (
         f"The held-out losses are not ranked: the runs were evaluated on different samples "
-        f"({named}), which differ in {' and '.join(differs)}; eval.rows=0, the whole split, is one "
-        f"sample for every data.sequence_length."
+        f"({named}), which differ in {', '.join(name for name in unlike if unlike[name])}; "
+        f"eval.rows=0, the whole split, is one sample for every data.sequence_length."
     )
 
 

@@ -25,11 +25,12 @@ _RUN_NAME = re.compile("[a-z0-9-]+")  # as launch/runs.py makes them: no path to
 
 
 class Sample(NamedTuple):
-    """The held-out text of an evaluation: losses compare only where all of it is equal."""
+    """The held-out text of an evaluation: losses compare only on the same one."""
 
     tokens: int | None  # targets of the loss; None: the row does not say
-    sequence_length: int | None  # T, which cuts the rows; None: the whole split, however it is cut
     text: str  # fingerprint of the token store; empty: the folder does not tell it
+    sequence_length: int  # T, which cuts the split into rows
+    whole: bool  # the whole split: the same targets, however it is cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _sample(row: Mapping[str, Any], config: Config, text: str) -> Sample:
     """What a row of held-out numbers was evaluated on; its config is the run's present one."""
     rows = _count(row, "eval_rows")
     whole = rows is not None and (config.eval.rows == 0 or rows < config.eval.rows)
-    return Sample(_count(row, "eval_tokens"), None if whole else config.data.sequence_length, text)
+    return Sample(_count(row, "eval_tokens"), text, config.data.sequence_length, whole)
 
 
 def _text_of(folder: Path) -> str:
