@@ -34,7 +34,7 @@ Report = Callable[[str], None]
 # What Orbax and TensorStore raise of files that they cannot read, or of metadata that they parse.
 _DAMAGE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(RecursionError, MemoryError),
+    *(RuntimeError, MemoryError),  # RuntimeError: a text that is not UTF-8, handed to TensorStore
 )
 
 
