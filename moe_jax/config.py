@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
@@ -22,7 +23,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.registry import lookup, own_fields, suggest, typed
+from moe_jax.registry import dotted_keys, lookup, own_fields, suggest_key, typed
 from moe_jax.train.optim import OptimizerConfig
 
 LARGEST = 2**40  # no key of a config counts further
@@ -199,6 +200,14 @@ def default_config() -> ConfigDict:
     return config
 
 
+def is_group(name: str) -> bool:
+    """Whether a dotted key names a group of keys of `Config`, such as `model.moe`, and no value."""
+    hint: Any = Config
+    for key in name.split("."):
+        hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+    return dataclasses.is_dataclass(hint)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a config dataclass (JSON-able)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -211,8 +220,34 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Typed config; raises UserError naming an unknown key, a wrong type or a bad value."""
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    return _build(Config, plain, "")
+    plain = plain_dict(config) if isinstance(config, ConfigDict) else config
+    typed_config = _build(Config, plain, "")
+    for name, part in typed_config.model.moe.options.items():
+        lookup({**ROUTERS, **DISPATCH}, name, "model.moe.options")
+        typed(Mapping, part, f"model.moe.options.{name}")
+    return typed_config
+
+
+def plain_dict(config: ConfigDict) -> dict[str, Any]:
+    """Nested plain dicts of what a config file made; None for a value that it asks for.
+
+    Raises:
+      UserError: keys that are not texts, or a config inside itself.
+    """
+    try:
+        return {key: _plain_value(config, key) for key in config}
+    except (TypeError, RecursionError) as error:
+        raise UserError(
+            f"The config is no tree of named values ({error}): give keys that are texts."
+        ) from None
+
+
+def _plain_value(config: ConfigDict, key: str) -> Any:
+    try:
+        value = config[key]
+    except RequiredValueError:  # of config_dict.required_placeholder
+        return None
+    return plain_dict(value) if isinstance(value, ConfigDict) else value
 
 
 def to_json(config: Config) -> str:
@@ -278,9 +313,10 @@ def _build(cls: type, plain: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = set(plain) - set(hints)
     if unknown:
-        key = sorted(unknown)[0]
+        key = sorted(map(str, unknown))[0]
         refuse_renamed(f"{path}{key}")
-        raise UserError(f"config.{path}{key} is not a config key{suggest(key, hints)}.")
+        near = suggest_key(f"{path}{key}", dotted_keys(default_config().to_dict()))
+        raise UserError(f"config.{path}{key} is not a config key{near}.")
     return cls(**{key: _value(hints[key], value, f"{path}{key}") for key, value in plain.items()})
 
 
@@ -302,6 +338,11 @@ def _check_size(value: Any, path: str) -> None:
     """Raises UserError for a float that is not finite and an int larger than anything it counts."""
     if isinstance(value, Mapping):
         for key, part in value.items():
+            if not isinstance(part, Mapping | str | int | float | list | tuple | None):
+                raise UserError(
+                    f"config.{path}.{key} is {part!r} ({type(part).__name__}): give a text, a "
+                    f"number, true or false."
+                )
             _check_size(part, f"{path}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config.{path} is {value}: give a finite number.")

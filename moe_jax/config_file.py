@@ -1,16 +1,16 @@
 """A config from the Python file that makes it."""
 
-import importlib.util
 import inspect
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from moe_jax.config import Config, from_config_dict
+from moe_jax.config import Config, from_config_dict, is_group, plain_dict
 from moe_jax.errors import UserError
-from moe_jax.registry import suggest
+from moe_jax.files.python_file import blame, read_function, reads_argument
+from moe_jax.registry import dotted_keys, suggest_key
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -24,42 +24,92 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
       The typed config.
 
     Raises:
-      UserError: no such file, no `get_config` in it, an unknown key, or a bad value.
+      UserError: no such file, no `get_config` in it, an error in it, an unknown key, or a bad
+        value.
     """
     config = read_config_file(path)
     for name, value in (overrides or {}).items():
+        value_of(config, name)
         *above, last = name.split(".")
         node: Any = config
         for key in above:
-            node = node[key] if isinstance(node, ConfigDict) and key in node else None
-        if not isinstance(node, ConfigDict) or last not in node:
-            raise UserError(f"{name} is not a config key{suggest(name, config.to_dict())}.")
-        node[last] = value
+            node = node[key]
+        try:
+            node[last] = value
+        except (TypeError, ValueError) as error:  # ml_collections keeps the type of each value
+            text = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"config.{name} cannot be {value!r}: {text}.") from None
     return from_config_dict(config)
 
 
-def read_config_file(path: str) -> ConfigDict:
-    """What `get_config` of FILE.py[:ARG] returns; an exception inside the file is not caught.
+def value_of(config: ConfigDict, name: str) -> Any:
+    """The value of a key that can be set.
+
+    Args:
+      config: what a config file made.
+      name: dotted key, such as `train.steps`.
+
+    Returns:
+      A plain value: a dict for a key such as data.mixture.
 
     Raises:
-      UserError: no such file, no get_config in it, or it returns something else.
+      UserError: the config does not have the key, or it is a group of keys.
     """
-    file, _, argument = path.partition(":")
-    if not os.path.isfile(file):
-        raise UserError(f"--config={path}: there is no file {file!r}.")
-    spec = importlib.util.spec_from_file_location("moe_jax_run_config", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: {file!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"--config={path}: {file!r} defines no get_config().")
-    if argument and not inspect.signature(get_config).parameters:
-        raise UserError(f"--config={path}: get_config() of {file!r} takes no argument.")
-    config = get_config(argument) if argument else get_config()
-    if not isinstance(config, ConfigDict):
+    node: Any = plain_dict(config)
+    known, above = list(dotted_keys(node)), "config"
+    for key in name.split("."):
+        if not isinstance(node, dict):
+            raise UserError(f"{above} is a value and has no key {key!r}.")
+        if key not in node:
+            raise UserError(f"config.{name} is not a config key{suggest_key(name, known)}.")
+        node, above = node[key], f"{above}.{key}"
+    if isinstance(node, dict) and is_group(name):
         raise UserError(
-            f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict."
+            f"{above} is a group of keys and takes no value: set a key of it, such as "
+            f"{above}.{next(iter(node), 'KEY')}."
         )
+    return node
+
+
+def read_config_file(path: str) -> ConfigDict:
+    """What `get_config` of FILE.py[:ARG] returns.
+
+    Args:
+      path: `~` in front is the home folder.
+
+    Raises:
+      UserError: no such file, no get_config in it, an error or an exit in it, an argument that
+        get_config does not read or a missing one, or it returns something else.
+    """
+    file, _, argument = os.path.expanduser(path).partition(":")
+    flag = f"--config={path}"
+    get_config = read_function(file, "get_config", flag)
+    _check_argument(get_config, argument, file, flag)
+    with blame(file, flag):
+        config = get_config(argument) if argument else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{flag}: get_config() returns {type(config).__name__}, not a ConfigDict.")
+    if isinstance(config, FrozenConfigDict):  # it could take no override
+        return ConfigDict(cast(Any, config))
     return config
+
+
+def _check_argument(get_config: Callable[..., Any], argument: str, file: str, flag: str) -> None:
+    """Refuse an argument that get_config does not take or never reads, or lacks."""
+    try:
+        signature = inspect.signature(get_config)
+    except (TypeError, ValueError):  # something callable that does not tell
+        return
+    try:
+        signature.bind(*[argument] if argument else [])
+    except TypeError as error:
+        what = f"{flag}: get_config() of {file!r}"
+        if not argument:
+            raise UserError(f"{what} needs an argument ({error}): write {file}:ARG.") from None
+        if not signature.parameters:
+            raise UserError(f"{what} takes no argument: leave out ':{argument}'.") from None
+        raise UserError(f"{what} cannot take one argument ({error}): change it.") from None
+    if argument and not reads_argument(get_config):
+        raise UserError(
+            f"{flag}: get_config() of {file!r} ignores its argument: leave out ':{argument}'."
+        )

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from moe_jax.errors import UserError
@@ -16,6 +16,71 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
+
+
+def dotted_keys(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Every key of nested mappings by its dotted name, groups (`model.moe`) included."""
+    for key, value in nested.items():
+        yield f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from dotted_keys(value, f"{above}{key}.")
+
+
+def suggest_key(name: str, known: Iterable[str]) -> str:
+    """The hint for a dotted key that does not exist.
+
+    Args:
+      name: the key as it was typed, such as `learning_rate` or `train.stepz`.
+      known: all dotted keys, `optimizer.learning_rate` among them.
+
+    Returns:
+      ' (did you mean X?)' with the nearest keys of any group, by their last name or the whole; else
+      the list of keys in the group that `name` is in.
+    """
+    known = sorted(known)
+    scores = {key: _likeness(name, key) for key in known}
+    best = max(scores.values(), default=0.0)
+    if best < _ALIKE:
+        return suggest("", _siblings(name, known))
+    near = sorted((key for key in known if scores[key] > best - _CLOSE), key=lambda k: -scores[k])
+    return f" (did you mean {' or '.join(map(repr, near[:_SHOWN]))}?)"
+
+
+_ALIKE = 0.6  # likeness below which a key is no suggestion
+_CLOSE = 0.08  # further suggestions are at most this much less alike
+_SHOWN = 3
+
+
+def _likeness(name: str, key: str) -> float:
+    """From 0 to 1: of the last names, and less so of the groups, which other trainers cut anew."""
+    group, dot, typed = name.replace("-", "_").rpartition(".")
+    own_group, _, last = key.rpartition(".")
+    words = last.split("_")
+    if typed == last:
+        alike = 1.0
+    elif set(typed.split("_")) < set(words):  # warmup: warmup_steps
+        alike = 0.9
+    elif len(typed) > 1 and typed == "".join(word[:1] for word in words):  # lr: learning_rate
+        alike = 0.85
+    else:
+        alike = _ratio(typed, last)
+    if dot:
+        return alike * (0.8 + 0.2 * _ratio(group, own_group))
+    return max(alike * 0.9, _ratio(typed, key.replace(".", "_")))  # checkpoint_every
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _siblings(name: str, known: Sequence[str]) -> list[str]:
+    """The last names of the keys in the deepest group of `name` that exists."""
+    group = name.rpartition(".")[0]
+    while group and group not in known:
+        group = group.rpartition(".")[0]
+    inside = f"{group}." if group else ""
+    below = (key.removeprefix(inside) for key in known if key.startswith(inside))
+    return [key for key in below if "." not in key]
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
@@ -61,13 +126,13 @@ def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
     cls = lookup(table, name, what)
     fields = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     hints = typing.get_type_hints(cls)
-    options = dict(shared.options.get(name, {}))
+    where = f"{what.rpartition('.')[0]}.options.{name}"
+    options = dict(typed(Mapping, shared.options.get(name, {}), where))
     for key, value in options.items():
         if hasattr(shared, key):  # its checks there would be passed by
             raise UserError(f"{what} {name!r} shares {key!r} with the others: set it in model.moe.")
         if key not in fields:
             raise UserError(f"{what} {name!r} has no option {key!r}{suggest(key, fields)}.")
-        path = f"{what.rpartition('.')[0]}.options.{name}.{key}"
-        options[key] = typed(hints[key], value, path)
+        options[key] = typed(hints[key], value, f"{where}.{key}")
     common = {key: getattr(shared, key) for key in fields - set(options) if hasattr(shared, key)}
     return cls(**common, **options)

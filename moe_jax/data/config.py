@@ -59,7 +59,8 @@ def _check_part(where: str, part: Any) -> None:
         raise UserError(f"{where} is {part!r}: give it {', '.join(MIXTURE_KEYS)}.")
     for key, value in part.items():
         kind = type(lookup(MIXTURE_KEYS, key, f"{where} key"))
-        if not isinstance(value, (int, float) if kind is float else kind):
+        right = (int, float) if kind is float else kind
+        if not isinstance(value, right) or isinstance(value, bool):
             raise UserError(f"{where}.{key} is {value!r}: give a value of type {kind.__name__}.")
     if part.get("source"):
         lookup(dict.fromkeys(SOURCES), part["source"], f"{where}.source")
