@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from moe_jax.config import Config, from_config_dict, is_group, plain_dict
+from moe_jax.config import Config, from_config_dict, is_group, plain_dict, refuse_renamed
 from moe_jax.errors import UserError
 from moe_jax.files.python_file import blame, read_function, reads_argument
 from moe_jax.registry import dotted_keys, suggest_key
@@ -61,6 +61,7 @@ def value_of(config: ConfigDict, name: str) -> Any:
         if not isinstance(node, dict):
             raise UserError(f"{above} is a value and has no key {key!r}.")
         if key not in node:
+            refuse_renamed(name)
             raise UserError(f"config.{name} is not a config key{suggest_key(name, known)}.")
         node, above = node[key], f"{above}.{key}"
     if isinstance(node, dict) and is_group(name):

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import Config, from_config_dict, read_config, to_flat_dict
 from moe_jax.errors import UserError
+from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder, locate
 from moe_jax.model.define import define
 from moe_jax.parallel.platforms import check_platforms
@@ -34,16 +35,30 @@ from moe_jax.run.setup import settle
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads stdin, answers each line; returns 0 whatever the answers are."""
+    """Reads stdin, answers each line; returns 0 whatever the answers are.
+
+    Raises:
+      UserError: a line is no list of arguments.
+    """
     given = parse(argv, COMMANDS["check"]).flags
     if not given.devices:
         check_platforms()
-    runs = [json.loads(line) for line in sys.stdin if line.strip()]
-    for arguments in runs:
+    for arguments in list(_read_runs(sys.stdin)):
         with contextlib.redirect_stdout(sys.stderr):  # a config file may print
             answer = check(arguments, given.devices or jax.device_count())
         print(json.dumps(answer), flush=True)
     return 0
+
+
+def _read_runs(lines: Iterable[str]) -> Iterator[list[str]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield records.names(json_files.parse(line))
+        except ValueError as error:
+            raise UserError(
+                f"Line {number} of standard input is no JSON list of train's arguments ({error})."
+            ) from None
 
 
 def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
@@ -55,7 +70,7 @@ def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
         changed = _changed(config, workdir) if finished else []
     except UserError as error:
         problem = str(error)
-    except (Exception, SystemExit) as error:  # of the config file's code: anything may happen
+    except Exception as error:  # of a router that the config file defines, say
         problem = f"{type(error).__name__}: {error}"
     return {"problem": problem, "finished": finished, "changed": changed}
 

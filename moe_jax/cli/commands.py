@@ -19,11 +19,19 @@ from moe_jax.registry import suggest
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag of a command; its type is the type of its default."""
+    """One flag of a command; its type is the type of its default.
+
+    Attributes:
+      name: without dashes.
+      default: the value where it is not given.
+      help: one line for --help.
+      path: whether it names a file or a folder; `~` in front is then the home folder.
+    """
 
     name: str
     default: str | int | float | bool
     help: str
+    path: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Command:
 
 
 COMMON_FLAGS = (
-    Flag("workdir", "", "Folder of the run."),
+    Flag("workdir", "", "Folder of the run.", path=True),
     Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
 )
 # For commands that may run as several processes: what `distributed.start` takes.
@@ -60,7 +68,12 @@ COMMANDS = {
     "train": Command(
         "Train a config, or go on from the newest checkpoint of its workdir.",
         (
-            Flag("init_from", "", "Start a new run from the weights of this other run's workdir."),
+            Flag(
+                "init_from",
+                "",
+                "Start a new run from the weights of this other run's workdir.",
+                path=True,
+            ),
             *PROCESS_FLAGS,
         ),
     ),
@@ -89,7 +102,9 @@ COMMANDS = {
             Flag("topology", "", "What it would run on: v5p:8x8x16, v5e:4x4, h200:8."),
             Flag("mesh", "", "data=1,fsdp=128,expert=8,tensor=1, instead of the config's."),
             Flag("tokens", 1e12, "Tokens of the whole training, for chip-hours."),
-            Flag("save", "", "Write the compiled executable there; takes minutes longer."),
+            Flag(
+                "save", "", "Write the compiled executable there; takes minutes longer.", path=True
+            ),
             Flag("search", False, "Rank every legal mesh, remat policy and batch size."),
             Flag("scaling", False, "A table from 8 to 65,536 chips; takes no compilation."),
             Flag("compile", True, "Compile; --nocompile gives the analytic estimate alone."),
@@ -108,8 +123,13 @@ COMMANDS = {
     "results": Command(
         "Show a table, CSV and a plot of the runs below a folder.",
         (
-            Flag("csv", "", "Also write the table of runs here, numbers in full."),
-            Flag("plot", "", "Also plot (PNG, SVG or PDF by the name's end); needs matplotlib."),
+            Flag("csv", "", "Also write the table of runs here, numbers in full.", path=True),
+            Flag(
+                "plot",
+                "",
+                "Also plot (PNG, SVG or PDF by the name's end); needs matplotlib.",
+                path=True,
+            ),
             Flag("x", "", "Config key for the plot's right panel, such as model.moe.num_experts."),
         ),
         config=False,
@@ -118,7 +138,12 @@ COMMANDS = {
         "Show where the time of a run went, restarts and lost steps included.",
         (
             Flag("json", False, "Print one line of JSON instead of tables."),
-            Flag("plot", "", "Also plot (PNG, SVG or PDF by the name's end); needs matplotlib."),
+            Flag(
+                "plot",
+                "",
+                "Also plot (PNG, SVG or PDF by the name's end); needs matplotlib.",
+                path=True,
+            ),
         ),
         config=False,
     ),
@@ -127,7 +152,12 @@ COMMANDS = {
         (
             Flag("layer", -1, "Only this MoE layer, counted from 0; -1: all of them, added."),
             Flag("from_step", 0, "Leave out earlier steps."),
-            Flag("csv", "", "Also write every count here: axis, layer, name and the fates."),
+            Flag(
+                "csv",
+                "",
+                "Also write every count here: axis, layer, name and the fates.",
+                path=True,
+            ),
         ),
         config=False,
     ),
@@ -137,7 +167,9 @@ COMMANDS = {
             Flag("step", 0, "The step, counted from 1 as in metrics.jsonl."),
             Flag("flight", True, "As its flight record has it; --noflight: as it went after that."),
             Flag("from_beginning", False, "Where no checkpoint is early enough: from step 0."),
-            Flag("init_from", "", "With --from_beginning: what the run was started with."),
+            Flag(
+                "init_from", "", "With --from_beginning: what the run was started with.", path=True
+            ),
             *PROCESS_FLAGS,
         ),
         config=False,
@@ -153,7 +185,7 @@ TRAIN_BPE = Command(
     "Train a BPE tokenizer on a config's corpus.",
     (
         Flag("vocab_size", 0, "Tokens of the new vocabulary, special ones included."),
-        Flag("output", "", "Where the tokenizer.json is written."),
+        Flag("output", "", "Where the tokenizer.json is written.", path=True),
     ),
     workdir=False,
 )
@@ -184,7 +216,10 @@ def main() -> NoReturn:
         _show(overview())
     if name not in COMMANDS:
         shown = [name for name, command in COMMANDS.items() if command.listed]
-        error = UserError(f"{name!r} is not a command of moe_jax{suggest(name, shown)}.")
+        near = suggest(name, [*shown, "data train-bpe"])
+        error = UserError(f"{name!r} is not a command of moe_jax{near}.")
+        if name.startswith("-"):
+            error = UserError(f"There is no command before {name}: name one of {', '.join(shown)}.")
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
     run_command(name, arguments)

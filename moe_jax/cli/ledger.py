@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns 1 where the three ways of counting differ."""
     given = parse(argv, COMMANDS["ledger"]).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
+    if given.from_step < 0:
+        raise UserError(f"--from_step={given.from_step}: give 0 or more.")
     path = epath.Path(given.workdir) / LEDGER
     totals = read(path, given.from_step)
     layers = len(totals.ledger.expert.kept)

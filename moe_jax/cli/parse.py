@@ -1,7 +1,9 @@
 """The command line of every console command: absl flags, a config file and its overrides."""
 
+import ast
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,11 +12,12 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax.cli.commands import COMMON_FLAGS, Command
 from moe_jax.cli.mixture import add_mixture_keys
-from moe_jax.config import refuse_renamed
-from moe_jax.config_file import read_config_file
+from moe_jax.config import plain_dict
+from moe_jax.config_file import read_config_file, value_of
 from moe_jax.errors import UserError
+from moe_jax.files import json_files
 from moe_jax.parallel.xla_flags import avoid_command_buffers, use_virtual_devices
-from moe_jax.registry import suggest
+from moe_jax.registry import dotted_keys, suggest_key
 
 
 class Parsed(NamedTuple):
@@ -25,6 +28,7 @@ class Parsed(NamedTuple):
     flags: Any  # values by attribute: config (FILE.py[:ARG]), workdir, devices, the extra ones
 
 
+MOST_DEVICES = 1 << 16  # virtual ones: as many chips as the planner goes to
 _DEFINE = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
@@ -47,34 +51,51 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
     values = flags.FlagValues()
     for flag in known:
         _DEFINE[type(flag.default)](flag.name, flag.default, flag.help, flag_values=values)
-    arguments = list(argv)
+    arguments = [*argv[:1], *_expand_flag_files(values, argv[1:])]
     path, loaded = "", ConfigDict()
     if command.config:
-        path, arguments = _split_config(arguments)
+        path, arguments = _split_config(arguments, [flag.name for flag in known])
         loaded = read_config_file(path)
         add_mixture_keys(loaded, arguments)
-        _check_keys(loaded, arguments)
-        config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=arguments)
-    stray = _read(values, arguments)
+        arguments = list(_checked_overrides(loaded, arguments))
+    stray = _read(values, arguments, loaded if command.config else None)
     if stray:
         raise UserError(f"{stray[0]!r} is not a flag: write --NAME=VALUE.")
     found = SimpleNamespace(**{flag.name: values[flag.name].value for flag in known})
+    for flag in known:
+        if flag.path:
+            setattr(found, flag.name, _at_home(flag.name, getattr(found, flag.name)))
     if command.workdir and not found.workdir:
         raise UserError("--workdir is missing: name the folder of the run.")
-    if found.devices < 0:
-        raise UserError(f"--devices={found.devices}: give 1 or more, or 0 for the machine's own.")
+    if not 0 <= found.devices <= MOST_DEVICES:
+        raise UserError(
+            f"--devices={found.devices}: give 1 or more and at most {MOST_DEVICES}, or 0 for the "
+            f"machine's own."
+        )
     if found.devices:
         use_virtual_devices(found.devices)
     avoid_command_buffers()
     if not command.config:
         return Parsed(loaded, {}, found)
     found.config = path
-    overrides = dict(config_flags.get_override_values(values["config"]))
+    given = config_flags.get_override_values(values["config"])
+    overrides = {
+        key: plain_dict(value) if isinstance(value, ConfigDict) else value
+        for key, value in given.items()
+    }
     return Parsed(loaded, overrides, found)
 
 
-def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of --config and the arguments without it."""
+def _at_home(name: str, path: str) -> str:
+    """The path with `~` or `~user` in front as a home folder; raises UserError for no such user."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"--{name}={path}: no user has that name: write ./{path} for a file here.")
+    return found
+
+
+def _split_config(argv: Sequence[str], known: Iterable[str]) -> tuple[str, list[str]]:
+    """The value of --config and the arguments without it; `known` are the other flags' names."""
     path, rest = "", []
     arguments = iter(argv)
     for argument in arguments:
@@ -84,33 +105,79 @@ def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             rest.append(argument)
     if not path:
+        _check_names(rest[1:], ["config", *known])
         raise UserError("--config is missing: name a config file, such as configs/tiny.py.")
     return path, rest
 
 
-def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError for an override of a key that the config does not have."""
+def _check_names(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError for the first flag whose name is not `known`: --config may be misspelt."""
     for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        node: Any = config
-        above = "config"
-        for key in match[1].split(".") if match else ():
-            if not isinstance(node, ConfigDict):
-                raise UserError(f"{above} is a value and has no key {key!r}.")
-            if key not in node:
-                refuse_renamed(f"{above}.{key}".removeprefix("config."))
-                raise UserError(f"{above}.{key} is not a config key{suggest(key, node)}.")
-            node, above = node[key], f"{above}.{key}"
+        match = re.match(r"--?([A-Za-z][^=.]*)", argument)
+        if match and match[1] not in known and match[1].removeprefix("no") not in known:
+            raise UserError(f"--{match[1]} is not a flag{suggest_key(match[1], known)}.")
 
 
-def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Parses `argv` into `values`; returns what is no flag."""
+def _checked_overrides(config: ConfigDict, argv: Sequence[str]) -> Iterator[str]:
+    """The arguments, with JSON for a mapping as the Python literal that ml_collections reads.
+
+    Raises:
+      UserError: an override of a key that `config` does not have or that is a group, or of a
+        mapping by something else than a JSON object.
+    """
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        match = re.fullmatch(r"--?(no)?config\.(.*)", name)
+        if match and isinstance(value_of(config, match[2]), dict) and not match[1]:
+            text = value if equals else next(arguments, "")
+            yield f"{name}={_mapping_literal(name, text)}"
+        else:
+            yield argument
+
+
+def _mapping_literal(name: str, text: str) -> str:
+    """The mapping that a JSON object, or a Python literal, says, as a Python literal."""
     try:
+        value = json_files.parse(text)
+    except ValueError as error:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise UserError(
+                f"{name}={text} is not JSON ({error}): write it as '{{\"KEY\": VALUE}}'."
+            ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name}={text} is no JSON object: write it as '{{\"KEY\": VALUE}}'.")
+    literal = repr(value)
+    try:
+        ConfigDict(ast.literal_eval(literal))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise UserError(
+            f"{name}={text} cannot be part of a config: give texts without dots as names, finite "
+            f"numbers, and few levels."
+        ) from None
+    return literal
+
+
+def _expand_flag_files(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """The arguments, those that a --flagfile holds in its place."""
+    try:
+        return values.read_flags_from_files(argv, force_gnu=False)
+    except flags.Error as error:
+        raise UserError(f"--flagfile: {str(error).removeprefix('ERROR:: ').rstrip('.')}.") from None
+
+
+def _read(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) -> list[str]:
+    """Parses `argv` into `values` and `config`; returns what is no flag."""
+    known = [*values, *(f"config.{key}" for key in dotted_keys(plain_dict(config or ConfigDict())))]
+    try:
+        if config is not None:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         return values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(
-            f"--{error.flagname} is not a flag{suggest(error.flagname, _own(values))}."
-        ) from None
+        near = suggest_key(error.flagname, known)
+        raise UserError(f"--{error.flagname} is not a flag{near}.") from None
     except flags.IllegalFlagValueError as error:
         # absl says: flag --NAME=VALUE: what its parser thought of it
         given = str(error).removeprefix("flag ").split(": ")[0]
@@ -119,8 +186,3 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise UserError(f"{given} is not valid: give a value of type {kind}.") from None
     except flags.Error as error:
         raise UserError(f"{str(error).splitlines()[0].rstrip('.')}.") from None
-
-
-def _own(values: flags.FlagValues) -> list[str]:
-    """Names of the command's flags; absl counts each override of the config as one, too."""
-    return [name for name in values if not name.startswith("config.")]

@@ -1,6 +1,8 @@
 """python -m moe_jax plan --config=... --topology=v5p:8x8x16: what fits, and how fast it can go."""
 
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -55,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(given) -> None:
     """Raises UserError for flags that exclude each other, or a file that cannot be written."""
-    if not given.tokens > 0:
-        raise UserError(f"--tokens={given.tokens:g}: give a number above 0.")
+    if not 0 < given.tokens < math.inf:
+        raise UserError(f"--tokens={given.tokens:g}: give a number above 0, and a finite one.")
     if given.mesh and (given.search or given.scaling):
         raise UserError("--mesh says which layout, --search and --scaling try all: give one.")
     if given.save and (given.search or given.scaling or not given.compile):
@@ -100,7 +102,7 @@ def _mesh(text: str) -> dict[str, int]:
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.removeprefix("-").isdigit():
+        if axis not in sizes or not re.fullmatch("-?[0-9]{1,12}", size):
             raise UserError(f"--mesh={text}: write AXIS=SIZE,... with {', '.join(sizes)}.")
         if text.count(f"{axis}=") > 1:
             raise UserError(f"--mesh={text}: give {axis} once.")

@@ -331,7 +331,7 @@ def read_tokenizer_file(path: epath.Path) -> bytes:
     """The bytes of a tokenizer's file; raises UserError where it is missing or unreadable."""
     try:
         with reach(os.fspath(path), "data.tokenizer"):
-            return path.read_bytes()
+            return path.expanduser().read_bytes()
     except FileNotFoundError:
         raise UserError(f"data.tokenizer: there is no file {path}: name another.") from None
     except OSError as error:

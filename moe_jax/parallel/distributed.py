@@ -208,8 +208,9 @@ def _check_explicit(
             f"{' '.join(f'{name}={value}' for name, value in given)} do not make a process: give "
             f"all three, HOST:PORT, the number of processes and this one's index from 0."
         )
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"{names[0]}={coordinator} has no port: write HOST:PORT.")
+    port = coordinator.rpartition(":")[2]
+    if not re.fullmatch(r".+:[0-9]{1,5}", coordinator) or not 0 < int(port) < 1 << 16:
+        raise UserError(f"{names[0]}={coordinator} has no port from 1 to 65535: write HOST:PORT.")
     if process_id >= process_count:
         raise UserError(
             f"{names[2]}={process_id} is not below {names[1]}={process_count}: count from 0."

@@ -59,7 +59,7 @@ def write_folder(
     Raises:
       UserError: the folder is not empty, or cannot be written; or the tokenizer's file is gone.
     """
-    call, folder = f"save({os.fspath(directory)!r})", epath.Path(directory)
+    call, folder = f"save({os.fspath(directory)!r})", epath.Path(directory).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(

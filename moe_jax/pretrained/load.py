@@ -47,7 +47,7 @@ def load(
       UserError: no such folder, step or dtype; a mesh that does not fit the model; a checkpoint,
         config or tokenizer that is missing or damaged.
     """
-    call, folder = f"load({os.fspath(path)!r})", epath.Path(path)
+    call, folder = f"load({os.fspath(path)!r})", epath.Path(path).expanduser()
     if mesh is None:
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     check_mesh(mesh)

@@ -85,7 +85,7 @@ def arguments(place: Place, workdir: Path, overrides: dict[str, object]) -> list
 
 # overrides of the small run on 8 devices -> what the sentence must say
 CONFIGS = {
-    "unknown key": ({"train.stepz": 5}, r"config\.train\.stepz .*did you mean 'steps'"),
+    "unknown key": ({"train.stepz": 5}, r"config\.train\.stepz .*did you mean 'train.steps'"),
     "wrong type": ({"train.steps": "many"}, r"--config\.train\.steps=many .*type int"),
     "heads and kv heads": (
         {"model.num_heads": 3, "model.num_kv_heads": 2},

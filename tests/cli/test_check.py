@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--config=configs/tiny.py", "--config.train.stepz=8"], "did you mean 'steps'"),
+        (["--config=configs/tiny.py", "--config.train.stepz=8"], "did you mean 'train.steps'"),
         (["--config=configs/tiny.py", "--config.train.steps=x"], "give a value of type int"),
         (["--config=configs/tiny.py", "--config.mesh.expert=4"], "does not multiply to the 2"),
         (

@@ -64,15 +64,15 @@ def test_one_parse_leaves_nothing_to_the_next(config):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--config.train.stepz=7"], r"config\.train\.stepz is not .*did you mean 'steps'"),
-        (["--config.trian.steps=7"], r"config\.trian is not .*did you mean 'train'"),
+        (["--config.train.stepz=7"], r"config\.train\.stepz is not .*did you mean 'train.steps'"),
+        (["--config.trian.steps=7"], r"config\.trian\.steps is not .*did you mean 'train.steps'"),
         (["--config.train.steps.more=7"], r"config\.train\.steps is a value"),
         (["--config.train.steps=ten"], r"--config\.train\.steps=ten .* of type int"),
         (["--config.train.steps=1.5"], r"--config\.train\.steps=1\.5 .* of type int"),
         (["--config.train.steps="], r"--config\.train\.steps= .* of type int"),
         (["--config.train.rate=x: y"], r"--config\.train\.rate=x.* of type float"),
         (["--config.train.fast=maybe"], r"--config\.train\.fast=maybe .* of type bool"),
-        (["--config.train=3"], r"--config\.train=3 "),
+        (["--config.train=3"], r"config\.train is a group of keys .*such as config\.train\.fast"),
         (["--config.train.steps"], r"Missing value for flag --config\.train\.steps"),
         (["--devises=3"], r"--devises is not a flag \(did you mean 'devices'"),
         (["--devices=x"], r"--devices=x .* of type int"),

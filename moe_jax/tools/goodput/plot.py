@@ -48,6 +48,7 @@ def write_plot(path: Path, account: Account) -> None:
         loc="outside lower center", ncols=len(CATEGORIES), frameon=False, fontsize="small"
     )
     try:
-        figure.savefig(path, dpi=110)
+        # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
+        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot={path} cannot be written ({error}).") from None

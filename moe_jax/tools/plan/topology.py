@@ -14,6 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 from moe_jax.tools.plan.chips import CHIPS, Chip
 
+MOST_CHIPS = 1 << 20  # a search tries every mesh that their number allows
+
 # libtpu asks the machine for a TPU unless it is told not to; and it logs that it found none.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -54,11 +56,15 @@ def parse_topology(name: str) -> Topology:
     chip, _, sizes = name.partition(":")
     known = lookup(CHIPS, chip, "--topology")
     axes = known.torus or 1
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") != axes - 1:
+    number = "[1-9][0-9]{0,5}"
+    if not re.fullmatch(f"{number}(x{number})*", sizes) or sizes.count("x") != axes - 1:
         chips = int(sizes) if re.fullmatch(r"[1-9][0-9]{0,8}", sizes) else 0
         example = _slice_of(chips, known) or "x".join(["4"] * axes)
         raise UserError(f"--topology={name} is not a size of {chip}: write {chip}:{example}.")
-    return Topology(name, known, tuple(int(size) for size in sizes.split("x")))
+    topology = Topology(name, known, tuple(int(size) for size in sizes.split("x")))
+    if topology.num_chips > MOST_CHIPS:
+        raise UserError(f"--topology={name} has more than {MOST_CHIPS:,} chips: give fewer.")
+    return topology
 
 
 def _refuse_accelerator_type(name: str) -> None:

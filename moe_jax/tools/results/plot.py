@@ -42,7 +42,8 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
         _draw_best(best, groups, colours)
     figure.suptitle(_title(groups))
     try:
-        figure.savefig(path, dpi=110)
+        # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
+        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot={path} cannot be written ({error}).") from None
 
