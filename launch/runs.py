@@ -1,7 +1,6 @@
 """From a sweep file to named runs and their command lines."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,8 @@ from typing import Any
 from launch import hyper
 from launch.job import Job
 from launch.shell import LaunchError
+from moe_jax.errors import UserError
+from moe_jax.files.python_file import blame, read_function
 
 Run = Mapping[str, Any]
 
@@ -23,14 +24,18 @@ def expand(path: str) -> dict[str, Run]:
     """The runs of a sweep file in its order: name -> {"config": FILE[:ARG], "config.a.b": value}.
 
     Raises:
-      LaunchError: the file has no get_hyper, or a run is not what the trainer can be given.
+      LaunchError: the file has no get_hyper, it raises or exits, or a run is not what the trainer
+        can be given.
     """
+    file, flag = os.path.expanduser(path), f"--sweep={path}"
     try:
-        runs = _load(path)(hyper)
-    except LaunchError:
+        get_hyper = read_function(file, "get_hyper", flag)
+        with blame(file, flag):
+            runs = get_hyper(hyper)
+    except LaunchError:  # of hyper: it says what is wrong
         raise
-    except Exception as error:  # of the person's own file, where anything may happen
-        raise LaunchError(f"--sweep={path}: {type(error).__name__}: {error}: mend it.") from error
+    except UserError as error:
+        raise LaunchError(str(error)) from None
     if not isinstance(runs, list):
         raise LaunchError(f"{path}: get_hyper() returns {type(runs).__name__}, not a list of runs.")
     named: dict[str, Run] = {}
@@ -42,7 +47,7 @@ def expand(path: str) -> dict[str, Run]:
                 f"{path}: run {number} is the same as run {list(named).index(name)}: vary a key, "
                 f"such as config.seed."
             )
-        named[name] = run
+        named[name] = dict(run)
     if not named:
         raise LaunchError(f"{path}: get_hyper() returns no runs.")
     return named
@@ -70,33 +75,25 @@ def job(name: str, run: Run, workdir: str, more: tuple[str, ...] = ()) -> Job:
     return Job(name, (*overrides, f"--workdir={workdir.rstrip('/')}/{name}", *more))
 
 
-def _load(path: str) -> Any:
-    if not os.path.isfile(path):
-        raise LaunchError(f"--sweep={path}: there is no such file.")
-    spec = importlib.util.spec_from_file_location("sweep_file", path)
-    if spec is None or spec.loader is None:
-        raise LaunchError(f"--sweep={path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    get_hyper = getattr(module, "get_hyper", None)
-    if not callable(get_hyper):
-        raise LaunchError(f"--sweep={path} defines no get_hyper(hyper).")
-    return get_hyper
-
-
 def _check(run: Any, where: str) -> None:
     if not isinstance(run, Mapping):
         raise LaunchError(f"{where} is {run!r}: get_hyper() returns a list of dicts.")
     if not isinstance(run.get("config"), str):
         raise LaunchError(f"{where} names no config: add hyper.fixed('config', 'configs/tiny.py').")
     for key, value in run.items():
-        if key != "config" and not key.startswith("config."):
+        if key != "config" and not (isinstance(key, str) and key.startswith("config.")):
             raise LaunchError(f"{where} sets {key!r}: use 'config', or 'config.' and a config key.")
+        if type(value) is int and abs(value) >> 63:  # Python refuses to print the longest
+            raise LaunchError(
+                f"{where} sets {key} to a number of over 63 bits: give a smaller one."
+            )
         if type(value) not in _PLAIN or (isinstance(value, float) and not math.isfinite(value)):
             raise LaunchError(
                 f"{where} sets {key} to {value!r} ({type(value).__name__}): use a string, a bool "
                 f"or a finite int or float."
             )
+        if "\0" in f"{key}{value}":
+            raise LaunchError(f"{where} sets {key!r} to {value!r}: leave out the null character.")
 
 
 def _short(key: str) -> str:

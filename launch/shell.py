@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
+from moe_jax.errors import UserError
+
 Options = TypeVar("Options")  # a dataclass of a launcher's options
 
 
@@ -26,7 +28,7 @@ def print_line(line: str) -> None:
         os.close(nowhere)
 
 
-class LaunchError(Exception):
+class LaunchError(UserError):
     """What a person must fix, in one sentence; `stderr` of the command that failed, if one did."""
 
     def __init__(self, sentence: str, stderr: str = ""):
@@ -163,10 +165,10 @@ def read_options(options: type[Options], given: argparse.Namespace) -> Options:
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a launcher's `main(arguments)` and exits; a LaunchError is printed as its sentence."""
+    """Runs a launcher's `main(arguments)` and exits; a UserError is printed as its sentence."""
     try:
         code = main(sys.argv[1:])
-    except LaunchError as error:
+    except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

@@ -273,7 +273,7 @@ def kept_step(workdir: Any) -> int:
 def _folder(workdir: str) -> Any:
     """A path; one in an object store needs what the trainer needs for it, too."""
     if "://" not in workdir:
-        return Path(workdir)
+        return Path(os.path.expanduser(workdir))  # as the trainer does
     from etils import epath
 
     return epath.Path(workdir)

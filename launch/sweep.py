@@ -12,6 +12,7 @@ A sweep file defines get_hyper(hyper), see launch/hyper.py and configs/sweeps/.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from launch import runs
 from launch.job import Job
 from launch.local import LOG, STOPPED, Local, command
 from launch.shell import LaunchError, Shell, add_options, make_parser, read_options, run_main
-from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
 
 SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
@@ -126,8 +126,6 @@ def _write_record(workdir: Path, named: dict[str, runs.Run]) -> None:
         check_links(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / SWEEP_RECORD).write_text(json.dumps(named, indent=1) + "\n")
-    except UserError as error:
-        raise LaunchError(str(error)) from None
     except OSError as error:
         raise LaunchError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another."
@@ -160,6 +158,9 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
             raise LaunchError(f"--devices is missing: say how many a run will have on {backend}.")
     if given.jobs < 1 or given.devices < 0:
         raise LaunchError("--jobs is 1 or more, and --devices is not negative: change them.")
+    if not given.workdir:  # each run's folder would lie in the root of the file system
+        raise LaunchError("--workdir is empty: name a folder for the runs.")
+    given.workdir = os.path.expanduser(given.workdir)
     return given, options
 
 

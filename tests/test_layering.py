@@ -68,7 +68,12 @@ FORBIDDEN = {
     for high in ("moe_jax.nn", "moe_jax.moe", "moe_jax.model")
 }
 # A launcher builds command lines on machines that may hold no JAX at all.
-LAUNCH_MAY_IMPORT = ("moe_jax.errors", "moe_jax.files.links", "moe_jax.registry")
+LAUNCH_MAY_IMPORT = (
+    "moe_jax.errors",
+    "moe_jax.files.links",
+    "moe_jax.files.python_file",
+    "moe_jax.registry",
+)
 
 # Each would run what a file or a config says, or parse a command that was put together from it.
 # np.load may unpickle, and makes room for whatever shape a file declares.

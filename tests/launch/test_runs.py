@@ -119,6 +119,16 @@ def test_a_workdir_may_lie_in_an_object_store():
         ("[{'config': 'a.py', 'seed': 1}]", "sets 'seed': use 'config'"),
         ("[{'config': 'a.py', 'config.a': float('nan')}]", "sets config.a to nan"),
         ("[{'config': 'a.py', 'config.a': None}]", "sets config.a to None"),
+        ("[{'config': 'a.py', 'config.a': [1]}]", "sets config.a to [1] (list)"),
+        ("[{'config': 'a.py', 'config.a': 'b\\0'}]", "leave out the null character"),
+        ("[{'config': 'a.py', 'config.a': 10**5000}]", "sets config.a to a number of over 63 bits"),
+        ("[{'config': 'a.py', 1: 2}]", "sets 1: use 'config'"),
+        ("[{'config': 3}]", "run 0 names no config"),
+        ("[None]", "run 0 is None"),
+        ("{'config': 'a.py'}", "returns dict, not a list"),
+        ("hyper.sweep('config', 5)", "line 2 raises TypeError: 'int' object is not iterable"),
+        ("hyper.product(3)", "line 2 raises TypeError"),
+        ("hyper.zipit([hyper.fixed('a', 1, 2), hyper.fixed('b', 1, 3)])", "lists of 2 and 3 runs"),
         ("2 * [{'config': 'a.py'}]", "run 1 is the same as run 0"),
     ],
 )
@@ -128,7 +138,7 @@ def test_what_a_sweep_file_may_not_return(tmp_path, body, sentence):
 
 
 def test_no_sweep_file(tmp_path):
-    with pytest.raises(LaunchError, match="no such file"):
+    with pytest.raises(LaunchError, match="there is no file"):
         expand(str(tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(LaunchError, match="defines no get_hyper"):
@@ -141,7 +151,11 @@ def test_no_sweep_file(tmp_path):
         ("def get_hyper(hyper)\n    return []", "SyntaxError"),
         ("import nothing_of_that_name", "ModuleNotFoundError"),
         ("def get_hyper(hyper):\n    return None", "returns NoneType, not a list"),
-        ("def get_hyper(hyper):\n    return 1 / 0", "ZeroDivisionError"),
+        ("def get_hyper(hyper):\n    return 1 / 0", "line 2 raises ZeroDivisionError"),
+        ("def get_hyper(hyper):\n    exit(0)", "line 2 exits with 0"),
+        ("import sys\nsys.exit()", "line 2 exits with None"),
+        ("def get_hyper(): return []", "the file raises TypeError: .*takes 0 positional"),
+        ("get_hyper = 3", r"defines no get_hyper\(\)"),
     ],
 )
 def test_a_broken_sweep_file_is_one_sentence(tmp_path, text, sentence):

@@ -296,6 +296,12 @@ def test_a_lock_that_nobody_holds_is_not_waited_for(tmp_path, waits, capfd, make
 # ---- what it reads
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    """The trainer that it watches writes there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert supervise._folder("~/run") == tmp_path / "run"
+
+
 def test_it_sees_the_checkpoints_that_the_trainer_commits(tmp_path):
     assert supervise.kept_step(tmp_path) == 0
     checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -123,6 +123,32 @@ def test_where_all_are_refused_nothing_is_written(place, trainer, capsys):
     assert not (place / "runs").exists() and trainer() == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--workdir="], "--workdir is empty"),  # every run would lie in the root of all folders
+        (["--workdir=runs", "--jobs=0"], "--jobs is 1 or more"),
+        (["--workdir=runs", "--devices=-1"], "--devices is not negative"),
+        (["--workdir=runs", "--devices=x"], "invalid int value: 'x'"),
+        (["--workdir=runs", "--backend=cloud"], "invalid choice: 'cloud'"),
+        (["--workdir=runs", "--job=2"], "[Uu]nrecognized arguments: --job=2"),
+        ([], "required: --workdir"),
+    ],
+)
+def test_mistakes_on_the_command_line(place, trainer, flags, sentence):
+    with pytest.raises(LaunchError, match=sentence):
+        sweep.main([f"--sweep={seeds(place, 0)}", *flags])
+    assert not trainer()
+
+
+def test_the_home_folder(place, trainer, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    seeds(place, 0)
+    assert sweep.main(["--sweep=~/sweep_of_test.py", "--workdir=~/runs"]) == 0
+    assert (place / "runs" / "sweep.json").exists() and not (place / "~").exists()
+    assert len(list((place / "runs").glob("*/metrics.jsonl"))) == 1
+
+
 def test_devices_are_those_of_the_run(place, trainer, capsys):
     """Checked against 4 devices, and told to the trainer."""
     path = seeds(place, 0, last="{'config': 'configs/tiny.py', 'config.mesh.expert': 4}")
