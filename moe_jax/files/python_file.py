@@ -73,7 +73,7 @@ def reads_argument(function: Callable[..., Any]) -> bool:
         return True
     name = next(iter(inspect.signature(function).parameters), "")
     code = function.__code__
-    if name in code.co_cellvars or {"locals", "vars"} & set(code.co_names):
+    if {"locals", "vars"} & set(code.co_names):
         return True
     for instruction in dis.get_instructions(code):
         value = instruction.argval  # a tuple where one instruction moves two variables

@@ -88,6 +88,12 @@ def test_identity_follows_the_content(bpe, piece, tmp_path):
     assert len(names) == 4
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    train_bpe(iter(SAMPLE), 280, tmp_path / "own.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_tokenizer("~/own.json").vocab_size == 280
+
+
 def test_what_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "bad.model").write_text("?")

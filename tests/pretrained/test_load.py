@@ -67,6 +67,14 @@ def test_the_newest_checkpoint_or_the_one_asked_for(workdir, tiny):
     assert tiny.run_config.train.steps == 8
 
 
+def test_the_home_folder(workdir, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    assert moe_jax.load(f"~/{workdir.name}").config == tiny.config
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.save("~/saved")
+    assert (tmp_path / "saved" / "config.json").exists()
+
+
 def test_logits_are_those_of_the_forward_pass(tiny):
     tokens_BT = tokens(3)
     logits_BTV = tiny.logits(tokens_BT)
