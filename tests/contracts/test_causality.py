@@ -1,6 +1,9 @@
 """Tokens after position t never change an output up to t: not by a value, not by a bit."""
 
+import dataclasses
 import functools
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,11 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
 from moe_jax.model.forward import forward
 from moe_jax.model.initialize import init
-from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.config import PRIORITIES, MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.experts import Experts
 from moe_jax.moe.layer import MoE
-from moe_jax.moe.types import MoEContext
+from moe_jax.moe.types import DispatchIn, LayerSizes, MoEContext, TokenChoice
 
 B, T, D, E = 8, 16, 16, 8
 ROWS = 4  # several rows share a group's slots
@@ -131,3 +135,147 @@ def test_the_whole_model_with_choice_priority_is_not(mesh_of):
 def test_the_whole_model_with_batch_priority_is_refused(mesh_of):
     with pytest.raises(UserError, match="see the future: use priority token"):
         whole_model(config("capacity", "batch"), mesh_of())
+
+
+# Of a dispatch path alone: groups on a device, rows in a group, positions, experts, choices.
+GROUPS, GROUP_ROWS, POSITIONS, EXPERTS, CHOICES = 8, 2, 8, 8, 2
+TOKENS = GROUP_ROWS * POSITIONS
+# Each knob that decides who is dropped, by the field of the path; a path without it ignores it.
+DROP_KNOBS = {
+    "priority": [*PRIORITIES],
+    "recv_factor": [0.0, 1.0, 1.25, 2.0],
+    "capacity_factor": [0.6],
+}
+PATHS = [
+    (name, dict(zip(knobs, values, strict=True)))
+    for name, path in DISPATCH.items()
+    for knobs in [[f.name for f in dataclasses.fields(path) if f.name in DROP_KNOBS]]
+    for values in itertools.product(*(DROP_KNOBS[knob] for knob in knobs))
+]
+PATH_MESHES = [{}, {"expert": 2}, {"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}]
+
+
+class Drawn(NamedTuple):
+    """Tokens with their choices; `real` is False for padding."""
+
+    x_GSD: Any
+    choice: TokenChoice
+    real_GS: Any
+
+
+def draw(seed: int, choices: int) -> Drawn:
+    """Most tokens choose experts of the first shard, and there those of the lowest numbers."""
+    rng = np.random.default_rng(seed)
+    scores_GSE = rng.normal(size=(GROUPS, TOKENS, EXPERTS)) + np.linspace(3, -3, EXPERTS)
+    ids_GSK = np.argsort(-scores_GSE, axis=-1)[..., :choices].astype(np.int32)
+    shape = ids_GSK.shape
+    choice = TokenChoice(
+        ids_GSK, rng.uniform(0.1, 1, shape).astype(np.float32), rng.uniform(size=shape) < 0.9
+    )
+    x_GSD = rng.normal(size=(GROUPS, TOKENS, D)).astype(np.float32)
+    return Drawn(x_GSD, choice, rng.uniform(size=(GROUPS, TOKENS)) < 0.95)
+
+
+def path_alone(dispatch, mesh, train: bool):
+    """Drawn -> (y_GSD, kept_GSK) of a dispatch path on `mesh`."""
+    w_in, w_out = (
+        0.3 * jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate([(EXPERTS, D, 2, 12), (EXPERTS, 12, D)])
+    )
+
+    @jax.jit
+    def run(drawn: Drawn):
+        inputs = DispatchIn(drawn.real_GS, GROUP_ROWS, train, mesh)
+        return dispatch(drawn.x_GSD, drawn.choice, Experts(w_in, w_out, "swiglu"), inputs)
+
+    return run
+
+
+def moved(dispatch, mesh, train: bool = True, choices: int = CHOICES) -> tuple[int, int, int]:
+    """Of several borders t, what changes before t when everything from t on is drawn again.
+
+    Returns how many assignments have another fate, how many tokens another output, and how many
+    assignments of real tokens were dropped at first.
+    """
+    run = path_alone(dispatch, mesh, train)
+    before, after = draw(0, choices), draw(1, choices)
+    y_GSD, kept_GSK = run(before)
+    wanted_GSK = before.choice.valid_GSK & before.real_GS[..., None]
+    position_S = np.arange(TOKENS) % POSITIONS
+    fates = outputs = 0
+    for t in range(1, POSITIONS):
+        later_S = position_S >= t
+        mixed = jax.tree.map(
+            lambda a, b, later_S=later_S: np.where(
+                later_S.reshape(1, -1, *[1] * (a.ndim - 2)), b, a
+            ),
+            before,
+            after,
+        )
+        later_y, later_kept = run(mixed)
+        fates += int((later_kept != kept_GSK)[:, ~later_S].sum())
+        outputs += int((np.asarray(later_y) != np.asarray(y_GSD)).any(-1)[:, ~later_S].sum())
+        assert (np.asarray(later_y) != np.asarray(y_GSD)).any(-1)[:, later_S].any()
+    return fates, outputs, int((wanted_GSK & ~np.asarray(kept_GSK)).sum())
+
+
+def sizes_of(mesh, choices: int = CHOICES) -> LayerSizes:
+    """What a path is told of the layer above."""
+    devices = mesh.shape["data"] * mesh.shape["expert"]
+    shards = mesh.shape["expert"]
+    return LayerSizes(GROUPS * TOKENS // devices, TOKENS, choices, EXPERTS, shards)
+
+
+def assert_as_announced(dispatch, mesh, **how) -> int:
+    """The past stays as it is unless `lookahead` names a knob; returns how many were dropped."""
+    fates, outputs, dropped = moved(dispatch, mesh, **how)
+    sizes = sizes_of(mesh, how.get("choices", CHOICES))
+    if dispatch.lookahead(sizes):
+        assert fates > 0 and outputs > 0
+    else:
+        assert (fates, outputs) == (0, 0)
+    return dropped
+
+
+def label(value) -> str:
+    """A path with its knobs, or a mesh."""
+    name, knobs = value if isinstance(value, tuple) else ("", value)
+    return "-".join([name, *(f"{key}_{knob}" for key, knob in knobs.items())]).strip("-") or "one"
+
+
+@pytest.mark.parametrize("sizes", PATH_MESHES, ids=label)
+@pytest.mark.parametrize("path", PATHS, ids=label)
+def test_what_a_path_announces_is_what_it_does(path, sizes, mesh_of):
+    name, knobs = path
+    dispatch, mesh = DISPATCH[name](**knobs), mesh_of(**sizes)
+    dropped = assert_as_announced(dispatch, mesh)
+    overflows = dispatch.capacity(TOKENS, CHOICES, EXPERTS, train=True) is not None
+    if knobs.get("recv_factor", 0) > 0:  # the first shard has most of the load
+        overflows = mesh.shape["expert"] > 1 and knobs["recv_factor"] < mesh.shape["expert"]
+    assert (dropped > 20) == overflows
+
+
+@pytest.mark.parametrize("name", DISPATCH)
+def test_one_choice_is_causal_under_choice_priority(name, mesh_of):
+    """First choices are all there is."""
+    path = DISPATCH[name]
+    if "priority" in {field.name for field in dataclasses.fields(path)}:
+        path = functools.partial(path, priority="choice", capacity_factor=0.6)
+    assert_as_announced(path(), mesh_of(expert=2), choices=1)
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_packed_rows_are_as_causal_as_slots(priority, mesh_of, monkeypatch):
+    """As GPUs run `capacity` on one expert shard."""
+    monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
+    dispatch = DISPATCH["capacity"](capacity_factor=1.0, priority=priority)
+    assert assert_as_announced(dispatch, mesh_of(data=2)) > 20
+
+
+@pytest.mark.parametrize("name", DISPATCH)
+def test_paths_are_causal_in_evaluation(name, mesh_of):
+    """With the other factor."""
+    path = DISPATCH[name]
+    if "eval_capacity_factor" in {field.name for field in dataclasses.fields(path)}:
+        path = functools.partial(path, eval_capacity_factor=0.6)
+    assert_as_announced(path(), mesh_of(expert=2), train=False)

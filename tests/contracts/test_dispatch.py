@@ -1,6 +1,7 @@
 """What the matrix of test_conformance.py leaves out: who overflows, and a small receive buffer."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -54,16 +55,25 @@ def test_who_overflows(dispatch, priority):
 
 
 def fits_the_buffer(shards: int, factor: float):
-    """Assignments that send buffers of 8 devices hold: the first of each destination, by expert."""
+    """Assignments that send buffers of 8 devices hold, each asking in turn: position, row, choice.
+
+    The rows of a device are consecutive, whatever the routing groups.
+    """
 
     def keep(wanted_GSK, ids_GSK):
-        kept_N, ids_N, wanted_N = (a.reshape(-1) for a in (wanted_GSK & False, ids_GSK, wanted_GSK))
-        for numbers in np.split(np.arange(ids_N.size), 8):
-            room = math.ceil(len(numbers) * factor / shards)
-            for shard in range(shards):
-                mine = [n for n in numbers if wanted_N[n] and ids_N[n] // (E // shards) == shard]
-                kept_N[sorted(mine, key=lambda n: (ids_N[n], n))[:room]] = True
-        return kept_N.reshape(ids_GSK.shape)
+        K = ids_GSK.shape[2]
+        wanted, ids = (a.reshape(8, -1, cases.T, K) for a in (wanted_GSK, ids_GSK))
+        kept = np.zeros_like(wanted)
+        rows = wanted.shape[1]
+        room = math.ceil(rows * cases.T * K * factor / shards)
+        for device in range(8):
+            sent = [0] * shards
+            for t, r, k in itertools.product(range(cases.T), range(rows), range(K)):
+                shard = ids[device, r, t, k] // (E // shards)
+                if wanted[device, r, t, k] and sent[shard] < room:
+                    kept[device, r, t, k] = True
+                    sent[shard] += 1
+        return kept.reshape(ids_GSK.shape)
 
     return keep
 

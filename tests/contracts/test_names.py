@@ -103,7 +103,9 @@ def test_all_to_alls_are_those_of_the_compiled_program(dispatch, remat):
     assert planned["all-to-all"] > 0
 
 
-def test_a_bounded_dropless_path_says_that_it_is_not_causal():
-    notes = make_plan(config_of("dropless", {"recv_factor": 2.0}), 8).notes
-    assert any("recv_factor 2 is not causal" in note for note in notes)
+def test_what_lets_later_tokens_evict_earlier_ones_is_a_note():
+    """`choice` does; a bound on the receive buffer of dropless does not (test_causality.py)."""
+    notes = make_plan(config_of("capacity"), 8).notes
+    assert any("priority choice is not causal" in note for note in notes)
+    assert not make_plan(config_of("dropless", {"recv_factor": 2.0}), 8).notes
     assert not make_plan(config_of("dropless"), 8).notes

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.moe.config import PRIORITIES
-from moe_jax.moe.dispatch.bounded import Order, Slots, expert_capacity
-from moe_jax.moe.dispatch.capacity import slot_moves, within_capacity
+from moe_jax.moe.dispatch.bounded import Order, Slots, expert_capacity, within_capacity
+from moe_jax.moe.dispatch.capacity import slot_moves
 from moe_jax.moe.types import TokenChoice
 
 

@@ -159,7 +159,7 @@ def test_only_packed_rows_may_leave_places_unwritten():
     """Batched experts multiply every slot, and what travels is sent whole: NaN would spread."""
     ids_GN = jnp.array([[0, 1, 3, 4]])
     slots = slot_moves(ids_GN, 4, 2, Order("token", 1, 1))
-    sent, _ = shard_moves(ids_GN[0], 4, 1, 2, 3)
+    sent, _ = shard_moves(ids_GN[0], 4, Order("token", 1, 1), 2, 3)
     packed, _ = sorted_moves(ids_GN[0], 4, 1)
     assert (slots.zeros, sent.zeros, packed.zeros) == (True, True, False)
 

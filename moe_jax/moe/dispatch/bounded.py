@@ -1,4 +1,4 @@
-"""Capacity and drop order inside a routing group, shared by the bounded dispatch paths.
+"""Capacity and drop order inside a routing group, shared by all dispatch paths with a bound.
 
 A group's S*K assignments are numbered a = s*K + k.  Priority decides who gets a slot first:
 `token` ranks tokens by position, then row, each with all its choices (strictly causal); `choice`
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
+from moe_jax.moe.dispatch.moves import sort_by_expert
 from moe_jax.moe.types import DispatchIn, Exchange, LayerSizes, TokenChoice
 
 # Axes of group, row, position and choice, those that vary slowest first.
@@ -134,3 +135,45 @@ def routed_ids(
     real = choice.valid_GSK & mask_GS[..., None]
     G = choice.ids_GSK.shape[0]
     return jnp.where(real, choice.ids_GSK, num_experts).reshape(G, -1)
+
+
+def within_capacity(
+    ids_GN: Int[Array, "G N"], num_experts: int, capacity: int, order: Order
+) -> Bool[Array, "G N"]:
+    """Which assignments are among the first `capacity` of their expert in priority order.
+
+    Args:
+      ids_GN: each group's assignments to experts; `num_experts`: nobody.
+      num_experts: E.
+      capacity: slots of an expert in a group.
+      order: of the assignments of a group.
+
+    Returns:
+      True for those that get a slot, by assignment number.
+    """
+    p_ids_GN = order.take(ids_GN)
+    c_GN = ranked(p_ids_GN, num_experts)[2]
+    return order.undo((p_ids_GN < num_experts) & (c_GN < capacity))
+
+
+def ranked(
+    p_ids_GN: Int[Array, "G N"], num_experts: int
+) -> tuple[Int[Array, "G N"], Int[Array, "G E1"], Int[Array, "G N"]]:
+    """Sort a group's assignments by expert, then priority.
+
+    Args:
+      p_ids_GN: experts of the assignments in priority order; `num_experts`: nobody.
+      num_experts: E.
+
+    Returns:
+      The order (sorted position -> priority rank), where each expert's assignments begin in it
+      [G, E + 1], and how many of its expert's come before each assignment.
+    """
+    G, N = p_ids_GN.shape
+    order_GN = sort_by_expert(p_ids_GN, num_experts)
+    expert_E = jnp.arange(num_experts + 1)
+    start_GE = (p_ids_GN[:, None, :] < expert_E[None, :, None]).sum(-1, dtype=jnp.int32)
+    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
+    group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
+    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G1, order_GN].set(number_GN)
+    return order_GN, start_GE, sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)

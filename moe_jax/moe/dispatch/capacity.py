@@ -14,10 +14,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool
 
-from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
-from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
+from moe_jax.moe.dispatch.bounded import Order, Slots, ranked, routed_ids, within_capacity
+from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights
 from moe_jax.moe.dispatch.packed import packed
 from moe_jax.moe.dispatch.region import expert_region
 from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
@@ -74,7 +73,7 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     G, N = ids_GN.shape
     E, C, K = num_experts, capacity, order.choices
     p_ids_GN = order.take(ids_GN)
-    order_GN, start_GE, c_GN = _ranked(p_ids_GN, E)
+    order_GN, start_GE, c_GN = ranked(p_ids_GN, E)
 
     # Slot (e, c) holds the c-th assignment of expert e in priority order.
     sorted_GEC = start_GE[:, :E, None] + jnp.arange(C, dtype=jnp.int32)
@@ -94,28 +93,3 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     place_NK = place_NK.astype(jnp.int32)
     return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # the experts multiply all slots
-
-
-def within_capacity(
-    ids_GN: jax.Array, num_experts: int, capacity: int, order: Order
-) -> Bool[Array, "G N"]:
-    """Whether each assignment gets one of its expert's slots, as `slot_moves` gives them."""
-    p_ids_GN = order.take(ids_GN)
-    c_GN = _ranked(p_ids_GN, num_experts)[2]
-    return order.undo((p_ids_GN < num_experts) & (c_GN < capacity))
-
-
-def _ranked(p_ids_GN, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A group's assignments by expert, then priority.
-
-    Returns the order (sorted position -> priority rank), where each expert's begin in it [G, E+1],
-    and how many of its expert's come before each assignment.
-    """
-    G, N = p_ids_GN.shape
-    order_GN = sort_by_expert(p_ids_GN, num_experts)
-    expert_E = jnp.arange(num_experts + 1)
-    start_GE = (p_ids_GN[:, None, :] < expert_E[None, :, None]).sum(-1, dtype=jnp.int32)
-    number_GN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (G, N))
-    group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
-    sorted_GN = jnp.zeros((G, N), jnp.int32).at[group_G1, order_GN].set(number_GN)
-    return order_GN, start_GE, sorted_GN - jnp.take_along_axis(start_GE, p_ids_GN, axis=1)

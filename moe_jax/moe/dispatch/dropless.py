@@ -6,8 +6,9 @@ Across devices, without a bound on what a shard may receive, every shard of the 
 all tokens of the axis, takes what its experts were chosen for, combines it, and the shards' sums
 are added on the way home: a token travels once to each other shard.  (Buffers of an all-to-all in
 which nothing may be dropped have room for all of a device's assignments at each destination, K
-times as much.)  With a bound, the sorted assignments of each destination travel in a buffer of
-fixed size, are sorted again by local expert on arrival, and go home the same way.
+times as much.)  With a bound, each device has a buffer of fixed size for each destination.
+Assignments enter it in the token order of `bounded`, which is causal, and travel sorted by expert;
+they are sorted again by local expert on arrival, and go home the same way.
 """
 
 import dataclasses
@@ -16,9 +17,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int
 
 from moe_jax.errors import UserError
-from moe_jax.moe.dispatch.bounded import routed_ids
+from moe_jax.moe.dispatch.bounded import Order, routed_ids, within_capacity
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
 from moe_jax.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
 from moe_jax.moe.dispatch.region import expert_region
@@ -33,7 +35,8 @@ class Dropless:
 
     `recv_factor` bounds the receive buffer across expert shards, in multiples of an even load; 0
     means no bound: nothing is dropped.  A bound saves memory, and traffic between many shards, and
-    makes dropping depend on the mesh; overflow is counted as `dropped_buffer`.
+    makes dropping depend on the mesh; overflow is counted as `dropped_buffer`.  Earlier positions
+    enter the buffers first, whatever `priority` says, so no later token evicts an earlier one.
     """
 
     recv_factor: float = 0.0
@@ -65,9 +68,8 @@ class Dropless:
         return True
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """An overflow drops by expert: a later token of a lower one evicts an earlier token."""
-        bounded = self.recv_factor > 0 and sizes.expert_shards > 1
-        return f"dropless.recv_factor {self.recv_factor:g}" if bounded else ""
+        """Nothing: an overflow drops the last positions."""
+        return ""
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
         """What may come from all shards; without a bound all that the experts here can take."""
@@ -104,7 +106,11 @@ class Dropless:
                 y_ND, kept_NK = combined(x_ND, ids_NK, weights_NK, experts), ids_NK < E
             else:
                 room = _room(G * S * K, shards, self.recv_factor)
-                y_ND, kept_NK = _exchanged(x_ND, ids_NK, weights_NK, experts, shards, room)
+                order = Order("token", G * inputs.rows, K)  # of all rows on this device
+                moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, order, shards, room)
+                moves = checkpoint_name(moves, MOE_DISPATCHED)
+                y_ND = _exchanged(x_ND, weights_NK, moves, sizes_E, experts, shards)
+                kept_NK = moves.place_NK < shards * room
             return y_ND.reshape(G, S, D), kept_NK.reshape(G, S, K)
 
         return expert_region(body, x_GSD, choice, experts, inputs)
@@ -127,41 +133,45 @@ def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts
     return jax.lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True)
 
 
-def _exchanged(x_ND, ids_NK, weights_NK, experts: Experts, shards: int, room: int):
-    """([N, D], kept_NK): an all-to-all with `room` rows from each device to each other."""
-    E, K = experts.num_experts * shards, ids_NK.shape[1]
-    moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, K, shards, room)
-    moves = checkpoint_name(moves, MOE_DISPATCHED)
+def _exchanged(x_ND, weights_NK, moves: Moves, sizes_E, experts: Experts, shards: int):
+    """[N, D]: an all-to-all of the send buffers, the experts, and the way back."""
     weights_M = gather_weights(weights_NK, moves)
     y_MD = _across(gather_tokens(x_ND, moves), weights_M, sizes_E, experts, shards)
     with jax.named_scope("combine"):
-        y_ND = combine(y_MD, moves)
-    return y_ND, moves.place_NK < y_MD.shape[0]
+        return combine(y_MD, moves)
 
 
 def shard_moves(
-    ids_N: jax.Array, num_experts: int, choices: int, shards: int, room: int
-) -> tuple[Moves, jax.Array]:
-    """Send buffer [shards, room]: each destination's assignments, sorted by expert.
+    ids_N: Int[Array, "N"], num_experts: int, order: Order, shards: int, room: int
+) -> tuple[Moves, Int[Array, "E"]]:
+    """Send buffers [shards, room] of one device, each sorted by expert.
 
-    Returns the moves and how many of each expert's assignments are in the buffer, [E].
+    The first `room` assignments of a destination in `order` get a place.  Giving places by expert
+    would let a later token on a lower-numbered expert evict an earlier token.
+
+    Args:
+      ids_N: expert of each of the device's assignments; `num_experts`: nobody.
+      num_experts: E, of all shards.
+      order: who gets a place first.
+      shards: destinations, each of which holds E / shards consecutive experts.
+      room: places for each destination.
+
+    Returns:
+      The moves, and how many of each expert's assignments have a place.
     """
     N, local = ids_N.shape[0], num_experts // shards
+    sent_N = within_capacity(ids_N[None] // local, shards, room, order)[0]
+    ids_N = jnp.where(sent_N, ids_N, num_experts)
     start_E = expert_starts(ids_N, num_experts)
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     begin_P, end_P = start_E[:-1:local], start_E[local::local]
     sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
     choice_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
     target_N = jnp.minimum(ids_N // local, shards - 1)
-    offset_N = inverse(order_N) - begin_P[target_N]
-    sent_N = (ids_N < num_experts) & (offset_N < room)
-    place_N = jnp.where(sent_N, target_N * room + offset_N, shards * room)
-    # What overflowed is the tail of a destination's run, so sizes are clipped from the end.
-    limit_E = jnp.repeat(begin_P + room, local, total_repeat_length=num_experts)
-    sizes_E = jnp.minimum(start_E[1:], limit_E) - jnp.minimum(start_E[:-1], limit_E)
-    choice_M = choice_PR.reshape(-1)
-    place_NK = place_N.reshape(-1, choices)
-    return Moves(choice_M // choices, choice_M, place_NK, zeros=True), sizes_E
+    place_N = target_N * room + inverse(order_N) - begin_P[target_N]
+    place_N = jnp.where(sent_N, place_N, shards * room)
+    choice_M, K = choice_PR.reshape(-1), order.choices
+    return Moves(choice_M // K, choice_M, place_N.reshape(-1, K), zeros=True), jnp.diff(start_E)
 
 
 def _across(
