@@ -39,6 +39,7 @@ def main() -> None:
                 arguments = [
                     f"--config.precision={given.precision}",
                     f"--config.train.steps={given.steps}",
+                    f"--config.optimizer.warmup_steps={given.steps // 2}",
                     f"--config.train.accumulation={accumulation}",
                     *rest,
                 ]

@@ -3,7 +3,9 @@
 tests/golden/workdir.tar.xz holds, with sorted names and without owners and times: run/, texts/ and
 stores/ as commit 318a67f left them on two virtual CPU devices (version 0.1.0, before the package
 was cut into its present folders), without the checkpoint of step 8; and expected.json, what that
-commit made of steps 5 to 8 from the checkpoint of step 4 under COMPILER (rows without times).
+commit made of steps 5 to 8 from the checkpoint of step 4 under COMPILER (rows without times), with
+one change: `make_schedule` gave the rates of today's cosine (first step above 0, last one at
+final_share), because a run that resumes has those.
 """
 
 import json

@@ -24,7 +24,7 @@ SMALL = {
     "data.source": "text",
     "data.sequence_length": 32,
     "optimizer.learning_rate": 3e-3,
-    "optimizer.warmup_steps": 4,
+    "optimizer.warmup_steps": 0,  # which fits a run of any length
     "train.steps": 8,
     "train.log_every": 1,
     "eval.every": 0,

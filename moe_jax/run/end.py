@@ -26,5 +26,6 @@ def end_of(run: Run, rewinds: Sequence[Rewind]) -> End:
     line = f"data.max_epochs {epochs}: the {text} is used up after step {last}"
     if last >= steps:
         return End(steps, steps, 0, "", f"{line}, the run ends at {steps}")
-    line += f", the run ends there and not at train.steps {steps}"
+    share = float(run.optimizer.schedule(last - 1)) / run.config.optimizer.learning_rate
+    line += f", the run ends there and not at train.steps {steps}, at {share:.0%} of the peak rate"
     return End(last, steps, epochs, text, line)

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, from optax, by name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from moe_jax.train import optax_by_name
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
+Share = Callable[[jax.Array], jax.Array]  # step after the warm-up, a float from 0 -> of the peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     moment_dtype: str = "param"  # Adam's moments: param (as the weights) | float32 | bfloat16
     schedule: str = "cosine"  # cosine | wsd | inverse_sqrt | constant
-    warmup_steps: int = 20
+    warmup_steps: int = 20  # the last of them is the first step at the peak
     decay_share: float = 0.2  # wsd: the last share of the run, over which the rate falls
-    final_share: float = 0.1  # of the peak, reached at the end (cosine, wsd)
+    final_share: float = 0.1  # of the peak, the rate of the last step (cosine, wsd)
 
     def __post_init__(self):
         self._check_name()
@@ -64,6 +65,11 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: set it in [0, 1).")
+        if self.final_share > 1:
+            raise UserError(
+                f"optimizer.final_share is {self.final_share}, which is above the peak: set it in "
+                f"[0, 1]."
+            )
         if not 0 < self.decay_share <= 1:
             raise UserError(f"optimizer.decay_share is {self.decay_share}: set it in (0, 1].")
 
@@ -96,44 +102,42 @@ class OptimizerConfig:
             )
 
 
-def _warmup(config: OptimizerConfig, rest: optax.Schedule) -> optax.Schedule:
-    """Linear from 0 to the peak, then `rest` counted from there."""
-    if not config.warmup_steps:
-        return rest
-    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([rise, rest], [config.warmup_steps])
+def _fallen(step: jax.Array, first: int, last: int) -> jax.Array:
+    """How far a fall from `first`, the last step at the peak, to `last` has come: 0 to 1."""
+    return jnp.clip(1 - (last - step) / max(1, last - first), 0, 1)
 
 
-def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    after = max(1, steps - config.warmup_steps)
-    fall = optax.cosine_decay_schedule(config.learning_rate, after, config.final_share)
-    return _warmup(config, fall)
+def _cosine(config: OptimizerConfig, steps: int) -> Share:
+    """Half a cosine down to final_share (SGDR, arXiv 1608.03983, without restarts)."""
+    final, first = config.final_share, max(0, config.warmup_steps - 1)
+
+    def share(step):
+        return final + (1 - final) * (1 + jnp.cos(jnp.pi * _fallen(step, first, steps - 1))) / 2
+
+    return share
 
 
-def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def _decay_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of the fall of `wsd`."""
+    return max(1, round(steps * config.decay_share))
+
+
+def _wsd(config: OptimizerConfig, steps: int) -> Share:
     """Warm-up, constant, linear decay (MiniCPM, arXiv 2404.06395)."""
-    decay = max(1, round(steps * config.decay_share))
-    flat = max(0, steps - decay - config.warmup_steps)
-    peak = config.learning_rate
-    fall = optax.linear_schedule(peak, peak * config.final_share, decay)
-    return _warmup(config, optax.join_schedules([optax.constant_schedule(peak), fall], [flat]))
+    first = max(0, steps - 1 - _decay_steps(config, steps))
+    return lambda step: 1 - (1 - config.final_share) * _fallen(step, first, steps - 1)
 
 
-def _inverse_sqrt(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Peak * sqrt(warmup / step) after the warm-up (T5, arXiv 1910.10683)."""
-    start = max(1, config.warmup_steps)
-
-    def fall(count):
-        return config.learning_rate * jnp.sqrt(start / (start + count))
-
-    return _warmup(config, fall)
+def _inverse_sqrt(config: OptimizerConfig, steps: int) -> Share:
+    """Peak * sqrt(warmup / step) after the warm-up, steps from 1 (T5, arXiv 1910.10683)."""
+    return lambda step: jnp.sqrt(max(1, config.warmup_steps) / (step + 1))
 
 
-def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    return _warmup(config, optax.constant_schedule(config.learning_rate))
+def _constant(config: OptimizerConfig, steps: int) -> Share:
+    return jnp.ones_like
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], Share]] = {
     "cosine": _cosine,
     "wsd": _wsd,
     "inverse_sqrt": _inverse_sqrt,
@@ -142,8 +146,56 @@ SCHEDULES = {
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate, for a run of `steps` steps."""
-    return lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
+    """The learning rate of each step.
+
+    Warm-up is linear: step s of `warmup_steps` = W has (s + 1) / W of the peak, so the first step
+    already learns and step W - 1 has the peak.  `cosine` and `wsd` have final_share of the peak in
+    step `steps` - 1, and from there on.  A run that goes on with another number of steps has the
+    rates of that number from its next step on.
+
+    Args:
+      config: the knobs.
+      steps: length of the run, train.steps.
+
+    Returns:
+      A function of the step, counted from 0.
+
+    Raises:
+      UserError: the run is too short for the warm-up and the fall.
+    """
+    after = lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
+    _check_length(config, steps)
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.result_type(float))
+        share = after(step)
+        if config.warmup_steps:
+            rise = (step + 1) / config.warmup_steps
+            share = jnp.where(step < config.warmup_steps, rise, share)
+        return config.learning_rate * share
+
+    return rate
+
+
+def _check_length(config: OptimizerConfig, steps: int) -> None:
+    """Raises UserError where a run cannot reach the peak of its rate, or final_share after it."""
+    warmup = config.warmup_steps
+    if warmup > steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}, more than train.steps ({steps}), so the "
+            f"learning rate would not reach its peak: set it below {steps}, or raise train.steps."
+        )
+    if config.schedule == "cosine" and config.final_share < 1 and warmup == steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}, all of train.steps, which leaves no step for "
+            f"the fall to optimizer.final_share: set it below {steps}, or raise train.steps."
+        )
+    if config.schedule == "wsd" and warmup + _decay_steps(config, steps) > steps:
+        raise UserError(
+            f"optimizer.warmup_steps ({warmup}) and optimizer.decay_share ({config.decay_share}, "
+            f"{_decay_steps(config, steps)} steps) are more than train.steps ({steps}): lower one "
+            f"of them, or raise train.steps."
+        )
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -15,6 +15,7 @@ from moe_jax.run.setup import settle
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"problem": None, "finished": False, "changed": []}
+SHORT = ("--config.train.steps=8", "--config.optimizer.warmup_steps=2")
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def place(tmp_path, monkeypatch):
     [
         (["--config=configs/tiny.py", "--config.train.stepz=8"], "did you mean 'train.steps'"),
         (["--config=configs/tiny.py", "--config.train.steps=x"], "give a value of type int"),
+        (["--config=configs/tiny.py", "--config.train.steps=8"], "would not reach its peak"),
         (["--config=configs/tiny.py", "--config.mesh.expert=4"], "does not multiply to the 2"),
         (
             [
@@ -77,7 +79,7 @@ def test_a_router_that_a_resumed_run_turns_is_named(place):
 
 
 def test_finished_is_the_last_evaluation_of_these_steps(place):
-    flags = ["--config=configs/tiny.py", "--workdir=run", "--config.train.steps=8"]
+    flags = ["--config=configs/tiny.py", "--workdir=run", *SHORT]
     assert check(flags, 1) == GOOD
     (place / "run").mkdir()
     rows = [{"step": 4, "eval_loss": 2.0}, {"step": 8, "loss": 2.0}]
@@ -96,7 +98,7 @@ def test_a_run_whose_text_was_used_up_is_finished(place):
     (place / "run").mkdir()
     metrics = place / "run" / "metrics.jsonl"
     metrics.write_text('{"step": 4, "eval_loss": 2.0}\n')
-    flags = ["--config=configs/tiny.py", "--workdir=run", "--config.train.steps=8"]
+    flags = ["--config=configs/tiny.py", "--workdir=run", *SHORT]
     twice = "--config.data.max_epochs=2"
     assert not check([*flags, twice], 1)["finished"]
     with metrics.open("a") as file:

@@ -53,6 +53,7 @@ def seeds(folder: Path, *values: int, last: str = "") -> str:
     """A sweep over seeds of tiny for 8 steps; `last` is one more run, as Python."""
     each = f"hyper.sweep('config.seed', {list(values)})"
     every = "hyper.fixed('config', 'configs/tiny.py'), hyper.fixed('config.train.steps', 8)"
+    every += ", hyper.fixed('config.optimizer.warmup_steps', 2)"
     return sweep_file(folder, f"hyper.product([{every}, {each}]) + [{last}]")
 
 

@@ -21,6 +21,7 @@ def test_losses(tmp_path, x64, golden):
         train__steps=STEPS,
         train__accumulation=2,
         model__moe__every=1,
+        optimizer__warmup_steps=4,
     )
     run = prepare(config, tmp_path / "run", lambda line: None, jax.devices()[:1])
     state = first_state(run, "", lambda line: None)
