@@ -57,7 +57,16 @@ def check_same(where: str, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]
     names = set(saved) | set(wanted)
     # Parameters first: a person knows them, and the optimizer's leaves only follow them.
     for name in sorted(names, key=lambda name: (not name.startswith("params/"), name)):
-        there, here = _text(saved.get(name)), _text(wanted.get(name))
+        old, new = saved.get(name), wanted.get(name)
+        there, here = _text(old), _text(new)
+        moment = name.startswith("optimizer/")
+        if moment and old is not None and new is not None and old.shape != new.shape:
+            # The parameters agree and so do the names: the same optimizer kept its state otherwise.
+            raise UserError(
+                f"{where} holds the optimizer's state in another form: {name} is {there} there and "
+                f"{here} in this config; use another --workdir (with --init_from to keep the "
+                f"weights)."
+            )
         if there != here:
             raise UserError(
                 f"{where} holds another model or optimizer: {name} is {there} there and {here} "

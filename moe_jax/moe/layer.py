@@ -94,7 +94,7 @@ class MoE(nnx.Module):
             setattr(self, f"router_{name}", leaf)
             self.router_names.append(name)
         # Fan-in is one expert's: the stack of E is not an input dimension.
-        into = ("experts", "expert_embed", None, "expert_mlp")
+        into = ("experts", "expert_embed", "expert_matrices", "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
         expert = functools.partial(param, rngs, dtype=own, group="experts", narrow=True)
         self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D))

@@ -17,6 +17,10 @@ _TRUNCATED_STD = 0.87962566103423978  # std of a standard normal cut at two sigm
 # What a parameter belongs to.  Shared experts are "ffn": every token passes through them.
 GROUPS = ("attention", "embedding", "experts", "ffn", "head", "norm", "router")
 
+# Logical axes each index of which holds a matrix of its own: E experts, and U, the gate and up
+# projections of an expert.
+MATRIX_AXES = ("experts", "expert_matrices")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamRule:
@@ -34,6 +38,22 @@ class ParamRule:
     def decay(self) -> bool:
         """True for a matrix, False for one layer's vector and for a norm's weight of any rank."""
         return self.group != "norm" and len(self.axes) - self.stacked >= 2
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Axes of the parameter, stacked or not, that tell its matrices apart.
+
+        What an optimizer calls a matrix is a parameter of one layer, whatever its rank, at one
+        index of each of these: w_in_EDUF holds E * U matrices [D, F] and w_out_EFD E of them,
+        [F, D].  All others are one each, such as the projections of all heads, q_DHA.
+        """
+        return tuple(i for i, axis in enumerate(self.axes) if axis in MATRIX_AXES)
+
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one matrix of this parameter, whose own shape is `shape`."""
+        return tuple(
+            size for i, size in enumerate(shape) if i >= self.stacked and i not in self.matrices
+        )
 
     def stack(self) -> "ParamRule":
         """The rule of this parameter of several layers, stacked."""

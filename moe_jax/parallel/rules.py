@@ -21,6 +21,7 @@ RULES: dict[str, MeshAxes] = {
     "experts": ("expert",),
     "whole_experts": ("expert", "fsdp"),
     "router_experts": (),
+    "expert_matrices": (),
     "expert_mlp": ("tensor",),
     "mlp": ("tensor",),
     "heads": ("tensor",),

@@ -1,6 +1,6 @@
 """Optax transformations that a config names: looked up, called, and held to what training does.
 
-Training applies a transformation to one parameter of one layer at a time, multiplies the direction
+Training applies a transformation to one matrix of one layer at a time, multiplies the direction
 it returns by the learning rate of the step, and keeps its state beside the parameter, sharded like
 it.  What cannot work so is refused: norms of all gradients and other functions of the whole tree,
 line searches, learning rates kept in the state.  Transformations are traced to find out; nothing
@@ -126,7 +126,7 @@ def directions(name: str, options: Mapping[str, Any]) -> list[optax.GradientTran
 def check_parameter(
     name: str, options: Mapping[str, Any], path: str, parameter: jax.ShapeDtypeStruct
 ) -> None:
-    """Hold a transformation to what training does to one parameter of one layer.
+    """Hold a transformation to what training does to one matrix of one layer.
 
     Args:
       name: a dotted name.
@@ -153,7 +153,7 @@ def check_parameter(
 def check_state(
     rule: optax.GradientTransformation, path: str, parameter: jax.ShapeDtypeStruct
 ) -> None:
-    """Hold the state of a transformation to one parameter of one layer; see `check_parameter`."""
+    """Hold the state of a transformation to one matrix of one layer; see `check_parameter`."""
     try:
         problem = _state_problem(rule, parameter)
     except Exception as error:  # what its code raises for arguments that do not fit
@@ -162,6 +162,31 @@ def check_state(
         raise UserError(
             f"The optimizer's transformation: for {path} {list(parameter.shape)} {problem}."
         )
+
+
+def dependencies(function: Callable[..., Any], *arguments: Any) -> list[set[int]]:
+    """Trace which arguments a function's results may depend on.
+
+    Each equation of the traced function counts as a whole: the answer may name too many arguments.
+
+    Args:
+      function: of trees of arrays.
+      arguments: arrays, or their shapes and dtypes.
+
+    Returns:
+      For each output leaf, the numbers of its arguments.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    numbers = [i for i, tree in enumerate(arguments) for _ in jax.tree.leaves(tree)]
+    known = {var: {number} for var, number in zip(jaxpr.invars, numbers, strict=True)}
+
+    def depends_on(variables: Sequence[Any]) -> set[int]:
+        found = (known.get(v, set()) for v in variables if not isinstance(v, Literal))
+        return set[int]().union(*found)
+
+    for equation in jaxpr.eqns:
+        known |= dict.fromkeys(equation.outvars, depends_on(equation.invars))
+    return [depends_on([variable]) for variable in jaxpr.outvars]
 
 
 def _state_problem(rule: optax.GradientTransformation, parameter: jax.ShapeDtypeStruct) -> str:
@@ -194,7 +219,7 @@ def _use_problem(
         gradients, parameters = zip(first, second, strict=True)
         return rule.update(gradients, state, parameters)
 
-    if any({0, 1} <= on for on in _dependencies(update, two, two, state)):
+    if any({0, 1} <= on for on in dependencies(update, two, two, state)):
         return "its update may depend on other parameters, which are updated one by one"
 
     def state_at(rate, gradient):
@@ -202,7 +227,7 @@ def _use_problem(
         return rule.update(gradient, rule.init(gradient), gradient)[1]
 
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    if _takes_rate(name) and any(0 in on for on in _dependencies(state_at, rate, parameter)):
+    if _takes_rate(name) and any(0 in on for on in dependencies(state_at, rate, parameter)):
         return "it keeps the learning rate in its state, which a schedule would not reach"
     return ""
 
@@ -216,24 +241,6 @@ def _call(name: str, options: Mapping[str, Any], rate: Any = OWN_ARGUMENTS["lear
 
 def _takes_rate(name: str) -> bool:
     return "learning_rate" in _parameters(find(name))
-
-
-def _dependencies(function: Callable[..., Any], *arguments: Any) -> list[set[int]]:
-    """For each output leaf of `function`, the arguments that it may depend on, by number.
-
-    Each equation of the traced function counts as a whole: the answer may name too many arguments.
-    """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    numbers = [i for i, tree in enumerate(arguments) for _ in jax.tree.leaves(tree)]
-    known = {var: {number} for var, number in zip(jaxpr.invars, numbers, strict=True)}
-
-    def depends_on(variables: Sequence[Any]) -> set[int]:
-        found = (known.get(v, set()) for v in variables if not isinstance(v, Literal))
-        return set[int]().union(*found)
-
-    for equation in jaxpr.eqns:
-        known |= dict.fromkeys(equation.outvars, depends_on(equation.invars))
-    return [depends_on([variable]) for variable in jaxpr.outvars]
 
 
 def _members(module: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.nn.params import ParamRule
 from moe_jax.registry import lookup, suggest
 from moe_jax.train import optax_by_name
+from moe_jax.train.matrices import each
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
@@ -145,7 +146,7 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], Share]] = {
 }
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
     """The learning rate of each step.
 
     Warm-up is linear: step s of `warmup_steps` = W has (s + 1) / W of the peak, so the first step
@@ -166,7 +167,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     after = lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
     _check_length(config, steps)
 
-    def rate(step):
+    def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.result_type(float))
         share = after(step)
         if config.warmup_steps:
@@ -233,6 +234,8 @@ def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 
 # Name -> the transformations that turn a gradient into a direction, without weight decay.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
+# Those that look at each number alone: to them it is all one which matrix a number belongs to.
+ELEMENTWISE = ("adamw",)
 
 
 def _transformation(
@@ -251,11 +254,12 @@ def _transformation(
 
 
 class Optimizer:
-    """An update rule applied to one parameter of one layer at a time.
+    """An update rule applied to one matrix of one layer at a time (`ParamRule.matrices`).
 
-    Stacked layers are mapped over, so a rule that looks at a whole matrix (Adafactor) does the same
-    to scanned layers as to unrolled ones, and the state of a parameter has the parameter's layout:
-    it is stacked and sharded with it.
+    Stacked layers, experts and an expert's gate and up are mapped over.  So a rule that looks at a
+    whole matrix (Adafactor) does the same to scanned layers as to unrolled ones and to an expert
+    whatever the others are, and the state of a parameter has the parameter's layout: it is stacked
+    and sharded with it.
 
     Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
     """
@@ -321,7 +325,7 @@ class Optimizer:
         leaves = zip(jax.tree.leaves(rules), jax.tree.leaves_with_path(params), strict=True)
         paths = {}
         for rule, (path, param) in leaves:
-            paths.setdefault((param.shape[rule.stacked :], param.dtype), path)
+            paths.setdefault((rule.matrix_shape(param.shape), param.dtype), path)
         for (shape, dtype), path in paths.items():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             parameter = jax.ShapeDtypeStruct(shape, dtype)
@@ -334,6 +338,9 @@ class Optimizer:
     def _of(self, rule: ParamRule) -> optax.GradientTransformation:
         """What updates a parameter with this rule, of all stacked layers at once."""
         one_layer = self._by_decay[rule.decay]
+        if self._given is not None or self._config.name not in ELEMENTWISE:
+            for outer, axis in reversed(list(enumerate(rule.matrices))):
+                one_layer = each(one_layer, axis - outer - rule.stacked)
         if not rule.stacked:
             return one_layer
         return optax.GradientTransformation(jax.vmap(one_layer.init), jax.vmap(one_layer.update))

@@ -14,7 +14,7 @@ from moe_jax.model.define import ModelDef, is_axes
 from moe_jax.model.initialize import init_on
 from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.moe.components import router_state
-from moe_jax.nn.params import param_dtype
+from moe_jax.nn.params import ParamRule, param_dtype
 from moe_jax.parallel.rules import param_sharding
 from moe_jax.train.copies import make_copies, of_copied
 from moe_jax.train.guard import first_guard
@@ -109,16 +109,38 @@ def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
     )
 
 
+def leading_axes(rule: ParamRule) -> tuple[int, ...]:
+    """Axes of a parameter that come first in what an optimizer keeps of each matrix."""
+    return (*range(rule.stacked), *rule.matrices)
+
+
+def is_by_matrix(rule: ParamRule, param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct) -> bool:
+    """True for optimizer state with `leading_axes` of a parameter that holds several matrices."""
+    first = tuple(param.shape[axis] for axis in leading_axes(rule))
+    return bool(rule.matrices) and leaf.shape[: len(first)] == first
+
+
 def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Sharding of every leaf: moments lie as their parameter does, anything smaller everywhere."""
+    """Sharding of every leaf: moments lie as their parameter does, anything smaller everywhere.
+
+    What an optimizer keeps of each matrix lies as the axes do that tell the matrices apart.
+    """
     whole = everywhere(mesh)
     params = param_shardings(model, mesh)
     state = abstract_state(model, optimizer)
 
-    def beside(param, where, leaves):
-        return jax.tree.map(lambda leaf: where if leaf.shape == param.shape else whole, leaves)
+    def beside(rule, param, where, leaves):
+        first = leading_axes(rule)
+        of_matrices = NamedSharding(mesh, P(*(where.spec[axis] for axis in first)))
 
-    moments = jax.tree.map(beside, state.params, params, state.optimizer)
+        def place(leaf):
+            if leaf.shape == param.shape:
+                return where
+            return of_matrices if is_by_matrix(rule, param, leaf) else whole
+
+        return jax.tree.map(place, leaves)
+
+    moments = jax.tree.map(beside, model.rules, state.params, params, state.optimizer)
     router, guard = jax.tree.map(lambda _: whole, (state.router, state.guard))
     return TrainState(whole, params, moments, router, guard, of_copied(model, params))
 

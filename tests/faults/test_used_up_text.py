@@ -39,7 +39,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
     arguments, lines = run(workdir, 1)
     end = steps_of(workdir, 1)
     notice = f"data.max_epochs 1: the text is used up after step {end}, the run ends there and not"
-    assert f"{notice} at train.steps {MANY}" in lines
+    assert f"{notice} at train.steps {MANY}, at 100% of the peak rate" in lines
     assert f"the text is used up: step {end} of {MANY}" in lines
     assert checkpoints(workdir).steps() == [end] and checkpoints(workdir).verify(end) is None
     assert [row["step"] for row in train_rows(workdir)] == [1, end]

@@ -28,6 +28,7 @@ from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step, save
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
+from moe_jax.train import optim
 from moe_jax.train.state import TrainState, to_disk
 
 STEPS = 80
@@ -328,3 +329,45 @@ def test_a_named_optax_transformation_resumes_bitwise(tmp_path, corpus):
     moments = [leaf for leaf in jax.tree.leaves(back.optimizer) if leaf.ndim > 1]
     assert moments and all(np.any(leaf) for leaf in moments)
     jax.tree.map(np.testing.assert_array_equal, steps(second, back, 4), straight)
+
+
+def adafactor_run(corpus, folder: Path) -> Run:
+    """Two scanned layers on 4 devices, two experts each."""
+    sizes = {"model.num_layers": 2, "model.scan_layers": True, "mesh.expert": 4}
+    config = small_config(corpus, **OVERRIDES | sizes | {"optimizer.name": "adafactor"})
+    return prepare(config, folder, lambda line: None, jax.devices()[:4])
+
+
+def saved(run: Run) -> TrainState:
+    """A state whose every moment differs from zero, in a checkpoint of step 0."""
+    state = restored(run)
+    moments = jax.tree.map(lambda leaf: leaf + 1, state.optimizer)
+    state = dataclasses.replace(state, optimizer=moments)
+    save(run, state, 0)
+    run.checkpoints.close()
+    write_run_record(str(run.workdir), to_json(run.config), {}, run.store.fingerprint)
+    return state
+
+
+def test_adafactor_s_state_is_restored_as_it_was(tmp_path, corpus):
+    """Split over the experts where it is kept for each of them."""
+    state = saved(adafactor_run(corpus, tmp_path / "run"))
+    back = restored(adafactor_run(corpus, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, back.optimizer, state.optimizer)
+    split = 0
+    for before, after in zip(
+        jax.tree.leaves(state.optimizer), jax.tree.leaves(back.optimizer), strict=True
+    ):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+        split += after.ndim > 1 and not after.sharding.is_fully_replicated
+    assert split >= 6  # w_in and w_out: rows, columns and what is not factored
+
+
+def test_adafactor_s_state_of_an_earlier_version_is_refused(tmp_path, corpus, monkeypatch):
+    """It had one row and one column of factors for all experts together."""
+    monkeypatch.setattr(optim, "ELEMENTWISE", ("adamw", "adafactor"))
+    saved(adafactor_run(corpus, tmp_path / "run"))
+    monkeypatch.undo()
+    sentence = r"holds the optimizer's state in another form: .*v_col is float32\[1\] there"
+    with pytest.raises(UserError, match=sentence + r".*\(with --init_from to keep the weights"):
+        restored(adafactor_run(corpus, tmp_path / "run"))

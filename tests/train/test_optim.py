@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,6 +113,119 @@ def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
             np.testing.assert_allclose(together[leaf][layer], apart[str(layer)][leaf], rtol=1e-12)
 
 
+EXPERT_RULES = {
+    "w_in_EDUF": ParamRule("experts", ("experts", "expert_embed", "expert_matrices", "expert_mlp")),
+    "w_out_EFD": ParamRule("experts", ("experts", "expert_mlp", "expert_embed")),
+    "bias_EF": ParamRule("experts", ("experts", "expert_mlp")),
+}
+# optax factors from 128 on.
+LARGE = {"w_in_EDUF": (3, 130, 2, 128), "w_out_EFD": (3, 128, 130), "bias_EF": (3, 6)}
+SMALL = {"w_in_EDUF": (3, 5, 2, 4), "w_out_EFD": (3, 4, 5), "bias_EF": (3, 4)}
+# name -> what optax does to one matrix
+WHOLE_MATRIX = {
+    "adafactor": optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    ),
+    "optax.lamb": optax.chain(optax.lamb(1.0), optax.scale(-1.0)),
+    "optax.scale_by_trust_ratio": optax.scale_by_trust_ratio(),
+}
+
+
+def matrices(name, array):
+    """Each matrix of an array of experts, in an order of its own."""
+    if name == "w_in_EDUF":
+        return [expert[:, u] for expert in array for u in range(array.shape[2])]
+    return list(array)
+
+
+@pytest.mark.parametrize("name", WHOLE_MATRIX)
+@pytest.mark.parametrize(("shapes", "layers"), [(LARGE, 2), (SMALL, 0)], ids=["large", "small"])
+def test_every_matrix_of_every_expert_is_its_own(x64, name, shapes, layers):
+    """Against optax on one matrix after the other; `layers` are stacked, 0: they are not."""
+
+    def tree(seed):
+        """Scales differ by expert, and between gate and up, so that a mean over both would show."""
+        arrays = draw(seed, {key: (max(1, layers), *shape) for key, shape in shapes.items()})
+        for key, array in arrays.items():
+            array *= np.logspace(-3, 1, array.shape[1]).reshape(1, -1, *[1] * (array.ndim - 2))
+            if key == "w_in_EDUF":
+                array[:, :, :, 1] *= 30
+        return arrays
+
+    params, *gradients = (tree(seed) for seed in range(4))
+    flat = (lambda t: t) if layers else (lambda t: {key: array[0] for key, array in t.items()})
+    rules = {key: rule.stack() if layers else rule for key, rule in EXPERT_RULES.items()}
+    config = OptimizerConfig(
+        name, learning_rate=0.01, schedule="constant", warmup_steps=0, weight_decay=0.0
+    )
+    got, _ = run(config, flat(params), [flat(g) for g in gradients], rules=rules)
+    rule, apply = WHOLE_MATRIX[name], jax.jit(WHOLE_MATRIX[name].update)
+    for key in shapes:
+        found = got[key] if layers else got[key][None]
+        for layer in range(max(1, layers)):
+            history = [matrices(key, tree[key][layer]) for tree in (params, *gradients)]
+            for matrix, mine in zip(
+                zip(*history, strict=True), matrices(key, found[layer]), strict=True
+            ):
+                w, state = jnp.asarray(matrix[0]), rule.init(jnp.asarray(matrix[0]))
+                for gradient in matrix[1:]:
+                    direction, state = apply(jnp.asarray(gradient), state, w)
+                    w = w - 0.01 * direction
+                np.testing.assert_allclose(mine, w, rtol=1e-9, atol=1e-12)
+
+
+def state_shapes(name, rule, shape):
+    """Of each leaf, by name, for one parameter; nothing is computed."""
+    optimizer = Optimizer(OptimizerConfig(name), 100)
+    param = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(lambda w: optimizer.init({"w": w}, {"w": rule}), param)
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "optax.adamw", "optax.scale_by_lion", "optax.lamb"])
+def test_rules_without_factors_keep_one_form_of_state(name):
+    """Moments of the parameter's shape and one counter, as checkpoints of earlier runs hold."""
+    rule, shape = EXPERT_RULES["w_in_EDUF"], (3, 5, 2, 4)
+    assert set(state_shapes(name, rule, shape)) == {(), shape}
+    assert set(state_shapes(name, rule.stack(), (6, *shape))) == {(6,), (6, *shape)}
+
+
+def test_factors_stand_by_expert_then_matrix():
+    rule = EXPERT_RULES["w_in_EDUF"]
+    rows, columns = (3, 2, 128), (3, 2, 256)
+    assert {rows, columns} < set(state_shapes("adafactor", rule, (3, 128, 2, 256)))
+    stacked = set(state_shapes("adafactor", rule.stack(), (6, 3, 128, 2, 256)))
+    assert {(6, *rows), (6, *columns)} < stacked
+
+
+def test_a_scalar_that_depends_on_gradients_is_one_for_each_matrix():
+    """And neither the gate's nor another expert's."""
+
+    def init(params):
+        return jnp.zeros(())
+
+    def update(updates, state, params=None):
+        state = jnp.maximum(state, jnp.abs(updates).max())
+        return updates / state, state
+
+    largest = optax.GradientTransformation(init, update)
+    optimizer = Optimizer(
+        OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=1.0, weight_decay=0.0),
+        10,
+        transformation=largest,
+    )
+    rules = {"w": EXPERT_RULES["w_in_EDUF"]}
+    params = {"w": jnp.zeros((3, 5, 2, 4))}
+    gradient = jnp.asarray(draw(0, {"w": (3, 5, 2, 4)})["w"], jnp.float32)
+    state = optimizer.init(params, rules)
+    got, state = optimizer.update({"w": gradient}, state, params, rules, jnp.int32(0))
+    most = np.abs(gradient).max((1, 3))
+    np.testing.assert_allclose(jax.tree.leaves(state)[0], most, rtol=1e-6)
+    np.testing.assert_allclose(got["w"], -gradient / most[:, None, :, None], rtol=1e-6)
+
+
 def test_adafactor_is_factored():
     shape = (256, 128)
     _, state = run(
@@ -191,7 +305,7 @@ def test_a_schedule_keeps_its_promises_or_is_refused(config, steps):
         with pytest.raises(UserError, match=r"train\.steps"):
             make_schedule(config, steps)
         return
-    rates = np.asarray(make_schedule(config, steps)(jnp.arange(steps)), np.float64)
+    rates = np.asarray(make_schedule(config, steps)(jnp.arange(30)), np.float64)[:steps]
     shares, warmup = rates / config.learning_rate, config.warmup_steps
     np.testing.assert_allclose(shares[:warmup], np.arange(1, warmup + 1) / max(1, warmup), 1e-6)
     rest = shares[max(0, warmup - 1) :]

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.types import Dispatch, Exchange
 from moe_jax.ops.expert_activation import ACTIVATE
-from moe_jax.parallel.rules import spec
+from moe_jax.parallel.rules import on_mesh, spec
 from moe_jax.run.resolve import layer_sizes
-from moe_jax.tools.plan.lowering import Plan, split_ways
+from moe_jax.tools.plan.lowering import Leaf, Plan, split_ways
 
 
 class Memory(NamedTuple):
@@ -127,8 +127,14 @@ def state_bytes(plan: Plan) -> tuple[float, float, float]:
         ways = split_ways(leaf.axes, plan.mesh.shape)
         parameters += leaf.bytes / ways
         copies += leaf.copy / ways
-        optimizer += leaf.beside / ways + leaf.whole
+        optimizer += leaf.beside / ways + leaf.by_matrix / _matrix_ways(leaf, plan) + leaf.whole
     return parameters, copies, optimizer
+
+
+def _matrix_ways(leaf: Leaf, plan: Plan) -> int:
+    """Into how many parts the mesh splits what is kept of each matrix."""
+    axes = on_mesh(leaf.axes, leaf.shape, plan.mesh.shape)
+    return split_ways([axes[axis] for axis in leaf.leading], plan.mesh.shape)
 
 
 def _gradient_bytes(plan: Plan) -> float:

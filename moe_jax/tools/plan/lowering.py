@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.config import Config
 from moe_jax.data.tokenizers import config_tokenizer
-from moe_jax.model.define import ModelDef, define, is_axes
+from moe_jax.model.define import ModelDef, define
 from moe_jax.model.flops import flops_per_token
 from moe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from moe_jax.parallel.rules import spec
@@ -19,7 +19,7 @@ from moe_jax.run import resolve
 from moe_jax.run.context import make_optimizer, make_step_options, microbatch_of
 from moe_jax.train.copies import path_name
 from moe_jax.train.optim import Optimizer
-from moe_jax.train.state import abstract_state, placed_state
+from moe_jax.train.state import abstract_state, is_by_matrix, leading_axes, placed_state
 from moe_jax.train.step import abstract_batch, jit_train_step
 
 
@@ -28,10 +28,13 @@ class Leaf(NamedTuple):
 
     name: str
     axes: tuple[str | None, ...]  # logical
+    shape: tuple[int, ...]
     size: int  # numbers
     bytes: int
     copy: int  # bytes of its copy in the computation's dtype
     beside: int  # bytes of optimizer state of its shape, split as it is
+    by_matrix: int  # bytes of optimizer state of each of its matrices, split as these are
+    leading: tuple[int, ...]  # the axes by which that is split
     whole: int  # bytes of other optimizer state, whole on every device
 
 
@@ -75,18 +78,27 @@ def make_plan(config: Config, num_devices: int) -> Plan:
 def _leaves(model: ModelDef, optimizer: Optimizer) -> tuple[Leaf, ...]:
     state = abstract_state(model, optimizer)
     params = jax.tree.leaves_with_path(state.params)
-    axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)
+    rules = jax.tree.leaves(model.rules)
     moments = jax.tree.structure(state.params).flatten_up_to(state.optimizer)
     paths = jax.tree.map_with_path(lambda path, _: path_name(path), state.params)
     found = []
-    for (path, param), name, names, tree in zip(
-        params, jax.tree.leaves(paths), axes, moments, strict=True
+    for (path, param), name, rule, tree in zip(
+        params, jax.tree.leaves(paths), rules, moments, strict=True
     ):
-        beside = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.shape == param.shape)
-        whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree)) - beside
+        beside = by_matrix = whole = 0
+        for leaf in jax.tree.leaves(tree):
+            if leaf.shape == param.shape:
+                beside += _bytes(leaf)
+            elif is_by_matrix(rule, param, leaf):
+                by_matrix += _bytes(leaf)
+            else:
+                whole += _bytes(leaf)
         size = math.prod(param.shape)
         copy = _bytes(state.copies[name]) if name in state.copies else 0
-        found.append(Leaf(path[-1].key, names, size, _bytes(param), copy, beside, whole))
+        state_of = beside, by_matrix, leading_axes(rule), whole
+        found.append(
+            Leaf(path[-1].key, rule.axes, param.shape, size, _bytes(param), copy, *state_of)
+        )
     return tuple(found)
 
 

@@ -51,8 +51,16 @@ def small(mesh: MeshConfig = MESH, batch: int = 16, **model) -> Config:
 
 def test_state_is_what_the_trainer_holds(mesh_of):
     """Exactly the bytes of the shards that the trainer's own shardings give, for each optimizer."""
-    for name in ("adamw", "adafactor", "optax.scale_by_lion"):
-        config = small()
+    factored = {"width": 128, "moe": dataclasses.replace(MODEL.moe, expert_width=256)}
+    few = dataclasses.replace(factored["moe"], num_experts=4)  # fsdp splits their width
+    for name, model in (
+        ("adamw", {}),
+        ("adafactor", {}),
+        ("adafactor", factored),
+        ("adafactor", factored | {"moe": few}),
+        ("optax.scale_by_lion", {}),
+    ):
+        config = small(**model)
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, name=name)
         )
