@@ -18,7 +18,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, seals
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
@@ -255,8 +255,13 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
 
 
+def sealed_json(config: Config) -> str:
+    """As `to_json`, with a seal by which `read_config` knows what was written."""
+    return json.dumps(seals.sealed(to_dict(config)), indent=2, sort_keys=True) + "\n"
+
+
 def from_json(text: str) -> Config:
-    """Config written by `to_json`; the text is data and never run."""
+    """Config written by `to_json` or `sealed_json`; the text is data and never run."""
     try:
         plain = json_files.parse(text)
     except ValueError as error:
@@ -265,7 +270,7 @@ def from_json(text: str) -> Config:
 
 
 def read_config(path: pathlib.Path | epath.Path) -> Config:
-    """The config in a file that `to_json` has written.
+    """The config in a file that `to_json` or `sealed_json` has written.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -284,8 +289,10 @@ def from_saved(plain: Any) -> Config:
     Raises:
       UserError: it is damaged, or holds what no version has saved.
     """
-    if not isinstance(plain, dict):
-        raise UserError("The resolved config is not a JSON object.")
+    try:
+        plain = seals.unsealed(plain)
+    except ValueError as error:
+        raise UserError(f"The resolved config cannot be used: {error}.") from None
     for old, new in _RENAMED.items():
         section, _, key = old.partition(".")
         values = plain.get(section)

@@ -26,7 +26,7 @@ from etils import epath
 from jaxtyping import Integer
 
 from moe_jax.errors import UserError
-from moe_jax.files import json_files, records
+from moe_jax.files import json_files, records, seals
 
 STORE_FORMAT = 3  # raised whenever the same text would be stored differently
 SPLITS = ("train", "heldout")
@@ -139,12 +139,7 @@ def _location(path: str | os.PathLike) -> dict[str, Any]:
 
 def sealed(manifest: dict[str, Any]) -> bytes:
     """A manifest as it is written: JSON, with the SHA-256 of all the rest of it."""
-    return json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode()
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(seals.sealed(manifest), indent=1).encode()
 
 
 def array_digests(folder: ts.KvStore) -> dict[str, str]:
@@ -177,7 +172,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     if manifest.get("format") != STORE_FORMAT:
         what = f"{name} has store format {manifest.get('format')!r}, this version reads"
         raise damaged(f"{what} {STORE_FORMAT}", path)
-    if manifest.get("sha256") != _seal(manifest):
+    if manifest.get(seals.SEAL) != seals.seal_of(manifest):
         raise damaged(f"{name} differs from what was written (SHA-256)", path)
     wrong = _wrong_key(manifest)
     if wrong:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Config, read_config, to_json
+from moe_jax.config import Config, read_config, sealed_json
 from moe_jax.errors import UserError
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.pretrained.tokenizer import save_tokenizer
@@ -71,7 +71,7 @@ def write_folder(
         checkpoints.save(step, tree)
         checkpoints.close()
         # Last: without it `load` refuses the folder, so one that was cut short is not taken.
-        (folder / _CONFIG).write_text(to_json(config))
+        (folder / _CONFIG).write_text(sealed_json(config))
     except OSError as error:
         advice = "name another folder or change its permissions"
         raise cannot_write(f"{call}: it", error, advice) from None

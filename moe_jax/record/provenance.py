@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from moe_jax.files import json_files
+from moe_jax.files import json_files, seals
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.version import __version__
 
+CONFIG_RECORD = "config.json"
 DATA_RECORD = "data.json"
 _PACKAGES = (
     "jax",
@@ -30,25 +31,31 @@ _PACKAGES = (
 
 
 def write_run_record(
-    workdir: str, config_json: str, overrides: Mapping[str, Any], data_fingerprint: str
+    workdir: str,
+    config_json: str,
+    overrides: Mapping[str, Any],
+    data_fingerprint: str,
+    data: Mapping[str, Any] = {},
 ) -> None:
     """Writes config.json, overrides.json, data.json and versions.json into `workdir`, making it.
 
-    Called by process 0 at every start; a resumed run replaces the files.
+    Called by process 0 at every start that has steps to take; a resumed run replaces the files.
+    The two that a restart reads, config.json and data.json, are sealed.
 
     Args:
       workdir: folder of the run.
       config_json: the resolved config as `moe_jax.config.to_json` writes it.
       overrides: the --config.* overrides of the command line.
       data_fingerprint: of the token store.
+      data: what else data.json says of it.
 
     Raises:
       UserError: the folder cannot be written.
     """
     files = {
-        "config.json": config_json,
+        CONFIG_RECORD: _sealed_text(json_files.parse(config_json)),
         "overrides.json": json.dumps(overrides, indent=2, sort_keys=True, default=str) + "\n",
-        DATA_RECORD: json.dumps({"fingerprint": data_fingerprint}) + "\n",
+        DATA_RECORD: _sealed_text({"fingerprint": data_fingerprint, **data}),
         "versions.json": json.dumps(versions(), indent=2, sort_keys=True) + "\n",
     }
     folder = epath.Path(workdir)
@@ -61,17 +68,26 @@ def write_run_record(
         raise cannot_write(f"--workdir={workdir}", error, advice) from None
 
 
-def versions() -> dict[str, Any]:
-    """Python, packages, devices and, where moe_jax runs from a git checkout, its revision."""
+def _sealed_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(seals.sealed(value), indent=2, sort_keys=True) + "\n"
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of moe_jax and of what it computes with; None: not installed."""
     packages: dict[str, str | None] = {"moe_jax": __version__}
     for name in _PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
+    return packages
+
+
+def versions() -> dict[str, Any]:
+    """Python, packages, devices and, where moe_jax runs from a git checkout, its revision."""
     return {
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": package_versions(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),

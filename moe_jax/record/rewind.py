@@ -26,7 +26,7 @@ from moe_jax.config import to_dict
 from moe_jax.data.feed import RowsFn
 from moe_jax.data.pipeline import Batches
 from moe_jax.errors import UserError
-from moe_jax.files import json_files, records
+from moe_jax.files import json_files, records, seals
 from moe_jax.files.workdir import Folder
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import lead
@@ -162,7 +162,7 @@ class Rewinds:
         self.history = history
 
     def _replace(self, history: tuple[Rewind, ...]) -> None:
-        text = "".join(f"{json.dumps(line)}\n" for line in _plain(history))
+        text = "".join(f"{json.dumps(seals.sealed(line))}\n" for line in _plain(history))
         try:
             json_files.replace_text(self._path, text)
         except OSError as error:
@@ -233,7 +233,7 @@ def _parse(text: str, path: Folder) -> tuple[Rewind, ...]:
 
 def _rewind(value: Any) -> Rewind:
     """Raises ValueError for a record that no run wrote."""
-    rewind = records.typed(Rewind, value)
+    rewind = records.typed(Rewind, seals.unsealed(value))
     if max(rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped) >= LARGEST:
         raise ValueError("a step is out of range")
     if rewind.data_step != rewind.skipped[1] + 1:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import Config, from_saved, to_dict
 from moe_jax.errors import UserError
-from moe_jax.files import json_files, records
+from moe_jax.files import json_files, records, seals
 from moe_jax.files.workdir import Folder
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.provenance import versions
@@ -109,14 +109,15 @@ def read_settings(workdir: Folder) -> tuple[Settings, ...]:
 
 def _settings(value: Any) -> Settings:
     """Raises ValueError for a record that no run wrote."""
-    settings = records.typed(Settings, value)
+    settings = records.typed(Settings, seals.unsealed(value))
     if not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
         raise ValueError("it has no such number of devices or processes")
     return settings
 
 
 def _write(workdir: Folder, history: Sequence[Settings]) -> None:
-    text = "".join(f"{json.dumps(dataclasses.asdict(one), sort_keys=True)}\n" for one in history)
+    lines = (seals.sealed(dataclasses.asdict(one)) for one in history)
+    text = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in lines)
     try:
         json_files.replace_text(workdir / SETTINGS, text)
     except OSError as error:

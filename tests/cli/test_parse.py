@@ -11,6 +11,7 @@ from moe_jax.cli import exit as command_exit
 from moe_jax.cli.commands import Command, Flag
 from moe_jax.cli.parse import parse as parse_line
 from moe_jax.errors import UserError
+from moe_jax.files.seals import sealed
 from moe_jax.record.provenance import write_run_record
 
 CONFIG = """
@@ -186,7 +187,9 @@ def test_what_orbax_says_in_its_threads_is_not_shown(config, cli_env):
 def test_run_record(tmp_path):
     folder = tmp_path / "run"
     write_run_record(str(folder), '{"seed": 1}\n', {"train.steps": 7}, "abc")
-    assert json.loads((folder / "config.json").read_text()) == {"seed": 1}
+    for name, value in {"config": {"seed": 1}, "data": {"fingerprint": "abc"}}.items():
+        written = json.loads((folder / f"{name}.json").read_text())
+        assert written == sealed(value) != value
     assert json.loads((folder / "overrides.json").read_text()) == {"train.steps": 7}
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["packages"]["jax"] and versions["python"] and versions["device_count"] == 8

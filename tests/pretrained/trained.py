@@ -11,6 +11,7 @@ from small_run import flags
 
 from moe_jax.checkpoint import array_digest, named_leaves
 from moe_jax.cli.train import main
+from moe_jax.files import seals
 from moe_jax.model.layout import to_layers
 from moe_jax.parallel.distributed import DONE
 from moe_jax.pretrained.loaded_model import LoadedModel
@@ -59,7 +60,7 @@ def copy_with(workdir: Path, target: Path, **sections: dict[str, object]) -> Pat
     config = json.loads((target / "config.json").read_text())
     for name, values in sections.items():
         config[name] |= values
-    (target / "config.json").write_text(json.dumps(config))
+    (target / "config.json").write_text(json.dumps(seals.sealed(config)))
     return target
 
 

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.folder import StepFolder
 from moe_jax.errors import UserError
+from moe_jax.files.seals import sealed, unsealed
 from moe_jax.record.rewind import REWINDS, Rewind, Rewinds, data_step, last_step, read_rewinds
 
 
@@ -70,6 +71,7 @@ def test_it_goes_back_before_the_parameters_that_diverged(saved):
     assert steps(saved) == [3] and len(lines) == 3
     assert sorted(Checkpoints(saved / "checkpoints").quarantined()) == ["12", "6", "9"]
     (row,) = map(json.loads, (saved / REWINDS).read_text().splitlines())
+    row = unsealed(row)
     assert row.pop("time").endswith("+00:00")
     expected = {"step": 3, "data_step": 13, "refused": [10, 13], "skipped": [3, 12]}
     assert row == expected | {"why": "NaN", "settled": True}
@@ -145,8 +147,12 @@ def test_a_file_that_does_not_fit_the_checkpoint_is_refused(saved):
     first, second = good.splitlines(keepends=True)
     for step in (3, 14, 17):
         opened(saved).check(step)
-    altered = first.replace('"skipped": [3, 12]', '"skipped": [4, 12]')
-    assert altered != first
+    other = unsealed(json.loads(first)) | {"skipped": [4, 12]}
+    altered = json.dumps(sealed(other)) + "\n"  # by somebody who makes its seal anew
+    flipped = first.replace('"skipped": [3, 12]', '"skipped": [4, 12]')
+    (saved / REWINDS).write_text(flipped + second)
+    with pytest.raises(UserError, match=r"rewinds\.jsonl.* is damaged in line 1"):
+        opened(saved)
     for text in ("", first, second, altered + second, good + first, None):
         (saved / REWINDS).unlink() if text is None else (saved / REWINDS).write_text(text)
         with pytest.raises(UserError, match=r"rewinds\.jsonl.*not the file.*17/rewinds\.json"):

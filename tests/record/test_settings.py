@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import Config, TrainConfig
 from moe_jax.errors import UserError
+from moe_jax.files.seals import sealed, unsealed
 from moe_jax.record.settings import (
     SETTINGS,
     Settings,
@@ -108,7 +109,17 @@ def test_a_damaged_line_is_named(tmp_path, begins, change):
     begins(0, 8)
     begins(4, 4)
     first, second = (tmp_path / SETTINGS).read_text().splitlines()
-    (tmp_path / SETTINGS).write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
+    changed = sealed(unsealed(json.loads(second)) | change)
+    (tmp_path / SETTINGS).write_text(f"{first}\n{json.dumps(changed)}\n")
+    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: bring it back"):
+        read_settings(tmp_path)
+
+
+def test_a_changed_number_is_found_by_the_seal(tmp_path, begins):
+    begins(0, 8)
+    begins(4, 4)
+    path = tmp_path / SETTINGS
+    path.write_text(path.read_text().replace('"after": 4', '"after": 6'))
     with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: bring it back"):
         read_settings(tmp_path)
 
