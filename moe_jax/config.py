@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from moe_jax.data.config import DataConfig
+from moe_jax.decides import Data, Run, Training
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, seals
 from moe_jax.model.config import ModelConfig
+from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.parallel.mesh import MeshConfig
@@ -60,20 +62,23 @@ _RENAMED = {
 class TrainConfig:
     """How long, how large a batch, and what is logged."""
 
-    steps: int = 200
-    batch_size: int = 32  # rows a step, over all devices and microbatches
-    accumulation: int = 1  # microbatches a step
-    log_every: int = 10
-    profile_steps: str = ""  # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile
-    deterministic: bool = False  # NVIDIA: kernels that repeat bit for bit, at a cost
-    max_skipped: int = 3  # refused steps in a row that the run bears
-    spike_factor: float = 100.0  # refuse a loss or gradient so many times its mean; 0: never
-    max_rewinds: int = 2  # times the whole run may go back and leave out batches; 0: it ends
-    ledger_every: int = 100  # steps between rows of ledger.jsonl; 0: none
+    steps: Training[int] = 200
+    batch_size: Data[int] = 32  # rows a step, over all devices and microbatches
+    accumulation: Training[int] = 1  # microbatches a step
+    log_every: Run[int] = 10
+    # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile.
+    profile_steps: Run[str] = ""
+    deterministic: Run[bool] = False  # NVIDIA: kernels that repeat bit for bit, at a cost
+    max_skipped: Training[int] = 3  # refused steps in a row that the run bears
+    # Refuse a loss or gradient so many times its mean; 0: never.
+    spike_factor: Training[float] = 100.0
+    # Times the whole run may go back and leave out batches; 0: it ends.
+    max_rewinds: Training[int] = 2
+    ledger_every: Run[int] = 100  # steps between rows of ledger.jsonl; 0: none
     # Steps between comparisons of the state's copies on several devices, each also compared before
     # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
-    replica_check_every: int = 1000
-    debug: bool = False  # assert inside the step that no assignment is lost or counted twice
+    replica_check_every: Run[int] = 1000
+    debug: Run[bool] = False  # assert inside the step that no assignment is lost or counted twice
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every"):
@@ -110,12 +115,12 @@ class TrainConfig:
 class EvalConfig:
     """Held-out loss and samples."""
 
-    every: int = 100  # steps; 0: only at the end
-    rows: int = 512  # held-out rows an evaluation; 0: the whole split
-    samples: int = 2  # texts generated at the end
-    sample_tokens: int = 200
-    sample_prompt: str = "def "
-    temperature: float = 0.8  # 0: greedy
+    every: Run[int] = 100  # steps; 0: only at the end
+    rows: Run[int] = 512  # held-out rows an evaluation; 0: the whole split
+    samples: Run[int] = 2  # texts generated at the end
+    sample_tokens: Run[int] = 200
+    sample_prompt: Run[str] = "def "
+    temperature: Run[float] = 0.8  # 0: greedy
 
     def __post_init__(self):
         for name in ("every", "rows", "samples", "sample_tokens", "temperature"):
@@ -127,10 +132,10 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every_steps: int = 100  # 0: off
-    every_minutes: float = 30.0  # 0: off
-    keep_last: int = 3
-    keep_every: int = 0  # also keep every n-th step for good; 0: off
+    every_steps: Run[int] = 100  # 0: off
+    every_minutes: Run[float] = 30.0  # 0: off
+    keep_last: Run[int] = 3
+    keep_every: Run[int] = 0  # also keep every n-th step for good; 0: off
 
     def __post_init__(self):
         for name in ("every_steps", "every_minutes", "keep_every"):
@@ -144,14 +149,15 @@ class CheckpointConfig:
 class WatchdogConfig:
     """Seconds after which a run counts as hung and ends with exit code 42; 0: never."""
 
-    compile: float = 7200.0
-    step: float = 1800.0  # one step, or what several hosts agree on between two
-    data: float = 1800.0  # a batch
-    checkpoint: float = 7200.0  # copying one to the host, waiting for one that is written, loading
-    evaluation: float = 7200.0  # a whole one, its compilation included
-    start: float = 1800.0  # before the first step, without a document read or stored meanwhile
+    compile: Run[float] = 7200.0
+    step: Run[float] = 1800.0  # one step, or what several hosts agree on between two
+    data: Run[float] = 1800.0  # a batch
+    # Copying one to the host, waiting for one that is written, loading.
+    checkpoint: Run[float] = 7200.0
+    evaluation: Run[float] = 7200.0  # a whole one, its compilation included
+    start: Run[float] = 1800.0  # before the first step, without a document read or stored meanwhile
     # Another process that gives no sign of life: JAX then aborts all others (exit code 134).
-    heartbeat: int = 100
+    heartbeat: Run[int] = 100
 
     def __post_init__(self):
         if self.heartbeat < 1:
@@ -165,8 +171,9 @@ class WatchdogConfig:
 class Config:
     """One run: everything that decides what it trains and how; every field has a default."""
 
-    seed: int = 0
-    precision: str = "float32"  # compute dtype: float32 | bfloat16 | float64 (the oracle, CPU)
+    seed: Data[int] = 0
+    # The compute dtype: float32 | bfloat16 | float64 (the oracle, CPU).
+    precision: Training[str] = "float32"
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -190,12 +197,7 @@ def default_config() -> ConfigDict:
     """Every key with its default: what the files under configs/ start from."""
     config: Any = ConfigDict(to_dict(Config()))  # pyright sees None behind every attribute
     config.model.moe.options = ConfigDict(
-        {
-            name: {f.name: f.default for f in own_fields(cls, config.model.moe)}
-            for table in (ROUTERS, DISPATCH)
-            for name, cls in table.items()
-            if own_fields(cls, config.model.moe)
-        }
+        {name: {f.name: f.default for f in fields} for name, fields in option_fields().items()}
     )
     return config
 
@@ -206,6 +208,17 @@ def is_group(name: str) -> bool:
     for key in name.split("."):
         hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
     return dataclasses.is_dataclass(hint)
+
+
+def option_fields() -> dict[str, list[dataclasses.Field]]:
+    """The knobs below `model.moe.options`: name of a router or dispatch path -> its own fields."""
+    shared = MoEConfig()
+    found = {
+        name: own_fields(cls, shared)
+        for table in (ROUTERS, DISPATCH)
+        for name, cls in table.items()
+    }
+    return {name: fields for name, fields in found.items() if fields}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def typed(hint: Any, value: Any, path: str) -> Any:
 
 def own_fields(cls: type, shared: Any) -> list[dataclasses.Field]:
     """Fields of a component's dataclass that the `shared` config does not hold itself."""
-    return [f for f in dataclasses.fields(cls) if f.name not in shared]
+    return [f for f in dataclasses.fields(cls) if not hasattr(shared, f.name)]
 
 
 def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:

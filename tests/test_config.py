@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import typing
+from collections.abc import Iterator
 
 import pytest
 from small_run import ROOT
@@ -12,11 +14,16 @@ from moe_jax.config import (
     Config,
     default_config,
     from_config_dict,
+    option_fields,
     read_config,
     to_dict,
     to_flat_dict,
 )
+from moe_jax.data.config import MixtureEntry
+from moe_jax.decides import Data, Decides, Weights, declared
 from moe_jax.errors import UserError
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 
 
 def test_dotted_keys_hold_every_value_of_a_config():
@@ -72,3 +79,36 @@ def test_a_renamed_key_in_a_flag_or_a_config_file_names_the_new_one(tmp_path):
         config.eval.batches = 4
     with pytest.raises(UserError, match=sentence):
         from_config_dict(config)
+
+
+def undeclared(cls: type, path: str = "") -> Iterator[str]:
+    """Keys below a config dataclass that do not say what they decide."""
+    hints = typing.get_type_hints(cls)
+    for name, decides in declared(cls).items():
+        if dataclasses.is_dataclass(hints[name]):
+            yield from undeclared(typing.cast(type, hints[name]), f"{path}{name}.")
+        elif decides is None:
+            yield f"{path}{name}"
+
+
+def test_every_key_says_what_it_decides():
+    """Its type is Weights[...], Data[...], Training[...] or Run[...] (decides.py)."""
+    assert [*undeclared(Config), *undeclared(MixtureEntry)] == []
+    for name, fields in option_fields().items():
+        kinds = declared((ROUTERS | DISPATCH)[name])
+        assert [f"{name}.{field.name}" for field in fields if kinds[field.name] is None] == []
+
+
+def test_a_key_without_a_declaration_is_found():
+    @dataclasses.dataclass
+    class Inner:
+        seed: Data[int] = 0
+        forgotten: float = 0.0
+
+    @dataclasses.dataclass
+    class Outer:
+        width: Weights[int] = 1
+        inner: Inner = dataclasses.field(default_factory=Inner)
+
+    assert list(undeclared(Outer)) == ["inner.forgotten"]
+    assert declared(Outer) == {"width": Decides.WEIGHTS, "inner": None}

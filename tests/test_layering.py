@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "moe_jax.errors": 0,
     "moe_jax.version": 0,
+    "moe_jax.decides": 0,
     "moe_jax.files": 1,
     "moe_jax.registry": 1,
     "moe_jax.data.batch": 1,  # the names of a batch's arrays

@@ -5,39 +5,59 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.decides import Data, Run, Training
 from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet")
-# Keys of an entry of a mixture; the value says the type and, but for files, what holds without it.
-MIXTURE_KEYS = {"source": "", "files": "", "field": "text", "weight": 1.0, "heldout_files": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureEntry:
+    """One corpus of a mixture."""
+
+    # Of its files, which an empty one follows from their suffix: text | jsonl | parquet | stdlib.
+    source: Run[str] = ""
+    files: Run[str] = ""
+    field: Data[str] = "text"
+    weight: Data[float] = 1.0  # of its share in each batch
+    heldout_files: Run[str] = ""
+
+
+# Name -> what holds without it.
+MIXTURE_KEYS = {field.name: field.default for field in dataclasses.fields(MixtureEntry)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """One corpus, or a weighted mixture of several, and the tokenizer they share."""
+    """One corpus, or a weighted mixture of several, and the tokenizer they share.
+
+    Paths decide nothing: the store's fingerprint tells whether text and tokenizer are the same.
+    """
 
     # stdlib | text | jsonl | parquet; where `files` are named, stdlib gives way to their suffix.
-    source: str = "stdlib"
-    files: str = ""  # glob(s), comma separated, local or gs://
-    field: str = "text"  # the JSONL field or Parquet column that holds the text
-    tokenizer: str = "bytes"  # bytes | path of a tokenizer.json | path of a SentencePiece .model
+    source: Run[str] = "stdlib"
+    files: Run[str] = ""  # glob(s), comma separated, local or gs://
+    field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
+    # bytes | path of a tokenizer.json | path of a SentencePiece .model.
+    tokenizer: Run[str] = "bytes"
     # Names of the tokenizer's tokens that begin and end a document, and of padding.  Empty: what
     # tokenizer_config.json beside the tokenizer says, else well-known names.
-    bos: str = ""
-    eos: str = ""
-    pad: str = ""
-    begin_with_bos: bool = False  # every document begins with the bos token
-    sequence_length: int = 256  # tokens a row
+    bos: Run[str] = ""
+    eos: Run[str] = ""
+    pad: Run[str] = ""
+    begin_with_bos: Data[bool] = False  # every document begins with the bos token
+    sequence_length: Data[int] = 256  # tokens a row
     # Times each source is read before the run ends; 0: for ever.  The learning rate follows the
     # schedule of train.steps all the same.
-    max_epochs: int = 0
-    heldout_fraction: float = 0.05  # share of documents (by content hash) kept for evaluation
-    heldout_files: str = ""  # glob(s) of the whole held-out text; heldout_fraction is then not used
-    store: str = ""  # where the tokenised store lies; empty: WORKDIR/../stores
+    max_epochs: Training[int] = 0
+    heldout_fraction: Data[float] = 0.05  # share of documents (by content hash) kept for evaluation
+    # Glob(s) of the whole held-out text; heldout_fraction is then not used.
+    heldout_files: Run[str] = ""
+    store: Run[str] = ""  # where the tokenised store lies; empty: WORKDIR/../stores
     # name -> {files, source (by their suffix), field (text), weight (1), heldout_files (none)};
     # replaces source, files, field and heldout_files.
-    mixture: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    mixture: Data[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.sequence_length < 2:
@@ -51,6 +71,11 @@ class DataConfig:
         lookup(dict.fromkeys(SOURCES), self.source, "data.source")
         for name, part in self.mixture.items():
             _check_part(f"data.mixture.{name}", part)
+
+    @property
+    def entries(self) -> dict[str, MixtureEntry]:
+        """The mixture with its defaults."""
+        return {name: MixtureEntry(**part) for name, part in self.mixture.items()}
 
 
 def _check_part(where: str, part: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 from moe_jax.moe.config import MoEConfig
 from moe_jax.nn.remat import REMAT
@@ -21,26 +22,28 @@ class ModelConfig:
     `moe.every = 0` is not used for a dense model: set `dense = True`.
     """
 
-    vocab_size: int = 0  # V; 0: the tokenizer's
-    num_layers: int = 4  # L
-    width: int = 256  # D
-    num_heads: int = 4  # H
-    num_kv_heads: int = 4  # J
-    head_dim: int = 64  # A
-    ffn_width: int = 1024  # F of the dense FFNs
-    activation: str = "swiglu"  # swiglu | gelu (no gate), for dense FFNs and experts alike
-    qk_norm: str = "none"  # none | head (Qwen3) | full (over the whole projection: OLMoE)
-    tied_head: bool = False  # the output head is the embedding's transpose
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    dense: bool = False  # every FFN is dense; `moe` is ignored
-    attention: str = "auto"  # auto | xla | cudnn | splash
-    confine_attention: bool = False  # attention (and targets) stop at document borders
-    scan_layers: bool = False  # scan the repeating period instead of unrolling it
-    remat: str = "none"  # none | full | a policy of nn/remat.py by name
-    cross_entropy: str = "tokens"  # how its logits are cut: tokens | vocabulary | full (not at all)
-    loss_chunk: int = 2048  # logits that exist at once on a device, in multiples of the vocabulary
-    logits_z_weight: float = 0.0
+    vocab_size: Weights[int] = 0  # V; 0: the tokenizer's
+    num_layers: Weights[int] = 4  # L
+    width: Weights[int] = 256  # D
+    num_heads: Weights[int] = 4  # H
+    num_kv_heads: Weights[int] = 4  # J
+    head_dim: Weights[int] = 64  # A
+    ffn_width: Weights[int] = 1024  # F of the dense FFNs
+    activation: Weights[str] = "swiglu"  # swiglu | gelu (no gate), for dense FFNs and experts alike
+    qk_norm: Weights[str] = "none"  # none | head (Qwen3) | full (over the whole projection: OLMoE)
+    tied_head: Weights[bool] = False  # the output head is the embedding's transpose
+    rope_theta: Weights[float] = 10_000.0
+    norm_eps: Weights[float] = 1e-5
+    dense: Weights[bool] = False  # every FFN is dense; `moe` is ignored
+    attention: Run[str] = "auto"  # auto | xla | cudnn | splash
+    confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
+    scan_layers: Run[bool] = False  # scan the repeating period instead of unrolling it
+    remat: Run[str] = "none"  # none | full | a policy of nn/remat.py by name
+    # How its logits are cut: tokens | vocabulary | full (not at all).
+    cross_entropy: Run[str] = "tokens"
+    # Logits that exist at once on a device, in multiples of the vocabulary.
+    loss_chunk: Run[int] = 2048
+    logits_z_weight: Training[float] = 0.0
     moe: MoEConfig = MoEConfig()
 
     def __post_init__(self):

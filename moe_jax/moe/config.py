@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 
 PRIORITIES = ("token", "choice", "batch")
@@ -20,29 +21,29 @@ class MoEConfig:
     config.py fills it from their dataclasses, so a new one needs no change here.
     """
 
-    num_experts: int = 8  # E
-    top_k: int = 2  # K; routers with a fixed K (switch, gshard) override it
-    expert_width: int = 1024  # F
-    router: str = "top_k"
-    dispatch: str = "capacity"
-    capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
+    num_experts: Weights[int] = 8  # E
+    top_k: Weights[int] = 2  # K; routers with a fixed K (switch, gshard) override it
+    expert_width: Weights[int] = 1024  # F
+    router: Weights[str] = "top_k"
+    dispatch: Training[str] = "capacity"
+    capacity_factor: Training[float] = 1.25
+    eval_capacity_factor: Run[float] = 2.0
     # Who gets a slot first: token (causal) | choice (GShard, Switch) | batch (V-MoE, never causal).
-    priority: str = "token"
-    group_rows: int = 0  # rows in a routing group; 0: resolved from batch and mesh limits
-    every: int = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
-    first_dense: int = 0  # the first layers that stay dense whatever `every` says
-    shared_experts: int = 0  # always-on experts of expert_width beside the routed ones
-    balance_weight: float = 0.01
-    balance_scope: str = "group"  # group | row | global
-    z_weight: float = 0.001  # router z-loss (ST-MoE, arXiv 2202.08906)
+    priority: Training[str] = "token"
+    group_rows: Data[int] = 0  # rows in a routing group; 0: resolved from batch and mesh limits
+    every: Weights[int] = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
+    first_dense: Weights[int] = 0  # the first layers that stay dense whatever `every` says
+    shared_experts: Weights[int] = 0  # always-on experts of expert_width beside the routed ones
+    balance_weight: Training[float] = 0.01
+    balance_scope: Training[str] = "group"  # group | row | global
+    z_weight: Training[float] = 0.001  # router z-loss (ST-MoE, arXiv 2202.08906)
     # Of the routed experts' output, in training.  Switch (arXiv 2101.03961) drops inside the
     # experts; at their output the mask need not travel with the tokens.
-    expert_dropout: float = 0.0
+    expert_dropout: Training[float] = 0.0
     # Of the experts: compute (the model's dtype) | float8 (dispatch dropless; ops/float8.py).
-    matmul: str = "compute"
-    freeze_router: bool = False  # the router's parameters and state stay as they are
-    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    matmul: Training[str] = "compute"
+    freeze_router: Training[bool] = False  # the router's parameters and state stay as they are
+    options: Training[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.num_experts < 1:

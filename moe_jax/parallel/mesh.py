@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from moe_jax.decides import Run
 from moe_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -20,10 +21,10 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the batch is split over these, in thi
 class MeshConfig:
     """Sizes of the mesh axes; at most one may be -1, meaning the devices that remain."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: Run[int] = -1
+    fsdp: Run[int] = 1
+    expert: Run[int] = 1
+    tensor: Run[int] = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.nn.params import ParamRule
 from moe_jax.registry import lookup, suggest
@@ -31,19 +32,22 @@ class OptimizerConfig:
     """
 
     # adamw | adafactor, or the dotted name of a transformation, such as optax.scale_by_lion.
-    name: str = "adamw"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a dotted name alone
-    learning_rate: float = 1e-3  # the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # matrices only: norms, biases and other vectors are left out
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    moment_dtype: str = "param"  # Adam's moments: param (as the weights) | float32 | bfloat16
-    schedule: str = "cosine"  # cosine | wsd | inverse_sqrt | constant
-    warmup_steps: int = 20  # the last of them is the first step at the peak
-    decay_share: float = 0.2  # wsd: the last share of the run, over which the rate falls
-    final_share: float = 0.1  # of the peak, the rate of the last step (cosine, wsd)
+    name: Training[str] = "adamw"
+    # Of a dotted name alone.
+    options: Training[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    learning_rate: Training[float] = 1e-3  # the peak
+    b1: Training[float] = 0.9
+    b2: Training[float] = 0.95
+    eps: Training[float] = 1e-8
+    # Matrices only: norms, biases and other vectors are left out.
+    weight_decay: Training[float] = 0.1
+    clip_norm: Training[float] = 1.0  # global gradient norm; 0: no clipping
+    # Adam's moments: param (as the weights) | float32 | bfloat16.
+    moment_dtype: Training[str] = "param"
+    schedule: Training[str] = "cosine"  # cosine | wsd | inverse_sqrt | constant
+    warmup_steps: Training[int] = 20  # the last of them is the first step at the peak
+    decay_share: Training[float] = 0.2  # wsd: the last share of the run, over which the rate falls
+    final_share: Training[float] = 0.1  # of the peak, the rate of the last step (cosine, wsd)
 
     def __post_init__(self):
         self._check_name()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
+from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch.bounded import Order, routed_ids, within_capacity
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
@@ -39,7 +40,7 @@ class Dropless:
     enter the buffers first, whatever `priority` says, so no later token evicts an earlier one.
     """
 
-    recv_factor: float = 0.0
+    recv_factor: Training[float] = 0.0
 
     def __post_init__(self):
         if self.recv_factor < 0 or 0 < self.recv_factor < 1:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.decides import Training
 from moe_jax.moe.noise import SECOND_EXPERT, row_uniform
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.moe.types import RouterIn, TokenChoice
@@ -18,7 +19,7 @@ class GShard(LinearRouter):
     weight; otherwise always.  The balance loss counts first choices, as in the paper.
     """
 
-    random_second: bool = True
+    random_second: Training[bool] = True
 
     @property
     def choices(self) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.decides import Weights
 from moe_jax.errors import UserError
 from moe_jax.moe.balance import balance_loss
 from moe_jax.moe.types import Mean, ParamSpec, RouterAux, RouterIn, StateSpec, TokenChoice
@@ -23,8 +24,8 @@ class Hash:
     num_experts: int = 8
     top_k: int = 2
     balance_scope: str = "group"
-    table_size: int = 65536
-    seed: int = 0
+    table_size: Weights[int] = 65536
+    seed: Weights[int] = 0
 
     def __post_init__(self):
         option = "model.moe.options.hash"

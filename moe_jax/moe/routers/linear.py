@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.moe.balance import balance_loss, router_aux
 from moe_jax.moe.noise import JITTER, row_uniform
@@ -24,8 +25,8 @@ class LinearRouter:
     """
 
     balance_scope: str = "group"
-    jitter: float = 0.0
-    logit_cap: float = 0.0
+    jitter: Training[float] = 0.0
+    logit_cap: Training[float] = 0.0
 
     def __post_init__(self):
         if not 0 <= self.jitter < 1:

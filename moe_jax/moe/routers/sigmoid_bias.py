@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.moe.types import RouterIn, StateSpec, TokenChoice
@@ -26,11 +27,11 @@ class SigmoidBias(LinearRouter):
 
     num_experts: int = 8
     top_k: int = 2
-    expert_groups: int = 1
-    top_groups: int = 1
-    renormalize: bool = True
-    routed_scale: float = 1.0
-    update_rate: float = 0.001
+    expert_groups: Training[int] = 1
+    top_groups: Training[int] = 1
+    renormalize: Training[bool] = True
+    routed_scale: Training[float] = 1.0
+    update_rate: Training[float] = 0.001
 
     def __post_init__(self):
         super().__post_init__()

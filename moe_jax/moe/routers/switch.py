@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.decides import Training
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.moe.types import RouterIn, TokenChoice
 
@@ -17,7 +18,7 @@ class Switch(LinearRouter):
     without a language-model gradient.
     """
 
-    jitter: float = 0.01
+    jitter: Training[float] = 0.01
 
     @property
     def choices(self) -> int:

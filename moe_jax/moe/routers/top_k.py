@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.moe.types import RouterIn, TokenChoice
@@ -19,7 +20,7 @@ class TopK(LinearRouter):
     """
 
     top_k: int = 2
-    renormalize: bool = True
+    renormalize: Training[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
