@@ -21,13 +21,14 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
-from moe_jax.config import Config, from_config_dict, read_config, to_flat_dict
+from moe_jax.config import Config, from_config_dict, read_config
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder, locate
 from moe_jax.model.define import define
 from moe_jax.parallel.platforms import check_platforms
 from moe_jax.record.report import METRICS, has_last_eval
+from moe_jax.run.changes import changes
 from moe_jax.run.context import make_optimizer
 from moe_jax.run.resolve import check_shapes
 from moe_jax.run.samples import check_samples
@@ -83,7 +84,9 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     """
     parsed = parse(["moe_jax train", *arguments], COMMANDS["train"])
     workdir = locate(parsed.flags.workdir)
-    config, components, _ = settle(from_config_dict(parsed.config), workdir, num_devices)
+    config, components, _ = settle(
+        from_config_dict(parsed.config), workdir, num_devices, parsed.flags.init_from
+    )
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     model = define(config.model, jnp.float32, components)
@@ -99,6 +102,5 @@ def _changed(config: Config, workdir: Folder) -> list[str]:
         record = read_config(workdir / "config.json")
     except (FileNotFoundError, UserError):
         return []
-    old, new = to_flat_dict(record), to_flat_dict(config)
-    keys = sorted(old.keys() | new.keys())
-    return [key for key in keys if old.get(key) != new.get(key) and not key.startswith("mesh.")]
+    keys = (change.key for change in changes(record, config))
+    return sorted(key for key in keys if not key.startswith("mesh."))

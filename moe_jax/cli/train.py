@@ -29,6 +29,7 @@ from moe_jax.run.context import Run
 from moe_jax.run.end import end_of
 from moe_jax.run.loop import SAMPLES, Trainer, start_lowering
 from moe_jax.run.restore import first_state
+from moe_jax.run.resume import data_record
 from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.watch.phases import Phases
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
             notes = check_samples(config)
-            run = prepare(config, workdir, _say, alive=watchdog.alive)
+            run = prepare(config, workdir, _say, alive=watchdog.alive, init_from=given.init_from)
             for line in [*_describe(run), *notes]:
                 _say(line)
             # From here on the workdir belongs to this process.
@@ -82,8 +83,13 @@ def main(argv: Sequence[str]) -> int:
             watch.resumed(start)
             _say(f"state ready in {time.perf_counter() - began:.1f} s")
             if lead:
-                resolved = to_json(run.config)
-                write_run_record(str(workdir), resolved, parsed.overrides, run.store.fingerprint)
+                write_run_record(
+                    str(workdir),
+                    to_json(run.config),
+                    parsed.overrides,
+                    run.store.fingerprint,
+                    data_record(run.store),
+                )
             last = end_of(run, rewinds.history).step
             reporter = Reporter(workdir, last, start or None) if lead else SilentReporter()
             if lead:

@@ -1,12 +1,10 @@
 """The state that a run begins or goes on with: a checkpoint's, another run's weights, or new."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
 
-from moe_jax import checkpoint
 from moe_jax.errors import UserError
 from moe_jax.model.define import define
 from moe_jax.nn.params import param_dtype
@@ -17,6 +15,7 @@ from moe_jax.pretrained.weights import (
     router_state_names,
 )
 from moe_jax.run.context import Run, Say
+from moe_jax.run.origin import check_origin, open_origin
 from moe_jax.train.copies import make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
@@ -103,7 +102,8 @@ def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
 
     Without `router` where that run's router keeps other state: this one's then starts anew.
     """
-    other = checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"))
+    check_origin(run.config, workdir)
+    _, other = open_origin(workdir)
     step = newest_good_step(other)
     if step is None:
         there = other.steps()

@@ -1,56 +1,32 @@
 """Whether a run goes on as it began: its config and its text against those of the workdir."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config import Config, read_config
 from moe_jax.data.store import Store
+from moe_jax.decides import Decides
 from moe_jax.errors import UserError
-from moe_jax.files import json_files
+from moe_jax.files import json_files, records, seals
 from moe_jax.files.workdir import Folder
-from moe_jax.moe.components import make_router
-from moe_jax.moe.config import MoEConfig
-from moe_jax.moe.types import Router
-from moe_jax.record.provenance import DATA_RECORD
-from moe_jax.run.resolve import Resolved
-
-# What decides which tokens a step sees, how they are grouped, or what the router's parameters mean
-# though their shapes agree: a resumed run must keep it.
-_KEPT_ON_RESUME = (
-    "seed",
-    "train.batch_size",
-    "data.source",
-    "data.files",
-    "data.field",
-    "data.tokenizer",
-    "data.sequence_length",
-    "data.heldout_fraction",
-    "data.mixture",
-    "model.confine_attention",
-    "model.moe.router",
-    "model.moe.top_k",
-    "model.moe.group_rows",
-)
+from moe_jax.record.provenance import CONFIG_RECORD, DATA_RECORD
+from moe_jax.run.changes import changes, lines, of_kind, sentence
 
 
 def saved_config(workdir: Folder) -> Config | None:
     """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
-    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    path, checkpoints = workdir / CONFIG_RECORD, workdir / "checkpoints"
     if not checkpoints.exists():
         return None
     if not checkpoints.is_dir():
         raise UserError(f"{checkpoints} is not a folder: move it away.")
-    steps = any(entry.name.isdecimal() for entry in checkpoints.iterdir())
-    if not path.exists() and not steps:
+    if not path.exists() and not _has_steps(workdir):
         return None
     try:
         return read_config(path)
     except (UserError, FileNotFoundError) as error:
-        why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
-        raise UserError(
-            f"{path}, which says what the checkpoints beside it are, cannot be used ({why}): bring "
-            f"it back, or use another --workdir (with --init_from to keep the weights)."
-        ) from None
+        raise _unusable(path, error) from None
 
 
 def keep_groups(config: Config, saved: Config) -> Config:
@@ -61,59 +37,87 @@ def keep_groups(config: Config, saved: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-def check_resume(found: Resolved, saved: Config) -> list[str]:
-    """Notes for the log; UserError where tokens, groups or the router would be others."""
-    config = found.config
-    for name in _KEPT_ON_RESUME:
-        new, old = _get(config, name), _get(saved, name)
-        if new != old:
-            raise UserError(
-                f"config.{name} is {new!r} but the run in this workdir has {old!r}: use that, or "
-                f"another --workdir (with --init_from to keep the weights)."
-            )
-    steps, before = config.train.steps, saved.train.steps
-    notes = [f"train.steps was {before}: the schedule follows {steps}"] if steps != before else []
-    epochs, before = config.data.max_epochs, saved.data.max_epochs
-    if epochs != before:
-        notes.append(f"data.max_epochs was {before}, is {epochs}: same batches, another end")
-    if config.mesh != saved.mesh:
-        notes.append(f"mesh was {saved.mesh}, is {config.mesh}: same batches, equal to rounding")
-    if found.components is None:
-        return notes
-    return notes + _changed_knobs(found.components.router, config.model.moe, saved.model.moe)
+def check_resume(config: Config, saved: Config) -> list[str]:
+    """Compares a resolved config with that of the run that it goes on with.
 
+    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0: knobs of the
+    router, and whatever else decides neither the weights nor the data, may change.
 
-def _changed_knobs(router: Router, new: MoEConfig, old: MoEConfig) -> list[str]:
-    """A line for each knob of the router that was another: some are turned on purpose in a run.
+    Returns:
+      A line for the log for each key that has another value.
 
-    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0.  And one where
-    the experts multiply in another precision.
+    Raises:
+      UserError: the weights would compute another function, or a step would see other tokens.
     """
-    after, before = vars(router), vars(make_router(old))
-    lines = [
-        f"ROUTER CHANGED: {name} of {new.router} was {before[name]} in this run and is {value} "
-        f"from here on"
-        for name, value in after.items()
-        if before[name] != value
-    ]
-    if new.matmul != old.matmul:
-        lines.append(f"model.moe.matmul was {old.matmul} in this run and is {new.matmul} from here")
-    return lines
+    changed = changes(saved, config)
+    refused = of_kind(changed, (Decides.WEIGHTS, Decides.DATA))
+    if refused:
+        keeps = not of_kind(changed, (Decides.WEIGHTS,))
+        raise UserError(
+            f"{sentence(refused, 'in this workdir')}: use that, or another --workdir"
+            f"{' (with --init_from to keep the weights)' if keeps else ''}."
+        )
+    return lines(changed, saved, config)
+
+
+def data_record(store: Store) -> dict[str, Any]:
+    """What data.json says of a store beside its fingerprint."""
+    return {
+        "tokenizer": store.tokenizer,
+        "streams": list(store.streams),
+        "documents": len(store.train.documents) + len(store.heldout.documents),
+        "tokens": store.train.num_tokens + store.heldout.num_tokens,
+    }
+
+
+def check_tokenizer(identity: str, workdir: Folder) -> None:
+    """Raises UserError where a resumed run has another tokenizer, before any text is read."""
+    if _data(workdir).get("tokenizer", identity) != identity:
+        raise _changed_text(workdir, "data.tokenizer names another tokenizer")
 
 
 def check_same_text(store: Store, workdir: Folder) -> None:
-    """Raises UserError when the files behind a resumed run's data have changed."""
+    """Raises UserError where the content behind a resumed run's data is another."""
+    recorded, now = _data(workdir), data_record(store)
+    if not recorded or store.same_text(recorded["fingerprint"]):
+        return
+    others = (key for key in now if key in recorded and recorded[key] != now[key])
+    key = next(others, None)
+    what = f"it has {now[key]!r} {key} and had {recorded[key]!r}" if key else "another fingerprint"
+    raise _changed_text(workdir, what)
+
+
+def _data(workdir: Folder) -> Mapping[str, Any]:
+    """WORKDIR/data.json; empty where nothing was saved yet and there is none."""
     path = workdir / DATA_RECORD
-    record = json_files.read(path) if path.exists() else {"fingerprint": store.fingerprint}
-    if not isinstance(record, dict) or not store.same_text(record.get("fingerprint")):
-        raise UserError(
-            f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
-            f"({DATA_RECORD} there holds another fingerprint): bring the files back, or use "
-            f"another --workdir (with --init_from to keep the weights)."
-        )
+    try:
+        found = seals.unsealed(json_files.read(path))
+        records.text(found.get("fingerprint"))
+        return found
+    except FileNotFoundError as error:
+        if _has_steps(workdir):
+            raise _unusable(path, error) from None
+        return {}
+    except (UserError, ValueError) as error:
+        raise _unusable(path, error) from None
 
 
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
+def _has_steps(workdir: Folder) -> bool:
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+def _unusable(path: Folder, error: Exception) -> UserError:
+    why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+    return UserError(
+        f"{path}, which says what the checkpoints beside it are, cannot be used ({why}): bring "
+        f"it back, or use another --workdir (with --init_from to keep the weights)."
+    )
+
+
+def _changed_text(workdir: Folder, what: str) -> UserError:
+    return UserError(
+        f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
+        f"({DATA_RECORD} there: {what}): "
+        f"bring the files back, or use another --workdir (with --init_from to keep the weights)."
+    )

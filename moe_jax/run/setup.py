@@ -21,7 +21,14 @@ from moe_jax.parallel.platforms import check_platforms
 from moe_jax.parallel.xla_flags import use_deterministic_kernels
 from moe_jax.run import resolve
 from moe_jax.run.context import Run, Say, make_optimizer
-from moe_jax.run.resume import check_resume, check_same_text, keep_groups, saved_config
+from moe_jax.run.origin import check_origin
+from moe_jax.run.resume import (
+    check_resume,
+    check_same_text,
+    check_tokenizer,
+    keep_groups,
+    saved_config,
+)
 from moe_jax.train.state import (
     checkpoint_bytes,
 )
@@ -34,6 +41,7 @@ def prepare(
     devices: Sequence[Any] | None = None,
     alive: Callable[[], None] = lambda: None,
     text: Callable[..., Store] = build_store,
+    init_from: str = "",
 ) -> Run:
     """Resolve the config, build or open the store, define the model, check that all of it fits.
 
@@ -44,13 +52,14 @@ def prepare(
       devices: to run on; None: every device of every process.
       alive: called whenever some of the text was read or stored, which may take hours.
       text: what gets the store, called as `build` is.
+      init_from: folder of the run whose weights a new one begins with; empty: none.
 
     Raises:
       UserError: anything the user has to change, before anything is compiled.
     """
     devices = jax.devices() if devices is None else devices
     # What needs no text comes first: tokenising may take hours.
-    config, components, notes = settle(config, workdir, len(devices))
+    config, components, notes = settle(config, workdir, len(devices), init_from)
     check_attention(
         config.model.attention,
         devices[0].platform,
@@ -63,8 +72,7 @@ def prepare(
     optimizer = make_optimizer(config, model)
     store = text(config.data, store_root(config.data, workdir), progress=say, alive=alive)
     store.check_vocabulary(config.model.vocab_size)
-    if saved_config(workdir) is not None:
-        check_same_text(store, workdir)
+    check_same_text(store, workdir)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
     )
@@ -115,17 +123,30 @@ def set_numerics(config: Config) -> None:
             )
 
 
-def settle(config: Config, workdir: Folder, num_devices: int) -> resolve.Resolved:
+def settle(
+    config: Config, workdir: Folder, num_devices: int, init_from: str = ""
+) -> resolve.Resolved:
     """The config as it will run, with notes for the log, from all but the text.
 
+    Args:
+      config: as written.
+      workdir: folder of the run.
+      num_devices: over all processes.
+      init_from: folder of the run whose weights a new one begins with; a run that goes on does
+        not look at it.
+
     Raises:
-      UserError: sizes that do not fit, or another run than the one that is in `workdir`.
+      UserError: sizes that do not fit, another run than the one that is in `workdir`, or weights
+        that are another model's.
     """
     saved = saved_config(workdir)
     if saved is not None:
         config = keep_groups(config, saved)
-    vocabulary = config_tokenizer(config.data).vocab_size
-    found = resolve.resolve(config, num_devices, vocabulary)
-    if saved is None:
-        return found
-    return found._replace(notes=found.notes + check_resume(found, saved))
+    tokenizer = config_tokenizer(config.data)
+    found = resolve.resolve(config, num_devices, tokenizer.vocab_size)
+    if saved is not None:
+        notes = check_resume(found.config, saved)
+        check_tokenizer(tokenizer.identity, workdir)
+    else:
+        notes = check_origin(found.config, init_from) if init_from else []
+    return found._replace(notes=found.notes + notes)

@@ -74,7 +74,7 @@ def test_a_router_that_a_resumed_run_turns_is_named(place):
     assert settle(from_config_dict(config), place / "run", 1).notes == []
     config.model.moe.options.top_k.renormalize = False
     assert settle(from_config_dict(config), place / "run", 1).notes == [
-        "ROUTER CHANGED: renormalize of top_k was True in this run and is False from here on"
+        "model.moe.options.top_k.renormalize was True, is False"
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moe_jax.data.store import array_digests, key_value_store, open_store, seale
 from moe_jax.data.tokenizers import train_bpe
 from moe_jax.errors import UserError
 from moe_jax.record.provenance import write_run_record
+from moe_jax.run.resume import data_record
 from moe_jax.run.setup import prepare
 
 LAYOUT = Layout(64, 512)
@@ -78,17 +80,28 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
 
     run = ready()
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
-    write_run_record(str(run.workdir), to_json(run.config), {}, run.store.fingerprint)
+    text = data_record(run.store)
+    write_run_record(str(run.workdir), to_json(run.config), {}, run.store.fingerprint, text)
     ready()  # the control
+    moved = tmp_path / "moved"
+    for name in ("prose", "web"):
+        shutil.copytree(tmp_path / name, moved / name)
+    shutil.copy(tokenizer, moved)
+    elsewhere = {"data.mixture": mixture(moved), "data.tokenizer": str(moved / tokenizer.name)}
+    assert ready(**elsewhere).store.fingerprint == run.store.fingerprint
 
     def refused(pattern: str, **overrides: object) -> None:
         with pytest.raises(UserError, match=pattern):
             ready(**overrides)
 
     refused(r"config\.seed is 5 but the run in this workdir has 0", seed=5)
-    for other in (mixture(tmp_path, 3.0), {"prose": mixture(tmp_path)["prose"]}):
-        refused(r"config\.data\.mixture is .* but the run", **{"data.mixture": other})
-    refused(r"config\.data\.tokenizer is 'bytes' but the run", **{"data.tokenizer": "bytes"})
+    key = r"config\.data\.mixture"
+    for other, pattern in (
+        (mixture(tmp_path, 3.0), rf"{key}\.prose\.weight is 3\.0 but the run .* has 2\.0"),
+        ({"prose": mixture(tmp_path)["prose"]}, rf"{key}\.web\.source is not set but the run"),
+    ):
+        refused(pattern, **{"data.mixture": other})
+    refused(r"data\.json there: data\.tokenizer names another", **{"data.tokenizer": "bytes"})
     for path in (tmp_path / "web" / "003.txt", tokenizer):
         good = path.read_bytes()
         path.write_bytes(good + b"\n")
