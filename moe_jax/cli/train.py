@@ -1,6 +1,7 @@
 """python -m moe_jax train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
 
 import contextlib
+import functools
 import pathlib
 import threading
 import time
@@ -9,27 +10,29 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint.agree import lead_decides
 from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
-from moe_jax.cli.parse import parse
+from moe_jax.cli.parse import Parsed, parse
 from moe_jax.config import from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import formats
-from moe_jax.files.workdir import is_remote, locate
+from moe_jax.files.workdir import Folder, is_remote, locate
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed
-from moe_jax.parallel.distributed import lost_peer
+from moe_jax.parallel.distributed import DONE, lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.record.lock import alone_in
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
+from moe_jax.run.changes import changes
 from moe_jax.run.context import Run
-from moe_jax.run.end import end_of
+from moe_jax.run.end import end_of, is_finished
 from moe_jax.run.loop import SAMPLES, Trainer, start_lowering
 from moe_jax.run.restore import first_state
-from moe_jax.run.resume import data_record
+from moe_jax.run.resume import data_record, saved_config
 from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.watch.phases import Phases
@@ -56,18 +59,17 @@ def main(argv: Sequence[str]) -> int:
 
         # ---- everything that can be wrong is found out here, before anything is compiled
         with watchdog("start"):
-            set_numerics(config)
             workdir = locate(given.workdir)
             watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
+            set_numerics(config)
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
             notes = check_samples(config)
+            # From here on the workdir belongs to this run: nothing that is read there changes.
+            lock = held.enter_context(alone_in(workdir, _say)) if lead else None
             run = prepare(config, workdir, _say, alive=watchdog.alive, init_from=given.init_from)
             for line in [*_describe(run), *notes]:
                 _say(line)
-            # From here on the workdir belongs to this process.
-            if lead:
-                held.enter_context(alone_in(workdir))
         timekeeper = held.enter_context(Timekeeper(workdir, lead))
         watch = Phases(watchdog, timekeeper)
 
@@ -79,34 +81,59 @@ def main(argv: Sequence[str]) -> int:
             jax.block_until_ready(state.params)
             start = int(state.step)
             rewinds.check(start)
+            end = end_of(run, rewinds.history)
+            finished = is_finished(run, end, start)
+        if finished:
+            _leave_as_it_is(run, end.reached(start))
+            return DONE
         with watchdog("start"):
             watch.resumed(start)
             _say(f"state ready in {time.perf_counter() - began:.1f} s")
-            if lead:
-                write_run_record(
-                    str(workdir),
-                    to_json(run.config),
-                    parsed.overrides,
-                    run.store.fingerprint,
-                    data_record(run.store),
-                )
-            last = end_of(run, rewinds.history).step
-            reporter = Reporter(workdir, last, start or None) if lead else SilentReporter()
-            if lead:
-                record_settings(
-                    run.workdir, run.config, run.mesh, start
-                )  # after later rows are set aside
+            reporter = _record(run, parsed, start, end.step) if lead else SilentReporter()
 
         # ---- train
         with _closing(reporter, watch), _last_save(run, watch):
             preemption.defer()
-            code = Trainer(run, lowered, reporter, preemption, watch, rewinds).train(state)
+            # Process 0 holds the lock; where that is gone, all end.
+            alone = functools.partial(lead_decides, lock.check if lock else lambda: None)
+            trainer = Trainer(run, lowered, reporter, preemption, watch, rewinds, alone)
+            code = trainer.train(state)
         with watchdog("checkpoint"):
             timekeeper.ended(code)
+    _say_results(workdir)
+    return code
+
+
+def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:
+    """Writes down what the run is from step `start` on; returns what reports its steps."""
+    write_run_record(
+        str(run.workdir),
+        to_json(run.config),
+        parsed.overrides,
+        run.store.fingerprint,
+        data_record(run.store),
+    )
+    reporter = Reporter(run.workdir, last, start or None)
+    # After later rows are set aside.
+    record_settings(run.workdir, run.config, run.mesh, start)
+    return reporter
+
+
+def _leave_as_it_is(run: Run, reached: str) -> None:
+    """Says that nothing is left to do, and with which other keys nothing was done."""
+    _say(reached)
+    saved = saved_config(run.workdir)
+    changed = [] if saved is None else changes(saved, run.config)
+    without = f"; it was not run with other {', '.join(c.key for c in changed)}" if changed else ""
+    _say(f"nothing ran: the record in {run.workdir} stays as it was{without}")
+    run.checkpoints.close()
+    _say_results(run.workdir)
+
+
+def _say_results(workdir: Folder) -> None:
     results = {"metrics": METRICS, "checkpoints": "checkpoints", "samples": SAMPLES}
     there = [(what, workdir / name) for what, name in results.items()]
     _say("   ".join(f"{what}: {path}" for what, path in there if path.exists()))
-    return code
 
 
 @contextlib.contextmanager

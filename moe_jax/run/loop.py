@@ -1,7 +1,7 @@
 """The run from its first step to its last."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -9,12 +9,12 @@ import jax
 
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
-from moe_jax.record.report import METRICS, Reporter, SilentReporter, has_last_eval
+from moe_jax.record.report import Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import settings_go_back
 from moe_jax.run.context import Run
 from moe_jax.run.control import Control, Stop
-from moe_jax.run.end import End, end_of
+from moe_jax.run.end import End, end_of, is_finished
 from moe_jax.run.evaluate import Evaluator
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
@@ -54,6 +54,8 @@ class Trainer:
       preemption: notices SIGTERM.
       watch: is told what the main thread waits for.
       rewinds: the times the run went back; those of this process are added.
+      alone: raises UserError where another run may be in the workdir; all processes call it
+        before a checkpoint is written or moved.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class Trainer:
         preemption: Preemption,
         watch: Phases,
         rewinds: Rewinds,
+        alone: Callable[[], object] = lambda: None,
     ):
         self._run, self._lowered, self._reporter = run, lowered, reporter
         self._preemption, self._watch, self._rewinds = preemption, watch, rewinds
+        self._alone = alone
         self._evaluate = Evaluator(run)
         self._profiler = Profiler(run.config.train.profile_range(), run.workdir, reporter.say)
         self._program: _Program | None = None
@@ -109,14 +113,9 @@ class Trainer:
         return end_of(self._run, self._rewinds.history)
 
     def _nothing_left(self, state: TrainState, end: End) -> int:
-        """The run is done: makes up for what a kill after its last step may have cost."""
-        start = int(state.step)
-        if end.epochs:
-            self._reporter.say(f"{_used_up(start, end)} is done, raise data.max_epochs to go on")
-        else:
-            self._reporter.say(f"step {start} of {end.of} is done: raise train.steps to go on")
-        last = end.of if end.epochs else start
-        if not has_last_eval(self._run.workdir / METRICS, last, end.epochs):
+        """All steps are done: makes up for what a kill after the last one has cost."""
+        self._reporter.say(end.reached(int(state.step)))
+        if not is_finished(self._run, end, int(state.step)):
             self._finish(state, end)
         return DONE
 
@@ -164,6 +163,7 @@ class Trainer:
                         reporter.log({"step": done, **self._evaluate(state)})
                 if save_now:
                     with watch("checkpoint"):
+                        self._alone()
                         # First: a store that is slow to copy rows to must not cost a step.
                         save(run, state, done, self._rewinds.beside())
                         reporter.flush()
@@ -200,6 +200,7 @@ class Trainer:
         """The step to go on from; None, and the advice is given, if there is none."""
         run, rewinds, say = self._run, self._rewinds, self._reporter.say
         allowed, used = run.config.train.max_rewinds, len(rewinds.history)
+        self._alone()
         run.checkpoints.wait()
         if used < allowed:
             step = rewinds.go_back(log.changed, log.last, log.diverged)
@@ -222,7 +223,7 @@ class Trainer:
             end = self._end()
             self._finish(state, end)
             if end.epochs:
-                self._reporter.say(_used_up(step, end))
+                self._reporter.say(end.used_up(step))
         with self._watch("checkpoint"):
             self._run.checkpoints.wait()
         if stop is Stop.PREEMPTED:
@@ -275,7 +276,3 @@ def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {})
     `beside`: as `Checkpoints.save` takes it.
     """
     run.checkpoints.save(step, to_disk(state, run.model.layout), beside)
-
-
-def _used_up(step: int, end: End) -> str:
-    return f"the {end.text} is used up: step {step} of {end.of}"

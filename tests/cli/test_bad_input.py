@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from moe_jax.cli.train import main
 from moe_jax.config import to_json
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import DIVERGED
-from moe_jax.record.lock import LOCK
+from moe_jax.record.lock import LOCK, alone_in
 from moe_jax.record.provenance import write_run_record
 from moe_jax.run.loop import save
 from moe_jax.run.restore import first_state
+from moe_jax.run.resume import data_record
 from moe_jax.run.setup import prepare
 
 
@@ -41,7 +43,8 @@ def place(tmp_path_factory):
     run = prepare(config, made.saved, lambda line: None)
     save(run, first_state(run, "", lambda line: None), 1)
     run.checkpoints.close()
-    write_run_record(str(made.saved), to_json(run.config), {}, run.store.fingerprint)
+    text = data_record(run.store)
+    write_run_record(str(made.saved), to_json(run.config), {}, run.store.fingerprint, text)
     return made
 
 
@@ -224,17 +227,13 @@ def test_workdir_is_not_writable(place, tmp_path, below):
 @pytest.mark.parametrize(
     ("overrides", "pattern"),
     [
+        ({"model.moe.expert_width": 48}, r"config\.model\.moe\.expert_width is 48 .* has 32"),
         (
-            {"model.moe.expert_width": 48},
-            r": params/blocks/1/.* is float32\[8,32,2,32\] there and float32\[8,32,2,48\] in this",
+            {"model.width": 48, "model.num_layers": 4},
+            r"model\.num_layers is 4 but .* has 2, config\.model\.width is 48 and was 32: use",
         ),
-        (
-            {"model.moe.num_experts": 4},
-            r": params/blocks/1/.* is float32\[32,8\] there and float32\[32,4\] in this config",
-        ),
-        ({"model.width": 48}, r": params/.* is float32\[.*32.*\] there and float32\[.*48.*\] in"),
         ({"optimizer.name": "adafactor"}, r": optimizer/.* is (absent|float32.*) there and "),
-        ({"model.num_layers": 4}, r": params/blocks/2/.* is absent there and float32"),
+        ({"precision": "float64"}, r": params/.* is float32\[.*\] there and float64\[.*\] in this"),
         ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
         (
             {"model.confine_attention": True},
@@ -282,7 +281,29 @@ def test_init_from_a_folder_without_checkpoint(place, tmp_path):
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, tmp_path / "run", {}), f"--init_from={place.empty}"])
     check_sentence(error, "--init_from=.*empty holds no checkpoint")
-    assert not contents(tmp_path / "run") and not list(place.empty.iterdir())
+    assert not (tmp_path / "run").exists() and not list(place.empty.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        ({"model.rope_theta": 1.0}, r"model\.rope_theta is 1\.0 but the run there has 10000\.0"),
+        ({"model.norm_eps": 1e-6}, r"model\.norm_eps is 1e-06 but the run there has 1e-05"),
+        ({"model.moe.top_k": 3}, r"model\.moe\.top_k is 3 but the run there has 2"),
+        ({"model.width": 48}, r"model\.width is 48 but the run there has 32"),
+        (
+            {"model.moe.first_dense": 2, "model.rope_theta": 1.0},
+            r"model\.rope_theta is 1\.0 .*, config\.model\.moe\.first_dense is 2 and was 0",
+        ),
+    ],
+)
+def test_weights_of_another_function(place, tmp_path, overrides, pattern):
+    """Found before the text is read, which has not been tokenised for this run."""
+    given = arguments(place, tmp_path / "run", overrides | {"data.store": str(tmp_path / "stores")})
+    with pytest.raises(UserError) as error:
+        main(["train", *given, f"--init_from={place.saved}"])
+    check_sentence(error, f"--init_from=.*saved: config.{pattern}.*: use that")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_one_line(place, tmp_path, run_cli):
@@ -309,16 +330,47 @@ def test_the_good_run_is_good(place, tmp_path):
 
 def test_text_that_changed_since_the_run_began(place, tmp_path):
     files = write_corpus(tmp_path / "text", documents=70)
-    before = contents(place.saved)
+    before, record = contents(place.saved), place.saved / "data.json"
+    good = record.read_bytes()
+
+    def refused(pattern: str, **overrides: object) -> None:
+        with pytest.raises(UserError) as error:
+            main(["train", *arguments(place, place.saved, overrides)])
+        check_sentence(error, pattern)
+
+    changed = "The text of the run in .*, or its tokenizer, has changed since it began"
+    refused(f"{changed} .*data.json there: it has 70 documents and had 64", data__files=files)
+    record.write_text('{"fingerprint": "of other text"}')  # as an older version wrote it
+    refused(f"{changed} .*another fingerprint")
+    record.write_bytes(good.replace(b"64", b"65"))
+    refused(r"data\.json, which says .* cannot be used .*differs from what was written")
+    record.unlink()
+    refused(r"data\.json, which says .* cannot be used \(it is missing\): bring it back")
+    record.write_bytes(good)
+    assert contents(place.saved) == before
+
+
+def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
+    place, tmp_path, monkeypatch
+):
+    """What the second checks is what lies there once the workdir is its own."""
+    workdir = tmp_path / "run"
+
+    def after_the_first_run(folder: Path):
+        shutil.copytree(place.saved, workdir)
+        return alone_in(folder)
+
+    monkeypatch.setattr("moe_jax.cli.train.alone_in", after_the_first_run)
     with pytest.raises(UserError) as error:
-        main(["train", *arguments(place, place.saved, {"data.files": files})])
-    check_sentence(error, r"config\.data\.files is .* but the run in this workdir has")
-    (place.saved / "data.json").write_text('{"fingerprint": "of other text"}')
-    with pytest.raises(UserError) as error:
-        main(["train", *arguments(place, place.saved, {})])
-    check_sentence(error, "The text of the run in .*, or its tokenizer, has changed since it began")
-    (place.saved / "data.json").unlink()
-    assert contents(place.saved) == {k: v for k, v in before.items() if k != "data.json"}
+        main(["train", *arguments(place, workdir, {"seed": 7})])
+    check_sentence(error, r"config\.seed is 7 but the run in this workdir has 0")
+    assert contents(workdir) == contents(place.saved)
+
+
+def test_a_workdir_in_use_is_not_looked_into(place):
+    with alone_in(place.saved), pytest.raises(UserError) as error:
+        main(["train", *arguments(place, place.saved, {"seed": 7})])
+    check_sentence(error, "is in use by process")
 
 
 def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):

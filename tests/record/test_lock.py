@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from moe_jax.errors import UserError
+from moe_jax.record import lock as lock_module
 from moe_jax.record.lock import LOCK, alone_in
 
 HOLDER = """
@@ -72,3 +73,46 @@ def test_a_file_system_without_locks_is_named_and_the_run_goes_on(tmp_path, monk
         entered = True
     assert entered and len(said) == 1
     assert f"{tmp_path} lies on a file system without locks ({os.strerror(number)})" in said[0]
+
+
+def test_a_start_that_fails_leaves_no_folder_behind(tmp_path):
+    """But only one that it has made, and that holds nothing else."""
+    workdir = tmp_path / "made" / "run"
+    with pytest.raises(UserError, match="mistake"), alone_in(workdir):
+        assert (workdir / LOCK).exists()
+        raise UserError("A mistake.")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="mistake"), alone_in(workdir):
+        (workdir / "config.json").touch()
+        raise UserError("A mistake.")
+    for _ in range(2):
+        with pytest.raises(UserError, match="mistake"), alone_in(workdir):
+            raise UserError("A mistake.")
+        assert sorted(os.listdir(workdir)) == ["config.json", LOCK]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_without_its_file_is_noticed(tmp_path, replaced):
+    with alone_in(tmp_path / "run") as lock:
+        lock.check()
+        (tmp_path / "run" / LOCK).unlink()
+        if replaced:
+            (tmp_path / "run" / LOCK).touch()
+        with pytest.raises(UserError, match="lock was removed or replaced while this run held it"):
+            lock.check()
+
+
+def test_the_lock_on_a_file_that_has_lost_its_name_is_not_enough(tmp_path, monkeypatch):
+    """Who held it before may have removed it between our opening and our locking it."""
+    take, files = lock_module._take, []
+
+    def late(file, workdir, say):
+        files.append(os.fstat(file.fileno()).st_ino)
+        if len(files) == 1:
+            (tmp_path / LOCK).rename(tmp_path / "away")  # its inode cannot be given out again
+        take(file, workdir, say)
+
+    monkeypatch.setattr(lock_module, "_take", late)
+    with alone_in(tmp_path) as lock:
+        lock.check()
+        assert len(files) == 2 and (tmp_path / LOCK).stat().st_ino == files[1] != files[0]

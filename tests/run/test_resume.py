@@ -24,8 +24,10 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import AGAIN, DONE
 from moe_jax.record.provenance import write_run_record
 from moe_jax.run.context import Run
+from moe_jax.run.control import Control
 from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step, save
+from moe_jax.run.origin import check_origin
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
 from moe_jax.train import optim
@@ -205,6 +207,12 @@ def test_another_mesh(tmp_path, corpus, straight):
     assert checkpoints(tmp_path / "run").steps()[-1] == STEPS + 3
 
 
+def contents(workdir: Path) -> dict[str, bytes]:
+    """Every file of a workdir but its lock, which names the last process."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in files}
+
+
 def test_a_finished_run(tmp_path, corpus, straight, capsys):
     """Only the end that a kill may have cost is done again, and nothing the next time."""
     workdir = tmp_path / "run"
@@ -219,10 +227,36 @@ def test_a_finished_run(tmp_path, corpus, straight, capsys):
     assert rows(workdir)[:-1] == whole[:-1]
     assert rows(workdir)[-1]["eval_loss"] == pytest.approx(whole[-1]["eval_loss"], rel=1e-5)
 
-    before = metrics.read_bytes()
-    assert main(command) == DONE
-    assert metrics.read_bytes() == before
-    assert checkpoints(workdir).steps() == checkpoints(straight).steps()
+    before = contents(workdir)
+    other = {"optimizer.learning_rate": 1.0, "eval.every": 7, "train.steps": STEPS - 1}
+    for overrides in ({}, other):
+        capsys.readouterr()
+        assert main(["train", *flags(workdir, corpus, **OVERRIDES | overrides)]) == DONE
+        assert contents(workdir) == before
+        said = capsys.readouterr().out
+        assert f"nothing ran: the record in {workdir} stays as it was" in said
+        for key in other:
+            assert (f"{key} was " in said) == (key in said) == (key in overrides), said
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_that_is_gone_ends_the_run_before_its_next_save(
+    tmp_path, corpus, monkeypatch, replaced
+):
+    workdir = tmp_path / "run"
+    after = Control.after
+
+    def remove(self, done, preemption):
+        if done == EVERY + 3:
+            (workdir / "lock").unlink()
+            if replaced:
+                (workdir / "lock").write_text("process 1 on another host")
+        return after(self, done, preemption)
+
+    monkeypatch.setattr(Control, "after", remove)
+    with pytest.raises(UserError, match="lock was removed or replaced while this run held it"):
+        main(["train", *flags(workdir, corpus, **OVERRIDES)])
+    assert checkpoints(workdir).steps() == [EVERY]
 
 
 def test_stop_file(tmp_path, corpus):
@@ -256,6 +290,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
 
     save(without, state, 1)
     without.checkpoints.close()
+    write_run_record(str(without.workdir), to_json(without.config), {}, without.store.fingerprint)
     lines = []
     biased = ready(tmp_path / "biased", corpus, 1)
     state = first_state(biased, str(without.workdir), lines.append)
@@ -266,6 +301,9 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     ]
 
     noisy = ready(tmp_path / "noisy", corpus, 1, model__moe__router="noisy_top_k")
+    assert "model.moe.router was 'sigmoid_bias', is 'noisy_top_k'" in check_origin(
+        noisy.config, str(straight)
+    )
     with pytest.raises(UserError, match="router_noise_kernel is absent there"):
         first_state(noisy, str(straight), lines.append)
 
