@@ -87,13 +87,17 @@ def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
 def pair(cli_env: dict[str, str]):
     """`pair(arguments)` starts two trainers of two devices that can find each other.
 
-    `program` is what Python is given instead of the trainer, which reads the same flags; further
-    keywords are environment variables.  Both are gone when the test ends.
+    `program` is what Python is given instead of the trainer, which reads the same flags; `each`
+    holds the flags that are one process's own; further keywords are environment variables.  Both
+    are gone when the test ends.
     """
     started: list[subprocess.Popen] = []
 
     def start(
-        arguments: list[str], program: tuple[str, ...] = ("-m", "moe_jax", "train"), **env: str
+        arguments: list[str],
+        program: tuple[str, ...] = ("-m", "moe_jax", "train"),
+        each: tuple[list[str], list[str]] = ([], []),
+        **env: str,
     ) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -101,7 +105,7 @@ def pair(cli_env: dict[str, str]):
         own = ["--devices=2", f"--coordinator=localhost:{port}", "--process_count=2"]
         for index in range(2):
             process = subprocess.Popen(
-                [sys.executable, *program, *arguments, *own, f"--process_id={index}"],
+                [sys.executable, *program, *arguments, *own, *each[index], f"--process_id={index}"],
                 env=cli_env | env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -19,6 +19,7 @@ from moe_jax.files.workdir import Folder, locate
 from moe_jax.parallel import distributed
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.parallel.platforms import check_platforms
+from moe_jax.run import agree
 from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import examine, make_subject, report
 from moe_jax.tools.doctor.finding import Finding
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--full belongs to --conformance: add it, or leave --full out.")
     distributed.start(given.coordinator, given.process_count, given.process_id)
     config = from_config_dict(parsed.config)
+    agree.check_start(config, {"devices": given.devices})
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     check_platforms()

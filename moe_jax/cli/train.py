@@ -14,12 +14,12 @@ from moe_jax.checkpoint.agree import lead_decides
 from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import Parsed, parse
-from moe_jax.config import from_config_dict, to_json
+from moe_jax.config import Config, WatchdogConfig, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import formats
 from moe_jax.files.workdir import Folder, is_remote, locate
 from moe_jax.model.flops import flops_per_token, param_counts
-from moe_jax.parallel import distributed
+from moe_jax.parallel import distributed, exchange
 from moe_jax.parallel.distributed import DONE, lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.record.lock import alone_in
@@ -27,6 +27,7 @@ from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
+from moe_jax.run import agree
 from moe_jax.run.changes import changes
 from moe_jax.run.context import Run
 from moe_jax.run.end import end_of, is_finished
@@ -49,16 +50,15 @@ def main(argv: Sequence[str]) -> int:
     # ---- command line and processes
     parsed = parse(argv, COMMANDS["train"])
     given = parsed.flags
-    config = from_config_dict(parsed.config)
     keep_freed_memory()
-    heartbeat = config.watchdog.heartbeat
-    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
+    config = _joined(parsed)
     preemption = distributed.Preemption()
     with contextlib.ExitStack() as held:
         watchdog = held.enter_context(Watchdog(config.watchdog))
 
         # ---- everything that can be wrong is found out here, before anything is compiled
-        with watchdog("start"):
+        with watchdog("start"), exchange.telling():
+            agree.check_start(config, {"init_from": given.init_from})
             workdir = locate(given.workdir)
             watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
             set_numerics(config)
@@ -67,7 +67,10 @@ def main(argv: Sequence[str]) -> int:
             notes = check_samples(config)
             # From here on the workdir belongs to this run: nothing that is read there changes.
             lock = held.enter_context(alone_in(workdir, _say)) if lead else None
-            run = prepare(config, workdir, _say, alive=watchdog.alive, init_from=given.init_from)
+            exchange.gather("locked", "")
+            alive = exchange.relayed(watchdog.alive)
+            run = prepare(config, workdir, _say, alive=alive, init_from=given.init_from)
+            agree.check_run(run, watchdog.alive)
             for line in [*_describe(run), *notes]:
                 _say(line)
         timekeeper = held.enter_context(Timekeeper(workdir, lead))
@@ -102,6 +105,25 @@ def main(argv: Sequence[str]) -> int:
             timekeeper.ended(code)
     _say_results(workdir)
     return code
+
+
+def _joined(parsed: Parsed) -> Config:
+    """The config, once the processes of the run have met.
+
+    They meet also where it is wrong, as it may be on one of them alone: the others hear of it then,
+    instead of waiting for minutes.
+    """
+    given, heartbeat, wrong = parsed.flags, WatchdogConfig().heartbeat, None
+    try:
+        config = from_config_dict(parsed.config)
+        heartbeat = config.watchdog.heartbeat
+    except UserError as error:
+        config, wrong = Config(), error
+    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
+    with exchange.telling():
+        if wrong is not None:
+            raise wrong
+    return config
 
 
 def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:

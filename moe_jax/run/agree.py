@@ -1,0 +1,107 @@
+"""Whether the processes of a run were started alike: same config, flags, packages and text."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moe_jax.config import Config, to_flat_dict
+from moe_jax.errors import UserError
+from moe_jax.parallel import exchange
+from moe_jax.record.provenance import package_versions
+from moe_jax.run.context import Run
+from moe_jax.run.resume import data_record
+
+NAMED = 3  # differences that a sentence names
+LONGEST = 80  # characters of a value in it
+_PARTS = {
+    "tokenizer": "the SHA-256 of its tokenizer",
+    "streams": "the list of its streams",
+    "documents": "the number of its documents",
+    "tokens": "the number of its tokens",
+}
+_TEXT = "the fingerprint of the text (data.files, data.mixture)"
+
+
+def check_start(config: Config | None, flags: Mapping[str, Any]) -> None:
+    """Every process calls this before any of them touches a device, with what it was started with.
+
+    Args:
+      config: as written; None: the command has none.
+      flags: values of those that all processes must have alike, by name.
+
+    Raises:
+      UserError: on every process, the same sentence: what differs, and on which of them.
+    """
+    mine = {f"config.{key}": value for key, value in _flat(config).items()}
+    mine |= {f"--{name}": value for name, value in flags.items()}
+    mine |= {f"the version of {name}": found for name, found in package_versions().items()}
+    _check("start", mine, "start all processes with the same command and packages")
+
+
+def check_run(run: Run, alive: Callable[[], None]) -> None:
+    """Every process calls this before the first collective, with what it has made of the config.
+
+    The text is not read once more: the store knows its fingerprint.
+
+    Args:
+      run: what this process has prepared.
+      alive: called whenever a process that this one waits for has got on with its text.
+
+    Raises:
+      UserError: on every process, the same sentence: what differs, and on which of them.
+    """
+    mine = {_TEXT: run.store.fingerprint}
+    mine |= {_PARTS[name]: value for name, value in data_record(run.store).items()}
+    mine |= {f"config.{key}, resolved,": value for key, value in _flat(run.config).items()}
+    _check("run", mine, "let all processes see the same files, tokenizer and --workdir", alive)
+
+
+def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
+    """What is not the same in every mapping; empty where all of it is.
+
+    Args:
+      everyone: one mapping a process, in their order.
+
+    Returns:
+      `config.seed is 1 on process 0 and 2 on processes 1, 2` for each of the first few keys.
+    """
+    said, more = [], 0
+    for key in dict.fromkeys(key for one in everyone for key in one):
+        holders: dict[str, list[int]] = {}
+        for process, one in enumerate(everyone):
+            value = repr(one[key]) if key in one else "not set"
+            holders.setdefault(value, []).append(process)
+        if len(holders) == 1:
+            continue
+        if len(said) == NAMED:
+            more += 1
+            continue
+        parts = [f"{_short(value)} on {_processes(which)}" for value, which in holders.items()]
+        said.append(f"{key} is {' and '.join(parts)}")
+    return ", ".join(said) + (f", and {more} more differ" if more else "")
+
+
+def _check(
+    name: str, mine: Mapping[str, Any], advice: str, alive: Callable[[], None] = lambda: None
+) -> None:
+    text = json.dumps(mine)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    digests = exchange.gather(f"{name}/digests", digest, alive)
+    if len(set(digests)) == 1:
+        return
+    everyone = [json.loads(one) for one in exchange.gather(f"{name}/values", text)]
+    exchange.leave()
+    raise UserError(f"{difference(everyone)}: {advice}.")
+
+
+def _flat(config: Config | None) -> dict[str, Any]:
+    return {} if config is None else to_flat_dict(config)
+
+
+def _processes(which: Sequence[int]) -> str:
+    return f"process{'es' if len(which) > 1 else ''} {', '.join(map(str, which))}"
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
