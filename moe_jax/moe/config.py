@@ -65,6 +65,9 @@ class MoEConfig:
         for name in ("group_rows", "first_dense", "shared_experts", "balance_weight", "z_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 0 or more.")
+        for name, knobs in self.options.items():
+            if not isinstance(knobs, Mapping):
+                raise UserError(f"model.moe.options.{name} is {knobs!r}: it holds keys of its own.")
         if not 0 <= self.expert_dropout < 1:
             raise UserError(f"model.moe.expert_dropout is {self.expert_dropout}: set it in [0, 1).")
         lists = {"priority": PRIORITIES, "balance_scope": BALANCE_SCOPES, "matmul": MATMULS}

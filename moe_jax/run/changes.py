@@ -111,9 +111,10 @@ def _options(moe: MoEConfig, path: str) -> Iterator[tuple[str, _Entry]]:
         used = {moe.router: ROUTERS, moe.dispatch: DISPATCH}.get(name)
         kinds = declared(used[name]) if used else {}
         for field in fields:
-            value = _plain(given.get(field.name, field.default))
+            value = given.get(field.name, field.default)
             kind = kinds.get(field.name) or Decides.TRAINING
-            yield f"{path}.{name}.{field.name}", _Entry(value, kind)
+            if value is not dataclasses.MISSING:
+                yield f"{path}.{name}.{field.name}", _Entry(_plain(value), kind)
 
 
 def _plain(value: Any) -> Any:

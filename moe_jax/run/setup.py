@@ -145,8 +145,8 @@ def settle(
     tokenizer = config_tokenizer(config.data)
     found = resolve.resolve(config, num_devices, tokenizer.vocab_size)
     if saved is not None:
+        check_tokenizer(tokenizer.identity, workdir)  # which decides sizes: first
         notes = check_resume(found.config, saved)
-        check_tokenizer(tokenizer.identity, workdir)
     else:
         notes = check_origin(found.config, init_from) if init_from else []
     return found._replace(notes=found.notes + notes)

@@ -104,7 +104,7 @@ def test_a_folder_that_was_cut_short_is_not_taken(tiny, tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe_jax.pretrained.folder.to_json", fails)  # the last thing written
+    monkeypatch.setattr("moe_jax.pretrained.folder.sealed_json", fails)  # the last thing written
     with pytest.raises(moe_jax.UserError, match=r"cannot be written \(No space left"):
         tiny.save(tmp_path / "model")
     with pytest.raises(moe_jax.UserError, match="is missing: bring it back"):
