@@ -49,7 +49,6 @@ REFUSED = {
     "seed": (0, 1),
     "train__batch_size": (32, 64),
     "data__heldout_fraction": (0.05, 0.1),
-    "data__source": ("stdlib", "text"),
     "model__moe__group_rows": (0, 1),
 }
 NAMED = {
@@ -63,6 +62,7 @@ NAMED = {
     "model__remat": ("none", "full"),
     "train__spike_factor": (100.0, 50.0),
     "checkpoint__keep_last": (3, 5),
+    "data__source": ("stdlib", "text"),  # the store's fingerprint tells what was read
     "data__files": ("", "somewhere/*.txt"),
     "watchdog__step": (1800.0, 60.0),
 }
@@ -118,7 +118,7 @@ def test_a_mixture_keeps_names_and_weights_and_not_its_paths():
         return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=entries))
 
     old = mixed(a={"files": "x", "weight": 2.0}, b={"files": "y"})
-    same = mixed(a={"files": "elsewhere", "weight": 2}, b={"files": "y", "source": "text"})
+    same = mixed(a={"files": "elsewhere", "weight": 2}, b={"files": "y", "source": ""})
     assert lines(changes(old, same), old, same) == ["data.mixture.a.files was 'x', is 'elsewhere'"]
     heavier = mixed(a={"files": "x", "weight": 3.0}, b={"files": "y"})
     assert [(c.key, c.old, c.new, c.decides) for c in changes(old, heavier)] == [
