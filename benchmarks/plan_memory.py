@@ -53,10 +53,11 @@ def main(argv: list[str]) -> None:
         name, where, *overrides = pair.split()
         topology = parse_topology(where)
         arguments = ["plan", f"--config={ROOT / 'configs' / name}", *overrides]
-        config = from_config_dict(parse(arguments, Command("", workdir=False)).config)
-        plan = make_plan(config, topology.num_devices)
+        parsed = parse(arguments, Command("", workdir=False))
+        plan = make_plan(from_config_dict(parsed.config), topology.num_devices)
         if pair not in known:
-            known[pair] = compile_plan(plan, topology, lambda line: None).peak
+            file = parsed.flags.config
+            known[pair] = compile_plan(plan, topology, lambda line: None, config_file=file).peak
             if cache:
                 cache.write_text(json.dumps(known, indent=1))
         ours, xla = estimate(plan).total, known[pair]

@@ -32,6 +32,10 @@ LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 
+class UnregisteredError(UserError):
+    """A config names a router or a dispatch path that this process has not registered."""
+
+
 class _Renamed(NamedTuple):
     """The key that takes the place of one that earlier versions had."""
 
@@ -189,8 +193,11 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: set it between 0 and 2**32 - 1.")
         if not self.model.dense:
-            lookup(ROUTERS, self.model.moe.router, "model.moe.router")
-            lookup(DISPATCH, self.model.moe.dispatch, "model.moe.dispatch")
+            try:
+                lookup(ROUTERS, self.model.moe.router, "model.moe.router")
+                lookup(DISPATCH, self.model.moe.dispatch, "model.moe.dispatch")
+            except UserError as error:
+                raise UnregisteredError(str(error)) from None
 
 
 def default_config() -> ConfigDict:
@@ -286,13 +293,31 @@ def read_config(path: pathlib.Path | epath.Path) -> Config:
 
     Raises:
       FileNotFoundError: there is no such file.
+      UserError: as `config_of_record`.
+    """
+    return config_of_record(json_files.read(path), path)
+
+
+def config_of_record(plain: Any, where: pathlib.Path | epath.Path | str) -> Config:
+    """The config in what a run has written down; the record is data and never run.
+
+    Args:
+      plain: the record, as `to_dict` gives it.
+      where: it stands, for the sentence.
+
+    Raises:
+      UnregisteredError: its router or dispatch path is registered by a file that was not run here.
       UserError: it is damaged, or of another version.
     """
-    plain = json_files.read(path)
     try:
         return from_saved(plain)
+    except UnregisteredError as error:
+        raise UnregisteredError(
+            f"{where}: {str(error).rstrip('.')}: register it first: import the file that defines "
+            f"it, or pass --config=FILE."
+        ) from None
     except UserError as error:
-        raise UserError(f"{path} is damaged or of another version: {error}") from None
+        raise UserError(f"{where} is damaged or of another version: {error}") from None
 
 
 def from_saved(plain: Any) -> Config:

@@ -63,6 +63,10 @@ PROCESS_FLAGS = (
     Flag("process_count", 0, "How many processes; 1 ignores what the environment says."),
     Flag("process_id", -1, "Which process this is, from 0."),
 )
+# For commands that read a run's own config.json, which names what only that file makes known.
+REGISTRATIONS = Flag(
+    "config", "", "FILE.py[:ARG] that registers the runs' own router or dispatch path; it is run."
+)
 
 COMMANDS = {
     "train": Command(
@@ -131,6 +135,7 @@ COMMANDS = {
                 path=True,
             ),
             Flag("x", "", "Config key for the plot's right panel, such as model.moe.num_experts."),
+            REGISTRATIONS,
         ),
         config=False,
     ),
@@ -170,6 +175,7 @@ COMMANDS = {
             Flag(
                 "init_from", "", "With --from_beginning: what the run was started with.", path=True
             ),
+            REGISTRATIONS,
             *PROCESS_FLAGS,
         ),
         config=False,

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax.cli.commands import COMMANDS
+from moe_jax.cli.commands import COMMANDS, REGISTRATIONS
 from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict
 from moe_jax.errors import UserError
@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     """Prints one line a check; returns 1 if any fails."""
     conformance = any(word.lstrip("-") in _CONFORMANCE for word in argv[1:])
     command = COMMANDS["doctor"]
-    parsed = parse(argv, dataclasses.replace(command, config=not conformance))
+    if conformance:
+        flags = (REGISTRATIONS, *command.flags)
+        command = dataclasses.replace(command, config=False, flags=flags)
+    parsed = parse(argv, command)
     given = parsed.flags
     keep_freed_memory()
     # For the comparison of meshes, and for a mesh that a shrunk config keeps.

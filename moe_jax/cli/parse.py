@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax.cli.commands import COMMON_FLAGS, Command
+from moe_jax.cli.commands import COMMON_FLAGS, REGISTRATIONS, Command
 from moe_jax.cli.mixture import add_mixture_keys
 from moe_jax.config import plain_dict
 from moe_jax.config_file import read_config_file, value_of
@@ -23,7 +23,7 @@ from moe_jax.registry import dotted_keys, suggest_key
 class Parsed(NamedTuple):
     """What `parse` found."""
 
-    config: ConfigDict  # empty for a command without --config
+    config: ConfigDict  # empty for a command that takes no config
     overrides: dict[str, Any]  # {"train.steps": 200}, as given on the command line
     flags: Any  # values by attribute: config (FILE.py[:ARG]), workdir, devices, the extra ones
 
@@ -76,6 +76,8 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
         use_virtual_devices(found.devices)
     avoid_command_buffers()
     if not command.config:
+        if REGISTRATIONS in command.flags and found.config:
+            read_config_file(found.config)
         return Parsed(loaded, {}, found)
     found.config = path
     given = config_flags.get_override_values(values["config"])

@@ -84,7 +84,7 @@ def _search(config: Config, topology: Topology, given) -> int:
         print(f"{place + 1:3}. {report.describe_found(found)}", flush=True)
         layout = f"{mesh_text(found.plan.config.mesh)} {found.plan.config.model.remat}"
         if devices and len(verdicts) < _COMPILED and layout not in seen:
-            compiled = compile_plan(found.plan, topology, _progress)
+            compiled = compile_plan(found.plan, topology, _progress, config_file=given.config)
             verdicts.append(compiled.peak <= usable)
             fits = "fits" if verdicts[-1] else "does not fit"
             print(f"     compiled: {formats.size(compiled.peak)}, {fits}", flush=True)
@@ -119,7 +119,7 @@ def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
     if not devices:
         print(f"not compiled ({how}): every figure below is an analytic estimate")
         return None
-    compiled = compile_plan(plan, topology, _progress, given.save)
+    compiled = compile_plan(plan, topology, _progress, config_file=given.config, save=given.save)
     print(f"compiled in {compiled.seconds:.0f} s: {how}")
     if given.save:
         if not compiled.digest:

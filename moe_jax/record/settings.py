@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.config import Config, from_saved, to_dict
+from moe_jax.config import Config, config_of_record, to_dict
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records, seals
 from moe_jax.files.workdir import Folder
@@ -38,11 +38,8 @@ class Settings:
     versions: dict[str, Any]  # as in versions.json
 
     def typed(self) -> Config:
-        """Its config; raises UserError where that is damaged or of another version."""
-        try:
-            return from_saved(self.config)
-        except UserError as error:
-            raise UserError(f"{SETTINGS} is damaged or of another version: {error}") from None
+        """Its config; raises UserError as `config_of_record`."""
+        return config_of_record(self.config, SETTINGS)
 
 
 def record_settings(workdir: Folder, config: Config, mesh: Mesh, step: int) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import Config, read_config
+from moe_jax.config import Config, UnregisteredError, read_config
 from moe_jax.data.store import Store
 from moe_jax.decides import Decides
 from moe_jax.errors import UserError
@@ -25,6 +25,8 @@ def saved_config(workdir: Folder) -> Config | None:
         return None
     try:
         return read_config(path)
+    except UnregisteredError:
+        raise
     except (UserError, FileNotFoundError) as error:
         raise _unusable(path, error) from None
 

@@ -40,7 +40,12 @@ class Compiled:
 
 
 def compile_plan(
-    plan: Plan, topology: Topology, say: Callable[[str], None], save: str = ""
+    plan: Plan,
+    topology: Topology,
+    say: Callable[[str], None],
+    *,
+    config_file: str = "",
+    save: str = "",
 ) -> Compiled:
     """Compile the train step of `plan`.
 
@@ -48,6 +53,8 @@ def compile_plan(
       plan: resolved for the topology's devices.
       topology: what to compile for.
       say: called with a line every ten seconds.
+      config_file: FILE.py[:ARG] that registers the plan's own router or dispatch path, which the
+        other process has to know as well; empty: the plan has none.
       save: path for the executable; it takes minutes longer.
 
     Raises:
@@ -57,7 +64,8 @@ def compile_plan(
     with tempfile.TemporaryDirectory(prefix="moe_jax_plan_") as name:
         folder = Path(name)
         (folder / "config.json").write_text(to_json(plan.config))
-        command = [sys.executable, "-m", "moe_jax.tools.plan.worker", name, topology.name, save]
+        worker_main = [sys.executable, "-m", "moe_jax.tools.plan.worker"]
+        command = [*worker_main, name, topology.name, save, config_file]
         with open(folder / "log", "wb") as log:
             worker = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=_environment(folder)

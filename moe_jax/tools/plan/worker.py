@@ -1,6 +1,8 @@
 """Compiles the plan in FOLDER/config.json.
 
-python -m moe_jax.tools.plan.worker FOLDER TOPOLOGY SAVE
+python -m moe_jax.tools.plan.worker FOLDER TOPOLOGY SAVE CONFIG
+CONFIG is the file of the command that asked, run for the routers and dispatch paths that it
+registers; empty: none.
 A process of its own, because XLA can be stopped in no other way.  See compiled.py, which starts it.
 """
 
@@ -11,18 +13,21 @@ from pathlib import Path
 import jax
 
 from moe_jax.config import read_config
+from moe_jax.config_file import read_config_file
 from moe_jax.tools.plan.lowering import lower, make_plan
 from moe_jax.tools.plan.saved import save_step
 from moe_jax.tools.plan.topology import compile_devices, parse_topology
 
 
-def main(folder: str, name: str, save: str) -> None:
+def main(folder: str, name: str, save: str, config_file: str) -> None:
     """Writes FOLDER/result.json, if it is let live so long."""
     # What comes from the cache has no dumps, and may not be saved again.
     jax.config.update("jax_enable_compilation_cache", False)
     topology = parse_topology(name)
     if topology.chip.torus:
         jax.config.update("jax_platforms", "cpu")  # the devices come from the topology
+    if config_file:
+        read_config_file(config_file)
     plan = make_plan(read_config(Path(folder, "config.json")), topology.num_devices)
     devices, _ = compile_devices(topology)
     executable = lower(plan, devices).compile()
