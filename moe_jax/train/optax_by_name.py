@@ -25,6 +25,8 @@ from moe_jax.registry import suggest
 
 # Arguments that the project decides, with the value that leaves them out.
 OWN_ARGUMENTS = {"learning_rate": 1.0, "weight_decay": 0.0}
+# Annotations of arguments that only code makes.
+_NOT_IN_A_CONFIG = ("GradientTransformation", "Callable")
 # These make or read steps, which have the sign of optax's updates: as directions they lead uphill.
 STEPS = (optax.contrib.scale_by_cocob, optax.keep_params_nonnegative)
 
@@ -35,7 +37,7 @@ def find(name: str) -> Callable[..., Any]:
     Only public functions and modules that optax itself defines are found.
 
     Raises:
-      UserError: there is no such function.
+      UserError: there is no such function, or it makes no gradient transformation.
     """
     head, _, rest = name.partition(".")
     if head != "optax":
@@ -53,6 +55,11 @@ def find(name: str) -> Callable[..., Any]:
         found = known[part]
     if isinstance(found, types.ModuleType):
         raise UserError(f"optimizer.name is {name!r}, a module of optax: add a function's name.")
+    if not _makes_transformation(found):
+        raise UserError(
+            f"optimizer.name is {name!r}, which makes no gradient transformation: name a function "
+            f"that makes one, such as optax.scale_by_lion."
+        )
     if found in STEPS:
         raise UserError(
             f"optimizer.name is {name!r}, which works on steps that include the learning rate: "
@@ -89,6 +96,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key, parameter in takes.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not optional and key not in options:
+            if any(kind in str(parameter.annotation) for kind in _NOT_IN_A_CONFIG):
+                raise UserError(
+                    f"optimizer.name is {name!r}, whose argument {key} is a function or a "
+                    f"transformation, which a config cannot hold: name one that needs none, such "
+                    f"as optax.scale_by_lion."
+                )
             raise UserError(f"optimizer.name is {name!r}: set optimizer.options.{key}.")
 
 
@@ -252,6 +265,20 @@ def _members(module: Any) -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_") and _of_optax(value)
     }
+
+
+def _makes_transformation(found: Callable[..., Any]) -> bool:
+    """False if its annotation says what else it returns.
+
+    Functions of optax without one make transformations only if they can be called without
+    arguments; the call then tells.
+    """
+    signature = inspect.signature(found)
+    if signature.return_annotation is signature.empty:
+        needed = (p for p in signature.parameters.values() if p.default is p.empty)
+        return all(p.name in OWN_ARGUMENTS or p.kind is p.VAR_KEYWORD for p in needed)
+    # Of Callable[..., GradientTransformation] only the head counts: it has to be called again.
+    return "GradientTransformation" in str(signature.return_annotation).partition("[")[0]
 
 
 def _of_optax(value: Any) -> bool:

@@ -188,7 +188,6 @@ def test_names_and_options_that_a_config_refuses(name, options, sentence):
         ("optax.polyak_sgd", {}, "keyword-only argument: 'value'"),
         ("optax.scale_by_lion", {"b1": "high"}, "it fails .*TypeError"),
         ("optax.scale_by_adam", {"mu_dtype": "float17"}, "failed .*float17"),
-        ("optax.losses.l2_loss", {"predictions": 1.0}, "which makes a "),
         ("optax.chain", {}, "calling it with .* failed"),
     ],
 )
@@ -203,9 +202,37 @@ def test_transformations_that_training_cannot_use(name, options, sentence):
         assert f"optimizer.name is {name!r}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optax.global_norm",
+        "optax.losses.l2_loss",
+        "optax.cosine_decay_schedule",
+        "optax.update_moment",  # without annotations
+        "optax.inject_hyperparams",  # makes a function that makes one
+        "optax.tree_utils.tree_zeros_like",
+    ],
+)
+def test_what_makes_no_transformation_is_not_asked_for_arguments(name):
+    for options in ({}, {"updates": 1.0}):
+        with pytest.raises(UserError, match="which makes no gradient transformation"):
+            OptimizerConfig(name, options)
+
+
+@pytest.mark.parametrize("name", ["optax.lookahead", "optax.masked", "optax.stateless"])
+def test_arguments_that_only_code_makes_are_not_asked_for(name):
+    with pytest.raises(UserError, match="is a function or a transformation, which a config cannot"):
+        OptimizerConfig(name)
+
+
+def test_functions_without_annotations_that_make_one_are_found():
+    assert find("optax.contrib.dog") is optax.contrib.dog
+    assert find("optax.scale_by_factored_rms") is optax.scale_by_factored_rms
+
+
 def test_what_optax_only_imports_is_not_found(monkeypatch):
     """Else a config could call any function of the modules that optax uses."""
-    assert find("optax.losses.l2_loss") is optax.losses.l2_loss
+    assert find("optax.transforms.trace") is optax.transforms.trace
     monkeypatch.setattr(optax.contrib, "subprocess", subprocess, raising=False)
     monkeypatch.setattr(optax.contrib, "run", subprocess.run, raising=False)
     for name in ("optax.contrib.subprocess.run", "optax.contrib.run"):
