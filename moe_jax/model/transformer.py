@@ -19,6 +19,14 @@ from moe_jax.errors import UserError
 from moe_jax.model.block import Block
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import rope_tables
+from moe_jax.moe.call import (
+    INTEGERS,
+    LayerNeeds,
+    call_context,
+    check_array,
+    check_call,
+    check_tokens,
+)
 from moe_jax.moe.components import Components, make_components, refuse_lookahead
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEAux, MoEContext
@@ -79,6 +87,10 @@ class Transformer(Trunk):
       dtype: of the computation; parameters are float32 or wider.
       rngs: gives the initial values (stream `params`).
 
+    Attributes:
+      deterministic: whether a call is an evaluation, as it is until `model.train()`;
+        `model.eval()` sets it again.
+
     Raises:
       UserError: no vocabulary, or routing in which later tokens decide about earlier ones.
     """
@@ -97,11 +109,12 @@ class Transformer(Trunk):
             )
         components = None if config.dense else components or make_components(config.moe)
         if components is not None:
-            refuse_lookahead(components.router, config.moe)
+            refuse_lookahead(components, config.moe)
         rngs = fresh(rngs)
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.confine_attention = config.confine_attention
+        self.deterministic = True
         self.blocks = nnx.List(
             make_block(config, components, layer, layer, dtype=dtype, rngs=rngs)
             for layer in range(config.num_layers)
@@ -116,7 +129,7 @@ class Transformer(Trunk):
         router_state: Mapping[str, jax.Array] | None = None,
         key: jax.Array | None = None,
         mesh: Mesh | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the token after each.
 
@@ -124,36 +137,71 @@ class Transformer(Trunk):
           tokens_BT: ids below the vocabulary's size.
           positions_BT: for RoPE; None: 0 to T - 1 in each row.
           segments_BT: document of each token, 0 for padding; None: one document a row.
-          router_state: `init_router_state(config.moe, config.moe_layers)`, where the router keeps
-            any.
-          key: PRNG key, for routers that sample and for dropout in training.
-          mesh: of `make_mesh`; None as in `MoE`.
-          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`.
+          router_state, key, mesh, deterministic: as in `make_context`.
 
         Returns:
           float32 logits, or wider.
 
         Raises:
-          UserError: a mesh, key, state or number of rows that does not fit.
+          UserError: a shape, mesh, key, state or number of rows that does not fit.
         """
-        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
-        mask_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
-        if layers:
-            context = layers[0].make_context(
-                tokens_BT,
-                mask_BT=mask_BT,
-                token_ids_BT=tokens_BT,
-                key=key,
-                router_state=router_state,
-                mesh=mesh,
-                deterministic=deterministic,
-            )
-        else:
-            keys_B = jax.random.split(jax.random.key(0), tokens_BT.shape[0])
-            context = MoEContext(tokens_BT, mask_BT, keys_B, mesh, not deterministic)
+        context = self.make_context(
+            tokens_BT,
+            segments_BT=segments_BT,
+            router_state=router_state,
+            key=key,
+            mesh=mesh,
+            deterministic=deterministic,
+        )
         return self.apply(
             tokens_BT, context, positions_BT=positions_BT, segments_BT=segments_BT
         ).logits
+
+    def make_context(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        router_state: Mapping[str, jax.Array] | None = None,
+        key: jax.Array | None = None,
+        mesh: Mesh | None = None,
+        deterministic: bool | None = None,
+    ) -> MoEContext:
+        """What `apply` takes beside the tokens.
+
+        Args:
+          tokens_BT, segments_BT: as in a call.
+          router_state: `init_router_state(config.moe, config.moe_layers)`, where the router keeps
+            any.
+          key: PRNG key, for routers that sample and for dropout in training.
+          mesh: of `make_mesh`; None as in `MoE`.
+          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
+            module's own.
+
+        Returns:
+          The context of a call with these arguments.
+
+        Raises:
+          UserError: a shape, key or state that does not fit.
+        """
+        check_tokens("Transformer got tokens", tokens_BT, (None, None), INTEGERS)
+        if segments_BT is not None:
+            check_array("segments_BT", segments_BT, tokens_BT.shape, INTEGERS)
+        return call_context(
+            tokens_BT,
+            self._needs(),
+            mask_BT=None if segments_BT is None else segments_BT > 0,
+            token_ids_BT=tokens_BT,
+            key=key,
+            router_state=router_state,
+            mesh=mesh,
+            deterministic=self.deterministic if deterministic is None else deterministic,
+        )
+
+    def _needs(self) -> LayerNeeds | None:
+        """What its MoE layers ask of a context that they share; None without any."""
+        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        return layers[0].needs(len(layers)) if layers else None
 
     def apply(
         self,
@@ -167,11 +215,20 @@ class Transformer(Trunk):
 
         Args:
           tokens_BT, positions_BT, segments_BT: as in a call.
-          context: mesh, mask, keys and router state; `row_keys_B` are folded with the layer here.
+          context: mesh, mask, keys and router state (`make_context`); `row_keys_B` are folded with
+            the layer here.
+
+        Raises:
+          UserError: as a call.
         """
+        check_tokens("Transformer got tokens", tokens_BT, (None, None), INTEGERS)
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        check_array("positions_BT", positions_BT, (B, T), INTEGERS)
+        if segments_BT is not None:
+            check_array("segments_BT", segments_BT, (B, T), INTEGERS)
+        check_call(tokens_BT, context, self._needs())
         rope = rope_tables(positions_BT, self.head_dim, self.rope_theta, self.dtype)
         segments_BT = segments_BT if self.confine_attention else None
         x_BTD, auxes = self.embed(tokens_BT), []

@@ -1,82 +1,216 @@
-"""What a layer that stands alone is called with, and one sentence for what does not fit."""
+"""What layers are called with, from a model or alone, and one sentence for what does not fit."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
-from jaxtyping import Array, Bool, Int
 
 from moe_jax.errors import UserError
 from moe_jax.moe.groups import fewest_rows
 from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEContext, Router
-from moe_jax.parallel.mesh import AXES, BATCH_AXES
+from moe_jax.parallel.mesh import AXES, BATCH_AXES, check_mesh
+
+# What an argument has to hold, as JAX names it and as a sentence does.
+BOOLS, INTEGERS, FLOATS, KEYS = (
+    (jnp.bool_, "bools"),
+    (jnp.integer, "integers"),
+    (jnp.floating, "floats"),
+    (jax.dtypes.prng_key, "keys of jax.random.key"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNeeds:
+    """What MoE layers that are all alike ask of a context.
+
+    Attributes:
+      router: of each; `title` names it to a person.
+      num_experts: E.
+      hidden: F, of an expert.
+      dropout: of the experts' output.
+      layers: that share the context, the leading axis of each router state; None: one layer, whose
+        state has no such axis.
+    """
+
+    router: Router
+    title: str
+    num_experts: int
+    hidden: int
+    dropout: float
+    layers: int | None = None
 
 
 def call_context(
     like_BT: jax.Array,
-    router: Router,
-    title: str,
-    dropout: float,
+    needs: LayerNeeds | None,
     *,
-    mask_BT: Bool[Array, "B T"] | None,
-    token_ids_BT: Int[Array, "B T"] | None,
+    mask_BT: jax.Array | None,
+    token_ids_BT: jax.Array | None,
     key: jax.Array | None,
     router_state: Mapping[str, jax.Array] | None,
     mesh: Mesh | AbstractMesh | None,
-    train: bool,
+    deterministic: bool,
 ) -> MoEContext:
     """The context of layers that are called without one; see `MoE.__call__`.
 
     Args:
       like_BT: an array whose first axes are rows and tokens.
-      router: of the layer; `title` names it to a person.
-      dropout: of the experts' output.
-      train: whether noise and dropout are drawn.
+      needs: of the layers; None: a model without experts.
 
     Raises:
-      UserError: a mesh, key or state that does not fit, and what to pass instead.
+      UserError: a key or state is missing, or the key is none.
     """
     B, T = like_BT.shape[:2]
-    specs = router.state_specs(1)
-    if specs and not router_state:
-        raise UserError(f"Router {title} keeps state: pass router_state=init_router_state(config).")
-    if train and key is None and router.random:
-        raise UserError(f"Router {title} samples in training: pass key=, or deterministic=True.")
-    if train and key is None and dropout:
-        raise UserError("expert_dropout draws in training: pass key=, or deterministic=True.")
-    key = jax.random.key(0) if key is None else key
+    if needs is not None:
+        title = needs.title
+        if needs.router.state_specs(needs.num_experts) and not router_state:
+            raise UserError(f"Router {title} keeps state: pass {_state_hint(needs)}.")
+        if not deterministic and key is None and needs.router.random:
+            raise UserError(
+                f"Router {title} samples in training: pass key=, or deterministic=True."
+            )
+        if not deterministic and key is None and needs.dropout:
+            raise UserError("expert_dropout draws in training: pass key=, or deterministic=True.")
+    if key is None:
+        key = jax.random.key(0)
+    check_array("key", key, (), KEYS)
+    if mesh is None:
+        around = jax.sharding.get_abstract_mesh()
+        mesh = around if tuple(around.axis_names) == AXES else None
     return MoEContext(
         token_ids_BT=jnp.zeros((B, T), jnp.int32) if token_ids_BT is None else token_ids_BT,
         mask_BT=jnp.ones((B, T), bool) if mask_BT is None else mask_BT,
         row_keys_B=row_keys(key, jnp.arange(B)),
-        mesh=_mesh_of(like_BT, mesh),
-        train=train,
+        mesh=mesh,
+        train=not deterministic,
         router_state=router_state or {},
     )
 
 
-def _mesh_of(like_BT: jax.Array, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None:
-    """The mesh that was passed, else that of `jax.set_mesh` if it is one of ours, else none."""
-    if mesh is not None and tuple(mesh.axis_names) != AXES:
+def check_call(
+    like_BT: jax.Array,
+    context: MoEContext,
+    needs: LayerNeeds | None,
+    replaced: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Raises UserError for a context that does not fit the tokens or the layers.
+
+    Args:
+      like_BT: the tokens, an array whose first axes are rows and tokens.
+      context: given by the caller, or made by `call_context`.
+      needs: of the layers; None: a model without experts.
+      replaced: arguments of which a given context takes the place, by name; None: not given.
+    """
+    for name, value in replaced.items():
+        if value is not None:
+            raise UserError(
+                f"context= takes the place of {name}=: put it into the context, or pass no context."
+            )
+    B, T = like_BT.shape[:2]
+    check_array("mask_BT", context.mask_BT, (B, T), BOOLS)
+    check_array("token_ids_BT", context.token_ids_BT, (B, T), INTEGERS)
+    check_array("row_keys_B", context.row_keys_B, (B,), KEYS)
+    if context.sources_BT is not None:
+        check_array("sources_BT", context.sources_BT, (B, T), INTEGERS)
+    _check_meshes(like_BT, context.mesh)
+    if needs is not None:
+        _check_state(context.router_state, needs)
+        _check_split(context.mesh, needs)
+
+
+def check_array(
+    name: str, value: jax.Array, shape: tuple[int, ...], kind: tuple[type, str]
+) -> None:
+    """Raises UserError for an argument of another shape or type.
+
+    Args:
+      name: of the argument.
+      value: it.
+      shape: that it has to have.
+      kind: BOOLS, INTEGERS, FLOATS or KEYS.
+    """
+    if value.shape != shape or not jnp.issubdtype(value.dtype, kind[0]):
         raise UserError(
-            f"The mesh has axes {tuple(mesh.axis_names)} but expert parallelism needs "
-            f"{', '.join(AXES)}: use moe_jax.make_mesh(), or pass no mesh."
+            f"{name} is {value.dtype}{list(value.shape)}: pass {kind[1]} of shape {list(shape)}."
         )
-    around = jax.sharding.get_abstract_mesh()
-    ours = not around.empty and tuple(around.axis_names) == AXES
-    found = mesh if mesh is not None else around if ours else None
-    lies_on = found if found is not None else jax.typeof(like_BT).sharding.mesh
-    names = zip(lies_on.axis_names, lies_on.axis_types, strict=True)
-    explicit = [str(name) for name, kind in names if kind is AxisType.Explicit]
-    if explicit:
+
+
+def check_tokens(
+    what: str, value: jax.Array, shape: tuple[int | None, ...], kind: tuple[type, str]
+) -> None:
+    """Raises UserError for tokens that are none: of another rank, width or type, or of no number.
+
+    Args:
+      what: is called with them: "MoE got x".
+      value: rows and tokens first.
+      shape: None where any number will do.
+      kind: as in `check_array`.
+    """
+    got = value.shape
+    fits = len(got) == len(shape) and all(n in (None, m) for n, m in zip(shape, got, strict=True))
+    if not fits or not jnp.issubdtype(value.dtype, kind[0]):
+        axes = ["rows", "tokens", *(str(n) for n in shape[2:])]
         raise UserError(
-            f"x lies on a mesh with Explicit axes ({', '.join(explicit)}): make it with "
-            f"axis_types=(AxisType.Auto,) * {len(lies_on.axis_names)}."
+            f"{what} of type {value.dtype} and shape {list(got)}: pass {kind[1]} of shape "
+            f"[{', '.join(axes)}]."
         )
-    return found
+    if not value.size:
+        raise UserError(f"{what} of shape {list(got)}: pass at least one row of one token.")
+
+
+def _check_meshes(like_BT: jax.Array, mesh: Mesh | AbstractMesh | None) -> None:
+    """The mesh of the context is one of ours; those around it have no Explicit axes."""
+    if mesh is not None:
+        check_mesh(mesh)
+    places = {
+        "x lies on a mesh": jax.typeof(like_BT).sharding.mesh,
+        "jax.set_mesh was given a mesh": jax.sharding.get_abstract_mesh(),
+    }
+    for place, found in places.items():
+        axes = zip(found.axis_names, found.axis_types, strict=True)
+        explicit = [str(name) for name, kind in axes if kind is AxisType.Explicit]
+        if explicit:
+            count = len(found.axis_names)
+            auto = "(AxisType.Auto,)" + (f" * {count}" if count > 1 else "")
+            raise UserError(
+                f"{place} with Explicit axes ({', '.join(explicit)}): make it with "
+                f"axis_types={auto}."
+            )
+
+
+def _check_state(state: Mapping[str, jax.Array], needs: LayerNeeds) -> None:
+    specs = needs.router.state_specs(needs.num_experts)
+    if state.keys() != specs.keys():
+        keeps, has = (", ".join(sorted(names)) or "none" for names in (specs, state))
+        hint = _state_hint(needs) if specs else "no router_state"
+        raise UserError(
+            f"Router {needs.title} keeps state {keeps} and router_state holds {has}: pass {hint}."
+        )
+    leading = () if needs.layers is None else (needs.layers,)
+    for name, spec in specs.items():
+        check_array(f"router_state[{name!r}]", state[name], (*leading, *spec.shape), FLOATS)
+
+
+def _state_hint(needs: LayerNeeds) -> str:
+    layers = "" if needs.layers is None else f".moe, {needs.layers}"
+    return f"router_state=init_router_state(config{layers})"
+
+
+def _check_split(mesh: Mesh | AbstractMesh | None, needs: LayerNeeds) -> None:
+    """The experts, and their width, are split into equal parts."""
+    sizes = {} if mesh is None else mesh.shape
+    counts = {"expert": ("experts", needs.num_experts), "tensor": ("expert_width", needs.hidden)}
+    for axis, (what, count) in counts.items():
+        if count % sizes.get(axis, 1):
+            raise UserError(
+                f"The mesh splits {what} ({count}) over {axis}={sizes[axis]} devices, which does "
+                f"not divide it: use a mesh of another size."
+            )
 
 
 def rows_in_group(

@@ -1,6 +1,7 @@
 """From a config to the router and the dispatch path that it names: built once, then handed on."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,19 @@ def make_components(
     dispatch = make_dispatch(config) if dispatch is None else dispatch
     if config.matmul == "float8" and not dispatch.grouped:
         raise UserError(
-            f"model.moe.matmul float8 multiplies sorted rows, which dispatch {config.dispatch} "
-            f"does not: set model.moe.dispatch to dropless."
+            f"model.moe.matmul float8 multiplies sorted rows, which dispatch "
+            f"{title_of(dispatch, DISPATCH, config.dispatch)} does not: use dispatch dropless."
         )
     return Components(router, dispatch)
+
+
+def title_of(component: Router | Dispatch, table: Mapping[str, type], name: str) -> str:
+    """The `name` in a config if it names `component` in `table`, else that of its class.
+
+    An object may have taken the place of what the config names.
+    """
+    kind = type(component)
+    return name if table.get(name) is kind else kind.__name__
 
 
 def make_router(config: MoEConfig) -> Router:
@@ -104,18 +114,19 @@ def router_state(
     }
 
 
-def refuse_lookahead(router: Router, config: MoEConfig) -> None:
+def refuse_lookahead(components: Components, config: MoEConfig) -> None:
     """Raises UserError for routing in which later tokens decide about earlier ones.
 
     A layer alone accepts it; a next-token model would learn to read the future from it.
     """
+    router = components.router
     if not router.causal:
         raise UserError(
-            f"model.moe.router {config.router} lets later tokens decide about the experts of "
-            f"earlier ones, so a next-token model would see the future: use a router whose tokens "
-            f"choose for themselves, such as top_k."
+            f"model.moe.router {title_of(router, ROUTERS, config.router)} lets later tokens decide "
+            f"about the experts of earlier ones, so a next-token model would see the future: use "
+            f"a router whose tokens choose for themselves, such as top_k."
         )
-    if config.priority == "batch":
+    if getattr(components.dispatch, "priority", config.priority) == "batch":
         raise UserError(
             "model.moe.priority batch lets later tokens take the slots of earlier ones, so a "
             "next-token model would see the future: use priority token."

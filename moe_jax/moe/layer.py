@@ -10,13 +10,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.errors import UserError
 from moe_jax.moe.accounting import account
-from moe_jax.moe.call import call_context, rows_in_group
-from moe_jax.moe.components import make_components
+from moe_jax.moe.call import (
+    FLOATS,
+    LayerNeeds,
+    call_context,
+    check_call,
+    check_tokens,
+    rows_in_group,
+)
+from moe_jax.moe.components import make_components, title_of
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.noise import EXPERT_DROPOUT, row_uniform
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.types import (
     Dispatch,
     DispatchIn,
@@ -79,7 +86,7 @@ class MoE(nnx.Module):
         rngs = fresh(rngs)
         parts = make_components(config, router, dispatch)
         self.router, self.dispatch = parts.router, parts.dispatch
-        self.router_title = config.router if router is None else type(router).__name__
+        self.router_title = title_of(self.router, ROUTERS, config.router)
         self.activation, self.matmul = activation, config.matmul
         self.expert_dropout = config.expert_dropout
         self.freeze_router = config.freeze_router
@@ -129,7 +136,7 @@ class MoE(nnx.Module):
 
         Args:
           x_BTD: rows of T tokens of width D.
-          context: what the layers of a model share; takes the place of all other arguments.
+          context: what the layers of a model share, in place of all other arguments.
           mask_BT: real tokens; None: all.  Routed experts give padding zero.
           token_ids_BT: for routers that read them (hash); None: all 0.
           key: PRNG key, for routers that sample and for dropout in training.
@@ -145,12 +152,12 @@ class MoE(nnx.Module):
         Raises:
           UserError: a shape, mesh, key or state that does not fit, and what to pass instead.
         """
-        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.w_in_EDUF.shape[1]:
-            width = self.w_in_EDUF.shape[1]
-            raise UserError(f"MoE got x of shape {x_BTD.shape}: pass [rows, tokens, {width}].")
+        check_tokens("MoE got x", x_BTD, (None, None, self.w_in_EDUF.shape[1]), FLOATS)
+        needs, replaced = self.needs(), {}
         if context is None:
-            context = self.make_context(
+            context = call_context(
                 x_BTD,
+                needs,
                 mask_BT=mask_BT,
                 token_ids_BT=token_ids_BT,
                 key=key,
@@ -158,39 +165,22 @@ class MoE(nnx.Module):
                 mesh=mesh,
                 deterministic=self.deterministic if deterministic is None else deterministic,
             )
+        else:
+            replaced = {
+                "mask_BT": mask_BT,
+                "token_ids_BT": token_ids_BT,
+                "key": key,
+                "router_state": router_state,
+                "mesh": mesh,
+                "deterministic": deterministic,
+            }
+        check_call(x_BTD, context, needs, replaced)
         return self._routed(x_BTD, context)
 
-    def make_context(
-        self,
-        like_BT: jax.Array,
-        *,
-        mask_BT: jax.Array | None = None,
-        token_ids_BT: jax.Array | None = None,
-        key: jax.Array | None = None,
-        router_state: Mapping[str, jax.Array] | None = None,
-        mesh: Mesh | None = None,
-        deterministic: bool = True,
-    ) -> MoEContext:
-        """The context of a call, or of a model's layers that are all like this one.
-
-        Args:
-          like_BT: an array whose first axes are rows and tokens; the others as in a call.
-
-        Raises:
-          UserError: as a call.
-        """
-        return call_context(
-            like_BT,
-            self.router,
-            self.router_title,
-            self.expert_dropout,
-            mask_BT=mask_BT,
-            token_ids_BT=token_ids_BT,
-            key=key,
-            router_state=router_state,
-            mesh=mesh,
-            train=not deterministic,
-        )
+    def needs(self, layers: int | None = None) -> LayerNeeds:
+        """What it asks of a context that it shares with `layers` like it; None: it is alone."""
+        E, F = self.w_out_EFD.shape[:2]
+        return LayerNeeds(self.router, self.router_title, E, F, self.expert_dropout, layers)
 
     def _routed(self, x_BTD: jax.Array, context: MoEContext) -> tuple[jax.Array, MoEAux]:
         B, T, D = x_BTD.shape

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe_jax.decides import Run
 from moe_jax.errors import UserError
@@ -85,7 +85,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
 
 
-def check_mesh(mesh: Mesh) -> None:
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError for a mesh that `make_mesh` could not have made, and says what to change."""
     if tuple(mesh.axis_names) != AXES:
         raise UserError(

@@ -60,7 +60,7 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> Resolved:
 def _checked_components(moe: MoEConfig) -> Components:
     """What the config names, where a next-token model may have it."""
     components = make_components(moe)
-    refuse_lookahead(components.router, moe)
+    refuse_lookahead(components, moe)
     if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard takes two
         raise UserError(
             f"model.moe.num_experts is 1, which leaves router {moe.router} nothing to choose: "

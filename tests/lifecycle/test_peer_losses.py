@@ -110,7 +110,7 @@ def ours(config: ModelConfig, tokens_BT: np.ndarray) -> tuple[dict[str, np.ndarr
 
     def loss(params, tokens_BT):
         model = nnx.merge(graph, params)
-        context = model.blocks[0].ffn.make_context(tokens_BT, deterministic=True)
+        context = model.make_context(tokens_BT)
         out = model.apply(tokens_BT, context)
         nll_BTV = -jax.nn.log_softmax(out.logits)[:, :-1]
         nll = jnp.take_along_axis(nll_BTV, tokens_BT[:, 1:, None], -1).mean()

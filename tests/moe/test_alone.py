@@ -1,5 +1,7 @@
 """The layer called with plain tokens: defaults, other people's meshes, and what does not fit."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax
 from moe_jax.errors import UserError
+from moe_jax.moe.components import Components
+from moe_jax.moe.dispatch.capacity import Capacity
+from moe_jax.moe.dispatch.dense import Dense
+from moe_jax.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_jax.moe.routers.sigmoid_bias import SigmoidBias
+from moe_jax.moe.routers.top_k import TopK
 from moe_jax.parallel.collectives import partitioned
+from moe_jax.parallel.mesh import AXES
 
 WIDTH = 16
 
@@ -89,7 +98,7 @@ def test_modes_follow_the_module_and_the_call(x_BTD):
 def test_mistakes_are_one_sentence(x_BTD, mesh_of):
     with pytest.raises(UserError, match=r"MoE got 6 rows, which group_rows \(4\) does not divide"):
         layer(group_rows=4)(x_BTD[:6])
-    with pytest.raises(UserError, match=r"pass \[rows, tokens, 16\]"):
+    with pytest.raises(UserError, match=r"pass floats of shape \[rows, tokens, 16\]"):
         layer()(x_BTD[..., :4])
     with pytest.raises(UserError, match=r"has axes \('data',\) but expert parallelism needs"):
         layer()(x_BTD, mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)))
@@ -97,13 +106,173 @@ def test_mistakes_are_one_sentence(x_BTD, mesh_of):
         layer(router="sigmoid_bias")(x_BTD)
     with pytest.raises(UserError, match="expert_dropout draws in training"):
         layer(expert_dropout=0.1)(x_BTD)
-    explicit = jax.make_mesh((8,), ("dp",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(UserError, match=r"Explicit axes \(dp\): make it with axis_types"):
-        layer()(jax.device_put(x_BTD, NamedSharding(explicit, P("dp"))))
     with pytest.raises(UserError, match="8 devices: pass a multiple of 8 rows"):
         layer()(x_BTD[:6], mesh=mesh_of(data=8))
+    with pytest.raises(UserError, match=r"splits experts \(6\) over expert=4 devices"):
+        layer(num_experts=6)(x_BTD, mesh=mesh_of(expert=4))
+    with pytest.raises(UserError, match=r"splits expert_width \(9\) over tensor=2 devices"):
+        layer(expert_width=9)(x_BTD, mesh=mesh_of(tensor=2))
     with pytest.raises(UserError, match="activation 'relu6' is unknown"):
         moe_jax.MoE(config(), WIDTH, activation="relu6", rngs=nnx.Rngs(0))
+
+
+def unchecked(method):
+    """A method as a person calls it: without the signatures that the tests check first."""
+    return inspect.unwrap(method)
+
+
+def context(**fields):
+    """A context of 8 rows of 12 tokens, with other `fields`."""
+    values = {
+        "token_ids_BT": jnp.zeros((8, 12), jnp.int32),
+        "mask_BT": jnp.ones((8, 12), bool),
+        "row_keys_B": jax.random.split(jax.random.key(0), 8),
+        "mesh": None,
+        "train": False,
+    }
+    return moe_jax.MoEContext(**{**values, **fields})
+
+
+KEY, BOOLS = jax.random.key(0), jnp.ones((8, 12), bool)
+BAD_ARGUMENTS = [
+    (lambda: {"mask_BT": BOOLS[0]}, r"mask_BT is bool\[12\]: pass bools of shape \[8, 12\]"),
+    (lambda: {"mask_BT": jnp.ones((8, 12))}, r"mask_BT is float32\[8, 12\]: pass bools"),
+    (lambda: {"token_ids_BT": jnp.ones((8, 1), int)}, r"token_ids_BT is int32\[8, 1\]"),
+    (lambda: {"key": jax.random.PRNGKey(0)}, "pass keys of jax.random.key"),
+    (lambda: {"key": jax.random.split(KEY, 8)}, r"key is key<fry>\[8\]: .* shape \[\]"),
+    (lambda: {"router_state": {"bias": jnp.ones(8)}}, "holds bias: pass no router_state"),
+    (lambda: {"context": context(mask_BT=BOOLS[:4])}, r"mask_BT is bool\[4, 12\]"),
+    (lambda: {"context": context(row_keys_B=jax.random.split(KEY, 4))}, "row_keys_B is key"),
+    (lambda: {"context": context(sources_BT=jnp.zeros((8, 1), int))}, "sources_BT is int32"),
+    (lambda: {"context": context(), "mask_BT": BOOLS}, "context= takes the place of mask_BT="),
+    (lambda: {"context": context(), "deterministic": False}, "takes the place of deterministic="),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), BAD_ARGUMENTS)
+def test_an_argument_that_does_not_fit_is_refused(make, sentence, x_BTD):
+    with pytest.raises(UserError, match=sentence):
+        unchecked(moe_jax.MoE.__call__)(layer(), x_BTD, **make())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda x: x.astype(int), "MoE got x of type int32 .* pass floats"),
+        (lambda x: x[:0], r"shape \[0, 12, 16\]: pass at least one row of one token"),
+        (lambda x: x[:, :0], "pass at least one row of one token"),
+        (lambda x: x[0], r"pass floats of shape \[rows, tokens, 16\]"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(change, sentence, x_BTD):
+    with pytest.raises(UserError, match=sentence):
+        unchecked(moe_jax.MoE.__call__)(layer(), change(x_BTD))
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({"bais": jnp.zeros(8)}, "bias and router_state holds bais: pass router_state=init"),
+        ({"bias": jnp.zeros(4)}, r"router_state\['bias'\] is float32\[4\]: .* shape \[8\]"),
+        ({"bias": jnp.zeros((1, 8))}, r"of shape \[8\]"),
+        ({"bias": jnp.zeros(8), "more": jnp.zeros(8)}, "holds bias, more"),
+    ],
+)
+def test_state_of_another_name_or_size_is_refused(state, sentence, x_BTD):
+    moe = layer(router="sigmoid_bias")
+    for given in ({"router_state": state}, {"context": context(router_state=state)}):
+        with pytest.raises(UserError, match=sentence):
+            moe(x_BTD, **given)
+
+
+def test_explicit_meshes_are_refused_wherever_they_are(x_BTD):
+    explicit = jax.make_mesh((8,), ("dp",), axis_types=(AxisType.Explicit,))
+    hint = r"Explicit axes \(dp\): make it with axis_types=\(AxisType.Auto,\)\."
+    with pytest.raises(UserError, match=f"x lies on a mesh with {hint}"):
+        layer()(jax.device_put(x_BTD, NamedSharding(explicit, P("dp"))))
+    with jax.set_mesh(explicit), pytest.raises(UserError, match=f"mesh with {hint}"):
+        layer()(x_BTD)
+    ours = jax.make_mesh((8, 1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4)
+    for given in ({"mesh": ours}, {"context": context(mesh=ours)}):
+        with pytest.raises(UserError, match=r"not Auto: .*\(AxisType.Auto,\) \* 4"):
+            layer()(x_BTD, **given)
+
+
+def model(**knobs):
+    shape = moe_jax.ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        width=WIDTH,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_width=16,
+        moe=config(**{"num_experts": 4, **knobs}),
+    )
+    return moe_jax.Transformer(shape, rngs=nnx.Rngs(0))
+
+
+ROW = np.zeros((1, 4), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "arguments", "sentence"),
+    [
+        (ROW[0], {}, r"Transformer got tokens of type int32 and shape \[4\]: .*\[rows, tokens\]"),
+        (ROW * 1.0, {}, "pass integers of shape"),
+        (ROW[:0], {}, "pass at least one row of one token"),
+        (ROW, {"segments_BT": ROW[0]}, r"segments_BT is int32\[4\]"),
+        (ROW, {"router_state": {"bias": ROW + 0.5}}, r"\[1, 4\]: pass floats of shape \[2, 4\]"),
+        (ROW, {}, r"pass router_state=init_router_state\(config.moe, 2\)"),
+        (ROW, {"positions_BT": ROW[:, 1:]}, r"positions_BT is int32\[1, 3\]"),
+    ],
+)
+def test_a_model_refuses_what_does_not_fit(tokens, arguments, sentence):
+    """Both parts of a call: what makes its context, and what takes one."""
+    whole = model(router="sigmoid_bias")  # in two layers
+    tokens, arguments = jax.tree.map(jnp.asarray, (tokens, arguments))
+    with pytest.raises(UserError, match=sentence):
+        own = {k: v for k, v in arguments.items() if k != "positions_BT"}
+        if "positions_BT" in arguments:
+            own["router_state"] = {"bias": jnp.zeros((2, 4))}
+        made = unchecked(moe_jax.Transformer.make_context)(whole, tokens, **own)
+        arguments.pop("router_state", None)
+        unchecked(moe_jax.Transformer.apply)(whole, tokens, made, **arguments)
+
+
+def test_the_modes_of_a_model_are_those_of_its_layers():
+    """An evaluation until train(); after it and eval() as a call that says so."""
+    whole, tokens_BT, key = model(expert_dropout=0.5), jnp.zeros((2, 4), int), jax.random.key(0)
+    evaluated = whole(tokens_BT, deterministic=True)
+    trained = whole(tokens_BT, key=key, deterministic=False)
+    assert (np.asarray(evaluated) != np.asarray(trained)).any()
+    np.testing.assert_array_equal(whole(tokens_BT), evaluated)
+    whole.train()
+    np.testing.assert_array_equal(whole(tokens_BT, key=key), trained)
+    with pytest.raises(UserError, match="expert_dropout draws in training"):
+        whole(tokens_BT)
+    whole.eval()
+    np.testing.assert_array_equal(whole(tokens_BT), evaluated)
+
+
+def test_a_sentence_names_the_object_that_took_a_names_place():
+    with pytest.raises(UserError, match="which dispatch Mine does not"):
+        moe_jax.MoE(config(matmul="float8"), WIDTH, dispatch=Mine(), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="which dispatch dense does not"):
+        moe_jax.MoE(config(matmul="float8", dispatch="dense"), WIDTH, rngs=nnx.Rngs(0))
+    parts = Components(ExpertChoiceRouter(), Mine())
+    shape = moe_jax.ModelConfig(vocab_size=8, num_layers=1, width=WIDTH, moe=config())
+    with pytest.raises(UserError, match="ExpertChoiceRouter lets later tokens decide"):
+        moe_jax.Transformer(shape, parts, rngs=nnx.Rngs(0))
+    parts = Components(TopK(), Capacity(priority="batch"))
+    with pytest.raises(UserError, match="priority batch"):
+        moe_jax.Transformer(shape, parts, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="Router SigmoidBias keeps state"):
+        moe_jax.MoE(config(), WIDTH, router=SigmoidBias(), rngs=nnx.Rngs(0))(jnp.ones((1, 4, 16)))
+
+
+class Mine(Dense):
+    """A dispatch path that no table holds."""
 
 
 def test_padding_gets_zero_and_no_slot(x_BTD):
