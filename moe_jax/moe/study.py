@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import UserError
+from moe_jax.moe.call import FLOATS, INTEGERS, KEYS, check_array, check_tokens
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.types import (
     Choice,
@@ -73,7 +74,8 @@ def study_router(
     Args:
       router: of `make_router`, or one of your own.
       x_BTD: rows of T tokens of width D; all are real.
-      num_experts: E; None: the router's own `num_experts`, else 8.
+      num_experts: E; None: that of the config from which `make_router` made the router, or of
+        `params`.
       params: of the router, by name; None: drawn from its `ParamSpec`s.
       state: of the router; None: what it starts from.
       token_ids_BT: for routers that read them (hash); None: all 0.
@@ -85,27 +87,37 @@ def study_router(
       The choice, its losses, and the load of every expert.
 
     Raises:
-      UserError: a number of rows that the groups do not divide.
+      UserError: a shape, key, parameter or state that does not fit, an unknown number of experts,
+        or a number of rows that the groups do not divide.
     """
+    check_tokens("study_router got x", x_BTD, (None, None, None), FLOATS)
     B, T, D = x_BTD.shape
     if group_rows < 1 or B % group_rows:
         raise UserError(
             f"study_router got {B} rows, which group_rows ({group_rows}) does not divide: pass a "
             f"multiple of it."
         )
-    E = num_experts or getattr(router, "num_experts", 8)
+    E = _num_experts(router, D, num_experts, params)
     key = jax.random.key(0) if key is None else key
+    check_array("key", key, (), KEYS)
+    specs, states = router.param_specs(D, E), router.state_specs(E)
     if params is None:
-        specs = router.param_specs(D, E)
         keys = jax.random.split(key, max(1, len(specs)))
         params = {
             name: spec.std * jax.random.truncated_normal(own, -3, 3, spec.shape)
             for own, (name, spec) in zip(keys, specs.items(), strict=False)
         }
     if state is None:
-        state = {n: jnp.full(s.shape, s.initial) for n, s in router.state_specs(E).items()}
+        state = {n: jnp.full(s.shape, s.initial) for n, s in states.items()}
+    for what, given, wanted in (("params", params, specs), ("state", state, states)):
+        if given.keys() != wanted.keys():
+            names = ", ".join(sorted(wanted)) or "nothing"
+            raise UserError(f"study_router got {what} {sorted(given)}: pass {names}, or leave it.")
+        for name, spec in wanted.items():
+            check_array(f"{what}[{name!r}]", given[name], spec.shape, FLOATS)
     G, S = B // group_rows, group_rows * T
     ids_BT = jnp.zeros((B, T), jnp.int32) if token_ids_BT is None else token_ids_BT
+    check_array("token_ids_BT", ids_BT, (B, T), INTEGERS)
     inputs = RouterIn(
         x_GSD=x_BTD.reshape(G, S, D),
         token_ids_GS=ids_BT.reshape(G, S),
@@ -118,3 +130,25 @@ def study_router(
     hits_GSKE = (by_token.ids_GSK[..., None] == jnp.arange(E)) & by_token.valid_GSK[..., None]
     load_E = hits_GSKE.sum((0, 1, 2), dtype=jnp.int32)
     return RouterStudy(choice, aux, params, state, load_E, group_rows)
+
+
+def _num_experts(
+    router: Router, width: int, num_experts: int | None, params: Mapping[str, jax.Array] | None
+) -> int:
+    """E, on which all that say it agree."""
+    said = {"num_experts": num_experts, "the router": getattr(router, "num_experts", None)}
+    for name, spec in router.param_specs(width, 1).items():
+        if params and name in params:
+            for axis, size in zip(spec.logical_axes, params[name].shape, strict=False):
+                if axis == "router_experts":
+                    said[f"params[{name!r}]"] = size
+    known = {who: count for who, count in said.items() if count}
+    if not known:
+        raise UserError(
+            f"study_router does not know how many experts {type(router).__name__} chooses from: "
+            f"pass num_experts=, or a router of make_router(config)."
+        )
+    if len(set(known.values())) > 1:
+        counts = " and ".join(f"{count} of {who}" for who, count in known.items())
+        raise UserError(f"study_router got several numbers of experts ({counts}): pass one.")
+    return next(iter(known.values()))

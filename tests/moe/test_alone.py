@@ -275,6 +275,31 @@ class Mine(Dense):
     """A dispatch path that no table holds."""
 
 
+@pytest.mark.parametrize("router", sorted(moe_jax.ROUTERS))
+def test_a_study_has_the_experts_of_the_routers_config(router, x_BTD):
+    made = moe_jax.make_router(config(num_experts=16, router=router))
+    assert moe_jax.study_router(made, x_BTD).load_E.shape == (16,)
+
+
+def test_a_study_takes_no_number_of_experts_for_granted(x_BTD):
+    study = moe_jax.study_router
+    with pytest.raises(UserError, match="how many experts TopK chooses from: pass num_experts="):
+        study(TopK(), x_BTD)
+    assert study(TopK(), x_BTD, num_experts=4).load_E.shape == (4,)
+    params = {"kernel": jnp.ones((WIDTH, 5))}
+    assert study(TopK(), x_BTD, params=params).load_E.shape == (5,)
+    with pytest.raises(UserError, match=r"\(4 of num_experts and 5 of params\['kernel'\]\)"):
+        study(TopK(), x_BTD, params=params, num_experts=4)
+    with pytest.raises(UserError, match=r"\(4 of num_experts and 8 of the router\)"):
+        study(SigmoidBias(), x_BTD, num_experts=4)
+    with pytest.raises(UserError, match=r"got params \['kern'\]: pass kernel"):
+        study(TopK(), x_BTD, params={"kern": jnp.ones(5)}, num_experts=5)
+    with pytest.raises(UserError, match=r"state\['bias'\] is float32\[4\]"):
+        study(SigmoidBias(), x_BTD, state={"bias": jnp.ones(4)})
+    with pytest.raises(UserError, match="study_router got x"):
+        unchecked(study)(TopK(), x_BTD[0], num_experts=4)
+
+
 def test_padding_gets_zero_and_no_slot(x_BTD):
     mask_BT = jnp.arange(12) < 5
     mask_BT = jnp.broadcast_to(mask_BT, (8, 12))

@@ -22,8 +22,11 @@ class LinearRouter:
 
     `jitter` multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch).
     `logit_cap` c bounds logits smoothly, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0: off.
+    `num_experts` E is that of the config it was made from, for a study without a layer; 0: unknown.
     """
 
+    # Beside a layer the matrix decides, so routers that differ in it alone are the same.
+    num_experts: int = dataclasses.field(default=0, kw_only=True, compare=False)
     balance_scope: str = "group"
     jitter: Training[float] = 0.0
     logit_cap: Training[float] = 0.0
