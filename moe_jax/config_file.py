@@ -1,8 +1,12 @@
 """A config from the Python file that makes it."""
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, cast
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -10,6 +14,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from moe_jax.config import Config, from_config_dict, is_group, plain_dict, refuse_renamed
 from moe_jax.errors import UserError
 from moe_jax.files.python_file import blame, read_function, reads_argument
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.registry import dotted_keys, suggest_key
 
 
@@ -114,3 +120,40 @@ def _check_argument(get_config: Callable[..., Any], argument: str, file: str, fl
         raise UserError(
             f"{flag}: get_config() of {file!r} ignores its argument: leave out ':{argument}'."
         )
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Config files that are run meanwhile leave nothing to those that are run afterwards.
+
+    The tables of routers and dispatch paths are put back.  Modules that hold the config's own code
+    are imported again by the next file that needs them, and so register their names again.
+    """
+    tables = [(table, dict(table)) for table in (ROUTERS, DISPATCH)]
+    imported = {_package(name) for name in sys.modules}
+    try:
+        yield
+    finally:
+        registered = {_package(kind.__module__) for table, _ in tables for kind in table.values()}
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for name, module in list(sys.modules.items()):
+            package = _package(name)
+            if package not in imported and (package in registered or not _installed(module)):
+                del sys.modules[name]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _installed(module: ModuleType) -> bool:
+    """Whether it is of Python or of an installed package, which may not bear a second import."""
+    # A folder without __init__.py has no file but a path; what is built into Python has neither.
+    places = (
+        [module.__file__] if getattr(module, "__file__", None) else getattr(module, "__path__", ())
+    )
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    inside = tuple(os.path.realpath(folder) + os.sep for folder in folders)
+    return all(os.path.realpath(place).startswith(inside) for place in places)

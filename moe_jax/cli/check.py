@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import parse
 from moe_jax.config import Config, from_config_dict, read_config
+from moe_jax.config_file import apart
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder, locate
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     if not given.devices:
         check_platforms()
     for arguments in list(_read_runs(sys.stdin)):
-        with contextlib.redirect_stdout(sys.stderr):  # a config file may print
+        # A config file may print, and register what the next one does not.
+        with contextlib.redirect_stdout(sys.stderr), apart():
             answer = check(arguments, given.devices or jax.device_count())
         print(json.dumps(answer), flush=True)
     return 0

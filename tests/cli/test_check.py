@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.check import check
+from moe_jax.cli.check import check, main
 from moe_jax.config import from_config_dict, to_json
 from moe_jax.config_file import read_config_file
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.run.resolve import resolve
 from moe_jax.run.setup import settle
 
@@ -121,6 +123,44 @@ def test_what_a_finished_run_did_otherwise(place):
     assert check([*flags, "--config.optimizer.learning_rate=1"], 1)["changed"] == [
         "optimizer.learning_rate"
     ]
+
+
+SHARP = """
+import moe_jax
+from moe_jax.moe.routers.top_k import TopK
+
+class Sharp(TopK):
+    pass
+
+moe_jax.ROUTERS["sharp"] = Sharp
+moe_jax.DISPATCH["own"] = moe_jax.DISPATCH["capacity"]
+"""
+CONFIG = """
+from moe_jax.config_file import read_config_file
+
+def get_config():
+    config = read_config_file("configs/tiny.py")
+    config.model.moe.router, config.model.moe.dispatch = "sharp", "own"
+    return config
+"""
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_line_knows_only_what_its_own_file_registers(place, monkeypatch, capsys, imported):
+    """Also where the file imports the one that registers, and where another line did so before."""
+    monkeypatch.syspath_prepend(place)
+    (place / "own").mkdir()  # a package without __init__.py
+    (place / "own" / "router.py").write_text(SHARP)
+    (place / "mine.py").write_text(("import own.router\n" if imported else SHARP) + CONFIG)
+    (place / "other.py").write_text(CONFIG)
+    names = ("mine", "other", "mine", "mine")
+    lines = [[f"--config={name}.py", "--workdir=none"] for name in names]
+    monkeypatch.setattr("sys.stdin", [json.dumps(line) for line in lines])
+    main(["check"])
+    first, second, *more = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [first, *more] == [GOOD] * 3
+    assert second["problem"].startswith("model.moe.router 'sharp' is unknown")
+    assert "sharp" not in ROUTERS and "own" not in DISPATCH and "own" not in sys.modules
 
 
 def test_many_in_one_process(place, cli_env):
