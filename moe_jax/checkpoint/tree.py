@@ -14,6 +14,7 @@ from etils import epath
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from moe_jax.errors import UserError
+from moe_jax.files import formats
 
 Leaf: TypeAlias = jax.ShapeDtypeStruct
 _SLACK = 64 * 2**20  # bytes beside the arrays: metadata, part-filled blocks
@@ -130,6 +131,6 @@ def check_disk(root: os.PathLike[str] | str, needed: int) -> None:
     free = free_bytes(root)
     if free is not None and free < needed:
         raise UserError(
-            f"A checkpoint needs {needed / 2**30:.2f} GiB and {root} has {free / 2**30:.2f} GiB "
-            f"free: make room or choose another --workdir."
+            f"A checkpoint needs {formats.size(needed)} and {root} has {formats.size(free)} free: "
+            f"make room or choose another --workdir."
         )

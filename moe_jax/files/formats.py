@@ -26,6 +26,11 @@ def size(number: int | float, digits: int = 2) -> str:
     return f"{mib / unit:.{digits}f} {suffix}"
 
 
+def gib(number: int | float) -> str:
+    """Bytes for a column that names the unit: 2**31 -> 2.0 of "GiB a device"."""
+    return f"{number / 2**30:.1f}"
+
+
 def duration(seconds: int | float, units: int = 4) -> str:
     """4000 -> 1h06m40s, and 1h06m where only the largest two `units` are shown; 3.14 -> 3.1s."""
     if seconds < 60:

@@ -68,3 +68,12 @@ def test_a_duration_adds_up(seconds):
 @pytest.mark.parametrize(("value", "text"), [(0, "0.0%"), (0.125, "12.5%"), (None, "-"), ("", "-")])
 def test_what_is_no_number_is_a_dash(value, text):
     assert formats.or_dash(value, "{:.1%}".format) == text
+
+
+def test_gibibytes_of_a_column():
+    assert [formats.gib(number) for number in (0, 2**29, 2**31, 1.5 * 2**41)] == [
+        "0.0",
+        "0.5",
+        "2.0",
+        "3072.0",
+    ]

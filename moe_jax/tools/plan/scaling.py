@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from moe_jax.config import Config
+from moe_jax.files import formats
 from moe_jax.tools.plan.search import Found, anywhere, mesh_text, search
 from moe_jax.tools.plan.topology import Topology, parse_topology
 
@@ -75,7 +76,7 @@ def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     return (
         f"| {chips:,} | {mesh_text(config.mesh)} | {config.model.remat}, "
         f"{config.train.accumulation} | {smallest:,} | {plan.tokens:,} | "
-        f"{found.memory.total / 2**30:.1f} | {1e3 * roof.seconds:,.0f} | "
+        f"{formats.gib(found.memory.total)} | {1e3 * roof.seconds:,.0f} | "
         f"{1e3 * roof.exposed:,.0f} | {roof.mfu(roof.exposed):.0%} to {roof.mfu(roof.seconds):.0%} "
         f"| {limit} | {'; '.join(notes)} |"
     )

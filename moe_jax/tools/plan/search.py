@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
+from moe_jax.files import formats
 from moe_jax.nn.remat import REMAT
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.tools.plan.analytic import Memory, estimate
@@ -114,7 +115,7 @@ def _least_accumulation(
         if memory.total <= usable:
             return Found(variant, memory, analytic_roofline(variant, topology))
         needs = memory.total
-        why = f"needs {memory.total / 2**30:,.1f} of {usable / 2**30:.1f} GiB a device"
+        why = f"needs {formats.size(memory.total, 1)} of {formats.size(usable, 1)} a device"
         accumulation *= 2
     return Rejected(layout, why, needs)
 

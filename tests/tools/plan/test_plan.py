@@ -236,7 +236,9 @@ def test_search_says_why():
     assert any("kv_heads" in one.why for one in everything.rejected)  # 2 over tensor 4
     nothing = search(plan, topology, 1e5, batches=(16,))
     assert nothing.found == []
-    assert any(re.fullmatch(r"needs .* GiB a device", one.why) for one in nothing.rejected)
+    assert any(
+        re.fullmatch(r"needs .* MiB of 0\.1 MiB a device", one.why) for one in nothing.rejected
+    )
     assert {one.layout for one in everything.rejected} < {one.layout for one in nothing.rejected}
 
 
