@@ -42,14 +42,14 @@ class Command:
       summary: one line for --help.
       flags: its own flags.
       config: whether it takes --config=FILE.py[:ARG] and --config.a.b=VALUE.
-      workdir: whether it needs --workdir.
+      workdir: whether it needs --workdir; None: it makes nothing of one, and --help leaves it out.
       listed: whether `python -m moe_jax --help` shows it; False for what only programs start.
     """
 
     summary: str
     flags: tuple[Flag, ...] = ()
     config: bool = True
-    workdir: bool = True
+    workdir: bool | None = True
     listed: bool = True
 
 
@@ -113,7 +113,7 @@ COMMANDS = {
             Flag("scaling", False, "A table from 8 to 65,536 chips; takes no compilation."),
             Flag("compile", True, "Compile; --nocompile gives the analytic estimate alone."),
         ),
-        workdir=False,
+        workdir=None,
     ),
     "doctor": Command(
         "Check a config on the devices at hand before chip-hours are spent on it.",
@@ -183,7 +183,7 @@ COMMANDS = {
     "check": Command(
         "Check many runs at once: a JSON list of train's arguments a line on standard input.",
         config=False,
-        workdir=False,
+        workdir=None,
         listed=False,
     ),
 }
@@ -193,7 +193,7 @@ TRAIN_BPE = Command(
         Flag("vocab_size", 0, "Tokens of the new vocabulary, special ones included."),
         Flag("output", "", "Where the tokenizer.json is written.", path=True),
     ),
-    workdir=False,
+    workdir=None,
 )
 
 
@@ -270,5 +270,6 @@ def help_text(name: str, command: Command) -> str:
             "  --config=FILE.py[:ARG]  config file",
             "  --config.KEY=VALUE      override of one key of it, such as --config.train.steps=9",
         ]
-    flags = (*COMMON_FLAGS, *command.flags)
+    unused = {"workdir"} if command.workdir is None else set()
+    flags = [flag for flag in (*COMMON_FLAGS, *command.flags) if flag.name not in unused]
     return "\n".join([*lines, *(f"  --{f.name}={f.default!r}  {f.help}" for f in flags)])

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from moe_jax.cli import exit as command_exit
-from moe_jax.cli.commands import Command, Flag
+from moe_jax.cli.commands import COMMANDS, Command, Flag, help_text
 from moe_jax.cli.parse import parse as parse_line
 from moe_jax.errors import UserError
 from moe_jax.files.seals import sealed
@@ -125,7 +125,7 @@ import sys
 import jax
 from absl import logging as absl_logging
 from moe_jax.errors import UserError
-from moe_jax.cli.commands import Command, Flag
+from moe_jax.cli.commands import COMMANDS, Command, Flag, help_text
 from moe_jax.cli.exit import run
 from moe_jax.cli.parse import parse
 
@@ -220,3 +220,8 @@ def test_options_of_a_named_transformation_are_flags_once_the_file_sets_them(tmp
     assert parsed.config.optimizer.options.to_dict() == {"b1": 0.8}
     with pytest.raises(UserError, match=r"config\.optimizer\.options\.b2 is not a config key"):
         parse(f"--config={path}", "--config.optimizer.options.b2=0.8")
+
+
+def test_help_lists_the_workdir_of_commands_that_make_use_of_one():
+    listed = {name for name, one in COMMANDS.items() if "--workdir" in help_text(name, one)}
+    assert set(COMMANDS) - listed == {"plan", "check"}
