@@ -67,7 +67,8 @@ def _quiet_libraries() -> None:
     Orbax logs what its threads raise, also in the middle of a training step.  And it closes its
     event loop at the first leaf that cannot be read or written: what TensorStore then answers of
     the others raises in threads where Python can only print it, and asyncio logs the errors of
-    those that nothing waits for any more.
+    those that nothing waits for any more.  Nothing is put back: those
+    threads may outlive `main`, and the process ends with this command.
     """
     unraisable = sys.unraisablehook
 
