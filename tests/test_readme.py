@@ -81,6 +81,22 @@ def test_every_config_is_in_the_table():
     assert {name for name in files if f"`{name}" not in README} == set()
 
 
+PATH = re.compile(r"(?<![\w/.-])(?:tests|moe_jax|launch|configs|benchmarks|docs)/[\w./-]*\w")
+# What CONTRIBUTING.md asks a person to write.
+TO_BE_WRITTEN = {"moe_jax/moe/routers/my_router.py", "moe_jax/moe/dispatch/my_path.py"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name
+)
+def test_paths_that_a_page_names_exist(page: Path):
+    """A path of tests is written in full, so that it is found by this pattern."""
+    text = page.read_text()
+    named = set(PATH.findall(text)) - TO_BE_WRITTEN
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+    assert re.findall(r"(?<![\w/])(?!tests/)\w+/test_\w+\.py", text) == []
+
+
 def test_relative_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links and [link for link in links if not (ROOT / link).exists()] == []
