@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, cast
 
@@ -151,9 +151,8 @@ def _package(module: str) -> str:
 def _installed(module: ModuleType) -> bool:
     """Whether it is of Python or of an installed package, which may not bear a second import."""
     # A folder without __init__.py has no file but a path; what is built into Python has neither.
-    places = (
-        [module.__file__] if getattr(module, "__file__", None) else getattr(module, "__path__", ())
-    )
+    file: str | None = getattr(module, "__file__", None)
+    places: Iterable[str] = [file] if file else getattr(module, "__path__", ())
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     inside = tuple(os.path.realpath(folder) + os.sep for folder in folders)
     return all(os.path.realpath(place).startswith(inside) for place in places)

@@ -1,8 +1,9 @@
 """Rotary position embedding, half-split form.  https://arxiv.org/abs/2104.09864"""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -13,7 +14,9 @@ class Rope(NamedTuple):
     sin_BTP: Float[Array, "B T P"]
 
 
-def rope_tables(positions_BT: Int[Array, "B T"], head_dim: int, theta: float, dtype: Any) -> Rope:
+def rope_tables(
+    positions_BT: Int[Array, "B T"], head_dim: int, theta: float, dtype: DTypeLike
+) -> Rope:
     """Angle i of position t is t * theta^(-2i / head_dim), computed in float32 or wider."""
     wide = jnp.promote_types(dtype, jnp.float32)
     exponents_a = jnp.arange(0, head_dim, 2, dtype=wide) / head_dim

@@ -1,10 +1,9 @@
 """RMSNorm."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.nn.params import ones, param, param_dtype
@@ -26,7 +25,9 @@ def rms_norm(
 class RMSNorm(nnx.Module):
     """`rms_norm` with a weight of its own."""
 
-    def __init__(self, size: int, logical_axis: str, *, eps: float, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, size: int, logical_axis: str, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.eps = eps
         own = param_dtype(dtype)
         self.weight = param(rngs, "weight", (size,), (logical_axis,), ones, own, group="norm")

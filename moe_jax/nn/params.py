@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
@@ -60,7 +62,7 @@ class ParamRule:
         return dataclasses.replace(self, axes=("layers", *self.axes))
 
 
-def param_dtype(dtype: Any) -> Any:
+def param_dtype(dtype: DTypeLike) -> np.dtype:
     """Parameters are float32, and float64 where the computation is (the oracle)."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -71,7 +73,7 @@ def param(
     shape: Sequence[int],
     logical_axes: Sequence[str | None],
     init: Initializer,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     group: str,
     narrow: bool = False,
@@ -127,7 +129,7 @@ def residual_fan_in(size: int, num_layers: int) -> Initializer:
     return truncated_normal(1 / math.sqrt(size * 2 * num_layers))
 
 
-def ones(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+def ones(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
     """All ones, for the weights of norms."""
     del key
     return jnp.ones(tuple(shape), dtype)

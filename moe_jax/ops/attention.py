@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import UserError
@@ -65,7 +66,7 @@ def layers_share_calls() -> bool:
     return not kernels_are_deterministic()
 
 
-def check_attention(implementation: str, platform: str, T: int, dtype: Any) -> None:
+def check_attention(implementation: str, platform: str, T: int, dtype: DTypeLike) -> None:
     """Raises UserError where an implementation named in the config cannot run.
 
     Args:
@@ -89,7 +90,7 @@ def check_attention(implementation: str, platform: str, T: int, dtype: Any) -> N
         )
 
 
-def _half(dtype: Any) -> bool:
+def _half(dtype: DTypeLike) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16)
 
 

@@ -20,6 +20,7 @@ from moe_jax.record.report import plain
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import read_settings
 from moe_jax.run.context import Run
+from moe_jax.train.step import StepMetrics
 
 FLIGHT = "flight"
 MOST = 20  # records of a run
@@ -47,13 +48,15 @@ class FlightRecorder:
         self,
         run: Run,
         rewinds: Rewinds,
-        row: Callable[[Any], Row],
+        row: Callable[[StepMetrics], Row],
         say: Callable[[str], None],
     ):
         self._run, self._rewinds, self._row, self._say = run, rewinds, row, say
-        self._steps: collections.deque[tuple[int, Any]] = collections.deque(maxlen=STEPS + 1)
+        self._steps: collections.deque[tuple[int, StepMetrics]] = collections.deque(
+            maxlen=STEPS + 1
+        )
 
-    def saw(self, step: int, metrics: Any) -> None:
+    def saw(self, step: int, metrics: StepMetrics) -> None:
         """The metrics of `step`, read from the devices."""
         self._steps.append((step, metrics))
 

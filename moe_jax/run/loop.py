@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.record.report import Reporter, SilentReporter
@@ -22,7 +23,7 @@ from moe_jax.run.restore import restored_state
 from moe_jax.run.samples import save_samples, write_samples
 from moe_jax.run.step_log import StepLog, step_row, way_on
 from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
-from moe_jax.train.step import abstract_batch, jit_train_step
+from moe_jax.train.step import StepMetrics, abstract_batch, jit_train_step
 from moe_jax.watch.phases import Phases
 from moe_jax.watch.profile import Profiler
 
@@ -32,7 +33,7 @@ SAMPLES = "samples.txt"
 class _Program(NamedTuple):
     """What is compiled for the steps, once per process."""
 
-    step: Any  # (state, batch) -> (state, StepMetrics); donates the state
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]  # donates the state
     replicas: ReplicaCheck
 
 

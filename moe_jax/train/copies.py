@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 
-from moe_jax.model.define import ModelDef
+from moe_jax.model.define import ModelDef, Params
 from moe_jax.nn.params import param_dtype
 
 Copies = dict[str, jax.Array]  # path of a parameter -> it in the computation's dtype
 
 
-def make_copies(model: ModelDef, params: Any) -> Copies:
+def make_copies(model: ModelDef, params: Params) -> Copies:
     """Of every parameter that the model reads in its own dtype alone; none where that is theirs."""
     return {name: leaf.astype(model.dtype) for name, leaf in of_copied(model, params).items()}
 
 
-def of_copied(model: ModelDef, tree: Any) -> dict[str, Any]:
+def of_copied(model: ModelDef, tree: Params) -> dict[str, Any]:
     """The leaves of a tree like the parameters' that stand for those with a copy, by path."""
     if model.dtype == param_dtype(model.dtype):
         return {}
@@ -31,7 +31,7 @@ def of_copied(model: ModelDef, tree: Any) -> dict[str, Any]:
     }
 
 
-def with_copies(params: Any, copies: Copies) -> Any:
+def with_copies(params: Params, copies: Copies) -> Params:
     """The parameters with their copies in place of them: what a step's forward pass reads."""
     return jax.tree.map_with_path(lambda path, leaf: copies.get(path_name(path), leaf), params)
 

@@ -3,10 +3,11 @@
 Everything here runs on the device, inside the train step.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 WINDOW = 100  # accepted steps that a running mean remembers
@@ -27,7 +28,7 @@ class Verdict(NamedTuple):
         return ~(self.not_finite | self.spike)
 
 
-def first_guard(dtype: Any, step: int = 0) -> Guard:
+def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
     """What the guard knows of a run that has `step` steps behind it, when it begins to look.
 
     `loss` and `grad_norm` are running means over `accepted` steps, `changed` is the last step that

@@ -10,6 +10,7 @@ import optax
 
 from moe_jax.decides import Training
 from moe_jax.errors import UserError
+from moe_jax.model.define import Params
 from moe_jax.nn.params import ParamRule
 from moe_jax.registry import lookup, suggest
 from moe_jax.train import optax_by_name
@@ -292,7 +293,7 @@ class Optimizer:
             decay: _transformation(config, decay, transformation) for decay in (False, True)
         }
 
-    def init(self, params: Any, rules: Any) -> Any:
+    def init(self, params: Params, rules: Params) -> Params:
         """State: the tree of `params` with the rule's state in place of each leaf.
 
         Args:
@@ -307,8 +308,8 @@ class Optimizer:
         return jax.tree.map(lambda rule, param: self._of(rule).init(param), rules, params)
 
     def update(
-        self, gradients: Any, state: Any, params: Any, rules: Any, step: jax.Array
-    ) -> tuple[Any, Any]:
+        self, gradients: Params, state: Params, params: Params, rules: Params, step: jax.Array
+    ) -> tuple[Params, Params]:
         """New parameters and state after `step` (from 0); `rules` as `init` got them."""
         rate = self.schedule(step)
 
@@ -324,7 +325,7 @@ class Optimizer:
         flat = outer.flatten_up_to(pairs)
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
 
-    def _check(self, params: Any, rules: Any) -> None:
+    def _check(self, params: Params, rules: Params) -> None:
         """Raises UserError as `init` does; parameters of one shape are checked once."""
         leaves = zip(jax.tree.leaves(rules), jax.tree.leaves_with_path(params), strict=True)
         paths = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checkpoint import disk_needed
-from moe_jax.model.define import ModelDef, is_axes
+from moe_jax.model.define import ModelDef, Params, is_axes
 from moe_jax.model.initialize import init_on
 from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.moe.components import router_state
@@ -29,11 +30,11 @@ class TrainState:
     """
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
-    params: Any
-    optimizer: Any
-    router: Any  # name -> [MoE layers, ...]; empty for most routers
-    guard: Any  # name -> scalar (guard.py)
-    copies: Any = dataclasses.field(default_factory=dict)  # path -> weight
+    params: Params
+    optimizer: Params  # the state of each parameter in its place
+    router: Mapping[str, Any]  # name -> [MoE layers, ...]; empty for most routers
+    guard: dict[str, Any]  # name -> scalar (guard.py)
+    copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # path -> weight
 
 
 jax.tree_util.register_dataclass(TrainState)
@@ -99,7 +100,7 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def param_shardings(model: ModelDef, mesh: Mesh) -> Any:
+def param_shardings(model: ModelDef, mesh: Mesh) -> Params:
     """Sharding of every parameter, from its logical axes."""
     return jax.tree.map(
         lambda axes, leaf: param_sharding(mesh, axes, leaf.shape),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, count_waves, multiprocessors
 
@@ -22,12 +23,12 @@ STAGED = 2  # squares of one multiplier on their way out
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three warpgroups
 
 
-def depth(dtype: Any) -> int:
+def depth(dtype: DTypeLike) -> int:
     """Of one step of the contraction."""
     return SWIZZLE // jnp.dtype(dtype).itemsize
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory that both the copy engine and the tensor cores read without bank conflicts."""
     # To pyright jax 0.12's classes are abstract; they are not.
     tiling = plgpu.TilingTransform((8, depth(dtype)))  # pyright: ignore[reportAbstractUsage]
@@ -36,13 +37,20 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def staging(dtype: Any) -> Any:
+def staging(dtype: DTypeLike) -> Any:
     """Room for the squares that leave."""
     return swizzled((MULTIPLIERS, STAGED, SQUARE, SQUARE), dtype)
 
 
 def launch(
-    body: Callable, units: int, out_type: Any, tiles: Tiles, dtype: Any, a_shape, b_shape, out: Any
+    body: Callable,
+    units: int,
+    out_type: Any,
+    tiles: Tiles,
+    dtype: DTypeLike,
+    a_shape,
+    b_shape,
+    out: Any,
 ) -> Callable:
     """A kernel of body(*inputs, result, a, b, full, empty, out); a and b are the ring's operands.
 
