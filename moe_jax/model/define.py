@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import Layout, make_layout, to_stacked
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.components import Components, make_components
+from moe_jax.moe.components import Components
 from moe_jax.nn.params import ParamRule
 
 Params = dict[str, Any]
@@ -27,7 +28,7 @@ class ModelDef:
 
     config: ModelConfig
     components: Components | None  # of its MoE layers; None: dense
-    dtype: Any  # of the computation; parameters are float32 or wider
+    dtype: np.dtype  # of the computation; parameters are float32 or wider
     layout: Layout
     trunk: nnx.GraphDef  # the Transformer without its blocks
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
@@ -52,7 +53,6 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
       UserError: as `Transformer`.
     """
     dtype = jnp.dtype(dtype)
-    components = None if config.dense else components or make_components(config.moe)
 
     def make() -> Transformer:
         return Transformer(config, components, dtype=dtype, rngs=nnx.Rngs(0))
@@ -65,7 +65,7 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
     narrow = map_variables(states, lambda variable: variable.get_metadata("narrow", False))
     return ModelDef(
         config=config,
-        components=components,
+        components=model.components,
         dtype=dtype,
         layout=layout,
         trunk=trunk,

@@ -88,6 +88,7 @@ class Transformer(Trunk):
       rngs: gives the initial values (stream `params`).
 
     Attributes:
+      components: router and dispatch path of its MoE layers; None: dense.
       deterministic: whether a call is an evaluation, as it is until `model.train()`;
         `model.eval()` sets it again.
 
@@ -107,16 +108,16 @@ class Transformer(Trunk):
             raise UserError(
                 "ModelConfig.vocab_size is 0: set it to the number of the tokenizer's ids."
             )
-        components = None if config.dense else components or make_components(config.moe)
-        if components is not None:
-            refuse_lookahead(components, config.moe)
+        self.components = None if config.dense else components or make_components(config.moe)
+        if self.components is not None:
+            refuse_lookahead(self.components, config.moe)
         rngs = fresh(rngs)
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.confine_attention = config.confine_attention
         self.deterministic = True
         self.blocks = nnx.List(
-            make_block(config, components, layer, layer, dtype=dtype, rngs=rngs)
+            make_block(config, self.components, layer, layer, dtype=dtype, rngs=rngs)
             for layer in range(config.num_layers)
         )
 

@@ -88,8 +88,8 @@ class LoadedModel:
 
         It holds the same arrays; those of scanned layers are slices, and so copies.
         """
-        config, dtype = self.config, self.model.dtype
-        module = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        config, parts, dtype = self.config, self.model.components, self.model.dtype
+        module = nnx.eval_shape(lambda: Transformer(config, parts, dtype=dtype, rngs=nnx.Rngs(0)))
         params = to_layers(self.params, self.model.layout)
         blocks = {int(layer): block for layer, block in params["blocks"].items()}
         nnx.update(module, params | {"blocks": blocks})
@@ -143,7 +143,7 @@ class LoadedModel:
         # "auto" takes these two wherever they run, and these devices may not be those of the run.
         if config.attention in ("cudnn", "splash"):
             config = dataclasses.replace(config, attention="auto")
-        model = never_dropping(define(config, self.model.dtype))
+        model = never_dropping(define(config, self.model.dtype, self.model.components))
 
         def logits(params, router_state, tokens_BT):
             B, T = tokens_BT.shape

@@ -39,7 +39,9 @@ def read_params(checkpoints: Checkpoints, step: int, model: ModelDef, mesh: Mesh
       UserError: a parameter is missing, unknown, or of another shape or dtype.
     """
     # One layer after the other is the form on disk.
-    flat = define(dataclasses.replace(model.config, scan_layers=False), model.dtype)
+    flat = define(
+        dataclasses.replace(model.config, scan_layers=False), model.dtype, model.components
+    )
     target = _placed(flat.abstract, param_shardings(flat, mesh))
     params = checkpoints.restore_subtree(step, "params", target)
     if not model.layout.repeats:
