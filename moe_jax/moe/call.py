@@ -68,7 +68,8 @@ def call_context(
     B, T = like_BT.shape[:2]
     if needs is not None:
         title = needs.title
-        if needs.router.state_specs(needs.num_experts) and not router_state:
+        missing = router_state is None or (isinstance(router_state, Mapping) and not router_state)
+        if needs.router.state_specs(needs.num_experts) and missing:
             raise UserError(f"Router {title} keeps state: pass {_state_hint(needs)}.")
         if not deterministic and key is None and needs.router.random:
             raise UserError(
@@ -81,14 +82,16 @@ def call_context(
     check_array("key", key, (), KEYS)
     if mesh is None:
         around = jax.sharding.get_abstract_mesh()
-        mesh = around if tuple(around.axis_names) == AXES else None
+        # Inside a shard_map of the caller's its axes are spent: each device runs the layer alone.
+        free = AxisType.Manual not in around.axis_types
+        mesh = around if tuple(around.axis_names) == AXES and free else None
     return MoEContext(
         token_ids_BT=jnp.zeros((B, T), jnp.int32) if token_ids_BT is None else token_ids_BT,
         mask_BT=jnp.ones((B, T), bool) if mask_BT is None else mask_BT,
         row_keys_B=row_keys(key, jnp.arange(B)),
         mesh=mesh,
         train=not deterministic,
-        router_state=router_state or {},
+        router_state={} if router_state is None else router_state,
     )
 
 
@@ -111,6 +114,10 @@ def check_call(
             raise UserError(
                 f"context= takes the place of {name}=: put it into the context, or pass no context."
             )
+    if not isinstance(context, MoEContext):
+        raise UserError(
+            f"context is {_form(context)}: pass a MoEContext, or mask_BT= and others by name."
+        )
     B, T = like_BT.shape[:2]
     check_array("mask_BT", context.mask_BT, (B, T), BOOLS)
     check_array("token_ids_BT", context.token_ids_BT, (B, T), INTEGERS)
@@ -123,10 +130,8 @@ def check_call(
         _check_split(context.mesh, needs)
 
 
-def check_array(
-    name: str, value: jax.Array, shape: tuple[int, ...], kind: tuple[type, str]
-) -> None:
-    """Raises UserError for an argument of another shape or type.
+def check_array(name: str, value: object, shape: tuple[int, ...], kind: tuple[type, str]) -> None:
+    """Raises UserError for an argument that is no array of this shape and type.
 
     Args:
       name: of the argument.
@@ -134,14 +139,12 @@ def check_array(
       shape: that it has to have.
       kind: BOOLS, INTEGERS, FLOATS or KEYS.
     """
-    if value.shape != shape or not jnp.issubdtype(value.dtype, kind[0]):
-        raise UserError(
-            f"{name} is {value.dtype}{list(value.shape)}: pass {kind[1]} of shape {list(shape)}."
-        )
+    if _shape(value) != shape or not _is_kind(value, kind):
+        raise UserError(f"{name} is {_form(value)}: pass {kind[1]} of shape {list(shape)}.")
 
 
 def check_tokens(
-    what: str, value: jax.Array, shape: tuple[int | None, ...], kind: tuple[type, str]
+    what: str, value: object, shape: tuple[int | None, ...], kind: tuple[type, str]
 ) -> None:
     """Raises UserError for tokens that are none: of another rank, width or type, or of no number.
 
@@ -151,21 +154,37 @@ def check_tokens(
       shape: None where any number will do.
       kind: as in `check_array`.
     """
-    got = value.shape
+    got = _shape(value) or ()
     fits = len(got) == len(shape) and all(n in (None, m) for n, m in zip(shape, got, strict=True))
-    if not fits or not jnp.issubdtype(value.dtype, kind[0]):
-        axes = ["rows", "tokens", *(str(n) for n in shape[2:])]
-        raise UserError(
-            f"{what} of type {value.dtype} and shape {list(got)}: pass {kind[1]} of shape "
-            f"[{', '.join(axes)}]."
-        )
-    if not value.size:
-        raise UserError(f"{what} of shape {list(got)}: pass at least one row of one token.")
+    if not fits or not _is_kind(value, kind):
+        axes = ["rows", "tokens", *("width" if n is None else str(n) for n in shape[2:])]
+        raise UserError(f"{what} {_form(value)}: pass {kind[1]} of shape [{', '.join(axes)}].")
+    if 0 in got:
+        raise UserError(f"{what} {_form(value)}: pass at least one row of one token.")
 
 
-def _check_meshes(like_BT: jax.Array, mesh: Mesh | AbstractMesh | None) -> None:
+def _shape(value: object) -> tuple[int, ...] | None:
+    """None for what is no array."""
+    return getattr(value, "shape", None)
+
+
+def _is_kind(value: object, kind: tuple[type, str]) -> bool:
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, kind[0]))
+
+
+def _form(value: object) -> str:
+    """`float32[8, 12]`; of what is no array, its type."""
+    shape = _shape(value)
+    dtype = getattr(value, "dtype", "")
+    return f"a {type(value).__name__}" if shape is None else f"{dtype}{list(shape)}"
+
+
+def _check_meshes(like_BT: jax.Array, mesh: object) -> None:
     """The mesh of the context is one of ours; those around it have no Explicit axes."""
     if mesh is not None:
+        if not isinstance(mesh, Mesh | AbstractMesh):
+            raise UserError(f"mesh is {_form(mesh)}: pass what moe_jax.make_mesh() returns.")
         check_mesh(mesh)
     places = {
         "x lies on a mesh": jax.typeof(like_BT).sharding.mesh,
@@ -183,8 +202,10 @@ def _check_meshes(like_BT: jax.Array, mesh: Mesh | AbstractMesh | None) -> None:
             )
 
 
-def _check_state(state: Mapping[str, jax.Array], needs: LayerNeeds) -> None:
+def _check_state(state: object, needs: LayerNeeds) -> None:
     specs = needs.router.state_specs(needs.num_experts)
+    if not isinstance(state, Mapping):
+        raise UserError(f"router_state is {_form(state)}: pass {_state_hint(needs)}.")
     if state.keys() != specs.keys():
         keeps, has = (", ".join(sorted(names)) or "none" for names in (specs, state))
         hint = _state_hint(needs) if specs else "no router_state"

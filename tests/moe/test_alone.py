@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax
 from moe_jax.errors import UserError
+from moe_jax.moe.call import check_call
 from moe_jax.moe.components import Components
 from moe_jax.moe.dispatch.capacity import Capacity
 from moe_jax.moe.dispatch.dense import Dense
@@ -144,6 +145,9 @@ BAD_ARGUMENTS = [
     (lambda: {"context": context(mask_BT=BOOLS[:4])}, r"mask_BT is bool\[4, 12\]"),
     (lambda: {"context": context(row_keys_B=jax.random.split(KEY, 4))}, "row_keys_B is key"),
     (lambda: {"context": context(sources_BT=jnp.zeros((8, 1), int))}, "sources_BT is int32"),
+    (lambda: {"context": context(mask_BT=[[True]])}, "mask_BT is a list: pass bools"),
+    (lambda: {"context": context(router_state=jnp.ones(8))}, r"router_state is float32\[8\]"),
+    (lambda: {"context": context(mesh=moe_jax.MeshConfig())}, "mesh is a MeshConfig: pass what"),
     (lambda: {"context": context(), "mask_BT": BOOLS}, "context= takes the place of mask_BT="),
     (lambda: {"context": context(), "deterministic": False}, "takes the place of deterministic="),
 ]
@@ -155,12 +159,20 @@ def test_an_argument_that_does_not_fit_is_refused(make, sentence, x_BTD):
         unchecked(moe_jax.MoE.__call__)(layer(), x_BTD, **make())
 
 
+def test_a_mask_in_the_place_of_the_context_is_refused(x_BTD):
+    with pytest.raises(
+        UserError, match=r"context is bool\[8, 12\]: pass a MoEContext, or mask_BT="
+    ):
+        unchecked(check_call)(x_BTD, BOOLS, None)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda x: x.astype(int), "MoE got x of type int32 .* pass floats"),
-        (lambda x: x[:0], r"shape \[0, 12, 16\]: pass at least one row of one token"),
+        (lambda x: x.astype(int), r"MoE got x int32\[8, 12, 16\]: pass floats"),
+        (lambda x: x[:0], r"float32\[0, 12, 16\]: pass at least one row of one token"),
         (lambda x: x[:, :0], "pass at least one row of one token"),
+        (lambda x: x.tolist(), "MoE got x a list: pass floats"),
         (lambda x: x[0], r"pass floats of shape \[rows, tokens, 16\]"),
     ],
 )
@@ -218,7 +230,7 @@ ROW = np.zeros((1, 4), np.int32)
 @pytest.mark.parametrize(
     ("tokens", "arguments", "sentence"),
     [
-        (ROW[0], {}, r"Transformer got tokens of type int32 and shape \[4\]: .*\[rows, tokens\]"),
+        (ROW[0], {}, r"Transformer got tokens int32\[4\]: .*\[rows, tokens\]"),
         (ROW * 1.0, {}, "pass integers of shape"),
         (ROW[:0], {}, "pass at least one row of one token"),
         (ROW, {"segments_BT": ROW[0]}, r"segments_BT is int32\[4\]"),
