@@ -39,6 +39,7 @@ OVERRIDES = {
     "train.steps": STEPS,
     "train.ledger_every": 4,
     "train.debug": True,
+    "optimizer.warmup_steps": 4,
     "eval.every": 4,
     "eval.rows": 0,
 }
@@ -78,7 +79,7 @@ def test_rows_of_steps(workdir):
         assert {len(values) for values in per_layer.values()} == {MOE_LAYERS}
         assert row["load_max_over_mean"] == max(per_layer["load_max_over_mean"])
         assert row["dead_experts"] == sum(per_layer["dead_experts"])
-    assert [row["learning_rate"] for row in logged[:3]] == pytest.approx([0, 0.00075, 0.0015])
+    assert [row["learning_rate"] for row in logged[:3]] == pytest.approx([0.00075, 0.0015, 0.00225])
 
 
 def test_counts_are_conserved(workdir):
