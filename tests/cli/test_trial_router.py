@@ -100,7 +100,7 @@ def test_it_trains_and_resumes(workdir):
 def test_another_command_line_resumes_only_what_it_registers(workdir):
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
     with pytest.raises(UserError, match=REGISTER) as raised:
-        train.main(["train", f"--config={tiny}", f"--workdir={workdir}"])
+        started(str(tiny), workdir)
     assert "damaged" not in str(raised.value) and "bring it back" not in str(raised.value)
 
 
