@@ -15,11 +15,11 @@ _LOSS = "held-out loss (nats a token)"
 def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
     """Two panels: loss curves, and best losses over config key `x` (empty: by configuration).
 
-    Lines and points are means over seeds, bands and bars one sample standard deviation.
+    Lines and points are means over seeds, bands and bars one sample standard deviation.  Runs
+    that were evaluated on different samples are drawn as well, and the title says so.
 
     Raises:
-      UserError: matplotlib is missing, there is nothing to plot, the runs were evaluated on
-        different samples, or the file cannot be written.
+      UserError: matplotlib is missing, there is nothing to plot, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -27,9 +27,6 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
         raise UserError("--plot needs matplotlib: pip install 'moe_jax[plots]'.") from None
     if not groups:
         raise UserError("--plot has nothing to show: no run is at its end yet.")
-    fault = sample_fault(groups)
-    if fault:
-        raise UserError(f"--plot shows losses side by side. {fault}")
     if x:
         _check_key(x, groups)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -49,6 +46,11 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
 
 
 def _title(groups: Sequence[Group]) -> str:
+    unlike = "\nDIFFERENT held-out samples: do not rank them" if sample_fault(groups) else ""
+    return f"{_counted(groups)}{unlike}"
+
+
+def _counted(groups: Sequence[Group]) -> str:
     counts = sorted({len(each.runs) for each in groups})
     title = f"Held-out loss of {len(groups)} configuration{'s' * (len(groups) > 1)}"
     if counts == [1]:
