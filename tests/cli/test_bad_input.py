@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -355,9 +356,9 @@ def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
     """What the second checks is what lies there once the workdir is its own."""
     workdir = tmp_path / "run"
 
-    def after_the_first_run(folder: Path):
+    def after_the_first_run(folder: Path, say: Callable[[str], None]):
         shutil.copytree(place.saved, workdir)
-        return alone_in(folder)
+        return alone_in(folder, say)
 
     monkeypatch.setattr("moe_jax.cli.train.alone_in", after_the_first_run)
     with pytest.raises(UserError) as error:

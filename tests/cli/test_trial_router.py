@@ -66,7 +66,7 @@ def config_file(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("trial")
     values = SMALL | ONE_LAYER
     values |= {"data.files": write_corpus(folder / "text"), "checkpoint.every_steps": 2}
-    values |= {"eval.batches": 1, "eval.samples": 0, "train.batch_size": 16}
+    values |= {"eval.rows": 16, "eval.samples": 0, "train.batch_size": 16}
     values |= {"model.moe.options.sharp.temperature": 0.5, "model.moe.num_experts": 4}
     (folder / "mine.py").write_text(f"VALUES = {values!r}\n{FILE}")
     return str(folder / "mine.py")

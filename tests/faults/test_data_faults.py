@@ -98,7 +98,7 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
     key = r"config\.data\.mixture"
     for other, pattern in (
         (mixture(tmp_path, 3.0), rf"{key}\.prose\.weight is 3\.0 but the run .* has 2\.0"),
-        ({"prose": mixture(tmp_path)["prose"]}, rf"{key}\.web\.source is not set but the run"),
+        ({"prose": mixture(tmp_path)["prose"]}, rf"{key}\.web\.field is not set but the run"),
     ):
         refused(pattern, **{"data.mixture": other})
     refused(r"data\.json there: data\.tokenizer names another", **{"data.tokenizer": "bytes"})

@@ -26,9 +26,9 @@ from moe_jax.record.report import LEDGER, METRICS, Reporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
 from moe_jax.run.control import Control
-from moe_jax.run.evaluate import save_samples
 from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.loop import SAMPLES
+from moe_jax.run.samples import save_samples
 from moe_jax.watch.profile import Profiler
 from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 

@@ -9,7 +9,6 @@ import pytest
 from checkpoint_trees import make_tree, saved
 from small_run import flags, write_corpus
 
-from launch.shell import LaunchError
 from launch.sweep import _write_record
 from moe_jax.cli.train import main
 from moe_jax.data.build import Layout, build_store
@@ -115,7 +114,7 @@ def test_a_build_locks_no_file_of_another(tmp_path, mine):
 def test_a_sweep_writes_through_no_link(tmp_path, mine):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").symlink_to(mine / "file")
-    with pytest.raises(LaunchError, match=r"sweep\.json is a link to"):
+    with pytest.raises(UserError, match=r"sweep\.json is a link to"):
         _write_record(tmp_path / "sweep", {})
     assert (mine / "file").read_text() == "mine"
 

@@ -28,7 +28,7 @@ from router_cases import (
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
-from moe_jax.moe.components import make_router, refuse_lookahead
+from moe_jax.moe.components import make_components, make_router, refuse_lookahead
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.routers.expert_choice import ExpertChoiceRouter
@@ -240,11 +240,11 @@ def test_every_router_is_built_from_the_shared_knobs(name):
 def test_a_next_token_model_refuses_to_look_ahead():
     config = MoEConfig(router="expert_choice")
     with pytest.raises(UserError, match=r"expert_choice lets later tokens.*see the future.*top_k"):
-        refuse_lookahead(make_router(config), config)
+        refuse_lookahead(make_components(config), config)
     model = ModelConfig(vocab_size=16, width=8, num_layers=1, moe=config)
     with pytest.raises(UserError, match="see the future"):
         define(model, jnp.float32)
     define(dataclasses.replace(model, dense=True), jnp.float32)
     for name in sorted(set(ROUTERS) - {"expert_choice"}):
         config = MoEConfig(router=name)
-        refuse_lookahead(make_router(config), config)
+        refuse_lookahead(make_components(config), config)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import Config, TrainConfig
 from moe_jax.errors import UserError
-from moe_jax.files.seals import sealed, unsealed
+from moe_jax.files.seals import SEAL, sealed, unsealed
 from moe_jax.record.settings import (
     SETTINGS,
     Settings,
@@ -147,6 +147,7 @@ def test_the_config_of_a_version_with_another_name_for_a_key_is_read(tmp_path, b
     begins(0, 1)
     path = tmp_path / SETTINGS
     line = json.loads(path.read_text())
+    line.pop(SEAL)  # that version wrote none
     del line["config"]["eval"]["rows"]
     line["config"]["eval"]["batches"] = 3
     path.write_text(json.dumps(line) + "\n")
