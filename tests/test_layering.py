@@ -24,6 +24,7 @@ RANKS = {
     "moe_jax.ops": 3,
     "moe_jax.nn": 4,
     "moe_jax.moe.config": 5.0,
+    "moe_jax.moe.dispatch_types": 5.05,
     "moe_jax.moe.types": 5.1,
     "moe_jax.moe.balance": 5.2,
     "moe_jax.moe.groups": 5.2,

@@ -21,18 +21,11 @@ from moe_jax.moe.call import (
 )
 from moe_jax.moe.components import make_components, title_of
 from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.dispatch_types import DispatchIn
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.noise import EXPERT_DROPOUT, row_uniform
 from moe_jax.moe.routers import ROUTERS
-from moe_jax.moe.types import (
-    Dispatch,
-    DispatchIn,
-    MoEAux,
-    MoEContext,
-    Router,
-    RouterIn,
-    token_choice,
-)
+from moe_jax.moe.types import Dispatch, MoEAux, MoEContext, Router, RouterIn, token_choice
 from moe_jax.nn.ffn import DenseFFN
 from moe_jax.nn.params import (
     fan_in,

@@ -9,16 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import UserError
 from moe_jax.moe.call import FLOATS, INTEGERS, KEYS, check_array, check_tokens
+from moe_jax.moe.dispatch_types import DispatchIn
 from moe_jax.moe.experts import Experts
-from moe_jax.moe.types import (
-    Choice,
-    Dispatch,
-    DispatchIn,
-    Router,
-    RouterAux,
-    RouterIn,
-    token_choice,
-)
+from moe_jax.moe.types import Choice, Dispatch, Router, RouterAux, RouterIn, token_choice
 
 
 @dataclasses.dataclass(frozen=True)

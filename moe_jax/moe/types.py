@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
+
 
 class Mean(NamedTuple):
     """A mean kept as (sum, count), so that microbatches add both and divide once."""
@@ -199,81 +201,6 @@ class Router(Protocol):
         """State after a step, of L layers at once (leading axis).
 
         `load_LE` counts the whole batch: all microbatches, all devices.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchIn:
-    """What a dispatch path is given beside the tokens and the choice."""
-
-    mask_GS: Bool[Array, "G S"]
-    rows: int  # R
-    train: bool
-    mesh: (
-        Mesh | AbstractMesh | None
-    )  # None: XLA splits the layer as it splits the caller's own model
-    slots: int | None = None  # an expert's slots in a group where the router bounds them itself
-
-    @property
-    def expert_shards(self) -> int:
-        """Devices over which the experts are split."""
-        return 1 if self.mesh is None else self.mesh.shape["expert"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSizes:
-    """Sizes of one MoE layer in a microbatch, from which a path accounts for what it does."""
-
-    tokens: int  # of one device
-    group_tokens: int  # S
-    choices: int  # K
-    experts: int  # E, of all shards
-    expert_shards: int  # devices over which the experts are split
-
-
-class Exchange(NamedTuple):
-    """How tokens reach experts on other devices, and how their outputs come back.
-
-    `rows` is what one device holds of the buffer that an all-to-all exchanges, or what it
-    contributes to an all-gather and gets from a reduce-scatter.
-    """
-
-    dispatch: str  # "all-to-all" or "all-gather"
-    combine: str  # "all-to-all" or "reduce-scatter"
-    rows: int  # of width D
-
-
-@runtime_checkable
-class Experts(Protocol):
-    """The experts as a dispatch path sees them: a pytree of weights with two pure functions."""
-
-    @property
-    def num_experts(self) -> int:
-        """How many experts these weights hold (inside shard_map: the local ones)."""
-        ...
-
-    def border_specs(self) -> Any:
-        """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
-        ...
-
-    def packs(self, rows: int) -> bool:
-        """Whether `grouped` multiplies so many rows here as fast as `batched`."""
-        ...
-
-    def batched(self, x_END: jax.Array, weights_EN: jax.Array | None = None) -> jax.Array:
-        """Expert e on rows x_END[e], times the rows' weights where they are given.
-
-        Under tensor parallelism the partial sum of this shard.
-        """
-        ...
-
-    def grouped(
-        self, x_ND: jax.Array, sizes_E: jax.Array, weights_N: jax.Array | None = None
-    ) -> jax.Array:
-        """Expert e on its sizes_E[e] consecutive rows, times the rows' weights.
-
-        Rows past the sum of the sizes are unspecified.
         """
         ...
 

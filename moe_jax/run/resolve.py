@@ -11,8 +11,8 @@ from moe_jax.model.define import ModelDef
 from moe_jax.model.mesh_fit import mesh_fault
 from moe_jax.moe.components import Components, make_components, refuse_lookahead
 from moe_jax.moe.config import MoEConfig
+from moe_jax.moe.dispatch_types import LayerSizes
 from moe_jax.moe.groups import TOKENS_PER_EXPERT, fewest_rows
-from moe_jax.moe.types import LayerSizes
 from moe_jax.parallel.mesh import MeshConfig
 
 

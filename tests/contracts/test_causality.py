@@ -18,9 +18,10 @@ from moe_jax.model.forward import forward
 from moe_jax.model.initialize import init
 from moe_jax.moe.config import PRIORITIES, MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.dispatch_types import DispatchIn, LayerSizes
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.layer import MoE
-from moe_jax.moe.types import DispatchIn, LayerSizes, MoEContext, TokenChoice
+from moe_jax.moe.types import MoEContext, TokenChoice
 
 B, T, D, E = 8, 16, 16, 8
 ROWS = 4  # several rows share a group's slots

@@ -14,9 +14,10 @@ import pytest
 
 from moe_jax.moe.dispatch.capacity import Capacity
 from moe_jax.moe.dispatch.einsum import Einsum
+from moe_jax.moe.dispatch_types import DispatchIn
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routers import ROUTERS
-from moe_jax.moe.types import DispatchIn, TokenChoice
+from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.tools.doctor.conformance import cases
 from moe_jax.tools.doctor.conformance.cases import MESHES, E

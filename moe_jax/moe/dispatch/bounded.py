@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from moe_jax.moe.dispatch.moves import sort_by_expert
-from moe_jax.moe.types import DispatchIn, Exchange, LayerSizes, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Exchange, LayerSizes
+from moe_jax.moe.types import TokenChoice
 
 # Axes of group, row, position and choice, those that vary slowest first.
 SLOWEST_FIRST = {"token": (0, 2, 1, 3), "choice": (0, 3, 2, 1), "batch": (0, 3, 1, 2)}

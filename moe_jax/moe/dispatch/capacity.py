@@ -19,7 +19,8 @@ from moe_jax.moe.dispatch.bounded import Order, Slots, ranked, routed_ids, withi
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights
 from moe_jax.moe.dispatch.packed import packed
 from moe_jax.moe.dispatch.region import expert_region
-from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.types import TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 

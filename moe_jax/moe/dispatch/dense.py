@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.types import DispatchIn, Experts, LayerSizes, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Experts, LayerSizes
+from moe_jax.moe.types import TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)

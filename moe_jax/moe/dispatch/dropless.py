@@ -25,7 +25,8 @@ from moe_jax.moe.dispatch.bounded import Order, routed_ids, within_capacity
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
 from moe_jax.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
 from moe_jax.moe.dispatch.region import expert_region
-from moe_jax.moe.types import DispatchIn, Exchange, Experts, LayerSizes, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
+from moe_jax.moe.types import TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 

@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
-from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.mesh import BATCH_AXES
 
 

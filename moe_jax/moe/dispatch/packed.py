@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
-from moe_jax.moe.types import Experts
+from moe_jax.moe.dispatch_types import Experts
 from moe_jax.nn.remat import MOE_DISPATCHED
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.moe.types import DispatchIn, Experts, TokenChoice
+from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.collectives import varying
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.moe.types import Dispatch, Exchange
+from moe_jax.moe.dispatch_types import Exchange
+from moe_jax.moe.types import Dispatch
 from moe_jax.ops.expert_activation import ACTIVATE
 from moe_jax.parallel.rules import on_mesh, spec
 from moe_jax.run.resolve import layer_sizes
