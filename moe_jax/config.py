@@ -173,19 +173,23 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: everything that decides what it trains and how; every field has a default."""
+    """One run: everything that decides what it trains and how; every field has a default.
 
-    seed: Data[int] = 0
+    Raises:
+      UserError: an unknown precision, router or dispatch path, or a seed out of range.
+    """
+
+    seed: Data[int] = 0  # of parameters, data order and noise; 0 to 2**32 - 1
     # The compute dtype: float32 | bfloat16 | float64 (the oracle, CPU).
     precision: Training[str] = "float32"
-    mesh: MeshConfig = MeshConfig()
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    watchdog: WatchdogConfig = WatchdogConfig()
+    mesh: MeshConfig = MeshConfig()  # how the devices share the work
+    model: ModelConfig = ModelConfig()  # the shape of the Transformer
+    data: DataConfig = DataConfig()  # text, tokenizer and rows
+    optimizer: OptimizerConfig = OptimizerConfig()  # update rule and learning rate
+    train: TrainConfig = TrainConfig()  # steps, batch and what is logged
+    eval: EvalConfig = EvalConfig()  # held-out loss and samples
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when to save, what to keep
+    watchdog: WatchdogConfig = WatchdogConfig()  # seconds until a run counts as hung
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:

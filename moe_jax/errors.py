@@ -20,6 +20,9 @@ class UserError(Exception):
 
     The message is one sentence that says what to change.  Entry points print it without a
     traceback and exit 1; anything else that escapes is a bug and keeps its traceback.
+
+    Args:
+      message: the sentence; what a terminal would obey in it is escaped, and a long one is cut.
     """
 
     def __init__(self, message: str):

@@ -12,7 +12,7 @@ class Batch(NamedTuple):
     Where `loss_mask_BT` is False, target, source and bytes say nothing.
     """
 
-    tokens_BT: Any  # int32
+    tokens_BT: Any  # int32 ids, 0 to V - 1
     targets_BT: Any  # int32, the next token
     segments_BT: Any  # int32, 1.. by document within the row; 0 is padding
     positions_BT: Any  # int32, from the row's start, or the document's when confined

@@ -33,6 +33,9 @@ class DataConfig:
     """One corpus, or a weighted mixture of several, and the tokenizer they share.
 
     Paths decide nothing: the store's fingerprint tells whether text and tokenizer are the same.
+
+    Raises:
+      UserError: a value out of range, or an unknown source or key of a mixture.
     """
 
     # stdlib | text | jsonl | parquet; where `files` are named, stdlib gives way to their suffix.
@@ -41,11 +44,11 @@ class DataConfig:
     field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
     # bytes | path of a tokenizer.json | path of a SentencePiece .model.
     tokenizer: Run[str] = "bytes"
-    # Names of the tokenizer's tokens that begin and end a document, and of padding.  Empty: what
-    # tokenizer_config.json beside the tokenizer says, else well-known names.
+    # Name of the tokenizer's token that begins a document.  Empty: what tokenizer_config.json
+    # beside the tokenizer says, else a well-known name.
     bos: Run[str] = ""
-    eos: Run[str] = ""
-    pad: Run[str] = ""
+    eos: Run[str] = ""  # the same of the token that ends a document
+    pad: Run[str] = ""  # the same of padding
     begin_with_bos: Data[bool] = False  # every document begins with the bos token
     sequence_length: Data[int] = 256  # tokens a row
     # Times each source is read before the run ends; 0: for ever.  The learning rate follows the

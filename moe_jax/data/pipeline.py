@@ -33,7 +33,14 @@ class Supply(NamedTuple):
     stream: int  # whose windows do not reach for one more
 
     def text(self, streams: Sequence[str]) -> str:
-        """What is used up, for a person: all of it, or one of several `streams`."""
+        """Name in a sentence the text that is used up.
+
+        Args:
+          streams: entries of the mixture.
+
+        Returns:
+          "text of data.mixture.NAME" where there are several streams, else "text".
+        """
         return f"text of data.mixture.{streams[self.stream]}" if len(streams) > 1 else "text"
 
 
@@ -130,7 +137,14 @@ class Windows:
 
 
 class Batches:
-    """Training rows: `rows(step, row_ids)` for any step, in any order, on any host."""
+    """Training rows: `rows(step, row_ids)` for any step, in any order, on any host.
+
+    Args:
+      windows: of the training split.
+      weights: of its streams in each batch, relative to each other.
+      seed: below 2**32; orders the windows.
+      batch_size: rows per step, over all hosts.
+    """
 
     def __init__(self, windows: Windows, weights: Sequence[float], seed: int, batch_size: int):
         self.batch_size = batch_size
@@ -153,9 +167,12 @@ class Batches:
         Args:
           store: an open store; its weights mix the streams.
           seed: below 2**32; orders the windows.
-          batch_size: rows a step, over all hosts.
-          sequence_length: T.
+          batch_size: rows per step, over all hosts.
+          sequence_length: T, tokens per row.
           confine: targets and positions stop at document borders, as attention then does.
+
+        Returns:
+          Batches of NumPy rows, without end.
 
         Raises:
           UserError: a sequence longer than the split, or fewer windows than a batch has rows.
@@ -175,14 +192,17 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Windows in the training split."""
+        """The number of windows in the training split."""
         return len(self._windows)
 
     def supply(self, epochs: int) -> Supply | None:
-        """Where a stream would begin another epoch after `epochs`; None: nowhere (0, or far off).
+        """The steps until a stream would begin another epoch.
 
         Args:
           epochs: times that each window may be read; 0: for ever.
+
+        Returns:
+          Whole steps and the stream that ends them; None: no run gets there.
         """
         limits = [min(epochs * int(n), ENDLESS) for n in np.diff(self._windows.starts)]
         # Grain's length is a quotient, its order made of whole numbers: the row is near that.  What
@@ -203,7 +223,15 @@ class Batches:
         return grain.MapDataset.mix(streams, self._weights)
 
     def window_ids(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Integer[np.ndarray, "B"]:
-        """Which windows the rows of a step hold (example ids, for audits)."""
+        """The windows that the rows of a step hold, for audits.
+
+        Args:
+          step: counted from 0.
+          row_ids: rows of the global batch, 0 to batch_size - 1.
+
+        Returns:
+          int64 numbers of windows [B].
+        """
         first = step * self.batch_size
         return np.array([self._order[first + int(row)] for row in row_ids], np.int64)
 
@@ -213,6 +241,12 @@ class Batches:
         Args:
           step: counted from 0.
           row_ids: which rows, of 0 to batch_size - 1; None: all of them.
+
+        Returns:
+          NumPy arrays [B, T], B the rows asked for.
+
+        Raises:
+          UserError: tokens that cannot be read.
         """
         row_ids = np.arange(self.batch_size) if row_ids is None else row_ids
         return self._windows.batch(self.window_ids(step, row_ids), row_ids)
@@ -239,7 +273,7 @@ class HeldOut:
         Args:
           store: an open store.
           batch_size: rows that are evaluated at once.
-          sequence_length: T.
+          sequence_length: T, tokens per row.
           confine: as in training.
           rows: of the sample; 0, or more than the split has: the whole split.
 
@@ -263,7 +297,19 @@ class HeldOut:
         return math.ceil(self.num_rows / self.batch_size)
 
     def rows(self, index: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
-        """Rows `row_ids` (0 .. batch_size - 1) of batch `index`; `row_B` counts from the first."""
+        """Rows of a batch, in NumPy.
+
+        Args:
+          index: of the batch, 0 to len() - 1.
+          row_ids: which of its rows, 0 to batch_size - 1.
+
+        Returns:
+          NumPy arrays [B, T]; `row_B` counts from the first batch on.
+
+        Raises:
+          IndexError: no such batch.
+          UserError: tokens that cannot be read.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"held-out batch {index} of {len(self)}")
         places = index * self.batch_size + np.asarray(row_ids)

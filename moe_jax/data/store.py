@@ -82,26 +82,40 @@ class Split:
 class Store:
     """A finished store, open for reading."""
 
-    path: str
+    path: str  # its folder, local or gs://
     fingerprint: str  # SHA-256 over names, contents, tokenizer, split and format
     earlier: tuple[str, ...]  # fingerprints that earlier formats gave to the same tokens
     tokenizer: str  # identity of the tokenizer
-    vocab_size: int  # V
+    vocab_size: int  # V of the tokenizer
     bos_ids: tuple[int, ...]  # what every document begins with: the bos token or nothing
-    eos_id: int
-    pad_id: int
+    eos_id: int  # token that ends every document
+    pad_id: int  # token of places without text
     streams: tuple[str, ...]  # entries of the mixture, in order of their tokens
     weights: tuple[float, ...]  # of the streams in training; from the config, not from the disk
     sources: tuple[str, ...]  # labels by source id
-    train: Split
-    heldout: Split
+    train: Split  # tokens to train on
+    heldout: Split  # tokens to evaluate on
 
     def same_text(self, fingerprint: object) -> bool:
-        """Whether `fingerprint`, as a run has recorded it, is of a store with the same tokens."""
+        """True for the fingerprint of a store with the same tokens.
+
+        Args:
+          fingerprint: as a run has recorded it.
+
+        Returns:
+          True as well for one that an earlier format gave to these tokens.
+        """
         return fingerprint in (self.fingerprint, *self.earlier)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises UserError when a model with `vocab_size` ids has no row for some token here."""
+        """Refuse a model that has no row for some token of the store.
+
+        Args:
+          vocab_size: V of the model.
+
+        Raises:
+          UserError: it is smaller than that of the tokenizer.
+        """
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size is {vocab_size} but the tokenizer's ids reach "

@@ -40,22 +40,43 @@ class Tokenizer(Protocol):
     counts them.
     """
 
-    vocab_size: int  # V
+    vocab_size: int  # V: every id is below it
     bos_id: int | None  # begins every document under data.begin_with_bos; None: it has none
     eos_id: int  # ends every document
-    pad_id: int
+    pad_id: int  # stands where there is no text
     identity: str  # SHA-256 that changes when the tokens of some text would
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
-        """Token ids of a text, without any special token added."""
+        """Token ids of a text, without any special token added.
+
+        Args:
+          text: any Unicode.
+
+        Returns:
+          Ids [T].
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts at once."""
+        """`encode` of many texts at once.
+
+        Args:
+          texts: any number of them.
+
+        Returns:
+          The ids of each text.
+        """
         ...
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of token ids; bos, eos and padding become nothing, broken UTF-8 becomes U+FFFD."""
+        """Text of token ids.
+
+        Args:
+          ids: of one text; bos, eos and padding become nothing.
+
+        Returns:
+          The text, with U+FFFD for broken UTF-8.
+        """
         ...
 
 

@@ -20,20 +20,25 @@ class ModelConfig:
     """Decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE FFNs.
 
     `moe.every = 0` is not used for a dense model: set `dense = True`.
+
+    Raises:
+      UserError: a value out of range, an unknown name, or sizes that do not divide each other.
+
+    Reference: RMSNorm, arXiv 1910.07467; RoPE, arXiv 2104.09864; SwiGLU, arXiv 2002.05202.
     """
 
     vocab_size: Weights[int] = 0  # V; 0: the tokenizer's
-    num_layers: Weights[int] = 4  # L
-    width: Weights[int] = 256  # D
-    num_heads: Weights[int] = 4  # H
-    num_kv_heads: Weights[int] = 4  # J
-    head_dim: Weights[int] = 64  # A
+    num_layers: Weights[int] = 4  # L, blocks of attention and FFN
+    width: Weights[int] = 256  # D, of the residual stream
+    num_heads: Weights[int] = 4  # H, query heads
+    num_kv_heads: Weights[int] = 4  # J, key/value heads; divides H
+    head_dim: Weights[int] = 64  # A, width of a head; even
     ffn_width: Weights[int] = 1024  # F of the dense FFNs
     activation: Weights[str] = "swiglu"  # swiglu | gelu (no gate), for dense FFNs and experts alike
     qk_norm: Weights[str] = "none"  # none | head (Qwen3) | full (over the whole projection: OLMoE)
     tied_head: Weights[bool] = False  # the output head is the embedding's transpose
-    rope_theta: Weights[float] = 10_000.0
-    norm_eps: Weights[float] = 1e-5
+    rope_theta: Weights[float] = 10_000.0  # base of the rotary frequencies
+    norm_eps: Weights[float] = 1e-5  # added to the mean square in RMSNorm
     dense: Weights[bool] = False  # every FFN is dense; `moe` is ignored
     attention: Run[str] = "auto"  # auto | xla | cudnn | splash
     confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
@@ -43,8 +48,9 @@ class ModelConfig:
     cross_entropy: Run[str] = "tokens"
     # Logits that exist at once on a device, in multiples of the vocabulary.
     loss_chunk: Run[int] = 2048
+    # Of the mean logsumexp(logits)^2 in the loss (PaLM, arXiv 2204.02311, section 5); 0: off.
     logits_z_weight: Training[float] = 0.0
-    moe: MoEConfig = MoEConfig()
+    moe: MoEConfig = MoEConfig()  # of the layers that hold experts
 
     def __post_init__(self):
         for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width"):
@@ -75,10 +81,17 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> int:
-        """How many layers hold experts."""
+        """The number of layers that hold experts."""
         return sum(self.is_moe(layer) for layer in range(self.num_layers))
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) holds experts."""
+        """True for a layer that holds experts.
+
+        Args:
+          layer: its number, from 0.
+
+        Returns:
+          False for a layer with a dense FFN.
+        """
         moe = self.moe
         return not self.dense and layer >= moe.first_dense and (layer + 1) % moe.every == 0

@@ -26,10 +26,10 @@ Params = dict[str, Any]
 class ModelDef:
     """Everything about a model but its parameters."""
 
-    config: ModelConfig
+    config: ModelConfig  # the model's shape
     components: Components | None  # of its MoE layers; None: dense
     dtype: np.dtype  # of the computation; parameters are float32 or wider
-    layout: Layout
+    layout: Layout  # which layers are unrolled and which are scanned
     trunk: nnx.GraphDef  # the Transformer without its blocks
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
     abstract: Params  # jax.ShapeDtypeStruct of every parameter

@@ -75,6 +75,9 @@ def forward(
     Returns:
       The residual stream after the last norm, and MoEAux with a leading axis over MoE layers in
       their order (None where no layer holds experts).
+
+    Raises:
+      UserError: a context that the MoE layers cannot use, or rows that their groups do not divide.
     """
     config, layout = model.config, model.layout
     # Looked up while split over the width, the rows could only reach their place on the batch axes

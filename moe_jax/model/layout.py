@@ -21,10 +21,10 @@ from moe_jax.model.config import ModelConfig
 class Layout:
     """Layers [prefix, prefix + period * repeats) are scanned; all others stand by themselves."""
 
-    num_layers: int
-    prefix: int = 0
-    period: int = 1
-    repeats: int = 0
+    num_layers: int  # L, scanned or not
+    prefix: int = 0  # layers before the scanned ones; 0: none
+    period: int = 1  # layers that repeat
+    repeats: int = 0  # how often they do; 0: nothing is scanned
 
     @property
     def end(self) -> int:
@@ -32,7 +32,11 @@ class Layout:
         return self.prefix + self.period * self.repeats
 
     def unrolled(self) -> list[int]:
-        """Layers that stand by themselves."""
+        """Layers that stand by themselves.
+
+        Returns:
+          Their numbers from 0, in order.
+        """
         return [*range(self.prefix), *range(self.end, self.num_layers)]
 
 

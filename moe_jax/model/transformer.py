@@ -94,6 +94,8 @@ class Transformer(Trunk):
 
     Raises:
       UserError: no vocabulary, or routing in which later tokens decide about earlier ones.
+
+    Reference: RMSNorm, arXiv 1910.07467; RoPE, arXiv 2104.09864; SwiGLU, arXiv 2002.05202.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Transformer(Trunk):
           tokens_BT: ids below the vocabulary's size.
           positions_BT: for RoPE; None: 0 to T - 1 in each row.
           segments_BT: document of each token, 0 for padding; None: one document a row.
-          router_state, key, mesh, deterministic: as in `make_context`.
+          router_state, key, mesh, deterministic: as in `make_context`, None included.
 
         Returns:
           float32 logits, or wider.
@@ -171,10 +173,12 @@ class Transformer(Trunk):
         """What `apply` takes beside the tokens.
 
         Args:
-          tokens_BT, segments_BT: as in a call.
-          router_state: `init_router_state(config.moe, config.moe_layers)`, where the router keeps
-            any.
-          key: PRNG key, for routers that sample and for dropout in training.
+          tokens_BT: ids [B, T], as in a call.
+          segments_BT: document of each token, 0 for padding; None: one document a row.
+          router_state: `init_router_state(config.moe, config.moe_layers)`; None: for routers that
+            keep none.
+          key: PRNG key, for routers that sample and for dropout in training; None: where nothing
+            is drawn.
           mesh: of `make_mesh`; None as in `MoE`.
           deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
             module's own.
@@ -215,9 +219,12 @@ class Transformer(Trunk):
         """Logits, and what the MoE layers report.
 
         Args:
-          tokens_BT, positions_BT, segments_BT: as in a call.
+          tokens_BT, positions_BT, segments_BT: as in a call, None included.
           context: mesh, mask, keys and router state (`make_context`); `row_keys_B` are folded with
             the layer here.
+
+        Returns:
+          Logits, hidden states after the last norm, and MoEAux with a leading axis over MoE layers.
 
         Raises:
           UserError: as a call.

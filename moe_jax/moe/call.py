@@ -29,8 +29,9 @@ class LayerNeeds:
     """What MoE layers that are all alike ask of a context.
 
     Attributes:
-      router: of each; `title` names it to a person.
-      num_experts: E.
+      router: of each layer.
+      title: name of the router in error messages.
+      num_experts: E, routed experts.
       hidden: F, of an expert.
       dropout: of the experts' output.
       layers: that share the context, the leading axis of each router state; None: one layer, whose

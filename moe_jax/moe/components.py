@@ -18,13 +18,17 @@ from moe_jax.registry import build
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """What of a mixture's layers is chosen by name."""
+    """The parts of a mixture's layers that a config chooses by name."""
 
-    router: Router
-    dispatch: Dispatch
+    router: Router  # of `make_router`, or one that a program made
+    dispatch: Dispatch  # of `make_dispatch`, or one that a program made
 
     def without_drops(self) -> "Components":
-        """The same router behind a dispatch path that drops nothing."""
+        """The same router behind a dispatch path that drops nothing.
+
+        Returns:
+          These components where the path drops nothing already.
+        """
         return dataclasses.replace(self, dispatch=Dropless()) if self.dispatch.drops else self
 
 
@@ -99,6 +103,9 @@ def init_router_state(
 
     Returns:
       Name -> [layers, ...].
+
+    Raises:
+      UserError: an unknown router or knob.
     """
     return router_state(make_router(config), config.num_experts, layers, dtype)
 

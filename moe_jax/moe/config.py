@@ -17,32 +17,37 @@ MATMULS = ("compute", "float8")
 class MoEConfig:
     """Which router and dispatch path, how many experts, and what the auxiliary losses weigh.
 
-    `options` holds the knobs that belong to one router or dispatch path alone, under its name;
-    config.py fills it from their dataclasses, so a new one needs no change here.
+    Raises:
+      UserError: a value out of range.
+
+    Reference: Shazeer et al., arXiv 1701.06538; GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
     """
 
-    num_experts: Weights[int] = 8  # E
+    num_experts: Weights[int] = 8  # E, routed experts per MoE layer
     top_k: Weights[int] = 2  # K; routers with a fixed K (switch, gshard) override it
-    expert_width: Weights[int] = 1024  # F
-    router: Weights[str] = "top_k"
-    dispatch: Training[str] = "capacity"
+    expert_width: Weights[int] = 1024  # F, hidden width of one expert
+    router: Weights[str] = "top_k"  # a key of ROUTERS
+    dispatch: Training[str] = "capacity"  # a key of DISPATCH
+    # Slots of an expert in a routing group, in multiples of an even load of S * K / E assignments.
     capacity_factor: Training[float] = 1.25
-    eval_capacity_factor: Run[float] = 2.0
+    eval_capacity_factor: Run[float] = 2.0  # the same in evaluation
     # Who gets a slot first: token (causal) | choice (GShard, Switch) | batch (V-MoE, never causal).
     priority: Training[str] = "token"
     group_rows: Data[int] = 0  # rows in a routing group; 0: resolved from batch and mesh limits
     every: Weights[int] = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
-    first_dense: Weights[int] = 0  # the first layers that stay dense whatever `every` says
-    shared_experts: Weights[int] = 0  # always-on experts of expert_width beside the routed ones
-    balance_weight: Training[float] = 0.01
-    balance_scope: Training[str] = "group"  # group | row | global
-    z_weight: Training[float] = 0.001  # router z-loss (ST-MoE, arXiv 2202.08906)
-    # Of the routed experts' output, in training.  Switch (arXiv 2101.03961) drops inside the
-    # experts; at their output the mask need not travel with the tokens.
+    first_dense: Weights[int] = 0  # the first layers stay dense whatever `every` says; 0: none
+    shared_experts: Weights[int] = 0  # always-on, of expert_width, beside the routed ones; 0: none
+    balance_weight: Training[float] = 0.01  # of the balance loss; 0: off
+    balance_scope: Training[str] = "group"  # over which tokens it balances: group | row | global
+    z_weight: Training[float] = 0.001  # of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off
+    # Of the routed experts' output, in training; 0: none.  Switch (arXiv 2101.03961) drops inside
+    # the experts; at their output the mask need not travel with the tokens.
     expert_dropout: Training[float] = 0.0
     # Of the experts: compute (the model's dtype) | float8 (dispatch dropless; ops/float8.py).
     matmul: Training[str] = "compute"
     freeze_router: Training[bool] = False  # the router's parameters and state stay as they are
+    # Name of a router or dispatch path -> the knobs that belong to it alone.  config.py fills it
+    # from their dataclasses, so a new one needs no change here.
     options: Training[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

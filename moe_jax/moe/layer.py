@@ -49,7 +49,7 @@ class MoE(nnx.Module):
       width: D, of the tokens.
       activation: of the experts: swiglu or gelu.
       depth: layers of the model, for the 1 / sqrt(2 depth) in the initial output projection.
-      router, dispatch: objects in place of those that `config` names.
+      router, dispatch: objects in place of those that `config` names; None: those.
       dtype: of the computation; parameters are float32 or wider.
       rngs: gives the initial values (stream `params`).
 
@@ -129,11 +129,13 @@ class MoE(nnx.Module):
 
         Args:
           x_BTD: rows of T tokens of width D.
-          context: what the layers of a model share, in place of all other arguments.
+          context: what the layers of a model share, in place of all other arguments; None: alone.
           mask_BT: real tokens; None: all.  Routed experts give padding zero.
           token_ids_BT: for routers that read them (hash); None: all 0.
-          key: PRNG key, for routers that sample and for dropout in training.
-          router_state: of this layer, for routers that keep any (`init_router_state(config)`).
+          key: PRNG key, for routers that sample and for dropout in training; None: where nothing
+            is drawn.
+          router_state: of this layer (`init_router_state(config)`); None: for routers that keep
+            none.
           mesh: of `make_mesh`; None: that of `jax.set_mesh` if it has the same four axes, else the
             layer is left to XLA, which splits it with the caller's model (no expert parallelism).
           deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
@@ -171,7 +173,14 @@ class MoE(nnx.Module):
         return self._routed(x_BTD, context)
 
     def needs(self, layers: int | None = None) -> LayerNeeds:
-        """What it asks of a context that it shares with `layers` like it; None: it is alone."""
+        """The requirements of this layer on a context.
+
+        Args:
+          layers: layers like it that share the context; None: it is alone.
+
+        Returns:
+          Router, sizes and dropout, against which `check_call` holds a context.
+        """
         E, F = self.w_out_EFD.shape[:2]
         return LayerNeeds(self.router, self.router_title, E, F, self.expert_dropout, layers)
 

@@ -38,7 +38,10 @@ class RouterStudy:
 
         Args:
           dispatch: of `make_dispatch`.
-          train: whether its training capacity counts, not that of evaluation.
+          train: True: the capacity of training.  False: that of evaluation.
+
+        Returns:
+          A scalar from 0 to 1; 0 where nothing is dropped.
         """
         E = self.load_E.shape[0]
         tokens = self.choice[0].shape[1]

@@ -19,33 +19,46 @@ from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
 class Mean(NamedTuple):
     """A mean kept as (sum, count), so that microbatches add both and divide once."""
 
-    sum: Float[Array, "..."]
-    count: Float[Array, "..."]
+    sum: Float[Array, "..."]  # over what was counted
+    count: Float[Array, "..."]  # of tokens, 0 or more
 
     def value(self) -> Float[Array, "..."]:
-        """sum / count; 0 where nothing was counted."""
+        """The mean.
+
+        Returns:
+          sum / count; 0 where nothing was counted.
+        """
         return self.sum / jnp.maximum(self.count, 1)
 
 
 class TokenChoice(NamedTuple):
-    """Each token's experts.  `valid` says that the choice was sampled (GShard's second may not)."""
+    """The experts of each token.  GShard samples the second of them, so a choice may be invalid."""
 
-    ids_GSK: Int[Array, "G S K"]
-    weights_GSK: Float[Array, "G S K"]
-    valid_GSK: Bool[Array, "G S K"]
+    ids_GSK: Int[Array, "G S K"]  # experts, 0 to E - 1
+    weights_GSK: Float[Array, "G S K"]  # by which their outputs are added up
+    valid_GSK: Bool[Array, "G S K"]  # False: not sampled, counted as `unsampled`
 
 
 class ExpertChoice(NamedTuple):
-    """Each expert's tokens (arXiv 2202.09368): slot c of expert e holds token ids_GEC of its group.
+    """The tokens of each expert: slot c of expert e holds token ids_GEC of its group.
 
     A slot that points at a padding token stays empty.
+
+    Reference: Zhou et al., arXiv 2202.09368.
     """
 
-    ids_GEC: Int[Array, "G E C"]
-    weights_GEC: Float[Array, "G E C"]
+    ids_GEC: Int[Array, "G E C"]  # tokens of the group, 0 to S - 1
+    weights_GEC: Float[Array, "G E C"]  # by which the expert's outputs are added up
 
     def by_token(self, tokens: int) -> TokenChoice:
-        """The same pairs with K = E: token s made choice e where expert e took it."""
+        """The same pairs with K = E: token s made choice e where expert e took it.
+
+        Args:
+          tokens: S, tokens in a group.
+
+        Returns:
+          Arrays [G, S, E]; a choice is valid where the expert took the token.
+        """
         E = self.ids_GEC.shape[1]
         expert_E1 = jnp.arange(E)[:, None]
 
@@ -73,18 +86,26 @@ class Fates(NamedTuple):
     Arrays of one shape: of JAX, or of NumPy once they were read.
     """
 
-    kept: Any
+    kept: Any  # the assignment reached its expert
     dropped_capacity: Any  # the expert's slots in the group were taken
     dropped_buffer: Any  # a smaller receive buffer overflowed (dropless)
     unsampled: Any  # the router did not sample this choice
     padding: Any  # the token is padding
 
     def total(self) -> Any:
-        """All of them."""
+        """The assignments in all fields.
+
+        Returns:
+          Counts of the fields' shape.
+        """
         return self.wanted() + self.unsampled + self.padding
 
     def wanted(self) -> Any:
-        """Sampled choices of real tokens."""
+        """Sampled choices of real tokens, kept or dropped.
+
+        Returns:
+          Counts of the fields' shape.
+        """
         return self.kept + self.dropped_capacity + self.dropped_buffer
 
 
@@ -100,20 +121,24 @@ class DispatchStats(NamedTuple):
     """What became of every assignment (int32 counts); `conserved` holds in every step."""
 
     assignments: Int[Array, "*layers"]  # from the choice's shape, not from what was counted
-    fates: Fates
+    fates: Fates  # [*layers], summed over experts
     lost_tokens: Int[Array, "*layers"]  # real tokens left with no expert at all
 
     def conserved(self) -> Any:
-        """Whether every assignment is accounted for exactly once."""
+        """True where every assignment is accounted for exactly once.
+
+        Returns:
+          bool [*layers].
+        """
         return self.fates.total() == self.assignments
 
 
 class MoEAux(NamedTuple):
     """Everything one MoE layer reports; stacked over layers by the transformer."""
 
-    router: RouterAux
-    stats: DispatchStats
-    ledger: Ledger
+    router: RouterAux  # losses and entropy
+    stats: DispatchStats  # counts of assignments
+    ledger: Ledger  # the same counts by expert, position and source
 
     @property
     def load_E(self) -> Any:
@@ -123,30 +148,30 @@ class MoEAux(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RouterIn:
-    """What a router sees.  `keys_GR`: one typed PRNG key a row, so noise is free of the mesh."""
+    """The tokens of one MoE layer in their routing groups, as a router takes them."""
 
-    x_GSD: Float[Array, "G S D"]
-    token_ids_GS: Int[Array, "G S"]
+    x_GSD: Float[Array, "G S D"]  # tokens of width D, in the compute dtype
+    token_ids_GS: Int[Array, "G S"]  # vocabulary ids, for routers that read them
     mask_GS: Bool[Array, "G S"]  # real tokens
-    keys_GR: jax.Array
-    train: bool
+    keys_GR: jax.Array  # a typed PRNG key per row, so that noise does not depend on the mesh
+    train: bool  # False: no noise
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter a router asks the MoE module to own: shape, logical axes, init std."""
+    """A parameter that a router asks the MoE module to own."""
 
-    shape: tuple[int, ...]
-    logical_axes: tuple[str | None, ...]
-    std: float
+    shape: tuple[int, ...]  # sizes of its axes
+    logical_axes: tuple[str | None, ...]  # names of parallel/rules.py; None: not split
+    std: float  # of the truncated normal that it starts from
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """Float32 router state of one layer: its shape and the value it starts from."""
+    """Float32 router state of one layer."""
 
-    shape: tuple[int, ...]
-    initial: float = 0.0
+    shape: tuple[int, ...]  # sizes of its axes
+    initial: float = 0.0  # the value it starts from, 0 for a bias
 
 
 Choice = TokenChoice | ExpertChoice
@@ -179,11 +204,26 @@ class Router(Protocol):
         ...
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
-        """Parameters it needs, by name."""
+        """Parameters that one layer needs.
+
+        Args:
+          width: D, of the tokens.
+          num_experts: E, routed experts.
+
+        Returns:
+          Name -> ParamSpec; empty: none.
+        """
         ...
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
-        """What one layer carries from step to step beside parameters, by name."""
+        """State that one layer carries from step to step beside parameters.
+
+        Args:
+          num_experts: E, routed experts.
+
+        Returns:
+          Name -> StateSpec; empty: none.
+        """
         ...
 
     def route(
@@ -192,15 +232,29 @@ class Router(Protocol):
         params: Mapping[str, jax.Array],
         state: Mapping[str, jax.Array],
     ) -> tuple[Choice, RouterAux]:
-        """Choose experts for every token, padding included (dispatch ignores those)."""
+        """Choose experts for every token, padding included (dispatch ignores it).
+
+        Args:
+          inputs: tokens, mask and keys of one layer.
+          params: arrays by the names of `param_specs`.
+          state: arrays by the names of `state_specs`.
+
+        Returns:
+          The choice, with weights in float32 or wider, and losses over real tokens.
+        """
         ...
 
     def next_state(
         self, state: Mapping[str, jax.Array], load_LE: Int[Array, "L E"]
     ) -> dict[str, jax.Array]:
-        """State after a step, of L layers at once (leading axis).
+        """State after a step.
 
-        `load_LE` counts the whole batch: all microbatches, all devices.
+        Args:
+          state: arrays by the names of `state_specs`, with a leading axis over L layers.
+          load_LE: sampled assignments per expert in the whole batch: all microbatches and devices.
+
+        Returns:
+          The new state, of the same shapes.
         """
         ...
 
@@ -241,46 +295,86 @@ class Dispatch(Protocol):
         ...
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """The knob by which a later token may evict an earlier one; empty where none does."""
+        """The knob by which a later token may evict an earlier one.
+
+        Args:
+          sizes: of one layer in a microbatch.
+
+        Returns:
+          Its name and value, such as `priority choice`; empty: no later token can.
+        """
         ...
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
-        """Rows of the buffer in which the experts of one device find their tokens, in training."""
+        """Rows of the buffer in which the experts of one device find their tokens, in training.
+
+        Args:
+          sizes: of one layer in a microbatch.
+
+        Returns:
+          A number of rows of width D.
+        """
         ...
 
     def exchange(self, sizes: LayerSizes) -> Exchange | None:
-        """How tokens travel between expert shards in training; None where none do."""
+        """The communication between expert shards in training.
+
+        Args:
+          sizes: of one layer in a microbatch.
+
+        Returns:
+          The collectives and their rows; None: no token leaves its device.
+        """
         ...
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int | None:
-        """Slots an expert has for a group of `tokens` tokens; None when nothing is bounded."""
+        """Slots that an expert has in a routing group.
+
+        Args:
+          tokens: S, tokens in the group.
+          choices: K, choices per token.
+          num_experts: E, of all shards.
+          train: the capacity factor is that of training, not of evaluation.
+
+        Returns:
+          C; None: nothing is bounded per expert.
+        """
         ...
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
-        """y_GSD = sum over a token's kept choices of weight * expert(x), and kept_GSK (bool)."""
+        """Send tokens to their experts and add up what these make of them.
+
+        Args:
+          x_GSD: tokens of width D.
+          choice: experts and weights of each token (K = E where experts choose).
+          experts: the weights of those that this device holds, or of all.
+          inputs: mask, mesh and mode.
+
+        Returns:
+          y_GSD, the sum over a token's kept choices of weight * expert(x), and kept_GSK (bool),
+          the assignments that reached their expert.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEContext:
-    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static).
+    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static)."""
 
-    `router_state` has a leading axis over MoE layers, and none inside a layer.
-    """
-
-    token_ids_BT: Int[Array, "B T"]
-    mask_BT: Bool[Array, "B T"]
+    token_ids_BT: Int[Array, "B T"]  # below the vocabulary's size
+    mask_BT: Bool[Array, "B T"]  # real tokens
     row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
     mesh: (
         Mesh | AbstractMesh | None
     )  # with the axes of parallel/mesh.py; None: XLA splits the layer
-    train: bool
+    train: bool  # capacity, noise and dropout are those of training
     group_rows: int = 0  # rows in a routing group; 0: those of the layer's own config
+    # Name -> [MoE layers, ...]; inside a layer without that axis.  Empty: the router keeps none.
     router_state: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     sources_BT: Int[Array, "B T"] | None = None  # of the data, below num_sources; None: all 0
-    num_sources: int = 1
+    num_sources: int = 1  # of the data, for the ledger
 
 
 jax.tree_util.register_dataclass(

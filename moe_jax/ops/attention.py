@@ -39,19 +39,21 @@ def attention(
 
     Args:
       q_BTHA, k_BTJA, v_BTJA: queries, keys, values; J divides H.
-      segments_BT: with it, a query sees only keys of its own segment.  Padding is a segment like
-        any other, so its rows are finite and never read by real tokens.
+      segments_BT: a query sees only keys of its own segment; None: all up to its own position.
+        Padding is a segment like any other, so its rows are finite and never read by real tokens.
       mesh: batch is split over data x fsdp x expert, heads over tensor.  None or abstract:
         XLA splits the attention with what is around it, which only the reference allows.
       implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
-      layer: the layer's number, which changes no result.  No two layers of a program that takes
-        gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
+      layer: the layer's number from 0, which changes no result.  No two layers of a program that
+        takes gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
 
     Returns:
       Weighted values of every query head, in the dtype of the queries.
 
     Raises:
       UserError: unknown implementation.
+
+    Reference: Vaswani et al., arXiv 1706.03762, equation 1; grouped queries, arXiv 2305.13245.
     """
     if not isinstance(mesh, Mesh):
         implementation = "xla"

@@ -25,9 +25,9 @@ class CrossEntropy(NamedTuple):
     """Sums over the tokens that count.  Only `loss_sum` carries a gradient."""
 
     loss_sum: Float[Array, ""]  # nll_sum + z_weight * z_sum: what is minimised
-    nll_sum: Float[Array, ""]  # nats
+    nll_sum: Float[Array, ""]  # -log softmax of the targets, in nats
     z_sum: Float[Array, ""]  # sum of logsumexp(logits)^2
-    count: Float[Array, ""]  # tokens
+    count: Float[Array, ""]  # tokens that count
 
 
 def cross_entropy(
@@ -59,6 +59,8 @@ def cross_entropy(
 
     Raises:
       UserError: unknown implementation.
+
+    Reference: PaLM, arXiv 2204.02311, section 5 (the loss and its z-loss).
     """
     function = lookup(CROSS_ENTROPY, implementation, "model.cross_entropy")
     local = functools.partial(function, z_weight=z_weight, chunk=chunk)
@@ -86,6 +88,8 @@ def token_nll(
 
     Returns:
       Nats, float32 or wider [B, T].
+
+    Reference: PaLM, arXiv 2204.02311, section 5, without the z-loss.
     """
 
     def shard(x_BTD, head_DV, targets_BT):

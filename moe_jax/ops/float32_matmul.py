@@ -28,6 +28,8 @@ def float32_matmul(x: Float[Array, "*batch D"], w_DE: Float[Array, "D E"]) -> Fl
 
     In parts, w and the gradients' sums travel three times as wide between devices: D * 3E numbers,
     1.5 MB for a width of 2048 and 64 experts.
+
+    Reference: bfloat16 in three parts, arXiv 1904.06376.
     """
     if x.dtype == jnp.bfloat16 and w_DE.dtype == jnp.float32:
         return _mixed(x, w_DE)

@@ -19,12 +19,16 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the batch is split over these, in thi
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; at most one may be -1, meaning the devices that remain."""
+    """Sizes of the mesh axes, in devices; at most one may be -1, meaning the devices that remain.
 
-    data: Run[int] = -1
-    fsdp: Run[int] = 1
-    expert: Run[int] = 1
-    tensor: Run[int] = 1
+    Raises:
+      UserError: a size that is neither -1 nor at least 1, or more than one of -1.
+    """
+
+    data: Run[int] = -1  # copies of the parameters, each with its own rows
+    fsdp: Run[int] = 1  # parts of the parameters, each with its own rows
+    expert: Run[int] = 1  # parts of the experts, each with its own rows
+    tensor: Run[int] = 1  # parts of heads, hidden widths and vocabulary, with the same rows
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -35,7 +39,17 @@ class MeshConfig:
             raise UserError("mesh has more than one axis of size -1: give all but one a size.")
 
     def resolve(self, num_devices: int) -> "MeshConfig":
-        """The same sizes with -1 replaced; raises UserError if they do not fit the devices."""
+        """Replace -1 by the devices that remain.
+
+        Args:
+          num_devices: of the mesh, over all processes.
+
+        Returns:
+          Sizes that multiply to the number of devices.
+
+        Raises:
+          UserError: they do not.
+        """
         sizes = dataclasses.asdict(self)
         fixed = math.prod(size for size in sizes.values() if size != -1)
         free = [name for name, size in sizes.items() if size == -1]
@@ -57,7 +71,7 @@ class MeshConfig:
 
     @property
     def batch_shards(self) -> int:
-        """Ways the batch is split (after `resolve`)."""
+        """The number of parts into which the batch is split (after `resolve`)."""
         return self.data * self.fsdp * self.expert
 
 

@@ -87,6 +87,9 @@ class LoadedModel:
         """The model as a Flax NNX module with these weights, its layers unrolled.
 
         It holds the same arrays; those of scanned layers are slices, and so copies.
+
+        Returns:
+          A module that evaluates until `train()` is called.
         """
         config, parts, dtype = self.config, self.model.components, self.model.dtype
         module = nnx.eval_shape(lambda: Transformer(config, parts, dtype=dtype, rngs=nnx.Rngs(0)))

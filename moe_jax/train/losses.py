@@ -35,9 +35,9 @@ class LossSums(NamedTuple):
 class LossValues:
     """Means over the global batch: `total` is what was minimised."""
 
-    total: Float[Array, ""]
-    lm: Float[Array, ""]  # nats a target
-    logits_z: Float[Array, ""]
+    total: Float[Array, ""]  # lm and the other losses, weighted by the config
+    lm: Float[Array, ""]  # nats per target
+    logits_z: Float[Array, ""]  # mean squared logsumexp of the logits, unweighted
     balance: Float[Array, ""]  # mean over MoE layers, unweighted; 1 when balanced
     router_z: Float[Array, ""]  # mean over MoE layers, unweighted
 

@@ -30,6 +30,12 @@ class OptimizerConfig:
     changes by -rate(step) * (direction + weight_decay * parameter).  The direction is what the
     transformation returns, or the negated update where the function takes a `learning_rate`, such
     as optax.sgd: it is then called with 1, and without weight decay of its own.
+
+    Raises:
+      UserError: an unknown name, options that the function does not take, or a value out of range.
+
+    Reference: AdamW, arXiv 1711.05101; Adafactor, arXiv 1804.04235; the schedules cosine (SGDR,
+    arXiv 1608.03983), wsd (MiniCPM, arXiv 2404.06395) and inverse_sqrt (T5, arXiv 1910.10683).
     """
 
     # adamw | adafactor, or the dotted name of a transformation, such as optax.scale_by_lion.
@@ -37,9 +43,9 @@ class OptimizerConfig:
     # Of a dotted name alone.
     options: Training[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     learning_rate: Training[float] = 1e-3  # the peak
-    b1: Training[float] = 0.9
-    b2: Training[float] = 0.95
-    eps: Training[float] = 1e-8
+    b1: Training[float] = 0.9  # decay of Adam's first moment per step
+    b2: Training[float] = 0.95  # decay of Adam's second moment per step
+    eps: Training[float] = 1e-8  # added to the root of the second moment
     # Matrices only: norms, biases and other vectors are left out.
     weight_decay: Training[float] = 0.1
     clip_norm: Training[float] = 1.0  # global gradient norm; 0: no clipping
@@ -283,9 +289,12 @@ class Optimizer:
           config: the knobs.
           steps: length of the run, for the schedule.
           frozen: groups of parameters that never change (`ParamRule.group`).
-          transformation: in place of the one that `config.name` names.  It turns a gradient into
-            a direction, as optax's `scale_by_*` do: a parameter changes by
+          transformation: in place of the one that `config.name` names; None: that one.  It turns
+            a gradient into a direction, as optax's `scale_by_*` do: a parameter changes by
             -rate(step) * (direction + weight_decay * parameter).
+
+        Raises:
+          UserError: a run too short for the warm-up and the fall of the learning rate.
         """
         self.schedule = make_schedule(config, steps)
         self._config, self._frozen, self._given = config, frozen, transformation
@@ -294,11 +303,14 @@ class Optimizer:
         }
 
     def init(self, params: Params, rules: Params) -> Params:
-        """State: the tree of `params` with the rule's state in place of each leaf.
+        """The state before the first step.
 
         Args:
           params: the parameters.
           rules: a tree like theirs with the `ParamRule` of each (`ModelDef.rules`).
+
+        Returns:
+          The tree of `params` with the update rule's state in place of each leaf.
 
         Raises:
           UserError: a transformation of optax that cannot be applied to one of them.
@@ -310,7 +322,18 @@ class Optimizer:
     def update(
         self, gradients: Params, state: Params, params: Params, rules: Params, step: jax.Array
     ) -> tuple[Params, Params]:
-        """New parameters and state after `step` (from 0); `rules` as `init` got them."""
+        """Take one step.
+
+        Args:
+          gradients: a tree like the parameters, clipped.
+          state: of `init`, or of the step before.
+          params: the parameters.
+          rules: as `init` got them.
+          step: int32 scalar, counted from 0, which decides the learning rate.
+
+        Returns:
+          New parameters and new state; those of frozen groups as they were.
+        """
         rate = self.schedule(step)
 
         def one(rule, param, gradient, state):

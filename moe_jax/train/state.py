@@ -30,7 +30,7 @@ class TrainState:
     """
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
-    params: Params
+    params: Params  # in float32 or wider (define.py)
     optimizer: Params  # the state of each parameter in its place
     router: Mapping[str, Any]  # name -> [MoE layers, ...]; empty for most routers
     guard: dict[str, Any]  # name -> scalar (guard.py)
@@ -53,6 +53,9 @@ def init_train_state(
 
     Returns:
       A state whose parameters are the same for any mesh and layout.
+
+    Raises:
+      UserError: an optimizer that cannot be applied to one of the parameters.
     """
     where = state_shardings(model, optimizer, mesh)
     params = init_on(model, key, where.params)

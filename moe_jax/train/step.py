@@ -30,14 +30,14 @@ RouterState: TypeAlias = Mapping[str, jax.Array]  # name -> [MoE layers, ...]
 class StepMetrics:
     """What one step reports, on the device until somebody reads it."""
 
-    loss: LossValues
-    grad_norm: Float[Array, ""]  # before clipping
-    learning_rate: Float[Array, ""]
+    loss: LossValues  # means over the batch: the total and its parts
+    grad_norm: Float[Array, ""]  # global, before clipping
+    learning_rate: Float[Array, ""]  # of this step
     tokens: Float[Array, ""]  # real tokens
     skipped: Bool[Array, ""]  # refused: the state is as it was, but for step counter and guard
     spike: Bool[Array, ""]  # refused though finite: far above the running means
     guard: Guard  # after the step; a refused one leaves the means it was compared with
-    moe: MoEAux | None  # summed over microbatches, one entry a MoE layer
+    moe: MoEAux | None  # summed over microbatches, one entry per MoE layer; None: no experts
 
 
 jax.tree_util.register_dataclass(StepMetrics)
@@ -45,9 +45,9 @@ jax.tree_util.register_dataclass(StepMetrics)
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What the step needs beside the model and the optimizer."""
+    """Knobs of the train step beside the model and the optimizer."""
 
-    seed: int = 0  # of the routers' noise
+    seed: int = 0  # of the routers' noise and the dropout; 0 or more
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
     spike_factor: float = 100.0  # times their running means; 0: finite steps are never refused
     num_sources: int = 1  # of the data, for the ledger
@@ -117,6 +117,10 @@ def make_train_step(
 
     Returns:
       (state, batch [accumulation, rows, T]) -> (state, metrics).
+
+    Raises:
+      UserError: by the function that is returned, for rows of a microbatch that the routing groups
+        or the mesh do not divide.
     """
     gradients = make_gradients(model, options, mesh)
 
@@ -193,6 +197,9 @@ def jit_train_step(
     Returns:
       (state, batch of `put_batch`) -> (state, metrics): a step whose loss or gradient is not
       finite, or far above its mean, leaves the state as it was.
+
+    Raises:
+      UserError: as `make_train_step`, when a batch of a new shape is compiled.
     """
     step = make_train_step(model, optimizer, options, mesh)
     where = state_shardings(model, optimizer, mesh)

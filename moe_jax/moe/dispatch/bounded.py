@@ -63,9 +63,10 @@ def _take_tokens(a_GN, tokens_GS):
 class Slots:
     """The knobs of a dispatch path with bounded slots per expert and group."""
 
+    # Slots of an expert in a group, in multiples of an even load of S * K / E assignments.
     capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
-    priority: str = "token"
+    eval_capacity_factor: float = 2.0  # the same in evaluation
+    priority: str = "token"  # which assignments get a slot first: token | choice | batch
 
     @property
     def drop_cause(self) -> str:

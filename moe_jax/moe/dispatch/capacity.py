@@ -27,7 +27,10 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Slots):
-    """Bounded slots per expert and group; expert parallelism by all-to-all."""
+    """Bounded slots per expert and group; expert parallelism by all-to-all.
+
+    Reference: GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
+    """
 
     @property
     def weighs_hidden(self) -> bool:

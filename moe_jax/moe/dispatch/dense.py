@@ -11,7 +11,10 @@ from moe_jax.moe.types import TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """No transport and no drop: y = sum_e weight_e * expert_e(x)."""
+    """No transport and no drop: y = sum_e weight_e * expert_e(x).
+
+    Reference: Shazeer et al., arXiv 1701.06538, equation 1.
+    """
 
     @property
     def drop_cause(self) -> str:

@@ -33,14 +33,19 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 
 @dataclasses.dataclass(frozen=True)
 class Dropless:
-    """Every sampled choice of a real token reaches its expert.
+    """Every sampled choice of a real token reaches its expert, unless `recv_factor` is set.
 
-    `recv_factor` bounds the receive buffer across expert shards, in multiples of an even load; 0
-    means no bound: nothing is dropped.  A bound saves memory, and traffic between many shards, and
-    makes dropping depend on the mesh; overflow is counted as `dropped_buffer`.  Earlier positions
-    enter the buffers first, whatever `priority` says, so no later token evicts an earlier one.
+    A bound saves memory, and traffic between many shards, and makes dropping depend on the mesh;
+    overflow is counted as `dropped_buffer`.  Earlier positions enter the buffers first, whatever
+    `priority` says, so no later token evicts an earlier one.
+
+    Raises:
+      UserError: a recv_factor that is neither 0 nor at least 1.
+
+    Reference: MegaBlocks, arXiv 2211.15841.
     """
 
+    # Rows of a shard's receive buffer, in multiples of an even load; 0: no bound, nothing dropped.
     recv_factor: Training[float] = 0.0
 
     def __post_init__(self):

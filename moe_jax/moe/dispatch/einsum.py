@@ -19,7 +19,10 @@ from moe_jax.parallel.mesh import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Einsum(Slots):
-    """One-hot dispatch and combine, with capacity and the drop order of bounded.py."""
+    """One-hot dispatch and combine, with capacity and the drop order of bounded.py.
+
+    Reference: GShard, arXiv 2006.16668.
+    """
 
     @property
     def weighs_hidden(self) -> bool:

@@ -19,9 +19,11 @@ class ExpertChoiceRouter(LinearRouter):
     experts take equally many real tokens of a group and the balance loss is 1 without a gradient.
 
     A token's experts depend on the tokens after it: never for a next-token model.
+
+    Reference: Zhou et al., arXiv 2202.09368.
     """
 
-    top_k: int = 2
+    top_k: int = 2  # experts that a token gets on average
 
     @property
     def choices(self) -> int:

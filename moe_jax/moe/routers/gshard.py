@@ -17,9 +17,11 @@ class GShard(LinearRouter):
 
     In training the second is dispatched with probability min(1, 2 * g2), g2 its renormalised
     weight; otherwise always.  The balance loss counts first choices, as in the paper.
+
+    Reference: Lepikhin et al., arXiv 2006.16668.
     """
 
-    random_second: Training[bool] = True
+    random_second: Training[bool] = True  # False: the second is always dispatched
 
     @property
     def choices(self) -> int:

@@ -19,13 +19,18 @@ class Hash:
 
     The table gives every expert equally many of its `table_size` ids; larger ids wrap.  There is
     nothing to learn and nothing depends on the activations.
+
+    Raises:
+      UserError: a table smaller than the number of experts, or a negative seed.
+
+    Reference: Roller et al., arXiv 2106.04426.
     """
 
-    num_experts: int = 8
-    top_k: int = 2
-    balance_scope: str = "group"
-    table_size: Weights[int] = 65536
-    seed: Weights[int] = 0
+    num_experts: int = 8  # E, routed experts
+    top_k: int = 2  # K, experts per token
+    balance_scope: str = "group"  # over which tokens balance is measured: group | row | global
+    table_size: Weights[int] = 65536  # ids in the table, best the size of the vocabulary
+    seed: Weights[int] = 0  # of the table, 0 or more
 
     def __post_init__(self):
         option = "model.moe.options.hash"
@@ -39,7 +44,7 @@ class Hash:
 
     @property
     def choices(self) -> int:
-        """K."""
+        """K, the experts of a token."""
         return self.top_k
 
     @property

@@ -20,9 +20,16 @@ from moe_jax.ops.float32_matmul import float32_matmul
 class LinearRouter:
     """Knobs and defaults of a router with one [D, E] matrix, whose tokens choose.
 
-    `jitter` multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch).
-    `logit_cap` c bounds logits smoothly, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0: off.
-    `num_experts` E is that of the config it was made from, for a study without a layer; 0: unknown.
+    Attributes:
+      num_experts: E of the config it was made from, for a study without a layer; 0: unknown.
+      balance_scope: over which tokens the balance loss is taken: group, row or global.
+      jitter: j; in training the router's input is multiplied by U(1 - j, 1 + j) (Switch); 0: off.
+      logit_cap: c, which bounds logits smoothly, c * tanh(logits / c) (Gemma 2); 0: off.
+
+    Raises:
+      UserError: a jitter or a cap out of range.
+
+    Reference: Switch, arXiv 2101.03961 (jitter); Gemma 2, arXiv 2408.00118 (cap on logits).
     """
 
     # Beside a layer the matrix decides, so routers that differ in it alone are the same.
@@ -60,14 +67,32 @@ class LinearRouter:
         return dict(state)
 
     def logits(self, inputs: RouterIn, kernel_DE: Float[Array, "D E"]) -> Float[Array, "G S E"]:
-        """Router logits in at least float32."""
+        """Router logits, jittered in training and capped.
+
+        Args:
+          inputs: tokens and keys of one layer.
+          kernel_DE: the router's matrix.
+
+        Returns:
+          [G, S, E] in float32 or wider.
+        """
         logits_GSE = linear_logits(inputs, kernel_DE, self.jitter)
         if self.logit_cap:
             logits_GSE = self.logit_cap * jnp.tanh(logits_GSE / self.logit_cap)
         return checkpoint_name(logits_GSE, ROUTER_LOGITS)
 
     def aux(self, inputs: RouterIn, logits_GSE, probs_GSE, ids_GSK) -> RouterAux:
-        """Balance over the choices in `ids_GSK`, z-loss and entropy."""
+        """Losses and statistics of a choice.
+
+        Args:
+          inputs: gives the real tokens and the rows of a group.
+          logits_GSE: of which the z-loss is taken.
+          probs_GSE: probabilities of each token, which sum to 1.
+          ids_GSK: the choices that the balance loss counts.
+
+        Returns:
+          Balance loss, z-loss and entropy (nats), over real tokens.
+        """
         rows = inputs.keys_GR.shape[1]
         balance = balance_loss(
             probs_GSE, ids_GSK, inputs.mask_GS, scope=self.balance_scope, rows=rows

@@ -26,9 +26,14 @@ class NoisyTopK(LinearRouter):
     of weights, load its expected number of tokens: differentiable, from the probability that an
     expert would be kept if its own noise were drawn again.  Without noise load is the number of
     tokens.  z-loss and entropy are of the logits without noise.
+
+    Raises:
+      UserError: K = 1, which gives the router no gradient.
+
+    Reference: Shazeer et al., arXiv 1701.06538, equations 3 to 11.
     """
 
-    top_k: int = 2
+    top_k: int = 2  # K, experts per token
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,7 +46,7 @@ class NoisyTopK(LinearRouter):
 
     @property
     def choices(self) -> int:
-        """K."""
+        """K, the experts of a token."""
         return self.top_k
 
     @property

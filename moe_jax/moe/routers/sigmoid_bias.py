@@ -20,18 +20,23 @@ class SigmoidBias(LinearRouter):
     over the whole batch and falls if it got more.  Nothing else moves it: it has no gradient.
 
     With `expert_groups` above 1 only the `top_groups` groups whose two best biased scores have the
-    largest sum stay in the choice (8 and 4 in DeepSeek-V3).  `renormalize` divides the weights by
-    their sum; `routed_scale` then multiplies them (2.5 there).  Its sequence-wise balance loss is
+    largest sum stay in the choice.  The paper's sequence-wise balance loss is
     model.moe.balance_scope=row with model.moe.balance_weight=0.0001.
+
+    Raises:
+      UserError: a knob out of range, groups that do not divide the experts or leave fewer than K,
+        or renormalized weights with K = 1, which give the router no gradient.
+
+    Reference: DeepSeek-V3, arXiv 2412.19437, equations 12 to 20.
     """
 
-    num_experts: int = 8
-    top_k: int = 2
-    expert_groups: Training[int] = 1
-    top_groups: Training[int] = 1
-    renormalize: Training[bool] = True
-    routed_scale: Training[float] = 1.0
-    update_rate: Training[float] = 0.001
+    num_experts: int = 8  # E, routed experts
+    top_k: int = 2  # K, experts per token
+    expert_groups: Training[int] = 1  # groups of neighbouring experts (8 in DeepSeek-V3)
+    top_groups: Training[int] = 1  # those of them that stay in a token's choice (4 there)
+    renormalize: Training[bool] = True  # divide the K weights by their sum
+    routed_scale: Training[float] = 1.0  # multiplies the weights after that (2.5 there)
+    update_rate: Training[float] = 0.001  # of the bias per step; 0: it stays as it is
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,7 +68,7 @@ class SigmoidBias(LinearRouter):
 
     @property
     def choices(self) -> int:
-        """K."""
+        """K, the experts of a token."""
         return self.top_k
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
@@ -92,7 +97,14 @@ class SigmoidBias(LinearRouter):
         return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK)
 
     def limit_groups(self, biased_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
-        """Biased scores, -inf for the experts of groups that do not stay."""
+        """Take the experts of the weaker groups out of the choice.
+
+        Args:
+          biased_GSE: scores with the bias.
+
+        Returns:
+          The same scores, -inf for the experts of groups that do not stay.
+        """
         n = self.expert_groups
         if self.top_groups == n:
             return biased_GSE

@@ -15,13 +15,15 @@ class Soft(LinearRouter):
     """Every expert for every token, weighted by the softmax: K = E, the router fully trained.
 
     Each expert gets every token, so the balance loss is 1 without a gradient.
+
+    Reference: Jacobs et al., 1991; Shazeer et al., arXiv 1701.06538, without its sparsity.
     """
 
-    num_experts: int = 8
+    num_experts: int = 8  # E, experts per token
 
     @property
     def choices(self) -> int:
-        """E."""
+        """E, the experts of a token."""
         return self.num_experts
 
     def route(self, inputs: RouterIn, params, state):

@@ -16,9 +16,11 @@ class Switch(LinearRouter):
 
     Taking the softmax after the top-1 instead would make every weight 1 and leave the router
     without a language-model gradient.
+
+    Reference: Fedus et al., arXiv 2101.03961.
     """
 
-    jitter: Training[float] = 0.01
+    jitter: Training[float] = 0.01  # multiplies the input by U(0.99, 1.01); 0: off
 
     @property
     def choices(self) -> int:

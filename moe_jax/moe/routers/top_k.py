@@ -15,11 +15,15 @@ from moe_jax.moe.types import RouterIn, TokenChoice
 class TopK(LinearRouter):
     """The K most probable experts under the softmax over all of them.
 
-    `renormalize` makes the K weights sum to one (Mixtral, Qwen3-MoE); without it they keep their
-    share of the full softmax (OLMoE).
+    Raises:
+      UserError: renormalized weights with K = 1, which give the router no gradient.
+
+    Reference: Mixtral, arXiv 2401.04088; OLMoE, arXiv 2409.02060; Qwen3, arXiv 2505.09388.
     """
 
-    top_k: int = 2
+    top_k: int = 2  # K, experts per token
+    # True: the K weights sum to one (Mixtral, Qwen3-MoE).  False: they keep their share of the full
+    # softmax (OLMoE).
     renormalize: Training[bool] = True
 
     def __post_init__(self):
@@ -32,7 +36,7 @@ class TopK(LinearRouter):
 
     @property
     def choices(self) -> int:
-        """K."""
+        """K, the experts of a token."""
         return self.top_k
 
     def route(self, inputs: RouterIn, params, state):
