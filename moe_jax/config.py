@@ -66,10 +66,10 @@ _RENAMED = {
 class TrainConfig:
     """How long, how large a batch, and what is logged."""
 
-    steps: Training[int] = 200
+    steps: Training[int] = 200  # length of the run
     batch_size: Data[int] = 32  # rows a step, over all devices and microbatches
     accumulation: Training[int] = 1  # microbatches a step
-    log_every: Run[int] = 10
+    log_every: Run[int] = 10  # steps between rows of metrics
     # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile.
     profile_steps: Run[str] = ""
     deterministic: Run[bool] = False  # NVIDIA: kernels that repeat bit for bit, at a cost
@@ -122,8 +122,8 @@ class EvalConfig:
     every: Run[int] = 100  # steps; 0: only at the end
     rows: Run[int] = 512  # held-out rows an evaluation; 0: the whole split
     samples: Run[int] = 2  # texts generated at the end
-    sample_tokens: Run[int] = 200
-    sample_prompt: Run[str] = "def "
+    sample_tokens: Run[int] = 200  # per text, after the prompt
+    sample_prompt: Run[str] = "def "  # each text begins with it
     temperature: Run[float] = 0.8  # 0: greedy
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class CheckpointConfig:
 
     every_steps: Run[int] = 100  # 0: off
     every_minutes: Run[float] = 30.0  # 0: off
-    keep_last: Run[int] = 3
+    keep_last: Run[int] = 3  # newest checkpoints, 1 or more
     keep_every: Run[int] = 0  # also keep every n-th step for good; 0: off
 
     def __post_init__(self):
@@ -153,7 +153,7 @@ class CheckpointConfig:
 class WatchdogConfig:
     """Seconds after which a run counts as hung and ends with exit code 42; 0: never."""
 
-    compile: Run[float] = 7200.0
+    compile: Run[float] = 7200.0  # the train step
     step: Run[float] = 1800.0  # one step, or what several hosts agree on between two
     data: Run[float] = 1800.0  # a batch
     # Copying one to the host, waiting for one that is written, loading.

@@ -55,8 +55,8 @@ ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 class Layout:
     """Sizes of the token arrays' chunks and files."""
 
-    chunk: int = CHUNK_TOKENS
-    shard: int = SHARD_TOKENS
+    chunk: int = CHUNK_TOKENS  # tokens that are read at once
+    shard: int = SHARD_TOKENS  # tokens in a file
 
 
 def build_store(

@@ -62,9 +62,9 @@ _CUT = re.compile(f"({_NONCHARACTER})")
 class SpecialNames(NamedTuple):
     """Names of the tokens that begin and end a document, and of padding; empty: to be found."""
 
-    bos: str = ""
-    eos: str = ""
-    pad: str = ""
+    bos: str = ""  # begins every document
+    eos: str = ""  # ends every document
+    pad: str = ""  # stands where there is no text
 
 
 UNNAMED = SpecialNames()

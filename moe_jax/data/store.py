@@ -39,14 +39,12 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One token stream of a store.
+    """One token stream of a store."""
 
-    `documents` [documents, 3] is held in memory (24 bytes a document): the document's first
-    token, its UTF-8 bytes (one more for its eos) and its source id.
-    """
-
-    path: str
-    tokens: ts.TensorStore
+    path: str  # its folder, local or gs://
+    tokens: ts.TensorStore  # uint16 or uint32 ids, read when they are asked for
+    # First token of each document, its UTF-8 bytes (one more for its eos) and its source id: held
+    # in memory, 24 bytes per document.
     documents: Integer[np.ndarray, "N 3"]
     bounds: Integer[np.ndarray, "M"]  # first token of each entry of the mixture, then the length
     vocab_size: int  # V of the tokenizer: every id is below it
@@ -58,6 +56,12 @@ class Split:
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Tokens [start, stop) of each range, read concurrently.
+
+        Args:
+          ranges: pairs of start and stop, in tokens.
+
+        Returns:
+          The ids of each range.
 
         Raises:
           UserError: a chunk that is missing or does not match its checksum, or a token id that the

@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool
 class DispatchIn:
     """What a dispatch path is given beside the tokens and the choice."""
 
-    mask_GS: Bool[Array, "G S"]
-    rows: int  # R
-    train: bool
+    mask_GS: Bool[Array, "G S"]  # real tokens
+    rows: int  # R, rows in a group
+    train: bool  # the capacity factor is that of training
     mesh: (
         Mesh | AbstractMesh | None
     )  # None: XLA splits the layer as it splits the caller's own model
-    slots: int | None = None  # an expert's slots in a group where the router bounds them itself
+    slots: int | None = None  # of an expert in a group; None: the router does not bound them
 
     @property
     def expert_shards(self) -> int:
@@ -35,8 +35,8 @@ class LayerSizes:
     """Sizes of one MoE layer in a microbatch, from which a path accounts for what it does."""
 
     tokens: int  # of one device
-    group_tokens: int  # S
-    choices: int  # K
+    group_tokens: int  # S, tokens in a group
+    choices: int  # K, choices per token
     experts: int  # E, of all shards
     expert_shards: int  # devices over which the experts are split
 
@@ -59,29 +59,51 @@ class Experts(Protocol):
 
     @property
     def num_experts(self) -> int:
-        """How many experts these weights hold (inside shard_map: the local ones)."""
+        """The number of experts that these weights hold (inside shard_map: the local ones)."""
         ...
 
     def border_specs(self) -> Any:
-        """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
+        """PartitionSpecs at the border of a dispatch region.
+
+        Returns:
+          A pytree like the weights, split over expert and tensor only.
+        """
         ...
 
     def packs(self, rows: int) -> bool:
-        """Whether `grouped` multiplies so many rows here as fast as `batched`."""
+        """True where `grouped` is as fast per row as `batched`.
+
+        Args:
+          rows: N, of all experts of this device.
+
+        Returns:
+          False where the grouped matmul has no kernels for these shapes.
+        """
         ...
 
     def batched(self, x_END: jax.Array, weights_EN: jax.Array | None = None) -> jax.Array:
-        """Expert e on rows x_END[e], times the rows' weights where they are given.
+        """Expert e on rows x_END[e].
 
-        Under tensor parallelism the partial sum of this shard.
+        Args:
+          x_END: N rows for each expert.
+          weights_EN: by which each row's output is multiplied; None: by 1.
+
+        Returns:
+          [E, N, D]; under tensor parallelism the partial sum of this shard.
         """
         ...
 
     def grouped(
         self, x_ND: jax.Array, sizes_E: jax.Array, weights_N: jax.Array | None = None
     ) -> jax.Array:
-        """Expert e on its sizes_E[e] consecutive rows, times the rows' weights.
+        """Expert e on its sizes_E[e] consecutive rows.
 
-        Rows past the sum of the sizes are unspecified.
+        Args:
+          x_ND: rows, sorted by expert.
+          sizes_E: int32 rows of each expert.
+          weights_N: by which each row's output is multiplied; None: by 1.
+
+        Returns:
+          [N, D]; rows past the sum of the sizes are unspecified.
         """
         ...
