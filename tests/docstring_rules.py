@@ -259,15 +259,15 @@ def resolved(node: ast.expr, function: Any, owner: type | None) -> Any:
     return None
 
 
-def handed_out(functions: Iterable[Any], public: Iterable[type]) -> set[type]:
-    """The package's classes that functions return, or that stand in fields of those.
+def named_by(functions: Iterable[Any], public: Iterable[type]) -> set[type]:
+    """The package's classes that functions take or return, or that stand in fields of those.
 
     Args:
-      functions: whose annotations say what they return.
+      functions: whose annotations say so.
       public: classes that are known already, whose fields are not looked into.
     """
     found, public = set(), set(public)
-    waiting = [hints_of(function).get("return") for function in functions]
+    waiting = [hint for function in functions for hint in hints_of(function).values()]
     while waiting:
         hint = waiting.pop()
         if inspect.isclass(hint) and is_ours(hint) and hint not in found | public:

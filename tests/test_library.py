@@ -1,5 +1,6 @@
 """docs/library.md: every block runs as written, one after the other, in a folder of its own."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -60,7 +61,7 @@ def test_the_routers_state_of_the_page_follows_the_load(names):
 
 
 def public() -> dict[str, Any]:
-    """Name -> function or class of the three namespaces, of their tables, or returned by these."""
+    """Functions and classes of the namespaces, of their tables, or in signatures of these."""
     spaces = {"moe_jax": moe_jax, "moe_jax.data": moe_jax.data, "moe_jax.ops": moe_jax.ops}
     found = {
         f"{title}.{name}": inspect.unwrap(getattr(space, name))
@@ -73,7 +74,7 @@ def public() -> dict[str, Any]:
     classes = {one for one in found.values() if inspect.isclass(one)}
     called = [one for one in found.values() if inspect.isfunction(one)]
     called += [method for cls in classes for method in docstring_rules.methods(cls)]
-    for cls in sorted(docstring_rules.handed_out(called, classes), key=str):
+    for cls in sorted(docstring_rules.named_by(called, classes), key=str):
         found[f"{cls.__module__}.{cls.__name__}"] = cls
     return found
 
@@ -115,6 +116,17 @@ def test_public_names_say_what_they_take(name):
         faults = docstring_rules.class_faults(name, found, contract(found))
     known = [f"{NEVER_RAISE[name]} has no Raises with UserError"] if name in NEVER_RAISE else []
     assert list(faults) == known
+
+
+def test_every_config_key_says_what_it_is():
+    sections = [field.type for field in dataclasses.fields(moe_jax.Config)]
+    faults = [
+        fault
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for fault in docstring_rules.field_faults(section.__name__, section)
+    ]
+    assert faults == []
 
 
 def test_published_methods_have_a_reference():
