@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from moe_jax.config import Config, to_flat_dict
 from moe_jax.errors import UserError
@@ -12,6 +15,16 @@ from moe_jax.record.provenance import package_versions
 from moe_jax.run.context import Run
 from moe_jax.run.resume import data_record
 
+# Settings of JAX that change numbers or programs, by the environment as by a caller.
+_OF_JAX = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+_OF_COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_OF_ONE_HOST = ("--xla_dump", "--xla_force_host_platform_device_count")
 NAMED = 3  # differences that a sentence names
 LONGEST = 80  # characters of a value in it
 _PARTS = {
@@ -36,7 +49,9 @@ def check_start(config: Config | None, flags: Mapping[str, Any]) -> None:
     mine = {f"config.{key}": value for key, value in _flat(config).items()}
     mine |= {f"--{name}": value for name, value in flags.items()}
     mine |= {f"the version of {name}": found for name, found in package_versions().items()}
-    _check("start", mine, "start all processes with the same command and packages")
+    mine |= _settings()
+    advice = "start all processes with the same command, packages and environment"
+    _check("start", mine, advice)
 
 
 def check_run(run: Run, alive: Callable[[], None]) -> None:
@@ -80,6 +95,15 @@ def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
         parts = [f"{_short(value)} on {_processes(which)}" for value, which in holders.items()]
         said.append(f"{key} is {' and '.join(parts)}")
     return ", ".join(said) + (f", and {more} more differ" if more else "")
+
+
+def _settings() -> dict[str, str]:
+    """What decides numbers and programs and is in no config."""
+    found = {name.upper(): repr(getattr(jax.config, name, None)) for name in _OF_JAX}
+    for name in _OF_COMPILERS:
+        flags = os.environ.get(name, "").split()
+        found[name] = " ".join(sorted(flag for flag in flags if not flag.startswith(_OF_ONE_HOST)))
+    return found
 
 
 def _check(

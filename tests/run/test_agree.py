@@ -38,14 +38,16 @@ def test_what_differs_is_named_with_values_and_processes(data, processes):
         assert f"and {len(different) - NAMED} more differ" in said
 
 
-# A package of another version on one of two hosts.
+# A package of another version and another setting of JAX on one of two hosts.
 OTHER_JAX = """
 import sys
+import jax
 import moe_jax.run.agree
 from moe_jax.cli.exit import run
 from moe_jax.cli.train import main
 
 if "--process_id=1" in sys.argv:
+    jax.config.update("jax_threefry_partitionable", False)
     found = moe_jax.run.agree.package_versions()
     moe_jax.run.agree.package_versions = lambda: found | {"jaxlib": "0.0.1"}
 sys.argv[0] = "moe_jax train"
@@ -112,7 +114,7 @@ def test_other_values_on_one_process(two, tmp_path, different):
     [said] = sentences(two(*each))
     for key, (here, there) in different.items():
         assert f"config.{key} is {here} on process 0 and {there} on process 1" in said
-    assert said.endswith(": start all processes with the same command and packages.")
+    assert said.endswith(": start all processes with the same command, packages and environment.")
     assert not (tmp_path / "run").exists()
 
 
@@ -120,6 +122,7 @@ def test_another_flag_and_another_package(two, tmp_path):
     [said] = sentences(two(["--init_from=here"], ["--init_from=there"], ("-c", OTHER_JAX)))
     assert "--init_from is 'here' on process 0 and 'there' on process 1" in said
     assert "the version of jaxlib is '" in said and "' on process 0 and '0.0.1' on process" in said
+    assert "JAX_THREEFRY_PARTITIONABLE is 'True' on process 0 and 'False' on process 1" in said
     assert not (tmp_path / "run").exists()
 
 
