@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -59,6 +59,14 @@ class Layout:
     shard: int = SHARD_TOKENS  # tokens in a file
 
 
+class Fingerprints(NamedTuple):
+    """SHA-256 of all that decides what a store holds; folders and weights do not."""
+
+    fingerprint: str  # names the store's folder
+    content: str  # without the names of files, which only label their text
+    earlier: tuple[str, ...]  # what earlier formats gave to a store of the same tokens
+
+
 def build_store(
     config: DataConfig,
     root: str | os.PathLike,
@@ -90,14 +98,14 @@ def build_store(
     tokenizer = config_tokenizer(config)
     turn = Turn(alive)
     streams = find_streams(config, turn.alive)
-    fingerprint, earlier = store_fingerprints(config, streams, tokenizer, layout)
-    path = root / fingerprint[:16]
+    known = store_fingerprints(config, streams, tokenizer, layout)
+    path = root / known.fingerprint[:16]
     if read_manifest(path) is None:  # a finished store may lie where nobody can write
-        with turn(root, fingerprint[:16]):
+        with turn(root, path.name):
             if read_manifest(path) is None:  # nobody built it while this process waited
                 say(f"building the store {path}")
-                _write(path, config, streams, tokenizer, layout, fingerprint, say)
-    store = _opened(path, streams, fingerprint, earlier)
+                _write(path, config, streams, tokenizer, layout, known.fingerprint, say)
+    store = _opened(path, streams, known)
     for line in share_warnings(store, config):
         say(line)
     return store
@@ -110,18 +118,16 @@ def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout())
       UserError: as `build_store`, or the store is not there.
     """
     tokenizer, streams = config_tokenizer(config), find_streams(config)
-    fingerprint, earlier = store_fingerprints(config, streams, tokenizer, layout)
-    path = _checked_root(root) / fingerprint[:16]
+    known = store_fingerprints(config, streams, tokenizer, layout)
+    path = _checked_root(root) / known.fingerprint[:16]
     if read_manifest(path) is None:
         raise UserError(f"There is no store {path}: build it with python -m moe_jax data.")
-    return _opened(path, streams, fingerprint, earlier)
+    return _opened(path, streams, known)
 
 
-def _opened(
-    path: epath.Path, streams: tuple[Stream, ...], fingerprint: str, earlier: tuple[str, ...]
-) -> Store:
-    store = open_store(path, [stream.weight for stream in streams], earlier)
-    if store.fingerprint != fingerprint:
+def _opened(path: epath.Path, streams: tuple[Stream, ...], known: Fingerprints) -> Store:
+    store = open_store(path, [stream.weight for stream in streams], known.earlier, known.content)
+    if store.fingerprint != known.fingerprint:
         raise UserError(f"{path} holds another store than its name says: delete it.")
     return store
 
@@ -142,21 +148,18 @@ def _checked_root(root: str | os.PathLike) -> epath.Path:
 
 def store_fingerprints(
     config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: Layout
-) -> tuple[str, tuple[str, ...]]:
-    """SHA-256 of all that decides what a store holds; paths and weights do not.
-
-    Returns:
-      The fingerprint, and those that earlier formats gave to a store of the same tokens.
-    """
+) -> Fingerprints:
+    """The fingerprints of the store of a config."""
     fraction = config.heldout_fraction
+    digests = [list(stream.digests()) for stream in streams]  # reads every file
     payload: dict[str, Any] = {
         "format": 2,
         "layout": dataclasses.asdict(layout),
         "tokenizer": tokenizer.identity,
         "heldout_fraction": fraction,
         "streams": [
-            [stream.name, stream.kind, stream.field, stream.sources, list(stream.digests())]
-            for stream in streams
+            [stream.name, stream.kind, stream.field, stream.sources, files]
+            for stream, files in zip(streams, digests, strict=True)
         ],
     }
     heldout = [len(stream.heldout_files) for stream in streams]
@@ -168,7 +171,15 @@ def store_fingerprints(
     }
     # Format 2 wrote the same tokens but for tokenizers from files, whose identity is another now.
     same = not config.begin_with_bos and not any(heldout)
-    return _sha256(payload | changed), (_sha256(payload),) if same else ()
+    unnamed = [
+        [stream.name, stream.kind, stream.field, [digest for _, digest in files]]
+        for stream, files in zip(streams, digests, strict=True)
+    ]
+    return Fingerprints(
+        _sha256(payload | changed),
+        _sha256(payload | changed | {"streams": unnamed}),
+        (_sha256(payload),) if same else (),
+    )
 
 
 def _sha256(payload: dict[str, Any]) -> str:

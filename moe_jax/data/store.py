@@ -89,6 +89,7 @@ class Store:
     path: str  # its folder, local or gs://
     fingerprint: str  # SHA-256 over names, contents, tokenizer, split and format
     earlier: tuple[str, ...]  # fingerprints that earlier formats gave to the same tokens
+    content: str  # as `fingerprint`, without the names of files; empty: opened by its path alone
     tokenizer: str  # identity of the tokenizer
     vocab_size: int  # V of the tokenizer
     bos_ids: tuple[int, ...]  # what every document begins with: the bos token or nothing
@@ -235,7 +236,10 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
 
 
 def open_store(
-    path: str | os.PathLike, weights: Sequence[float] = (), earlier: tuple[str, ...] = ()
+    path: str | os.PathLike,
+    weights: Sequence[float] = (),
+    earlier: tuple[str, ...] = (),
+    content: str = "",
 ) -> Store:
     """Open a finished store; `weights` of its streams default to 1 each.
 
@@ -243,6 +247,7 @@ def open_store(
       path: folder of the store, local or gs://.
       weights: of the streams in training.
       earlier: fingerprints of earlier formats, for `Store.same_text`.
+      content: `Store.content`.
 
     Raises:
       UserError: nothing there, another format, or damage.
@@ -264,6 +269,7 @@ def open_store(
         path=os.fspath(path),
         fingerprint=manifest["fingerprint"],
         earlier=earlier,
+        content=content,
         tokenizer=manifest["tokenizer"],
         vocab_size=manifest["vocab_size"],
         bos_ids=tuple(manifest["bos_ids"]),

@@ -28,6 +28,7 @@ _OF_ONE_HOST = ("--xla_dump", "--xla_force_host_platform_device_count")
 NAMED = 3  # differences that a sentence names
 LONGEST = 80  # characters of a value in it
 _PARTS = {
+    "content": "the fingerprint of the text without its files' names",
     "tokenizer": "the SHA-256 of its tokenizer",
     "streams": "the list of its streams",
     "documents": "the number of its documents",

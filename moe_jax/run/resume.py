@@ -65,6 +65,7 @@ def check_resume(config: Config, saved: Config) -> list[str]:
 def data_record(store: Store) -> dict[str, Any]:
     """What data.json says of a store beside its fingerprint."""
     return {
+        "content": store.content,
         "tokenizer": store.tokenizer,
         "streams": list(store.streams),
         "documents": len(store.train.documents) + len(store.heldout.documents),
@@ -83,7 +84,10 @@ def check_same_text(store: Store, workdir: Folder) -> None:
     recorded, now = _data(workdir), data_record(store)
     if not recorded or store.same_text(recorded["fingerprint"]):
         return
-    others = (key for key in now if key in recorded and recorded[key] != now[key])
+    if store.content and recorded.get("content") == store.content:  # files with other names
+        return
+    named = [key for key in now if key != "content"]  # a hash tells nobody anything
+    others = (key for key in named if key in recorded and recorded[key] != now[key])
     key = next(others, None)
     what = f"it has {now[key]!r} {key} and had {recorded[key]!r}" if key else "another fingerprint"
     raise _changed_text(workdir, what)

@@ -90,6 +90,11 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
     elsewhere = {"data.mixture": mixture(moved), "data.tokenizer": str(moved / tokenizer.name)}
     assert ready(**elsewhere).store.fingerprint == run.store.fingerprint
 
+    for number, file in enumerate(sorted((moved / "web").iterdir())):
+        file.rename(file.with_name(f"renamed_{number:03}.txt"))
+    renamed = ready(**elsewhere).store
+    assert renamed.content == run.store.content
+
     def refused(pattern: str, **overrides: object) -> None:
         with pytest.raises(UserError, match=pattern):
             ready(**overrides)
