@@ -38,14 +38,16 @@ def suggest_key(name: str, known: Iterable[str]) -> str:
       the list of keys in the group that `name` is in.
     """
     known = sorted(known)
-    scores = {key: _likeness(name, key) for key in known}
+    groups = {above for key in known for above in _above(key)}
+    scores = {key: _likeness(name, key) * (_GROUP if key in groups else 1) for key in known}
     best = max(scores.values(), default=0.0)
     if best < _ALIKE:
         return suggest("", _siblings(name, known))
-    near = sorted((key for key in known if scores[key] > best - _CLOSE), key=lambda k: -scores[k])
+    near = sorted((key for key in scores if scores[key] > best - _CLOSE), key=lambda k: -scores[k])
     return f" (did you mean {' or '.join(map(repr, near[:_SHOWN]))}?)"
 
 
+_GROUP = 0.85  # takes no value: a key that is as alike comes first
 _ALIKE = 0.6  # likeness below which a key is no suggestion
 _CLOSE = 0.08  # further suggestions are at most this much less alike
 _SHOWN = 3
@@ -64,9 +66,16 @@ def _likeness(name: str, key: str) -> float:
         alike = 0.85
     else:
         alike = _ratio(typed, last)
+    whole = _ratio(typed, key.replace(".", "_"))  # checkpoint_every
     if dot:
-        return alike * (0.8 + 0.2 * _ratio(group, own_group))
-    return max(alike * 0.9, _ratio(typed, key.replace(".", "_")))  # checkpoint_every
+        return max(alike * (0.8 + 0.2 * _ratio(group, own_group)), 0.9 * whole)
+    return max(alike * 0.9, whole)
+
+
+def _above(key: str) -> list[str]:
+    """The groups that a dotted key is in."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _ratio(a: str, b: str) -> float:

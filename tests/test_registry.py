@@ -37,7 +37,7 @@ def test_a_key_is_found_in_any_group(typed, first):
     assert suggest_key(typed, KEYS).startswith(f" (did you mean {first!r}")
 
 
-@pytest.mark.parametrize("typed", ["checkpoint_every", "checkpoint.every"])
+@pytest.mark.parametrize("typed", ["checkpoint_every", "checkpoint.every", "train.checkpoint_evry"])
 def test_keys_that_are_equally_near_are_all_named(typed):
     hint = suggest_key(typed, KEYS)
     assert "'checkpoint.every_steps'" in hint and "'checkpoint.every_minutes'" in hint

@@ -134,6 +134,12 @@ class JsonTokenizer:
         )
         special, marks = {self.bos_id, self.eos_id, self.pad_id}, file.control()
         control = {n: i for n, i in vocabulary.items() if i in special or n in marks}
+        letter = next((name for name in marks if len(name) == 1), "")
+        if letter:  # without its spelling, texts that hold it could not be encoded
+            raise UserError(
+                f"{path} has the special token {letter!r}, a character that texts are made of: "
+                f"name a tokenizer without it."
+            )
         with _library(f"{path} is not a tokenizer.json"):
             self._encoder = self._without(file, control, vocabulary)
             unknown = vocabulary.get(file.unknown() or "")

@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tokenizers import LOSSLESS, MADE, MARKS, SPECIAL, TEXTS
+from tokenizers import models, pre_tokenizers, trainers
 
 from moe_jax.data.config import DataConfig
 from moe_jax.data.control_tokens import SpecialNames, spelling
@@ -113,6 +114,20 @@ def test_a_normalizer_that_makes_control_tokens_is_refused(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "bad.json"))
     with pytest.raises(UserError, match=r"bad\.json makes the control token '</s>' of text"):
         tokenizer.encode("a x b")
+
+
+def test_a_control_token_of_one_character_is_refused(tmp_path):
+    """Texts that hold the character would lose it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    tokenizer.train_from_iterator(["hello"], trainer=trainer)
+    tokenizer.add_special_tokens(["h"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="has the special token 'h', a character that texts"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_chat_marks_are_bytes_for_the_byte_tokenizer():
