@@ -42,6 +42,7 @@ def typed(line: str, folder, more_steps: int) -> list[str]:
     return [*words, *(f"--config.{key}={value}" for key, value in kept.items())]
 
 
+@pytest.mark.lifecycle
 def test_commands_in_order(folder, run_cli):
     """Later commands go on from what earlier ones left, as a reader would."""
     assert len(LINES) >= 7

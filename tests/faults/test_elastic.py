@@ -120,6 +120,7 @@ def same(found: Path, expected: Path, steps: int) -> None:
     assert max(row["dropped"] for row in here) > 0
 
 
+@pytest.mark.lifecycle
 def test_four_devices_and_an_expert_axis_go_on_from_eight(tmp_path, corpus, leg, capsys):
     straight, run = tmp_path / "straight", tmp_path / "run"
     expected = leg(straight, 2 * FIRST, data=8)

@@ -60,6 +60,7 @@ def calls(cloud, verb=""):
     return [call[4:] for call in every if not verb or call[3] == verb]
 
 
+@pytest.mark.lifecycle
 def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, monkeypatch):
     files = write_corpus(tmp_path / "text")
     ends = {}
