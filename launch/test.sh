@@ -20,7 +20,7 @@ for argument in "$@"; do  # rotates the arguments once, leaving our own flags ou
 done
 
 if [ -n "$lifecycle" ]; then
-  ensure_env test data lifecycle
+  ensure_env test data plan lifecycle
 else
   ensure_env test data dev plan
 fi

@@ -119,6 +119,7 @@ def test_help(cli_env, arguments):
 NARROW = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
 
 
+@pytest.mark.lifecycle
 def test_a_run_outlives_its_screen_and_any_locale(cli_env, tmp_path):
     """Paths, prompt and samples beyond ASCII, and a reader that leaves after the first line."""
     folder, workdir = tmp_path / "Größe ≈ 日本", tmp_path / "läuft"

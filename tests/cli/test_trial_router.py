@@ -18,6 +18,8 @@ from moe_jax.errors import UserError
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.parallel.distributed import DONE
 
+pytestmark = pytest.mark.lifecycle
+
 FILE = '''
 import dataclasses
 import jax

@@ -27,7 +27,7 @@ CELLS = [
     (2, 1, {}),
     (32, 8, {}),
     (16, 2, {"data": 4}),
-    (16, 1, {"expert": 8}),
+    pytest.param(16, 1, {"expert": 8}, marks=pytest.mark.full),
     (32, 1, {"data": 2, "expert": 2}),
 ]
 

@@ -148,6 +148,7 @@ def test_a_full_disk_costs_nothing_that_was_whole(tmp_path, capsys, name):
     assert not [path for path in now if path.suffix == ".new"]
 
 
+@pytest.mark.lifecycle
 def test_a_run_goes_on_where_all_but_its_checkpoints_find_no_room(tmp_path, capsys, monkeypatch):
     """The disk is full from step 3 to step 7, with two evaluations between them."""
     workdir, corpus = tmp_path / "run", write_corpus(tmp_path / "text")

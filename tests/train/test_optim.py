@@ -141,7 +141,13 @@ def matrices(name, array):
 
 
 @pytest.mark.parametrize("name", WHOLE_MATRIX)
-@pytest.mark.parametrize(("shapes", "layers"), [(LARGE, 2), (SMALL, 0)], ids=["large", "small"])
+@pytest.mark.parametrize(
+    ("shapes", "layers"),
+    [
+        pytest.param(LARGE, 2, id="large"),
+        pytest.param(SMALL, 0, id="small", marks=pytest.mark.full),
+    ],
+)
 def test_every_matrix_of_every_expert_is_its_own(x64, name, shapes, layers):
     """Against optax on one matrix after the other; `layers` are stacked, 0: they are not."""
 
