@@ -59,7 +59,7 @@ def seal(directory: epath.Path) -> None:
 
     A kill leaves the manifest of before, or this one.
     """
-    files = _files_of(json_files.load(directory / MANIFEST))
+    files = _manifest(directory)
     files |= {name: _entry(directory / name) for name in _AT_COMMIT}
     json_files.replace_text(directory / MANIFEST, _text(files))
 
@@ -70,7 +70,7 @@ def incomplete(directory: epath.Path) -> str | None:
     Files that the manifest does not list are refused where Orbax would read them, and anything but
     files and folders everywhere.
     """
-    return _reason(lambda: _sizes(directory, _listed(directory)))
+    return _reason(lambda: _irregular(directory) or _sizes(directory, _listed(directory)))
 
 
 def undeclared(directory: epath.Path) -> str | None:
@@ -103,7 +103,7 @@ def committed(directory: epath.Path) -> bool:
     if (directory / COMMIT).exists() or not (directory / MANIFEST).exists():
         return (directory / COMMIT).exists()
     try:
-        return COMMIT in _files_of(json_files.load(directory / MANIFEST))
+        return COMMIT in _manifest(directory)
     except (OSError, ValueError):
         return True  # damaged, as no kill leaves it
 
@@ -149,15 +149,29 @@ def _listed(directory: epath.Path) -> dict[str, Entry]:
     if not (directory / COMMIT).exists():
         raise ValueError(f"{COMMIT} is missing: the save was never committed")
     try:
-        return _files_of(json_files.load(directory / MANIFEST))
+        return _manifest(directory)
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is damaged: {error}") from None
 
 
-def _sizes(directory: epath.Path, files: dict[str, Entry]) -> str | None:
+def _manifest(directory: epath.Path) -> dict[str, Entry]:
+    """What manifest.json lists; raises OSError where that is no regular file, or ValueError."""
+    with json_files.open_regular(directory / MANIFEST) as file:
+        return _files_of(json_files.parse_limited(file))
+
+
+def _irregular(directory: epath.Path) -> str | None:
+    """Names the first thing in a local step that is neither a regular file nor a folder."""
+    if _is_remote(directory):
+        return None
     for name, path in _files(directory):
-        if not (_is_remote(directory) or stat.S_ISREG(os.lstat(path).st_mode)):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
             return f"{name} is a link, a pipe or a device: put the file itself there"
+    return None
+
+
+def _sizes(directory: epath.Path, files: dict[str, Entry]) -> str | None:
+    for name, _ in _files(directory):
         if name not in files and _READ_BY_ORBAX.fullmatch(name):
             return f"{name} is not in {MANIFEST}"
     for name, expected in sorted(files.items()):

@@ -6,7 +6,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -41,7 +41,13 @@ def load(path: Path) -> Any:
       OSError: it cannot be read.
       ValueError: it is none, in a few words.
     """
-    raw = _contents(path, LARGEST + 1)
+    with _opened(path) as file:
+        return parse_limited(file)
+
+
+def parse_limited(file: BinaryIO) -> Any:
+    """The value of an open JSON file; raises OSError or ValueError as `load` does."""
+    raw = file.read(LARGEST + 1)
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 20} MiB")
     return parse(raw)
@@ -68,8 +74,8 @@ def read_lines(path: Path) -> list[bytes]:
       FileNotFoundError: there is no such file.
       UserError: it cannot be read.
     """
-    with _reading(path):
-        return _contents(path).splitlines(keepends=True)
+    with _reading(path), _opened(path) as file:
+        return file.read().splitlines(keepends=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -111,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> BinaryIO:
     """A binary file, open to be read: never a link, a pipe or a device, and without waiting.
 
     Raises:
@@ -131,8 +137,7 @@ def is_file(path: Path) -> bool:
     return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
 
 
-def _contents(path: Path, limit: int = -1) -> bytes:
+def _opened(path: Path) -> BinaryIO:
     if path.exists() and not is_file(path):  # opening a pipe would wait for its other end
         raise OSError("it is not a file")
-    with path.open("rb") as file:
-        return file.read(limit)
+    return path.open("rb")

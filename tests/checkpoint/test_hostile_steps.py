@@ -184,7 +184,7 @@ def test_what_is_no_file_is_not_opened(workdir, capsys, name, make):
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     make(path)
-    refused(workdir, capsys, "")
+    refused(workdir, capsys, f"{name} is a link, a pipe or a device")
 
 
 @pytest.mark.parametrize(
