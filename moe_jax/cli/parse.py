@@ -1,6 +1,7 @@
 """The command line of every console command: absl flags, a config file and its overrides."""
 
 import ast
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax.cli.commands import COMMON_FLAGS, REGISTRATIONS, Command
+from moe_jax.cli.commands import COMMON_FLAGS, PROCESS_FLAGS, REGISTRATIONS, Command
 from moe_jax.cli.mixture import add_mixture_keys
 from moe_jax.config import plain_dict
 from moe_jax.config_file import read_config_file, value_of
@@ -86,6 +87,21 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
         for key, value in given.items()
     }
     return Parsed(loaded, overrides, found)
+
+
+def process_flags(argv: Sequence[str]) -> SimpleNamespace:
+    """The flags that say which process this is, of a command line that `parse` refuses.
+
+    What cannot be read of them is as if it were not given.
+    """
+    found = {flag.name: flag.default for flag in PROCESS_FLAGS}
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name in found:
+            with contextlib.suppress(ValueError):
+                found[name] = type(found[name])(value if equals else next(arguments, ""))
+    return SimpleNamespace(**found)
 
 
 def _at_home(name: str, path: str) -> str:

@@ -6,6 +6,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -13,7 +14,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.checkpoint.agree import lead_decides
 from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
-from moe_jax.cli.parse import Parsed, parse
+from moe_jax.cli.parse import Parsed, parse, process_flags
 from moe_jax.config import Config, WatchdogConfig, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import formats
@@ -48,10 +49,9 @@ def main(argv: Sequence[str]) -> int:
     """One run of the command; returns its exit code."""
     streams.go_on_without_output()  # the run is its workdir, not its screen
     # ---- command line and processes
-    parsed = parse(argv, COMMANDS["train"])
+    parsed, config = _joined(argv)
     given = parsed.flags
     keep_freed_memory()
-    config = _joined(parsed)
     preemption = distributed.Preemption()
     with contextlib.ExitStack() as held:
         watchdog = held.enter_context(Watchdog(config.watchdog))
@@ -107,23 +107,28 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _joined(parsed: Parsed) -> Config:
-    """The config, once the processes of the run have met.
+def _joined(argv: Sequence[str]) -> tuple[Parsed, Config]:
+    """The command line and its config, once the processes of the run have met.
 
-    They meet also where it is wrong, as it may be on one of them alone: the others hear of it then,
-    instead of waiting for minutes.
+    They meet also where either is wrong, as it may be on one of them alone: the others hear of it
+    then, instead of waiting for minutes.
     """
-    given, heartbeat, wrong = parsed.flags, WatchdogConfig().heartbeat, None
+    given = None
     try:
+        parsed = parse(argv, COMMANDS["train"])
+        given = parsed.flags
         config = from_config_dict(parsed.config)
-        heartbeat = config.watchdog.heartbeat
-    except UserError as error:
-        config, wrong = Config(), error
-    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
-    with exchange.telling():
-        if wrong is not None:
+    except UserError as wrong:
+        with contextlib.suppress(UserError):  # what is wrong first is what is told
+            _meet(given or process_flags(argv), WatchdogConfig().heartbeat)
+        with exchange.telling():
             raise wrong
-    return config
+    _meet(given, config.watchdog.heartbeat)
+    return parsed, config
+
+
+def _meet(given: Any, heartbeat: int) -> None:
+    distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
 
 
 def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:
@@ -146,7 +151,8 @@ def _leave_as_it_is(run: Run, reached: str) -> None:
     _say(reached)
     saved = saved_config(run.workdir)
     changed = [] if saved is None else changes(saved, run.config)
-    without = f"; it was not run with other {', '.join(c.key for c in changed)}" if changed else ""
+    keys = ", ".join(change.key for change in changed)
+    without = f"; these keys had no effect: {keys}" if changed else ""
     _say(f"nothing ran: the record in {run.workdir} stays as it was{without}")
     run.checkpoints.close()
     _say_results(run.workdir)

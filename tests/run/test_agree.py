@@ -138,6 +138,16 @@ def test_a_mistake_on_one_process_alone(two, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong", ["--config.train.stepz=3", "--config=configs/no_such_file.py", "--process_idd=1"]
+)
+def test_a_command_line_that_one_process_alone_cannot_read(two, wrong):
+    for first, second in (([wrong], []), ([], [wrong])):
+        said = sentences(two(first, second))
+        assert any(f"Process {int(bool(second))} of this run cannot go on" in one for one in said)
+        assert len(said) == 2
+
+
 def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, documents in (("first", 64), ("second", 66)):
