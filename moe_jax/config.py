@@ -24,6 +24,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
+from moe_jax.parallel.compile_cache import CompileCacheConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import dotted_keys, lookup, own_fields, suggest_key, typed
 from moe_jax.train.optim import OptimizerConfig
@@ -190,6 +191,8 @@ class Config:
     eval: EvalConfig = EvalConfig()  # held-out loss and samples
     checkpoint: CheckpointConfig = CheckpointConfig()  # when to save, what to keep
     watchdog: WatchdogConfig = WatchdogConfig()  # seconds until a run counts as hung
+    # Programs that are compiled once and read at the next start.
+    compile_cache: CompileCacheConfig = CompileCacheConfig()
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:

@@ -23,7 +23,7 @@ _SIGNS = (
     (re.compile("building the store"), STORE),
     (re.compile("routing group: "), RESTORE),  # after the store, before the state
     (re.compile("state ready"), COMPILE),
-    (re.compile("compiled the train step"), STEPS),
+    (re.compile("(read the compiled|compiled the) train step in"), STEPS),
     (re.compile(r"step (\d+) of \1 is done"), END),
 )
 

@@ -21,6 +21,7 @@ from moe_jax.files import formats
 from moe_jax.files.workdir import Folder, is_remote, locate
 from moe_jax.model.flops import flops_per_token, param_counts
 from moe_jax.parallel import distributed, exchange
+from moe_jax.parallel.compile_cache import kept_programs
 from moe_jax.parallel.distributed import DONE, lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.record.lock import alone_in
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
             workdir = locate(given.workdir)
             watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
             set_numerics(config)
+            held.enter_context(kept_programs(config.compile_cache, _say))
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
             notes = check_samples(config)

@@ -9,6 +9,7 @@ import jax
 
 from moe_jax.data.batch import Batch
 from moe_jax.data.feed import DeviceFeed, batch_shardings
+from moe_jax.parallel.compile_cache import counted_hits
 from moe_jax.parallel.distributed import AGAIN, DIVERGED, DONE, Preemption, lead
 from moe_jax.record.report import Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
@@ -174,11 +175,13 @@ class Trainer:
     def _compiled(self) -> _Program:
         if self._program is None:
             began = time.perf_counter()
-            with self._watch("compile"):
+            with self._watch("compile"), counted_hits() as hits:
                 step = self._lowered.result().compile()
+                kept = hits() > 0
                 self._program = _Program(step, ReplicaCheck(self._run, self._reporter.say))
             took = time.perf_counter() - began
-            self._reporter.say(f"compiled the train step in {took:.1f} s")
+            what = "read the compiled train step" if kept else "compiled the train step"
+            self._reporter.say(f"{what} in {took:.1f} s")
         return self._program
 
     def _rewind(self, log: StepLog) -> TrainState | None:
