@@ -5,7 +5,8 @@
 #   bash launch/test.sh --lifecycle [ARGUMENTS OF pytest]
 #
 # --full adds the long forms.  With arguments for pytest only pytest runs.  --lifecycle runs the
-# tests that need torch and transformers, which it installs, and the soak, and no others.
+# tests that need torch and transformers, which it installs, those that live a run through, and the
+# long halves of matrices, and no others.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -41,7 +42,11 @@ stage() {
 if [ $# -eq 0 ] && [ -z "$lifecycle" ]; then
   stage "ruff check" ruff check .
   stage "ruff format" ruff format --check .
-  stage "pyright" pyright --level error --pythonpath "$VENV_PYTHON"
+  # Beside pytest, whose first minute collects tests in processes that wait for each other.
+  types="$(mktemp)"
+  stage "pyright" pyright --level error --pythonpath "$VENV_PYTHON" >"$types" 2>&1 &
+  pyright=$!
+  trap 'kill "$pyright" 2>/dev/null; rm -f "$types"' EXIT
 fi
 
 marks=("not lifecycle")
@@ -55,3 +60,9 @@ fi
 expression="$(printf ' and %s' "${marks[@]}")"
 # Three workers: tests that wait for processes of their own leave a core free.
 stage "pytest${full:+, every test}" python -m pytest -n 3 --dist=loadfile -m "${expression# and }" "$@"
+if [ -n "${pyright:-}" ]; then
+  code=0
+  wait "$pyright" || code=$?
+  cat "$types"
+  exit "$code"
+fi

@@ -41,6 +41,7 @@ def names(tmp_path_factory):
     return defined
 
 
+@pytest.mark.lifecycle
 def test_what_the_page_computes(names):
     for leaf in jax.tree.leaves(names["grads"]):
         assert np.isfinite(np.asarray(leaf)).all()

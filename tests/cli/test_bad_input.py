@@ -373,6 +373,7 @@ def test_a_workdir_in_use_is_not_looked_into(place):
     check_sentence(error, "is in use by process")
 
 
+@pytest.mark.lifecycle
 def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
     hot = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.steps": 12}
     often = {"checkpoint.every_steps": 1, "optimizer.warmup_steps": 0}

@@ -14,11 +14,13 @@ from moe_jax.tools.doctor.conformance.reference import REFERENCE
 
 CELLS = all_cells()
 CHOSEN = pairwise(CELLS)
+DEFAULT = CHOSEN[:24]
+PAIRS = [pytest.param(cell, marks=pytest.mark.lifecycle) for cell in CHOSEN[24:]]
 REST = [pytest.param(cell, marks=pytest.mark.full) for cell in CELLS if cell not in CHOSEN]
 ONE = Cell("top_k", "capacity", "one_device", "float32", False)
 
 
-@pytest.mark.parametrize("cell", [*CHOSEN, *REST], ids=str)
+@pytest.mark.parametrize("cell", [*DEFAULT, *PAIRS, *REST], ids=str)
 def test_cell(cell):
     verdict = run.run_cell(cell)
     assert verdict.passed, verdict
@@ -29,6 +31,10 @@ def test_the_chosen_cells_hold_every_pair_of_values():
         for other in range(one):
             every = {(cell[one], cell[other]) for cell in CELLS}
             assert {(cell[one], cell[other]) for cell in CHOSEN} == every
+    # The default run: each path on each mesh, and every other value.
+    assert {cell[1:3] for cell in DEFAULT} == {cell[1:3] for cell in CELLS}
+    for axis in range(5):
+        assert {cell[axis] for cell in DEFAULT} == {cell[axis] for cell in CELLS}
     assert len(CHOSEN) < 1.2 * len(ROUTERS) * len(cases.MESHES)
 
 

@@ -197,6 +197,7 @@ def agrees(given_layer) -> None:
         assert np.sum(fates.total()) == found.assignments
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize("part", LAYER_PARTS)
 def test_layers_agree_with_the_oracle(part):
     drawn(agrees, layers(), part)

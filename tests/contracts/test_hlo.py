@@ -151,6 +151,7 @@ def compile_log(env, dispatch: str, where: str) -> str:
     return done.stderr
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize(
     ("dispatch", "where"),
     [
@@ -165,6 +166,7 @@ def test_the_train_step_reshards_nothing_by_full_replication(dispatch, where, cl
     assert "Involuntary full rematerialization" not in compile_log(cli_env, dispatch, where)
 
 
+@pytest.mark.lifecycle
 def test_a_full_replication_would_be_logged(cli_env):
     """The control: all experts at once, whose backward XLA cannot reshard."""
     log = compile_log(cli_env, "all_at_once", "data2_expert4")

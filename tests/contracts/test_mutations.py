@@ -361,6 +361,7 @@ def _params():
         yield pytest.param(mutant, id=mutant.name.replace(" ", "-"), marks=marks)
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize("mutant", list(_params()))
 def test_the_matrix_catches(mutant, monkeypatch):
     assert not wrong_unbroken(*mutant[3:])

@@ -25,7 +25,7 @@ DROPPING = ONE_LAYER | {
 # (rows a step, microbatches, mesh): an evaluation takes 2, 4, 8, 16 and 32 rows at once.
 CELLS = [
     (2, 1, {}),
-    (32, 8, {}),
+    pytest.param(32, 8, {}, marks=pytest.mark.lifecycle),
     (16, 2, {"data": 4}),
     pytest.param(16, 1, {"expert": 8}, marks=pytest.mark.full),
     (32, 1, {"data": 2, "expert": 2}),

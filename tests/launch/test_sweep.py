@@ -238,6 +238,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
 # ---- with the trainer itself
 
 
+@pytest.mark.lifecycle
 def test_trainer_and_live_workdir(place, run_cli):
     """Two runs; one of their workdirs is held by a live process at first."""
     small = SMALL | {"data.files": write_corpus(place / "text"), "train.steps": 2}

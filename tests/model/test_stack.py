@@ -113,9 +113,15 @@ def scanned():
     return once
 
 
-# The sparse model has dense layers too; one of nothing else is left to --full.
+# The sparse model has dense layers too, and runs in the lifecycle stage, for it takes long to
+# compile; one of nothing else is left to --full.
 @pytest.mark.parametrize(
-    "config", [pytest.param(DENSE, marks=pytest.mark.full), SPARSE], ids=["dense", "sparse"]
+    "config",
+    [
+        pytest.param(DENSE, marks=pytest.mark.full),
+        pytest.param(SPARSE, marks=pytest.mark.lifecycle),
+    ],
+    ids=["dense", "sparse"],
 )
 def test_scanned_equals_unrolled(x64, mesh_of, scanned, config):
     """Values, statistics of every layer, noise of the router, gradients; initial values exactly."""
@@ -128,6 +134,7 @@ def test_scanned_equals_unrolled(x64, mesh_of, scanned, config):
     assert_close(to_layers(scanned_grads, model.layout), grads)
 
 
+@pytest.mark.lifecycle
 def test_the_router_is_noisy_in_training_only(mesh_of):
     """The control of the comparison above: without noise it would hold for any keys."""
     model = define(dataclasses.replace(SPARSE, num_layers=2), jnp.float32)
@@ -157,11 +164,12 @@ def unscanned_pair():
     return Pair(config, out, grads)
 
 
-# By default the policies that recompute most and that send nothing again, both scanned.
+# By default the policy that sends nothing again; the one that recomputes most in the lifecycle
+# stage; both scanned.
 @pytest.mark.parametrize(
     "name",
     [
-        "full",
+        pytest.param("full", marks=pytest.mark.lifecycle),
         "save_dispatch",
         *(
             pytest.param(name, marks=pytest.mark.full)
@@ -285,6 +293,7 @@ def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
     assert scan or len(scales) == len(set(scales))
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.full), True])
 def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
     model = define(dataclasses.replace(SPARSE, scan_layers=scan), jnp.float32)

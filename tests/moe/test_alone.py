@@ -252,6 +252,7 @@ def test_a_model_refuses_what_does_not_fit(tokens, arguments, sentence):
         unchecked(moe_jax.Transformer.apply)(whole, tokens, made, **arguments)
 
 
+@pytest.mark.lifecycle
 def test_the_modes_of_a_model_are_those_of_its_layers():
     """An evaluation until train(); after it and eval() as a call that says so."""
     whole, tokens_BT, key = model(expert_dropout=0.5), jnp.zeros((2, 4), int), jax.random.key(0)

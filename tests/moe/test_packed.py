@@ -68,11 +68,13 @@ def forward_backward(
 PAIRS = [*((priority, "top_k") for priority in PRIORITIES), ("token", "soft")]
 
 
-# Every priority on one device; each of the other meshes once, the rest of them with --full.
+# Two pairs on one device, each of the other meshes once; the other priorities on one device are
+# the lifecycle stage's, the rest is left to --full.
 @pytest.mark.parametrize(
     ("sizes", "priority", "router"),
     [
-        *(({}, *pair) for pair in PAIRS),
+        *(({}, *pair) for pair in PAIRS[-2:]),
+        *(pytest.param({}, *pair, marks=pytest.mark.lifecycle) for pair in PAIRS[:-2]),
         ({"data": 2}, "batch", "top_k"),
         ({"tensor": 2}, "token", "soft"),
         *(

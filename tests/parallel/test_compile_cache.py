@@ -107,9 +107,7 @@ def test_what_is_not_whole_is_removed(tmp_path):
     left, said = examined(tmp_path)
     assert left == {"whole", "unused"}
     assert {path.name for path in tmp_path.glob("*-atime")} == {"whole-atime", "unused-atime"}
-    assert said == [
-        f"compiled programs are kept in {tmp_path}: 2 there, 4 damaged removed"
-    ]
+    assert said == [f"compiled programs are kept in {tmp_path}: 2 there, 4 damaged removed"]
 
 
 def test_a_sealed_entry_is_known_by_its_hash(tmp_path):

@@ -58,6 +58,7 @@ def reference_logits(loaded: moe_jax.LoadedModel, tokens_BT: np.ndarray) -> np.n
     return x_BTD @ np.asarray(head_weight(model, loaded.params))
 
 
+@pytest.mark.lifecycle
 def test_the_newest_checkpoint_or_the_one_asked_for(workdir, tiny):
     checkpoints = Checkpoints(workdir / "checkpoints")
     assert (tiny.step, digest(tiny)) == (8, checkpoints.digest(8))

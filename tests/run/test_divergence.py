@@ -75,6 +75,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.lifecycle
 def test_a_refused_step_changes_nothing_but_the_counters(bad):
     """Saved before and after two of them: parameters, moments, router bias and running means."""
     before, after = (arrays(bad.workdir / "checkpoints", step) for step in (4, 6))

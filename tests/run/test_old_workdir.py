@@ -81,6 +81,7 @@ def test_its_state_is_restored_bitwise(unpacked, monkeypatch):
     assert int(state.step) == int(state.guard["accepted"]) == 4
 
 
+@pytest.mark.lifecycle
 def test_it_goes_on_as_the_version_that_wrote_it(unpacked, cli_env):
     command = ["-m", "moe_jax", "train", f"--config={ROOT / 'configs' / 'tiny.py'}"]
     command += ["--workdir=run", f"--devices={DEVICES}"]

@@ -149,6 +149,7 @@ def digest(run: Run, state: TrainState) -> str:
     return array_digest((name, np.asarray(leaves[name])) for name in sorted(leaves))
 
 
+@pytest.mark.lifecycle
 def test_sigkill(tmp_path, corpus, straight, cli_env):
     command = flags(tmp_path / "run", corpus, **OVERRIDES)
     with Process(command, cli_env) as process:
@@ -307,6 +308,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
         first_state(noisy, str(straight), lines.append)
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize("scanned_first", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_scanned_and_unrolled_layers(tmp_path, corpus, scanned_first):
     layers = {"model.num_layers": 4, "model.moe.every": 2}

@@ -44,6 +44,7 @@ def steps(run: Run, state: TrainState, last: int) -> TrainState:
     return state
 
 
+@pytest.mark.lifecycle
 def test_a_named_optax_transformation_resumes_bitwise(tmp_path, corpus):
     """Two steps, a checkpoint and two more are four steps, on scanned layers and 4 devices."""
 

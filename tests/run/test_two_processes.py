@@ -17,6 +17,7 @@ OVERRIDES = {
 }
 
 
+@pytest.mark.lifecycle
 def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair):
     files = write_corpus(tmp_path / "text")
     alone = run_cli(

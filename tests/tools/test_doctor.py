@@ -93,6 +93,7 @@ def ill(tmp_path_factory, corpus) -> Subject:
         return subject
 
 
+@pytest.mark.lifecycle
 def test_every_check_has_a_figure(well):
     _, found, lines = well
     assert list(found) == list(CHECKS) and len(CHECKS) >= 13

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.config import Config, DataConfig, TrainConfig
 from moe_jax.data.batch import Batch, make_batch
@@ -66,6 +67,7 @@ def assert_true(model, state) -> None:
         np.testing.assert_array_equal(copy, fresh[name], err_msg=name)
 
 
+@pytest.mark.lifecycle
 def test_a_step_reads_copies_as_it_would_read_the_weights():
     """The same bits: a weight that some layer reads in float32 may have no copy."""
     model, options, mesh, state, step, given = make(accumulation=2, scan=True)

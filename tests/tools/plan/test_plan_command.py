@@ -18,6 +18,7 @@ SMALL = (
 )
 
 
+@pytest.mark.lifecycle
 def test_a_step_is_compiled_for_a_tpu_that_is_not_here(run_cli):
     """Four chips of v5e: figures of XLA beside ours, and an all-to-all of the size it must have."""
     done = run_cli(
