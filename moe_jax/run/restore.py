@@ -24,6 +24,7 @@ from moe_jax.train.state import (
     from_disk,
     init_train_state,
     initial_router_state,
+    placed_fall,
     placed_state,
     state_shardings,
     to_disk,
@@ -91,10 +92,12 @@ def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
             out_shardings=everywhere(run.mesh),
         )
         tree = tree | {"guard": fresh()}
+    fall = placed_fall(run.optimizer, run.mesh)
     if not run.model.layout.repeats:
-        return from_disk(tree, run.model)
+        return from_disk(tree, run.model, fall)
     shardings = state_shardings(run.model, run.optimizer, run.mesh)
-    return jax.jit(lambda tree: from_disk(tree, run.model), out_shardings=shardings)(tree)
+    place = jax.jit(lambda tree, fall: from_disk(tree, run.model, fall), out_shardings=shardings)
+    return place(tree, fall)
 
 
 def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""Optimizers and learning-rate schedules, from optax, by name."""
+"""Optimizers, from optax, by name."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from moe_jax.decides import Training
@@ -15,10 +14,10 @@ from moe_jax.nn.params import ParamRule
 from moe_jax.registry import lookup, suggest
 from moe_jax.train import optax_by_name
 from moe_jax.train.matrices import each
+from moe_jax.train.schedule import SCHEDULES, fall_of, make_schedule
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
-Share = Callable[[jax.Array], jax.Array]  # step after the warm-up, a float from 0 -> of the peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,102 +113,6 @@ class OptimizerConfig:
             )
 
 
-def _fallen(step: jax.Array, first: int, last: int) -> jax.Array:
-    """How far a fall from `first`, the last step at the peak, to `last` has come: 0 to 1."""
-    return jnp.clip(1 - (last - step) / max(1, last - first), 0, 1)
-
-
-def _cosine(config: OptimizerConfig, steps: int) -> Share:
-    """Half a cosine down to final_share (SGDR, arXiv 1608.03983, without restarts)."""
-    final, first = config.final_share, max(0, config.warmup_steps - 1)
-
-    def share(step):
-        return final + (1 - final) * (1 + jnp.cos(jnp.pi * _fallen(step, first, steps - 1))) / 2
-
-    return share
-
-
-def _decay_steps(config: OptimizerConfig, steps: int) -> int:
-    """Steps of the fall of `wsd`."""
-    return max(1, round(steps * config.decay_share))
-
-
-def _wsd(config: OptimizerConfig, steps: int) -> Share:
-    """Warm-up, constant, linear decay (MiniCPM, arXiv 2404.06395)."""
-    first = max(0, steps - 1 - _decay_steps(config, steps))
-    return lambda step: 1 - (1 - config.final_share) * _fallen(step, first, steps - 1)
-
-
-def _inverse_sqrt(config: OptimizerConfig, steps: int) -> Share:
-    """Peak * sqrt(warmup / step) after the warm-up, steps from 1 (T5, arXiv 1910.10683)."""
-    return lambda step: jnp.sqrt(max(1, config.warmup_steps) / (step + 1))
-
-
-def _constant(config: OptimizerConfig, steps: int) -> Share:
-    return jnp.ones_like
-
-
-SCHEDULES: dict[str, Callable[[OptimizerConfig, int], Share]] = {
-    "cosine": _cosine,
-    "wsd": _wsd,
-    "inverse_sqrt": _inverse_sqrt,
-    "constant": _constant,
-}
-
-
-def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate of each step.
-
-    Warm-up is linear: step s of `warmup_steps` = W has (s + 1) / W of the peak, so the first step
-    already learns and step W - 1 has the peak.  `cosine` and `wsd` have final_share of the peak in
-    step `steps` - 1, and from there on.  A run that goes on with another number of steps has the
-    rates of that number from its next step on.
-
-    Args:
-      config: the knobs.
-      steps: length of the run, train.steps.
-
-    Returns:
-      A function of the step, counted from 0.
-
-    Raises:
-      UserError: the run is too short for the warm-up and the fall.
-    """
-    after = lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config, steps)
-    _check_length(config, steps)
-
-    def rate(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.result_type(float))
-        share = after(step)
-        if config.warmup_steps:
-            rise = (step + 1) / config.warmup_steps
-            share = jnp.where(step < config.warmup_steps, rise, share)
-        return config.learning_rate * share
-
-    return rate
-
-
-def _check_length(config: OptimizerConfig, steps: int) -> None:
-    """Raises UserError where a run cannot reach the peak of its rate, or final_share after it."""
-    warmup = config.warmup_steps
-    if warmup > steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {warmup}, more than train.steps ({steps}), so the "
-            f"learning rate would not reach its peak: set it below {steps}, or raise train.steps."
-        )
-    if config.schedule == "cosine" and config.final_share < 1 and warmup == steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {warmup}, all of train.steps, which leaves no step for "
-            f"the fall to optimizer.final_share: set it below {steps}, or raise train.steps."
-        )
-    if config.schedule == "wsd" and warmup + _decay_steps(config, steps) > steps:
-        raise UserError(
-            f"optimizer.warmup_steps ({warmup}) and optimizer.decay_share ({config.decay_share}, "
-            f"{_decay_steps(config, steps)} steps) are more than train.steps ({steps}): lower one "
-            f"of them, or raise train.steps."
-        )
-
-
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -273,6 +176,8 @@ class Optimizer:
     and sharded with it.
 
     Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
+    What that function takes from the length of the run, `fall`, is an array that a compiled step
+    gets with the state.
     """
 
     def __init__(
@@ -296,7 +201,7 @@ class Optimizer:
         Raises:
           UserError: a run too short for the warm-up and the fall of the learning rate.
         """
-        self.schedule = make_schedule(config, steps)
+        self.schedule, self.fall = make_schedule(config, steps), fall_of(config, steps)
         self._config, self._frozen, self._given = config, frozen, transformation
         self._by_decay = {
             decay: _transformation(config, decay, transformation) for decay in (False, True)
@@ -320,7 +225,13 @@ class Optimizer:
         return jax.tree.map(lambda rule, param: self._of(rule).init(param), rules, params)
 
     def update(
-        self, gradients: Params, state: Params, params: Params, rules: Params, step: jax.Array
+        self,
+        gradients: Params,
+        state: Params,
+        params: Params,
+        rules: Params,
+        step: jax.Array,
+        fall: Any = None,
     ) -> tuple[Params, Params]:
         """Take one step.
 
@@ -330,11 +241,12 @@ class Optimizer:
           params: the parameters.
           rules: as `init` got them.
           step: int32 scalar, counted from 0, which decides the learning rate.
+          fall: where that falls, as `schedule.fall_of` has it; None: as in a run of `steps`.
 
         Returns:
           New parameters and new state; those of frozen groups as they were.
         """
-        rate = self.schedule(step)
+        rate = self.schedule(step, self.fall if fall is None else fall)
 
         def one(rule, param, gradient, state):
             if rule.group in self._frozen:

@@ -26,7 +26,8 @@ from moe_jax.train.optim import Optimizer
 class TrainState:
     """Step counter, parameters, the optimizer's state leaf by leaf beside them, router, guard.
 
-    And copies of weights in the computation's dtype, which follow from `params` (copies.py).
+    And what follows from these or from the config, which no checkpoint holds: copies of weights in
+    the computation's dtype (copies.py), and where the learning rate falls (schedule.py).
     """
 
     step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
@@ -34,6 +35,7 @@ class TrainState:
     optimizer: Params  # the state of each parameter in its place
     router: Mapping[str, Any]  # name -> [MoE layers, ...]; empty for most routers
     guard: dict[str, Any]  # name -> scalar (guard.py)
+    fall: Any  # float [2] of `fall_of`: an array, as one program serves runs of any length
     copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # path -> weight
 
 
@@ -67,7 +69,13 @@ def init_train_state(
 
     places = (where.step, where.optimizer, where.router, where.guard, where.copies)
     step, moments, router, guard, copies = jax.jit(rest, out_shardings=places)(params)
-    return TrainState(step, params, moments, router, guard, copies)
+    return TrainState(step, params, moments, router, guard, placed_fall(optimizer, mesh), copies)
+
+
+def placed_fall(optimizer: Optimizer, mesh: Mesh) -> jax.Array:
+    """`TrainState.fall` of a run, on every device; nothing is compiled."""
+    fall = optimizer.fall
+    return jax.make_array_from_callback(fall.shape, everywhere(mesh), lambda index: fall[index])
 
 
 def initial_router_state(model: ModelDef) -> dict[str, jax.Array]:
@@ -86,7 +94,8 @@ def abstract_state(model: ModelDef, optimizer: Optimizer) -> TrainState:
     guard = jax.eval_shape(lambda: first_guard(param_dtype(model.dtype)))
     step = jax.ShapeDtypeStruct((), jnp.int32)
     copies = jax.eval_shape(lambda params: make_copies(model, params), model.abstract)
-    return TrainState(step, model.abstract, optimizer_state, router, guard, copies)
+    fall = jax.ShapeDtypeStruct(optimizer.fall.shape, optimizer.fall.dtype)
+    return TrainState(step, model.abstract, optimizer_state, router, guard, fall, copies)
 
 
 def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -146,7 +155,7 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
 
     moments = jax.tree.map(beside, model.rules, state.params, params, state.optimizer)
     router, guard = jax.tree.map(lambda _: whole, (state.router, state.guard))
-    return TrainState(whole, params, moments, router, guard, of_copied(model, params))
+    return TrainState(whole, params, moments, router, guard, whole, of_copied(model, params))
 
 
 def checkpoint_bytes(model: ModelDef, optimizer: Optimizer) -> int:
@@ -158,7 +167,7 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
     """The one form on disk: per-layer leaves under `params` and `optimizer`, whatever is scanned.
 
     Stacked leaves are cut on the host's side of a save where they are cut at all: unrolled states
-    pass through untouched.  Copies are left out.
+    pass through untouched.  Copies and `fall` are left out.
     """
     return {
         "step": state.step,
@@ -169,12 +178,12 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
     }
 
 
-def from_disk(tree: dict[str, Any], model: ModelDef) -> TrainState:
-    """Inverse of `to_disk`."""
+def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainState:
+    """Inverse of `to_disk`, for a run with this `fall`."""
     params = to_stacked(tree["params"], model.layout)
     moments = to_stacked(tree["optimizer"], model.layout)
     copies = make_copies(model, params)
-    return TrainState(tree["step"], params, moments, tree["router"], tree["guard"], copies)
+    return TrainState(tree["step"], params, moments, tree["router"], tree["guard"], fall, copies)
 
 
 def all_finite(state: TrainState, mesh: Mesh) -> bool:

@@ -134,10 +134,10 @@ def make_train_step(
                 scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             params, moments = optimizer.update(
-                grads, state.optimizer, state.params, model.rules, state.step
+                grads, state.optimizer, state.params, model.rules, state.step, state.fall
             )
             router = _next_router_state(model, state.router, sums.moe)
-            new = TrainState(state.step, params, moments, router, state.guard)
+            new = TrainState(state.step, params, moments, router, state.guard, state.fall)
             verdict = judge(state.guard, loss.total, norm, options.spike_factor)
             accepted = verdict.accepted
             new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
@@ -148,7 +148,7 @@ def make_train_step(
         metrics = StepMetrics(
             loss=loss,
             grad_norm=norm,
-            learning_rate=jnp.asarray(optimizer.schedule(state.step)),
+            learning_rate=jnp.asarray(optimizer.schedule(state.step, state.fall)),
             tokens=counts.tokens,
             skipped=~verdict.accepted,
             spike=verdict.spike,

@@ -173,7 +173,7 @@ def test_it_is_saved_and_restored(tmp_path, one_device):
     checkpoints.save(2, to_disk(state, model.layout))
     checkpoints.wait()
     target = jax.eval_shape(lambda: to_disk(state, model.layout))
-    back: TrainState = from_disk(checkpoints.restore(2, target), model)
+    back: TrainState = from_disk(checkpoints.restore(2, target), model, state.fall)
     checkpoints.close()
     np.testing.assert_array_equal(back.router["bias"], bias)
     assert np.any(back.router["bias"])

@@ -195,8 +195,8 @@ def test_parameter_left_out_of_the_step_is_named(tmp_path, corpus, monkeypatch):
 def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
     whole = restore.from_disk
 
-    def off_by_one_bit(tree, model):
-        state = whole(tree, model)
+    def off_by_one_bit(*arguments):
+        state = whole(*arguments)
         table = np.array(state.params["embed_VD"])
         table.view(np.uint32)[3, 1] ^= 1
         params = {**state.params, "embed_VD": jax.device_put(table)}

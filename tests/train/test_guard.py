@@ -70,7 +70,9 @@ def test_a_state_that_is_not_finite_is_found(where, bad, mesh_of):
     parts = {name: {"a": np.ones(3, np.float32)} for name in ("params", "optimizer", "router")}
     if bad is not None:
         parts[where]["a"][1] = bad
-    state = TrainState(np.int32(7), **parts, guard=first_guard(jnp.float32))
+    state = TrainState(
+        np.int32(7), **parts, guard=first_guard(jnp.float32), fall=np.ones(2, np.float32)
+    )
     assert all_finite(state, mesh_of(data=2)) == (bad is None)
 
 
