@@ -2,6 +2,7 @@
 
 Paper: OLMoE, https://arxiv.org/abs/2409.02060.  Dropless, weights not renormalised, q/k norm over
   the whole projection, balance 0.01, z-loss 0.001, AdamW 4e-4, 4M tokens a step, 5.1T tokens.
+  Weight decay 0.1 of all parameters: the paper found it best to decay RMSNorms and embeddings too.
 Cost: 6.92B parameters, 1.28B active; the paper used 256 H100 for 10 days.
 Expected: the curves of the paper's appendix, on its data mix; no run of ours reached them yet.
 Command: python -m moe_jax train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe
@@ -33,5 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.sequence_length = 4096
     config.train.steps, config.train.batch_size = 1_200_000, 1024
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 4e-4, 2000
+    config.optimizer.decay_of.norm = 1.0
     config.eval.rows = 16_384
     return config

@@ -127,6 +127,18 @@ def test_the_options_of_a_named_transformation_are_a_mapping_of_a_config_file():
         config.optimizer.options.b1 = "high"
 
 
+def test_factors_by_group_are_keys_and_may_be_given_for_some_groups():
+    """So each is a flag too; the resolved config has those of all groups."""
+    config, other = default_config(), default_config()
+    config.optimizer.rate_of.router = 0.1
+    other.optimizer.rate_of = {"router": 0.1}
+    typed = from_config_dict(config)
+    assert typed == from_config_dict(other) == from_json(to_json(typed))
+    assert typed.optimizer.rate_of["router"] == 0.1 and typed.optimizer.rate_of["head"] == 1
+    everything = load("olmoe_1b_7b").optimizer
+    assert set(everything.decay_of.values()) == {1.0} and everything.weight_decay == 0.1
+
+
 def test_an_option_cannot_replace_a_key_of_all():
     """Else priority batch would pass by the refusal for next-token models."""
     config = default_config()

@@ -37,9 +37,9 @@ class ParamRule:
         return self.axes[:1] == ("layers",)
 
     @property
-    def decay(self) -> bool:
-        """True for a matrix, False for one layer's vector and for a norm's weight of any rank."""
-        return self.group != "norm" and len(self.axes) - self.stacked >= 2
+    def decay_group(self) -> str:
+        """The group by whose factor it decays: a layer's vector, such as a bias, is as a norm."""
+        return self.group if len(self.axes) - self.stacked >= 2 else "norm"
 
     @property
     def matrices(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch_types import LayerSizes
 from moe_jax.moe.groups import TOKENS_PER_EXPERT, fewest_rows
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.train.optim import DECAY_OF, RATE_OF, OptimizerConfig
 
 
 class Resolved(NamedTuple):
@@ -151,11 +152,28 @@ def _describe_global_balance(config: Config) -> list[str]:
     ]
 
 
+def _describe_factors(optimizer: OptimizerConfig) -> list[str]:
+    """The groups of parameters with another learning rate or weight decay than by default."""
+    said = []
+    for what, peak, factors, default in (
+        ("learning rate", optimizer.learning_rate, optimizer.rate_of, RATE_OF),
+        ("weight decay", optimizer.weight_decay, optimizer.decay_of, DECAY_OF),
+    ):
+        others = {group: by for group, by in factors.items() if by != default[group]}
+        if others:
+            each = (
+                f"{group} {peak * by:g} ({by:g} times {peak:g})" for group, by in others.items()
+            )
+            said.append(f"{what} by group: {', '.join(each)}")
+    return said
+
+
 def describe(config: Config, components: Components | None) -> list[str]:
-    """Start-up lines: routing groups and the capacity in tokens."""
+    """Start-up lines: what the optimizer does by group, routing groups, capacity in tokens."""
     model, moe = config.model, config.model.moe
+    factors = _describe_factors(config.optimizer)
     if components is None:
-        return ["dense model: no experts"]
+        return ["dense model: no experts", *factors]
     tokens = moe.group_rows * config.data.sequence_length
     train, evaluate = (
         components.dispatch.capacity(tokens, moe.top_k, moe.num_experts, train)
@@ -166,6 +184,7 @@ def describe(config: Config, components: Components | None) -> list[str]:
         f"top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
         f"routing group: {moe.group_rows} rows = {tokens} tokens",
         *_describe_global_balance(config),
+        *factors,
     ]
     if train is None:
         return [*lines, "capacity: unbounded"]

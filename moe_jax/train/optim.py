@@ -10,7 +10,7 @@ import optax
 from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.model.define import Params
-from moe_jax.nn.params import ParamRule
+from moe_jax.nn.params import GROUPS, ParamRule
 from moe_jax.registry import lookup, suggest
 from moe_jax.train import optax_by_name
 from moe_jax.train.matrices import each
@@ -18,6 +18,8 @@ from moe_jax.train.schedule import SCHEDULES, fall_of, make_schedule
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
+RATE_OF = dict.fromkeys(GROUPS, 1.0)
+DECAY_OF = RATE_OF | {"norm": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,10 @@ class OptimizerConfig:
 
     A dotted name is a function of optax that makes a gradient transformation, called with
     `options`.  As with the other optimizers, gradients come clipped (`clip_norm`), and a parameter
-    changes by -rate(step) * (direction + weight_decay * parameter).  The direction is what the
-    transformation returns, or the negated update where the function takes a `learning_rate`, such
-    as optax.sgd: it is then called with 1, and without weight decay of its own.
+    changes by -rate(step) * (direction + weight_decay * parameter), with the factors of its group
+    on both (`rate_of`, `decay_of`).  The direction is what the transformation returns, or the
+    negated update where the function takes a `learning_rate`, such as optax.sgd: it is then called
+    with 1, and without weight decay of its own.
 
     Raises:
       UserError: an unknown name, options that the function does not take, or a value out of range.
@@ -45,8 +48,12 @@ class OptimizerConfig:
     b1: Training[float] = 0.9  # decay of Adam's first moment per step
     b2: Training[float] = 0.95  # decay of Adam's second moment per step
     eps: Training[float] = 1e-8  # added to the root of the second moment
-    # Matrices only: norms, biases and other vectors are left out.
-    weight_decay: Training[float] = 0.1
+    weight_decay: Training[float] = 0.1  # times the learning rate and the factor of decay_of
+    # Group of parameters -> factor on weight_decay; norm: all vectors too, such as biases.  A group
+    # that is left out has its default, here and in rate_of.
+    decay_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=DECAY_OF.copy)
+    # Group -> factor on the learning rate; 0: it stays as it is.
+    rate_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=RATE_OF.copy)
     clip_norm: Training[float] = 1.0  # global gradient norm; 0: no clipping
     # Adam's moments: param (as the weights) | float32 | bfloat16.
     moment_dtype: Training[str] = "param"
@@ -68,6 +75,8 @@ class OptimizerConfig:
                 f"optimizer.moment_dtype is {self.moment_dtype!r}, which adafactor does not know: "
                 f"set it to 'param', or use adamw."
             )
+        for name, default in (("decay_of", DECAY_OF), ("rate_of", RATE_OF)):
+            object.__setattr__(self, name, default | _factors(name, getattr(self, name)))
         if not self.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}: set it above 0.")
         for name in ("weight_decay", "clip_norm", "warmup_steps", "final_share", "eps"):
@@ -113,6 +122,19 @@ class OptimizerConfig:
             )
 
 
+def _factors(key: str, given: Mapping[str, Any]) -> dict[str, float]:
+    """The factors of some groups; raises UserError for what is no group, or no factor."""
+    for group, factor in given.items():
+        if group not in GROUPS:
+            raise UserError(
+                f"optimizer.{key}.{group} is given, but no parameter is of a group "
+                f"{group!r}{suggest(group, GROUPS)}: use {', '.join(GROUPS)}."
+            )
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 0:
+            raise UserError(f"optimizer.{key}.{group} is {factor!r}: set a number of 0 or more.")
+    return {group: float(factor) for group, factor in given.items()}
+
+
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -153,7 +175,7 @@ ELEMENTWISE = ("adamw",)
 
 
 def _transformation(
-    config: OptimizerConfig, decay: bool, given: optax.GradientTransformation | None
+    config: OptimizerConfig, rule: ParamRule, given: optax.GradientTransformation | None
 ) -> optax.GradientTransformation:
     """Gradient -> direction for one parameter of one layer, weight decay included."""
     if given is not None:
@@ -163,8 +185,9 @@ def _transformation(
     else:
         direction = OPTIMIZERS[config.name](config)
     # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
-    weight_decay = optax.add_decayed_weights(config.weight_decay, mask=lambda _: decay)
-    return optax.chain(*direction, weight_decay)
+    factor = config.decay_of[rule.decay_group]
+    decay = optax.add_decayed_weights(config.weight_decay * factor, mask=lambda _: factor > 0)
+    return optax.chain(*direction, decay)
 
 
 class Optimizer:
@@ -203,9 +226,6 @@ class Optimizer:
         """
         self.schedule, self.fall = make_schedule(config, steps), fall_of(config, steps)
         self._config, self._frozen, self._given = config, frozen, transformation
-        self._by_decay = {
-            decay: _transformation(config, decay, transformation) for decay in (False, True)
-        }
 
     def init(self, params: Params, rules: Params) -> Params:
         """The state before the first step.
@@ -253,7 +273,8 @@ class Optimizer:
                 return param, state
             direction: Any
             direction, state = self._of(rule).update(gradient, state, param)
-            return param - (rate * direction).astype(param.dtype), state
+            own = rate * self._config.rate_of[rule.group]
+            return param - (own * direction).astype(param.dtype), state
 
         pairs = jax.tree.map(one, rules, params, gradients, state)
         outer = jax.tree.structure(params)
@@ -277,7 +298,7 @@ class Optimizer:
 
     def _of(self, rule: ParamRule) -> optax.GradientTransformation:
         """What updates a parameter with this rule, of all stacked layers at once."""
-        one_layer = self._by_decay[rule.decay]
+        one_layer = _transformation(self._config, rule, self._given)
         if self._given is not None or self._config.name not in ELEMENTWISE:
             for outer, axis in reversed(list(enumerate(rule.matrices))):
                 one_layer = each(one_layer, axis - outer - rule.stacked)

@@ -361,7 +361,7 @@ def test_the_optimizers_rule_of_every_parameter(scan):
     for path, rule in jax.tree.leaves_with_path(model.rules):
         name = path[-1].key
         assert rule.group == GROUP_OF[name], path
-        assert rule.decay == (name != "weight"), path
+        assert (rule.decay_group == "norm") == (name == "weight"), path
         assert rule.stacked == (path[0].key == "stack"), path
         seen.add(name)
     assert seen == set(GROUP_OF)

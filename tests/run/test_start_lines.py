@@ -26,6 +26,21 @@ def test_a_global_balance_loss_says_over_how_many_rows_it_is(accumulation, rows)
     assert not balance_lines(**overrides | unused)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_groups_with_factors_of_their_own_are_said(dense):
+    values = {"optimizer.rate_of.router": 0.1, "optimizer.decay_of.norm": 1.0, "model.dense": dense}
+
+    def lines(values):
+        found = resolve(small_config("", **values), 1, 258)
+        return [line for line in describe(found.config, found.components) if "by group" in line]
+
+    assert lines(values) == [
+        "learning rate by group: router 0.0003 (0.1 times 0.003)",
+        "weight decay by group: norm 0.1 (1 times 0.1)",
+    ]
+    assert lines({"model.dense": dense}) == []
+
+
 def sampling(prompt, tokens, length=32, **overrides):
     values = {
         "eval.sample_prompt": prompt,

@@ -28,7 +28,6 @@ RULES = {
     "bias_F": ParamRule("ffn", ("mlp",)),
     "q_HA": ParamRule("norm", ("heads", "head_dim")),
 }
-DECAYED = {"norm_DF"}
 
 
 def is_shape(leaf):
@@ -52,15 +51,33 @@ def run(config, params, gradients, dtype="float64", rules=RULES, frozen=()):
     return params, state
 
 
-def test_adamw(x64):
+# As written -> factors on (learning rate, weight decay) of each parameter.  A bias has the rate of
+# its group, and decays as norms do.
+FACTORS = {
+    "default": ({}, {"norm_DF": (1, 1), "scale": (1, 0), "bias_F": (1, 0), "q_HA": (1, 0)}),
+    "by group": (
+        {"rate_of": {"ffn": 0.5}, "decay_of": {"norm": 0.25, "ffn": 2}},
+        {"norm_DF": (0.5, 2), "scale": (1, 0.25), "bias_F": (0.5, 0.25), "q_HA": (1, 0.25)},
+    ),
+    "embeddings are others": (
+        {"rate_of": {"embedding": 0}, "decay_of": {"embedding": 0, "norm": 1}},
+        {"norm_DF": (1, 1), "scale": (1, 1), "bias_F": (1, 1), "q_HA": (1, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_adamw(x64, case):
+    given, factors = FACTORS[case]
     params, gradients = draw(0), [draw(seed) for seed in range(1, 6)]
-    got, _ = run(CONFIG, params, gradients)
+    got, _ = run(dataclasses.replace(CONFIG, **given), params, gradients)
 
     def oracle(path, w, *history):
-        decay = CONFIG.weight_decay if path[0].key in DECAYED else 0.0
+        rate_factor, decay_factor = factors[path[0].key]
+        decay = CONFIG.weight_decay * decay_factor
         m = v = np.zeros_like(w)
         for t, g in enumerate(history, 1):
-            rate = CONFIG.learning_rate * min(1.0, t / CONFIG.warmup_steps)
+            rate = rate_factor * CONFIG.learning_rate * min(1.0, t / CONFIG.warmup_steps)
             m = CONFIG.b1 * m + (1 - CONFIG.b1) * g
             v = CONFIG.b2 * v + (1 - CONFIG.b2) * g * g
             m_hat, v_hat = m / (1 - CONFIG.b1**t), v / (1 - CONFIG.b2**t)
@@ -274,6 +291,14 @@ def test_bfloat16_moments():
         ({"final_share": 1.5}, r"final_share is 1\.5, which is above the peak: set it in \[0, 1\]"),
         ({"final_share": -0.1}, "final_share"),
         ({"warmup_steps": -1}, "warmup_steps"),
+        (
+            {"rate_of": {"roter": 0.1}},
+            r"rate_of\.roter .*did you mean 'router'.*use attention, emb",
+        ),
+        ({"decay_of": {"bias": 1.0}}, r"decay_of\.bias .*no parameter is of a group 'bias'"),
+        ({"decay_of": {"norm": -1.0}}, r"decay_of\.norm is -1\.0: set a number of 0 or more"),
+        ({"rate_of": {"router": True}}, r"rate_of\.router is True: set a number"),
+        ({"rate_of": {"router": "high"}}, r"rate_of\.router is 'high': set a number"),
     ],
 )
 def test_bad_values(change, sentence):
