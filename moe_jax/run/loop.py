@@ -182,6 +182,12 @@ class Trainer:
             took = time.perf_counter() - began
             what = "read the compiled train step" if kept else "compiled the train step"
             self._reporter.say(f"{what} in {took:.1f} s")
+            if not kept and not lead():  # whose reporter is silent
+                print(
+                    f"process {jax.process_index()} {what} in {took:.1f} s: process 0 alone writes "
+                    f"to the compile cache, which others find where they see its folder",
+                    flush=True,
+                )
         return self._program
 
     def _rewind(self, log: StepLog) -> TrainState | None:

@@ -1,6 +1,7 @@
 """The state that a run begins or goes on with: a checkpoint's, another run's weights, or new."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from moe_jax.pretrained.weights import (
 )
 from moe_jax.run.context import Run, Say
 from moe_jax.run.origin import check_origin, open_origin
-from moe_jax.train.copies import make_copies
+from moe_jax.train.copies import copy_program, make_copies, of_copied
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
     TrainState,
@@ -38,7 +39,10 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
         step, tree = found
         say(f"resuming from step {step}")
         return _placed(run, step, tree, say)
-    return fresh_state(run, init_from, say)
+    state = fresh_state(run, init_from, say)
+    if jax.config.jax_compilation_cache_dir:
+        _compile_for_resume(run)
+    return state
 
 
 def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
@@ -95,9 +99,31 @@ def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
     fall = placed_fall(run.optimizer, run.mesh)
     if not run.model.layout.repeats:
         return from_disk(tree, run.model, fall)
-    shardings = state_shardings(run.model, run.optimizer, run.mesh)
-    place = jax.jit(lambda tree, fall: from_disk(tree, run.model, fall), out_shardings=shardings)
-    return place(tree, fall)
+    return _placing(run)(tree, fall)
+
+
+def _placing(run: Run) -> jax.stages.Wrapped:
+    """The program that stacks the layers of a checkpoint's tree."""
+
+    def place(tree: dict[str, Any], fall: jax.Array) -> TrainState:
+        return from_disk(tree, run.model, fall)
+
+    return jax.jit(place, out_shardings=state_shardings(run.model, run.optimizer, run.mesh))
+
+
+def _compile_for_resume(run: Run) -> None:
+    """Puts into the compile cache, in a thread, what the next start runs and this one does not."""
+
+    def compile_it() -> None:
+        tree = _disk_target(run)
+        if run.model.layout.repeats:
+            _placing(run).lower(tree, placed_fall(run.optimizer, run.mesh)).compile()
+        elif of_copied(run.model, run.model.abstract):
+            copy_program(run.model).lower(tree["params"]).compile()
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+    thread.submit(compile_it)
+    thread.shutdown(wait=False)
 
 
 def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:

@@ -20,6 +20,15 @@ def make_copies(model: ModelDef, params: Params) -> Copies:
     return {name: leaf.astype(model.dtype) for name, leaf in of_copied(model, params).items()}
 
 
+def copy_program(model: ModelDef) -> jax.stages.Wrapped:
+    """`make_copies` of parameters as one program; outside jit, each weight would be its own."""
+
+    def copies(params: Params) -> Copies:
+        return make_copies(model, params)
+
+    return jax.jit(copies)
+
+
 def of_copied(model: ModelDef, tree: Params) -> dict[str, Any]:
     """The leaves of a tree like the parameters' that stand for those with a copy, by path."""
     if model.dtype == param_dtype(model.dtype):

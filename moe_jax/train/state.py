@@ -17,7 +17,7 @@ from moe_jax.model.layout import Layout, to_layers, to_stacked
 from moe_jax.moe.components import router_state
 from moe_jax.nn.params import ParamRule, param_dtype
 from moe_jax.parallel.rules import param_sharding
-from moe_jax.train.copies import make_copies, of_copied
+from moe_jax.train.copies import copy_program, make_copies, of_copied
 from moe_jax.train.guard import first_guard
 from moe_jax.train.optim import Optimizer
 
@@ -182,7 +182,7 @@ def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainSt
     """Inverse of `to_disk`, for a run with this `fall`."""
     params = to_stacked(tree["params"], model.layout)
     moments = to_stacked(tree["optimizer"], model.layout)
-    copies = make_copies(model, params)
+    copies = copy_program(model)(params) if of_copied(model, params) else {}
     return TrainState(tree["step"], params, moments, tree["router"], tree["guard"], fall, copies)
 
 
