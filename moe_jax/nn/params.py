@@ -4,7 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+T = TypeVar("T")
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 _TRUNCATED_STD = 0.87962566103423978  # std of a standard normal cut at two sigma
@@ -22,6 +23,8 @@ GROUPS = ("attention", "embedding", "experts", "ffn", "head", "norm", "router")
 # Logical axes each index of which holds a matrix of its own: E experts, and U, the gate and up
 # projections of an expert.
 MATRIX_AXES = ("experts", "expert_matrices")
+# Logical axes that are one side of a matrix together: all heads' widths.
+HEAD_AXES = ("heads", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,23 @@ class ParamRule:
         """
         return tuple(i for i, axis in enumerate(self.axes) if axis in MATRIX_AXES)
 
-    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of one matrix of this parameter, whose own shape is `shape`."""
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Axes of one matrix, as `matrix_shape` has them: those of its inputs, of its outputs.
+
+        Those of q_DHA are (0,) and (1, 2).  None: it has not two sides, as no vector has.
+        """
+        axes = self.matrix_shape(self.axes)
+        sides: list[tuple[int, ...]] = []
+        for i, axis in enumerate(axes):
+            if i and {axis, axes[i - 1]} <= set(HEAD_AXES):
+                sides[-1] += (i,)
+            else:
+                sides.append((i,))
+        return (sides[0], sides[1]) if len(sides) == 2 else None
+
+    def matrix_shape(self, shape: Sequence[T]) -> tuple[T, ...]:
+        """The shape of one matrix of this parameter, whose own shape is `shape`; or its axes."""
         return tuple(
             size for i, size in enumerate(shape) if i >= self.stacked and i not in self.matrices
         )

@@ -159,7 +159,7 @@ def check_parameter(
     if problem:
         raise UserError(
             f"optimizer.name is {name!r}: for {path} {list(parameter.shape)} {problem}; use "
-            f"another transformation, or adamw or adafactor."
+            f"another transformation, or adamw, adafactor or muon."
         )
 
 

@@ -14,6 +14,7 @@ from moe_jax.nn.params import GROUPS, ParamRule
 from moe_jax.registry import lookup, suggest
 from moe_jax.train import optax_by_name
 from moe_jax.train.matrices import each
+from moe_jax.train.muon import is_hidden_matrix, scale_by_muon
 from moe_jax.train.schedule import SCHEDULES, fall_of, make_schedule
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
@@ -36,11 +37,13 @@ class OptimizerConfig:
     Raises:
       UserError: an unknown name, options that the function does not take, or a value out of range.
 
-    Reference: AdamW, arXiv 1711.05101; Adafactor, arXiv 1804.04235; the schedules cosine (SGDR,
-    arXiv 1608.03983), wsd (MiniCPM, arXiv 2404.06395) and inverse_sqrt (T5, arXiv 1910.10683).
+    Reference: AdamW, arXiv 1711.05101; Adafactor, arXiv 1804.04235; Muon, arXiv 2502.16982; the
+    schedules cosine (SGDR, arXiv 1608.03983), wsd (MiniCPM, arXiv 2404.06395) and inverse_sqrt (T5,
+    arXiv 1910.10683).
     """
 
-    # adamw | adafactor, or the dotted name of a transformation, such as optax.scale_by_lion.
+    # adamw | adafactor | muon, or the dotted name of a transformation, such as optax.scale_by_lion.
+    # muon leaves vectors, the embedding and the head to Adam.
     name: Training[str] = "adamw"
     # Of a dotted name alone.
     options: Training[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -48,6 +51,7 @@ class OptimizerConfig:
     b1: Training[float] = 0.9  # decay of Adam's first moment per step
     b2: Training[float] = 0.95  # decay of Adam's second moment per step
     eps: Training[float] = 1e-8  # added to the root of the second moment
+    momentum: Training[float] = 0.95  # muon: decay of a matrix's momentum per step
     weight_decay: Training[float] = 0.1  # times the learning rate and the factor of decay_of
     # Group of parameters -> factor on weight_decay; norm: all vectors too, such as biases.  A group
     # that is left out has its default, here and in rate_of.
@@ -55,7 +59,7 @@ class OptimizerConfig:
     # Group -> factor on the learning rate; 0: it stays as it is.
     rate_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=RATE_OF.copy)
     clip_norm: Training[float] = 1.0  # global gradient norm; 0: no clipping
-    # Adam's moments: param (as the weights) | float32 | bfloat16.
+    # The moments of Adam and Muon: param (as the weights) | float32 | bfloat16.
     moment_dtype: Training[str] = "param"
     schedule: Training[str] = "cosine"  # cosine | wsd | inverse_sqrt | constant
     warmup_steps: Training[int] = 20  # the last of them is the first step at the peak
@@ -82,7 +86,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm", "warmup_steps", "final_share", "eps"):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: set 0 or more.")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: set it in [0, 1).")
         if self.final_share > 1:
@@ -100,6 +104,12 @@ class OptimizerConfig:
 
     def _check_name(self) -> None:
         """Raises UserError for an unknown name, its options, and knobs that it would not read."""
+        default = type(self).momentum
+        if self.momentum != default and self.name != "muon":
+            raise UserError(
+                f"optimizer.momentum is {self.momentum}, which {self.name} does not read: set it "
+                f"back to {default}, or use muon."
+            )
         if self.dotted:
             optax_by_name.check_options(self.name, self.options)
             for field in dataclasses.fields(self):
@@ -154,13 +164,22 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _adamw(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientTransformation]:
+    del rule
     return [_adam(config)]
 
 
-def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _muon(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientTransformation]:
+    """Muon for hidden matrices, Adam for all else."""
+    if rule.sides is None or not is_hidden_matrix(rule):
+        return [_adam(config)]
+    dtype = None if config.moment_dtype == "param" else config.moment_dtype
+    return [scale_by_muon(rule.sides, config.momentum, dtype)]
+
+
+def _adafactor(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientTransformation]:
     """Factored second moments (Shazeer and Stern, arXiv 1804.04235), without relative steps."""
-    del config
+    del config, rule
     return [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -169,7 +188,7 @@ def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 
 
 # Name -> the transformations that turn a gradient into a direction, without weight decay.
-OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 # Those that look at each number alone: to them it is all one which matrix a number belongs to.
 ELEMENTWISE = ("adamw",)
 
@@ -183,7 +202,7 @@ def _transformation(
     elif config.dotted:
         direction = optax_by_name.directions(config.name, config.options)
     else:
-        direction = OPTIMIZERS[config.name](config)
+        direction = OPTIMIZERS[config.name](config, rule)
     # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
     factor = config.decay_of[rule.decay_group]
     decay = optax.add_decayed_weights(config.weight_decay * factor, mask=lambda _: factor > 0)

@@ -181,6 +181,7 @@ def test_names_and_options_that_a_config_refuses(name, options, sentence):
     [
         ("optax.scale_by_lbfgs", {}, r"w_DF \[4, 6\] it keeps state of shape \[10, 4, 6\]"),
         ("optax.scale_by_sm3", {}, r"state of shape \[4\], which is neither"),
+        ("optax.contrib.muon", {}, r"state of shape \[3\], which is neither.*, adafactor or muon"),
         ("optax.noisy_sgd", {"seed": 1}, "state of type key"),
         ("optax.clip_by_global_norm", {"max_norm": 1.0}, "may depend on other parameters"),
         ("optax.contrib.prodigy", {}, "may depend on other parameters"),

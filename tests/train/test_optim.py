@@ -105,9 +105,9 @@ def test_frozen_groups_never_change(x64):
 LAYER_RULES = {"w_DF": ParamRule("ffn", ("embed", "mlp")), "bias_D": ParamRule("ffn", ("embed",))}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
-    """Adafactor looks at whole matrices: factored moments and the clip by their RMS."""
+    """Adafactor and Muon look at whole matrices: norms, factored moments, singular values."""
     layers, shapes = 3, {"w_DF": (128, 130), "bias_D": (6,)}  # optax factors from 128 on
     config = dataclasses.replace(CONFIG, name=name, warmup_steps=0)
     trees = [[draw(10 * step + layer, shapes) for layer in range(layers)] for step in range(4)]
@@ -286,6 +286,8 @@ def test_bfloat16_moments():
         ({"moment_dtype": "float16"}, "moment_dtype"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"b2": 1.0}, r"\[0, 1\)"),
+        ({"name": "muon", "momentum": 1.0}, r"momentum is 1\.0: set it in \[0, 1\)"),
+        ({"momentum": 0.9}, r"momentum is 0\.9, which adamw does not read: .* 0\.95, or use muon"),
         ({"decay_share": 0.0}, "decay_share"),
         ({"decay_share": 1.01}, "decay_share"),
         ({"final_share": 1.5}, r"final_share is 1\.5, which is above the peak: set it in \[0, 1\]"),

@@ -59,6 +59,7 @@ def test_state_is_what_the_trainer_holds(mesh_of):
         ("adafactor", factored),
         ("adafactor", factored | {"moe": few}),
         ("optax.scale_by_lion", {}),
+        ("muon", {}),
     ):
         config = small(**model)
         config = dataclasses.replace(
