@@ -9,13 +9,15 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
+from moe_jax import bounds
+from moe_jax.bounds import Limit, Rule, at_least, one_of
 from moe_jax.data.config import DataConfig
 from moe_jax.decides import Data, Run, Training
 from moe_jax.errors import UserError
@@ -31,6 +33,17 @@ from moe_jax.train.optim import OptimizerConfig
 
 LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
+# Keys whose choices stand in tables above the dataclass that holds them.
+TABLES: dict[str, Mapping[str, type]] = {
+    "model.moe.router": ROUTERS,
+    "model.moe.dispatch": DISPATCH,
+}
+
+# The bounds of several keys below.
+SEED = Limit("between 0 and 2**32 - 1", lambda seed: 0 <= seed < 2**32, "set it")
+SPIKE = Limit("more than 1, or 0 for none", lambda factor: factor == 0 or factor > 1)
+SECONDS = Limit("seconds, or 0 for no limit", lambda seconds: seconds >= 0)
+HEARTBEAT = Limit("seconds, 1 or more", lambda seconds: seconds >= 1)
 
 
 class UnregisteredError(UserError):
@@ -67,39 +80,36 @@ _RENAMED = {
 class TrainConfig:
     """How long, how large a batch, and what is logged."""
 
-    steps: Training[int] = 200  # length of the run
-    batch_size: Data[int] = 32  # rows a step, over all devices and microbatches
-    accumulation: Training[int] = 1  # microbatches a step
-    log_every: Run[int] = 10  # steps between rows of metrics
+    steps: Training[Annotated[int, at_least(1)]] = 200  # length of the run
+    # Rows per step, over all devices and microbatches; a multiple of accumulation.
+    batch_size: Data[Annotated[int, at_least(1)]] = 32
+    accumulation: Training[Annotated[int, at_least(1)]] = 1  # microbatches per step
+    log_every: Run[Annotated[int, at_least(1)]] = 10  # steps between rows of metrics
     # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile.
-    profile_steps: Run[str] = ""
+    profile_steps: Run[Annotated[str, Rule("FIRST:END, or empty for none")]] = ""
     deterministic: Run[bool] = False  # NVIDIA: kernels that repeat bit for bit, at a cost
-    max_skipped: Training[int] = 3  # refused steps in a row that the run bears
-    # Refuse a loss or gradient so many times its mean; 0: never.
-    spike_factor: Training[float] = 100.0
+    max_skipped: Training[Annotated[int, at_least(0)]] = (
+        3  # refused steps in a row that the run bears
+    )
+    # A step is refused where its loss or gradient norm is more than so many times the running
+    # mean; 0: never.
+    spike_factor: Training[Annotated[float, SPIKE]] = 100.0
     # Times the whole run may go back and leave out batches; 0: it ends.
-    max_rewinds: Training[int] = 2
-    ledger_every: Run[int] = 100  # steps between rows of ledger.jsonl; 0: none
+    max_rewinds: Training[Annotated[int, at_least(0)]] = 2
+    ledger_every: Run[Annotated[int, at_least(0)]] = (
+        100  # steps between rows of ledger.jsonl; 0: none
+    )
     # Steps between comparisons of the state's copies on several devices, each also compared before
     # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
-    replica_check_every: Run[int] = 1000
+    replica_check_every: Run[Annotated[int, at_least(0)]] = 1000
     debug: Run[bool] = False  # assert inside the step that no assignment is lost or counted twice
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}: set 1 or more.")
+        bounds.check(self, "train.")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"train.batch_size ({self.batch_size}) is not divisible by train.accumulation "
                 f"({self.accumulation}): change one of them."
-            )
-        for name in ("max_skipped", "max_rewinds", "ledger_every", "replica_check_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}: set 0 or more.")
-        if self.spike_factor != 0 and not self.spike_factor > 1:
-            raise UserError(
-                f"train.spike_factor is {self.spike_factor}: set more than 1, or 0 for none."
             )
         self.profile_range()
 
@@ -120,56 +130,49 @@ class TrainConfig:
 class EvalConfig:
     """Held-out loss and samples."""
 
-    every: Run[int] = 100  # steps; 0: only at the end
-    rows: Run[int] = 512  # held-out rows an evaluation; 0: the whole split
-    samples: Run[int] = 2  # texts generated at the end
-    sample_tokens: Run[int] = 200  # per text, after the prompt
+    every: Run[Annotated[int, at_least(0)]] = 100  # steps between evaluations; 0: only at the end
+    rows: Run[Annotated[int, at_least(0)]] = 512  # held-out rows per evaluation; 0: the whole split
+    samples: Run[Annotated[int, at_least(0)]] = 2  # texts generated at the end
+    sample_tokens: Run[Annotated[int, at_least(0)]] = 200  # tokens per text, after the prompt
     sample_prompt: Run[str] = "def "  # each text begins with it
-    temperature: Run[float] = 0.8  # 0: greedy
+    temperature: Run[Annotated[float, at_least(0)]] = 0.8  # of sampling; 0: greedy
 
     def __post_init__(self):
-        for name in ("every", "rows", "samples", "sample_tokens", "temperature"):
-            if getattr(self, name) < 0:
-                raise UserError(f"eval.{name} is {getattr(self, name)}: set 0 or more.")
+        bounds.check(self, "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every_steps: Run[int] = 100  # 0: off
-    every_minutes: Run[float] = 30.0  # 0: off
-    keep_last: Run[int] = 3  # newest checkpoints, 1 or more
-    keep_every: Run[int] = 0  # also keep every n-th step for good; 0: off
+    every_steps: Run[Annotated[int, at_least(0)]] = 100  # steps between saves; 0: off
+    every_minutes: Run[Annotated[float, at_least(0)]] = 30.0  # minutes between saves; 0: off
+    keep_last: Run[Annotated[int, at_least(1)]] = 3  # newest checkpoints that are kept
+    keep_every: Run[Annotated[int, at_least(0)]] = 0  # also keep every n-th step for good; 0: off
 
     def __post_init__(self):
-        for name in ("every_steps", "every_minutes", "keep_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"checkpoint.{name} is {getattr(self, name)}: set 0 or more.")
-        if self.keep_last < 1:
-            raise UserError(f"checkpoint.keep_last is {self.keep_last}: set 1 or more.")
+        bounds.check(self, "checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     """Seconds after which a run counts as hung and ends with exit code 42; 0: never."""
 
-    compile: Run[float] = 7200.0  # the train step
-    step: Run[float] = 1800.0  # one step, or what several hosts agree on between two
-    data: Run[float] = 1800.0  # a batch
-    # Copying one to the host, waiting for one that is written, loading.
-    checkpoint: Run[float] = 7200.0
-    evaluation: Run[float] = 7200.0  # a whole one, its compilation included
-    start: Run[float] = 1800.0  # before the first step, without a document read or stored meanwhile
+    compile: Run[Annotated[float, SECONDS]] = 7200.0  # compiling the train step
+    # One step, or what several hosts agree on between two.
+    step: Run[Annotated[float, SECONDS]] = 1800.0
+    data: Run[Annotated[float, SECONDS]] = 1800.0  # waiting for a batch
+    # Copying a checkpoint to the host, waiting for one that is written, loading one.
+    checkpoint: Run[Annotated[float, SECONDS]] = 7200.0
+    # A whole evaluation, its compilation included.
+    evaluation: Run[Annotated[float, SECONDS]] = 7200.0
+    # Before the first step, without a document read or stored meanwhile.
+    start: Run[Annotated[float, SECONDS]] = 1800.0
     # Another process that gives no sign of life: JAX then aborts all others (exit code 134).
-    heartbeat: Run[int] = 100
+    heartbeat: Run[Annotated[int, HEARTBEAT]] = 100
 
     def __post_init__(self):
-        if self.heartbeat < 1:
-            raise UserError(f"watchdog.heartbeat is {self.heartbeat}: set seconds, 1 or more.")
-        for name, seconds in dataclasses.asdict(self).items():
-            if not seconds >= 0:
-                raise UserError(f"watchdog.{name} is {seconds}: set seconds, or 0 for no limit.")
+        bounds.check(self, "watchdog.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +183,9 @@ class Config:
       UserError: an unknown precision, router or dispatch path, or a seed out of range.
     """
 
-    seed: Data[int] = 0  # of parameters, data order and noise; 0 to 2**32 - 1
-    # The compute dtype: float32 | bfloat16 | float64 (the oracle, CPU).
-    precision: Training[str] = "float32"
+    seed: Data[Annotated[int, SEED]] = 0  # of parameters, data order and noise; 0 is one as any
+    # The compute dtype; float64 is for oracles, on the CPU.
+    precision: Training[Annotated[str, one_of(PRECISIONS)]] = "float32"
     mesh: MeshConfig = MeshConfig()  # how the devices share the work
     model: ModelConfig = ModelConfig()  # the shape of the Transformer
     data: DataConfig = DataConfig()  # text, tokenizer and rows
@@ -195,14 +198,11 @@ class Config:
     compile_cache: CompileCacheConfig = CompileCacheConfig()
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision is {self.precision!r}: use one of {', '.join(PRECISIONS)}.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: set it between 0 and 2**32 - 1.")
+        bounds.check(self, "")
         if not self.model.dense:
             try:
-                lookup(ROUTERS, self.model.moe.router, "model.moe.router")
-                lookup(DISPATCH, self.model.moe.dispatch, "model.moe.dispatch")
+                for key, table in TABLES.items():
+                    lookup(table, getattr(self.model.moe, key.rpartition(".")[2]), key)
             except UserError as error:
                 raise UnregisteredError(str(error)) from None
 

@@ -19,6 +19,7 @@ RANKS = {
     "moe_jax.decides": 0,
     "moe_jax.files": 1,
     "moe_jax.registry": 1,
+    "moe_jax.bounds": 1.5,
     "moe_jax.data.batch": 1,  # the names of a batch's arrays
     "moe_jax.parallel": 2,
     "moe_jax.ops": 3,

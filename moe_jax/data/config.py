@@ -3,24 +3,30 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from moe_jax import bounds
+from moe_jax.bounds import Choice, Limit, Rule, at_least, one_of
 from moe_jax.decides import Data, Run, Training
 from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet")
+BY_SUFFIX = Choice(lambda: SOURCES, "empty to go by their suffix", lambda name: not name)
+WEIGHT = Limit("a number above 0", lambda weight: 0 < weight < math.inf)
+SHARE = Limit("a share between 0 and 1", lambda share: 0 < share < 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureEntry:
     """One corpus of a mixture."""
 
-    # Of its files, which an empty one follows from their suffix: text | jsonl | parquet | stdlib.
-    source: Run[str] = ""
-    files: Run[str] = ""
-    field: Data[str] = "text"
-    weight: Data[float] = 1.0  # of its share in each batch
+    # What its files are.
+    source: Run[Annotated[str, BY_SUFFIX]] = ""
+    files: Run[str] = ""  # glob(s), comma separated, local or gs://
+    field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
+    weight: Data[Annotated[float, WEIGHT]] = 1.0  # of its share in each batch
+    # Glob(s) of the whole held-out text; data.heldout_fraction is then not used.
     heldout_files: Run[str] = ""
 
 
@@ -38,40 +44,34 @@ class DataConfig:
       UserError: a value out of range, or an unknown source or key of a mixture.
     """
 
-    # stdlib | text | jsonl | parquet; where `files` are named, stdlib gives way to their suffix.
-    source: Run[str] = "stdlib"
+    # What the text is; where `files` are named, stdlib (of Python) gives way to their suffix.
+    source: Run[Annotated[str, one_of(SOURCES)]] = "stdlib"
     files: Run[str] = ""  # glob(s), comma separated, local or gs://
     field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
-    # bytes | path of a tokenizer.json | path of a SentencePiece .model.
-    tokenizer: Run[str] = "bytes"
+    # What cuts text into tokens; bytes needs no file.
+    tokenizer: Run[
+        Annotated[str, Rule("bytes, or the path of a tokenizer.json or a SentencePiece .model")]
+    ] = "bytes"
     # Name of the tokenizer's token that begins a document.  Empty: what tokenizer_config.json
     # beside the tokenizer says, else a well-known name.
     bos: Run[str] = ""
-    eos: Run[str] = ""  # the same of the token that ends a document
-    pad: Run[str] = ""  # the same of padding
+    eos: Run[str] = ""  # as bos, of the token that ends a document
+    pad: Run[str] = ""  # as bos, of padding
     begin_with_bos: Data[bool] = False  # every document begins with the bos token
-    sequence_length: Data[int] = 256  # tokens a row
+    sequence_length: Data[Annotated[int, at_least(2)]] = 256  # tokens per row
     # Times each source is read before the run ends; 0: for ever.  The learning rate follows the
     # schedule of train.steps all the same.
-    max_epochs: Training[int] = 0
-    heldout_fraction: Data[float] = 0.05  # share of documents (by content hash) kept for evaluation
+    max_epochs: Training[Annotated[int, at_least(0)]] = 0
+    # Share of documents (by content hash) kept for evaluation.
+    heldout_fraction: Data[Annotated[float, SHARE]] = 0.05
     # Glob(s) of the whole held-out text; heldout_fraction is then not used.
     heldout_files: Run[str] = ""
     store: Run[str] = ""  # where the tokenised store lies; empty: WORKDIR/../stores
-    # name -> {files, source (by their suffix), field (text), weight (1), heldout_files (none)};
-    # replaces source, files, field and heldout_files.
+    # Name of a corpus -> its keys, listed below; replaces source, files, field and heldout_files.
     mixture: Data[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.sequence_length < 2:
-            raise UserError(f"data.sequence_length is {self.sequence_length}: set 2 or more.")
-        if self.max_epochs < 0:
-            raise UserError(f"data.max_epochs is {self.max_epochs}: set 0 or more.")
-        if not 0 < self.heldout_fraction < 1:
-            raise UserError(
-                f"data.heldout_fraction is {self.heldout_fraction}: set a share between 0 and 1."
-            )
-        lookup(dict.fromkeys(SOURCES), self.source, "data.source")
+        bounds.check(self, "data.")
         for name, part in self.mixture.items():
             _check_part(f"data.mixture.{name}", part)
 
@@ -90,7 +90,4 @@ def _check_part(where: str, part: Any) -> None:
         right = (int, float) if kind is float else kind
         if not isinstance(value, right) or isinstance(value, bool):
             raise UserError(f"{where}.{key} is {value!r}: give a value of type {kind.__name__}.")
-    if part.get("source"):
-        lookup(dict.fromkeys(SOURCES), part["source"], f"{where}.source")
-    if not 0 < part.get("weight", 1.0) < math.inf:
-        raise UserError(f"{where}.weight is {part['weight']}: set a number above 0.")
+    bounds.check(MixtureEntry(**part), f"{where}.")

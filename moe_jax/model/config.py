@@ -1,14 +1,16 @@
 """Shape of the decoder-only Transformer."""
 
 import dataclasses
+from typing import Annotated
 
+from moe_jax import bounds
+from moe_jax.bounds import above, at_least, at_most, one_of
 from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 from moe_jax.moe.config import MoEConfig
 from moe_jax.nn.remat import REMAT
 from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
-from moe_jax.registry import lookup
 
 ACTIVATIONS = ("swiglu", "gelu")
 MOST_LAYERS = 2048  # each costs time before it costs memory: a million would hang
@@ -27,37 +29,45 @@ class ModelConfig:
     Reference: RMSNorm, arXiv 1910.07467; RoPE, arXiv 2104.09864; SwiGLU, arXiv 2002.05202.
     """
 
-    vocab_size: Weights[int] = 0  # V; 0: the tokenizer's
-    num_layers: Weights[int] = 4  # L, blocks of attention and FFN
-    width: Weights[int] = 256  # D, of the residual stream
-    num_heads: Weights[int] = 4  # H, query heads
-    num_kv_heads: Weights[int] = 4  # J, key/value heads; divides H
-    head_dim: Weights[int] = 64  # A, width of a head; even
-    ffn_width: Weights[int] = 1024  # F of the dense FFNs
-    activation: Weights[str] = "swiglu"  # swiglu | gelu (no gate), for dense FFNs and experts alike
-    qk_norm: Weights[str] = "none"  # none | head (Qwen3) | full (over the whole projection: OLMoE)
+    vocab_size: Weights[Annotated[int, at_least(0)]] = (
+        0  # V, tokens of the vocabulary; 0: the tokenizer's
+    )
+    # L, blocks of attention and FFN.
+    num_layers: Weights[Annotated[int, at_least(1), at_most(MOST_LAYERS)]] = 4
+    width: Weights[Annotated[int, at_least(1)]] = 256  # D, of the residual stream
+    num_heads: Weights[Annotated[int, at_least(1)]] = 4  # H, query heads
+    num_kv_heads: Weights[Annotated[int, at_least(1)]] = 4  # J, key/value heads; divides H
+    head_dim: Weights[Annotated[int, at_least(1)]] = 64  # A, width of a head; even, for RoPE
+    ffn_width: Weights[Annotated[int, at_least(1)]] = 1024  # F of the dense FFNs
+    # Of dense FFNs and experts alike; gelu has no gate.
+    activation: Weights[Annotated[str, one_of(ACTIVATIONS)]] = "swiglu"
+    # RMSNorm of queries and keys: none | head (Qwen3) | full (over the whole projection: OLMoE).
+    qk_norm: Weights[Annotated[str, one_of(QK_NORMS)]] = "none"
     tied_head: Weights[bool] = False  # the output head is the embedding's transpose
-    rope_theta: Weights[float] = 10_000.0  # base of the rotary frequencies
-    norm_eps: Weights[float] = 1e-5  # added to the mean square in RMSNorm
+    # Base of the rotary frequencies.
+    rope_theta: Weights[Annotated[float, above(0)]] = 10_000.0
+    # Added to the mean square in RMSNorm.
+    norm_eps: Weights[Annotated[float, at_least(0)]] = 1e-5
     dense: Weights[bool] = False  # every FFN is dense; `moe` is ignored
-    attention: Run[str] = "auto"  # auto | xla | cudnn | splash
+    # The kernel: xla (any device) | cudnn (NVIDIA) | splash (TPU) | auto (by device and shape).
+    attention: Run[Annotated[str, one_of(("auto", *ATTENTION))]] = "auto"
     confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
     scan_layers: Run[bool] = False  # scan the repeating period instead of unrolling it
-    remat: Run[str] = "none"  # none | full | a policy of nn/remat.py by name
-    # How its logits are cut: tokens | vocabulary | full (not at all).
-    cross_entropy: Run[str] = "tokens"
+    # What the backward pass computes again: none (nothing) | full (all) | dots (all but matmuls) |
+    # save_dispatch (all but routing and dispatch) | save_hidden (these and the hidden activations
+    # of attention, FFNs and experts are kept as well).
+    remat: Run[Annotated[str, one_of(REMAT)]] = "none"
+    # How the logits of the loss are cut: tokens | vocabulary | full (not at all).
+    cross_entropy: Run[Annotated[str, one_of(CROSS_ENTROPY)]] = "tokens"
     # Logits that exist at once on a device, in multiples of the vocabulary.
-    loss_chunk: Run[int] = 2048
-    # Of the mean logsumexp(logits)^2 in the loss (PaLM, arXiv 2204.02311, section 5); 0: off.
-    logits_z_weight: Training[float] = 0.0
-    moe: MoEConfig = MoEConfig()  # of the layers that hold experts
+    loss_chunk: Run[Annotated[int, at_least(1)]] = 2048
+    # Weight of the mean logsumexp(logits)^2 in the loss (PaLM, arXiv 2204.02311, section 5);
+    # 0: off.
+    logits_z_weight: Training[Annotated[float, at_least(0)]] = 0.0
+    moe: MoEConfig = MoEConfig()  # the layers that hold experts
 
     def __post_init__(self):
-        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: set 1 or more.")
-        if self.num_layers > MOST_LAYERS:
-            raise UserError(f"model.num_layers is {self.num_layers}: set at most {MOST_LAYERS}.")
+        bounds.check(self, "model.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads ({self.num_heads}) is not divisible by model.num_kv_heads "
@@ -65,19 +75,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}: RoPE needs an even number.")
-        if not self.rope_theta > 0 or self.norm_eps < 0:
-            raise UserError("model.rope_theta must be above 0 and model.norm_eps 0 or more.")
-        if self.vocab_size < 0 or self.loss_chunk < 1:
-            raise UserError("model.vocab_size must be 0 or more and model.loss_chunk 1 or more.")
-        tables = {
-            "activation": ACTIVATIONS,
-            "qk_norm": QK_NORMS,
-            "attention": ("auto", *ATTENTION),
-            "cross_entropy": CROSS_ENTROPY,
-            "remat": REMAT,
-        }
-        for name, known in tables.items():
-            lookup(dict.fromkeys(known), getattr(self, name), f"model.{name}")
 
     @property
     def moe_layers(self) -> int:

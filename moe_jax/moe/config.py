@@ -2,13 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from moe_jax import bounds
+from moe_jax.bounds import Limit, Rule, at_least, one_of, within
 from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 
 PRIORITIES = ("token", "choice", "batch")
 MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
+CAPACITY = Limit(
+    f"above 0 and at most {MOST_CAPACITY:g}; num_experts already drops nothing",
+    lambda factor: 0 < factor <= MOST_CAPACITY,
+    "set it",
+)
 BALANCE_SCOPES = ("group", "row", "global")
 MATMULS = ("compute", "float8")
 
@@ -23,61 +30,48 @@ class MoEConfig:
     Reference: Shazeer et al., arXiv 1701.06538; GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
     """
 
-    num_experts: Weights[int] = 8  # E, routed experts per MoE layer
-    top_k: Weights[int] = 2  # K; routers with a fixed K (switch, gshard) override it
-    expert_width: Weights[int] = 1024  # F, hidden width of one expert
-    router: Weights[str] = "top_k"  # a key of ROUTERS
-    dispatch: Training[str] = "capacity"  # a key of DISPATCH
+    num_experts: Weights[Annotated[int, at_least(1)]] = 8  # E, routed experts per MoE layer
+    # K, experts per token; routers with a fixed K (switch, gshard) override it.
+    top_k: Weights[Annotated[int, Rule("between 1 and num_experts")]] = 2
+    expert_width: Weights[Annotated[int, at_least(1)]] = 1024  # F, hidden width of one expert
+    router: Weights[str] = "top_k"  # which router chooses the experts of a token
+    dispatch: Training[str] = "capacity"  # how tokens reach their experts
     # Slots of an expert in a routing group, in multiples of an even load of S * K / E assignments.
-    capacity_factor: Training[float] = 1.25
-    eval_capacity_factor: Run[float] = 2.0  # the same in evaluation
+    capacity_factor: Training[Annotated[float, CAPACITY]] = 1.25
+    eval_capacity_factor: Run[Annotated[float, CAPACITY]] = 2.0  # the same in evaluation
     # Who gets a slot first: token (causal) | choice (GShard, Switch) | batch (V-MoE, never causal).
-    priority: Training[str] = "token"
-    group_rows: Data[int] = 0  # rows in a routing group; 0: resolved from batch and mesh limits
-    every: Weights[int] = 1  # MoE in every n-th layer (the n-th, 2n-th, ...)
-    first_dense: Weights[int] = 0  # the first layers stay dense whatever `every` says; 0: none
-    shared_experts: Weights[int] = 0  # always-on, of expert_width, beside the routed ones; 0: none
-    balance_weight: Training[float] = 0.01  # of the balance loss; 0: off
-    balance_scope: Training[str] = "group"  # over which tokens it balances: group | row | global
-    z_weight: Training[float] = 0.001  # of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off
-    # Of the routed experts' output, in training; 0: none.  Switch (arXiv 2101.03961) drops inside
-    # the experts; at their output the mask need not travel with the tokens.
-    expert_dropout: Training[float] = 0.0
+    priority: Training[Annotated[str, one_of(PRIORITIES)]] = "token"
+    # Rows in a routing group; 0: resolved from batch and mesh limits.
+    group_rows: Data[Annotated[int, at_least(0)]] = 0
+    every: Weights[Annotated[int, at_least(1)]] = (
+        1  # MoE in every n-th layer (the n-th, 2n-th, ...)
+    )
+    # The first layers stay dense whatever `every` says; 0: none.
+    first_dense: Weights[Annotated[int, at_least(0)]] = 0
+    # Always-on experts of expert_width, beside the routed ones; 0: none.
+    shared_experts: Weights[Annotated[int, at_least(0)]] = 0
+    # Weight of the balance loss; 0: off.
+    balance_weight: Training[Annotated[float, at_least(0)]] = 0.01
+    # Over which tokens the load is balanced: group | row | global (a microbatch).
+    balance_scope: Training[Annotated[str, one_of(BALANCE_SCOPES)]] = "group"
+    # Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off.
+    z_weight: Training[Annotated[float, at_least(0)]] = 0.001
+    # Dropout of the routed experts' output, in training; 0: none.  Switch (arXiv 2101.03961) drops
+    # inside the experts; at their output the mask need not travel with the tokens.
+    expert_dropout: Training[Annotated[float, within("[0, 1)")]] = 0.0
     # Of the experts: compute (the model's dtype) | float8 (dispatch dropless; ops/float8.py).
-    matmul: Training[str] = "compute"
+    matmul: Training[Annotated[str, one_of(MATMULS)]] = "compute"
     freeze_router: Training[bool] = False  # the router's parameters and state stay as they are
-    # Name of a router or dispatch path -> the knobs that belong to it alone.  config.py fills it
-    # from their dataclasses, so a new one needs no change here.
+    # Name of a router or dispatch path -> the knobs that belong to it alone.
     options: Training[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.num_experts < 1:
-            raise UserError(f"model.moe.num_experts is {self.num_experts}: set 1 or more.")
+        bounds.check(self, "model.moe.")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(
                 f"model.moe.top_k is {self.top_k} with {self.num_experts} experts: "
                 f"set top_k between 1 and num_experts."
             )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if not 0 < getattr(self, name) <= MOST_CAPACITY:
-                raise UserError(
-                    f"model.moe.{name} is {getattr(self, name)}: set it above 0 and at most "
-                    f"{MOST_CAPACITY:g}; num_experts ({self.num_experts}) already drops nothing."
-                )
-        for name in ("expert_width", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 1 or more.")
-        for name in ("group_rows", "first_dense", "shared_experts", "balance_weight", "z_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.moe.{name} is {getattr(self, name)}: set 0 or more.")
         for name, knobs in self.options.items():
             if not isinstance(knobs, Mapping):
                 raise UserError(f"model.moe.options.{name} is {knobs!r}: it holds keys of its own.")
-        if not 0 <= self.expert_dropout < 1:
-            raise UserError(f"model.moe.expert_dropout is {self.expert_dropout}: set it in [0, 1).")
-        lists = {"priority": PRIORITIES, "balance_scope": BALANCE_SCOPES, "matmul": MATMULS}
-        for name, known in lists.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"model.moe.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}."
-                )

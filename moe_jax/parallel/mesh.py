@@ -3,18 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from moe_jax import bounds
+from moe_jax.bounds import Limit
 from moe_jax.decides import Run
 from moe_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is split over these, in this order
+SIZE = Limit("1 or more, or -1 for the rest", lambda size: size == -1 or size >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +28,15 @@ class MeshConfig:
       UserError: a size that is neither -1 nor at least 1, or more than one of -1.
     """
 
-    data: Run[int] = -1  # copies of the parameters, each with its own rows
-    fsdp: Run[int] = 1  # parts of the parameters, each with its own rows
-    expert: Run[int] = 1  # parts of the experts, each with its own rows
-    tensor: Run[int] = 1  # parts of heads, hidden widths and vocabulary, with the same rows
+    data: Run[Annotated[int, SIZE]] = -1  # copies of the parameters, each with its own rows
+    fsdp: Run[Annotated[int, SIZE]] = 1  # parts of the parameters, each with its own rows
+    expert: Run[Annotated[int, SIZE]] = 1  # parts of the experts, each with its own rows
+    # Parts of heads, hidden widths and vocabulary, with the same rows.
+    tensor: Run[Annotated[int, SIZE]] = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            if size == 0 or size < -1:
-                raise UserError(f"mesh.{name} is {size}: set 1 or more, or -1 for the rest.")
+        bounds.check(self, "mesh.")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("mesh has more than one axis of size -1: give all but one a size.")
 

@@ -2,22 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 
+from moe_jax import bounds
+from moe_jax.bounds import Choice, above, at_least, one_of, within
 from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.model.define import Params
 from moe_jax.nn.params import GROUPS, ParamRule
-from moe_jax.registry import lookup, suggest
+from moe_jax.registry import suggest
 from moe_jax.train import optax_by_name
 from moe_jax.train.matrices import each
 from moe_jax.train.muon import is_hidden_matrix, scale_by_muon
 from moe_jax.train.schedule import SCHEDULES, fall_of, make_schedule
 
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
+RULES = Choice(
+    lambda: OPTIMIZERS, "a dotted name such as optax.scale_by_lion", lambda name: "." in name
+)
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
 RATE_OF = dict.fromkeys(GROUPS, 1.0)
 DECAY_OF = RATE_OF | {"norm": 0.0}
@@ -42,38 +47,43 @@ class OptimizerConfig:
     arXiv 1910.10683).
     """
 
-    # adamw | adafactor | muon, or the dotted name of a transformation, such as optax.scale_by_lion.
-    # muon leaves vectors, the embedding and the head to Adam.
-    name: Training[str] = "adamw"
-    # Of a dotted name alone.
+    # The update rule; muon leaves vectors, the embedding and the head to Adam.
+    name: Training[Annotated[str, RULES]] = "adamw"
+    # Keyword arguments of a transformation of optax, where `name` is one.
     options: Training[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    learning_rate: Training[float] = 1e-3  # the peak
-    b1: Training[float] = 0.9  # decay of Adam's first moment per step
-    b2: Training[float] = 0.95  # decay of Adam's second moment per step
-    eps: Training[float] = 1e-8  # added to the root of the second moment
-    momentum: Training[float] = 0.95  # muon: decay of a matrix's momentum per step
-    weight_decay: Training[float] = 0.1  # times the learning rate and the factor of decay_of
+    learning_rate: Training[Annotated[float, above(0)]] = 1e-3  # the peak of the schedule
+    # Decay of Adam's first moment per step.
+    b1: Training[Annotated[float, within("[0, 1)")]] = 0.9
+    # Decay of Adam's second moment per step.
+    b2: Training[Annotated[float, within("[0, 1)")]] = 0.95
+    # Added to the root of Adam's second moment.
+    eps: Training[Annotated[float, at_least(0)]] = 1e-8
+    # muon: decay of a matrix's momentum per step.
+    momentum: Training[Annotated[float, within("[0, 1)")]] = 0.95
+    # The share of a parameter that a step takes off, times the learning rate and the group's factor
+    # in `decay_of`.
+    weight_decay: Training[Annotated[float, at_least(0)]] = 0.1
     # Group of parameters -> factor on weight_decay; norm: all vectors too, such as biases.  A group
     # that is left out has its default, here and in rate_of.
     decay_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=DECAY_OF.copy)
-    # Group -> factor on the learning rate; 0: it stays as it is.
+    # Group of parameters -> factor on the learning rate; 0: it stays as it is.
     rate_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=RATE_OF.copy)
-    clip_norm: Training[float] = 1.0  # global gradient norm; 0: no clipping
-    # The moments of Adam and Muon: param (as the weights) | float32 | bfloat16.
-    moment_dtype: Training[str] = "param"
-    schedule: Training[str] = "cosine"  # cosine | wsd | inverse_sqrt | constant
-    warmup_steps: Training[int] = 20  # the last of them is the first step at the peak
-    decay_share: Training[float] = 0.2  # wsd: the last share of the run, over which the rate falls
-    final_share: Training[float] = 0.1  # of the peak, the rate of the last step (cosine, wsd)
+    # Gradients are scaled down to this global norm; 0: no clipping.
+    clip_norm: Training[Annotated[float, at_least(0)]] = 1.0
+    # Of the moments of Adam and Muon; param: as the weights.
+    moment_dtype: Training[Annotated[str, one_of(MOMENT_DTYPES)]] = "param"
+    # How the learning rate moves after the warm-up.
+    schedule: Training[Annotated[str, Choice(lambda: SCHEDULES)]] = "cosine"
+    # Steps of linear warm-up; the last of them is the first step at the peak.
+    warmup_steps: Training[Annotated[int, at_least(0)]] = 20
+    # The last share of the run, over which the rate falls (schedule wsd).
+    decay_share: Training[Annotated[float, within("(0, 1]")]] = 0.2
+    # The rate of the last step, as a share of the peak (schedules cosine and wsd).
+    final_share: Training[Annotated[float, within("[0, 1]")]] = 0.1
 
     def __post_init__(self):
+        bounds.check(self, "optimizer.")
         self._check_name()
-        lookup(SCHEDULES, self.schedule, "optimizer.schedule")
-        if self.moment_dtype not in MOMENT_DTYPES:
-            raise UserError(
-                f"optimizer.moment_dtype is {self.moment_dtype!r}: "
-                f"use one of {', '.join(MOMENT_DTYPES)}."
-            )
         if self.name == "adafactor" and self.moment_dtype != "param":
             raise UserError(
                 f"optimizer.moment_dtype is {self.moment_dtype!r}, which adafactor does not know: "
@@ -81,21 +91,6 @@ class OptimizerConfig:
             )
         for name, default in (("decay_of", DECAY_OF), ("rate_of", RATE_OF)):
             object.__setattr__(self, name, default | _factors(name, getattr(self, name)))
-        if not self.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate is {self.learning_rate}: set it above 0.")
-        for name in ("weight_decay", "clip_norm", "warmup_steps", "final_share", "eps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}: set 0 or more.")
-        for name in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}: set it in [0, 1).")
-        if self.final_share > 1:
-            raise UserError(
-                f"optimizer.final_share is {self.final_share}, which is above the peak: set it in "
-                f"[0, 1]."
-            )
-        if not 0 < self.decay_share <= 1:
-            raise UserError(f"optimizer.decay_share is {self.decay_share}: set it in (0, 1].")
 
     @property
     def dotted(self) -> bool:
@@ -103,7 +98,7 @@ class OptimizerConfig:
         return "." in self.name
 
     def _check_name(self) -> None:
-        """Raises UserError for an unknown name, its options, and knobs that it would not read."""
+        """Raises UserError for options, and knobs, that the rule would not read."""
         default = type(self).momentum
         if self.momentum != default and self.name != "muon":
             raise UserError(
@@ -119,13 +114,7 @@ class OptimizerConfig:
                         f"{self.name} does not read: set it back to {field.default!r} and give "
                         f"arguments in optimizer.options."
                     )
-            return
-        if self.name not in OPTIMIZERS:
-            raise UserError(
-                f"optimizer.name {self.name!r} is unknown{suggest(self.name, OPTIMIZERS)}: use one "
-                f"of these, or a dotted name such as optax.scale_by_lion."
-            )
-        if self.options:
+        elif self.options:
             raise UserError(
                 f"optimizer.options is {dict(self.options)!r}, which {self.name} does not read: "
                 f"set its own keys, such as optimizer.b1."

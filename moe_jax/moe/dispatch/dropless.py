@@ -13,14 +13,16 @@ they are sorted again by local expert on arrival, and go home the same way.
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
+from moe_jax import bounds
+from moe_jax.bounds import Limit
 from moe_jax.decides import Training
-from moe_jax.errors import UserError
 from moe_jax.moe.dispatch.bounded import Order, routed_ids, within_capacity
 from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
 from moe_jax.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
@@ -29,6 +31,8 @@ from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
 from moe_jax.moe.types import TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
+
+RECV_FACTOR = Limit("0 (never drops) or 1 or more", lambda factor: factor == 0 or factor >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +50,10 @@ class Dropless:
     """
 
     # Rows of a shard's receive buffer, in multiples of an even load; 0: no bound, nothing dropped.
-    recv_factor: Training[float] = 0.0
+    recv_factor: Training[Annotated[float, RECV_FACTOR]] = 0.0
 
     def __post_init__(self):
-        if self.recv_factor < 0 or 0 < self.recv_factor < 1:
-            raise UserError(
-                f"dropless.recv_factor is {self.recv_factor}: set 0 (never drops) or 1 or more."
-            )
+        bounds.check(self, "model.moe.options.dropless.")
 
     @property
     def drop_cause(self) -> str:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import bounds
+from moe_jax.bounds import Rule, at_least
 from moe_jax.decides import Weights
 from moe_jax.errors import UserError
 from moe_jax.moe.balance import balance_loss
@@ -29,18 +32,18 @@ class Hash:
     num_experts: int = 8  # E, routed experts
     top_k: int = 2  # K, experts per token
     balance_scope: str = "group"  # over which tokens balance is measured: group | row | global
-    table_size: Weights[int] = 65536  # ids in the table, best the size of the vocabulary
-    seed: Weights[int] = 0  # of the table, 0 or more
+    # Token ids in the table, best the size of the vocabulary.
+    table_size: Weights[Annotated[int, Rule("num_experts or more")]] = 65536
+    seed: Weights[Annotated[int, at_least(0)]] = 0  # of the table; 0 is one as any
 
     def __post_init__(self):
         option = "model.moe.options.hash"
+        bounds.check(self, f"{option}.")
         if self.table_size < self.num_experts:
             raise UserError(
                 f"{option}.table_size is {self.table_size}: set num_experts ({self.num_experts}) "
                 f"or more, best the size of the vocabulary."
             )
-        if self.seed < 0:
-            raise UserError(f"{option}.seed is {self.seed}: set 0 or more.")
 
     @property
     def choices(self) -> int:

@@ -1,14 +1,16 @@
 """What the linear routers share: one matrix, full-precision logits, jitter and a cap on them."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moe_jax import bounds
+from moe_jax.bounds import at_least, within
 from moe_jax.decides import Training
-from moe_jax.errors import UserError
 from moe_jax.moe.balance import balance_loss, router_aux
 from moe_jax.moe.noise import JITTER, row_uniform
 from moe_jax.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
@@ -20,29 +22,23 @@ from moe_jax.ops.float32_matmul import float32_matmul
 class LinearRouter:
     """Knobs and defaults of a router with one [D, E] matrix, whose tokens choose.
 
-    Attributes:
-      num_experts: E of the config it was made from, for a study without a layer; 0: unknown.
-      balance_scope: over which tokens the balance loss is taken: group, row or global.
-      jitter: j; in training the router's input is multiplied by U(1 - j, 1 + j) (Switch); 0: off.
-      logit_cap: c, which bounds logits smoothly, c * tanh(logits / c) (Gemma 2); 0: off.
-
     Raises:
       UserError: a jitter or a cap out of range.
 
     Reference: Switch, arXiv 2101.03961 (jitter); Gemma 2, arXiv 2408.00118 (cap on logits).
     """
 
-    # Beside a layer the matrix decides, so routers that differ in it alone are the same.
+    # E of the config it was made from, for a study without a layer; 0: unknown.  Beside a layer the
+    # matrix decides, so routers that differ in it alone are the same.
     num_experts: int = dataclasses.field(default=0, kw_only=True, compare=False)
-    balance_scope: str = "group"
-    jitter: Training[float] = 0.0
-    logit_cap: Training[float] = 0.0
+    balance_scope: str = "group"  # over which tokens the load is balanced: group | row | global
+    # j: in training the router's input is multiplied by U(1 - j, 1 + j) (Switch); 0: off.
+    jitter: Training[Annotated[float, within("[0, 1)")]] = 0.0
+    # c, which bounds logits smoothly, c * tanh(logits / c) (Gemma 2); 0: off.
+    logit_cap: Training[Annotated[float, at_least(0)]] = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.jitter < 1:
-            raise UserError(f"The router's jitter is {self.jitter}: set it in [0, 1).")
-        if self.logit_cap < 0:
-            raise UserError(f"The router's logit_cap is {self.logit_cap}: set 0 (off) or more.")
+        bounds.check(self, "The router's ")
 
     @property
     def causal(self) -> bool:

@@ -1,11 +1,14 @@
 """Sigmoid routing balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437)."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax import bounds
+from moe_jax.bounds import Rule, above, at_least
 from moe_jax.decides import Training
 from moe_jax.errors import UserError
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
@@ -32,15 +35,19 @@ class SigmoidBias(LinearRouter):
 
     num_experts: int = 8  # E, routed experts
     top_k: int = 2  # K, experts per token
-    expert_groups: Training[int] = 1  # groups of neighbouring experts (8 in DeepSeek-V3)
-    top_groups: Training[int] = 1  # those of them that stay in a token's choice (4 there)
+    # Groups of neighbouring experts (8 in DeepSeek-V3).
+    expert_groups: Training[Annotated[int, Rule("a divisor of num_experts")]] = 1
+    # Those of them that stay in a token's choice (4 in DeepSeek-V3); together they hold K experts.
+    top_groups: Training[Annotated[int, Rule("between 1 and expert_groups")]] = 1
     renormalize: Training[bool] = True  # divide the K weights by their sum
-    routed_scale: Training[float] = 1.0  # multiplies the weights after that (2.5 there)
-    update_rate: Training[float] = 0.001  # of the bias per step; 0: it stays as it is
+    # Multiplies the weights after that (2.5 in DeepSeek-V3).
+    routed_scale: Training[Annotated[float, above(0)]] = 1.0
+    # Of the bias per step; 0: it stays as it is.
+    update_rate: Training[Annotated[float, at_least(0)]] = 0.001
 
     def __post_init__(self):
-        super().__post_init__()
         option = "model.moe.options.sigmoid_bias"
+        bounds.check(self, f"{option}.")
         groups, experts = self.expert_groups, self.num_experts
         if groups < 1 or experts % groups:
             raise UserError(
@@ -61,10 +68,6 @@ class SigmoidBias(LinearRouter):
                 f"router sigmoid_bias with top_k=1 and renormalize gives every weight the same "
                 f"value and the router no gradient: set {option}.renormalize=False."
             )
-        if self.routed_scale <= 0:
-            raise UserError(f"{option}.routed_scale is {self.routed_scale}: set it above 0.")
-        if self.update_rate < 0:
-            raise UserError(f"{option}.update_rate is {self.update_rate}: set 0 (off) or more.")
 
     @property
     def choices(self) -> int:

@@ -1,10 +1,12 @@
 """Switch Transformer routing (Fedus et al., arXiv 2101.03961): top-1."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.bounds import within
 from moe_jax.decides import Training
 from moe_jax.moe.routers.linear import LinearRouter, top_choices
 from moe_jax.moe.types import RouterIn, TokenChoice
@@ -20,7 +22,8 @@ class Switch(LinearRouter):
     Reference: Fedus et al., arXiv 2101.03961.
     """
 
-    jitter: Training[float] = 0.01  # multiplies the input by U(0.99, 1.01); 0: off
+    # j: in training the router's input is multiplied by U(1 - j, 1 + j); 0: off.
+    jitter: Training[Annotated[float, within("[0, 1)")]] = 0.01
 
     @property
     def choices(self) -> int:
