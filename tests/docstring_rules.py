@@ -8,15 +8,15 @@ import ast
 import dataclasses
 import functools
 import inspect
-import io
 import re
 import sys
-import tokenize
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from moe_jax.field_comments import own_comments
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Reference):[ ]?(.*)")
 ENTRY = re.compile(r"  (\w+(?:, \w+)*): (.*)")
@@ -150,7 +150,7 @@ def field_faults(what: str, cls: type) -> Iterator[str]:
         found = sections_of(owner)
         hints |= inspect.get_annotations(owner)
         listed = entries(found.get("Args", "")) | entries(found.get("Attributes", ""))
-        said |= field_comments(owner) | listed
+        said |= own_comments(owner) | listed
         absent = [name for name in listed if name not in hints and not hasattr(cls, name)]
         yield from (f"{what} has no field {name}" for name in absent)
     defaults = getattr(cls, "_field_defaults", {})
@@ -160,30 +160,6 @@ def field_faults(what: str, cls: type) -> Iterator[str]:
         hint = hints_of(cls).get(name, hints[name])
         default = defaults.get(name, dataclasses.MISSING)
         yield from value_faults(f"{what}: {name}", said.get(name), hint, default)
-
-
-def field_comments(cls: type) -> dict[str, str]:
-    """Field -> the comment on its lines, or else the lines of comment directly above."""
-    source = Path(sys.modules[cls.__module__].__file__ or "").read_text()
-    comments, alone = {}, set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-            if token.line.strip() == token.string.strip():
-                alone.add(token.start[0])
-    found, node = {}, definition(cls)
-    for field in node.body if isinstance(node, ast.ClassDef) else []:
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
-        text = [comments[line] for line in lines if line in comments]
-        above = field.lineno - 1
-        while above in alone:
-            text.insert(0, comments[above])
-            above -= 1
-        if text:
-            found[field.target.id] = " ".join(text)
-    return found
 
 
 @functools.cache

@@ -5,12 +5,13 @@ command's `main(argv)`.
 """
 
 import dataclasses
+import functools
 import gc
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moe_jax.cli import streams
 from moe_jax.errors import UserError
@@ -53,6 +54,7 @@ class Command:
     listed: bool = True
 
 
+HELP = {"--help", "-h"}
 COMMON_FLAGS = (
     Flag("workdir", "", "Folder of the run.", path=True),
     Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
@@ -199,12 +201,24 @@ TRAIN_BPE = Command(
 
 def run_command(name: str, arguments: Sequence[str]) -> NoReturn:
     """Runs one command with the arguments after its name, and exits with its code."""
-    if {"--help", "-h"} & set(arguments):
+    program = f"moe_jax {name}"
+    if HELP & set(arguments):
         bpe = name == "data" and "train-bpe" in arguments
-        _show(help_text(f"{name} train-bpe" if bpe else name, TRAIN_BPE if bpe else COMMANDS[name]))
+        command = TRAIN_BPE if bpe else COMMANDS[name]
+        text = help_text(f"{name} train-bpe" if bpe else name, command)
+        if not any(argument.partition("=")[0] in ("--config", "-config") for argument in arguments):
+            _show(text)
+        left_out = HELP | ({"train-bpe"} if bpe else set())
+        rest = [argument for argument in arguments if argument not in left_out]
+        optional = dataclasses.replace(command, workdir=None if command.workdir is None else False)
+        _run(functools.partial(_main_of("help"), text, optional), [program, *rest])
+    _run(_main_of(name), [program, *arguments])
+
+
+def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> NoReturn:
     from moe_jax.cli.exit import run
 
-    run(_main_of(name), [f"moe_jax {name}", *arguments])
+    run(main, argv)
 
 
 def script() -> NoReturn:
@@ -231,15 +245,15 @@ def main() -> NoReturn:
     run_command(name, arguments)
 
 
-def _main_of(name: str) -> Callable[[Sequence[str]], int | None]:
+def _main_of(name: str) -> Callable[..., int | None]:
     """Imports the command when it runs: an interrupt meanwhile ends as one during the command."""
 
-    def main(argv: Sequence[str]) -> int | None:
+    def main(*given: Any) -> int | None:
         command = importlib.import_module(f"moe_jax.cli.{name}")
         # What the imports made stays, so no garbage collection needs to search it.  Tracing and
         # lowering bench_olmoe_half take 1.4 s of CPU time instead of 1.6 (2 cores, jax 0.10.2).
         gc.freeze()
-        return command.main(argv)
+        return command.main(*given)
 
     return main
 
@@ -272,4 +286,7 @@ def help_text(name: str, command: Command) -> str:
         ]
     unused = {"workdir"} if command.workdir is None else set()
     flags = [flag for flag in (*COMMON_FLAGS, *command.flags) if flag.name not in unused]
-    return "\n".join([*lines, *(f"  --{f.name}={f.default!r}  {f.help}" for f in flags)])
+    lines += [f"  --{f.name}={f.default!r}  {f.help}" for f in flags]
+    if command.config:
+        lines += ["", "With --config=FILE, --help also lists the keys of that config."]
+    return "\n".join(lines)

@@ -24,7 +24,7 @@ from moe_jax.registry import dotted_keys, suggest_key
 class Parsed(NamedTuple):
     """What `parse` found."""
 
-    config: ConfigDict  # empty for a command that takes no config
+    config: ConfigDict  # empty where none is named
     overrides: dict[str, Any]  # {"train.steps": 200}, as given on the command line
     flags: Any  # values by attribute: config (FILE.py[:ARG]), workdir, devices, the extra ones
 
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
     avoid_command_buffers()
     if not command.config:
         if REGISTRATIONS in command.flags and found.config:
-            read_config_file(found.config)
+            loaded = read_config_file(found.config)
         return Parsed(loaded, {}, found)
     found.config = path
     given = config_flags.get_override_values(values["config"])
