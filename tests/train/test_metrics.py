@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from documented_fields import differences, documented, fields, written
 from small_run import WORDS, eval_rows, flags, rows, small_config, train_rows, write_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -15,11 +16,13 @@ from moe_jax.cli.train import main
 from moe_jax.data.pipeline import HeldOut
 from moe_jax.model.define import define
 from moe_jax.model.forward import forward, head_weight
-from moe_jax.moe.types import MoEContext
-from moe_jax.record.report import LEDGER
+from moe_jax.moe.types import Fates, MoEContext
+from moe_jax.record.report import LEDGER, METRICS, is_last
 from moe_jax.run.evaluate import Evaluator
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
+from moe_jax.train.metrics import moe_row
+from moe_jax.watch.timekeeper import GOODPUT
 
 STEPS = 6
 LOGGED = (
@@ -204,3 +207,33 @@ def test_the_ledger_of_a_run(workdir):
                 assert counts == logged[row["step"]][fate], (axis, fate)
         assert np.shape(row["expert"]["kept"])[0] == MOE_LAYERS
         assert logged[row["step"]]["unaccounted"] == 0
+
+
+def test_every_field_is_defined(workdir):
+    """docs/metrics.md has the fields of the files and no others."""
+    logged = written(workdir / METRICS)
+    steps = [row for row in logged if "loss" in row]
+    assert differences(steps, "Rows of train steps") == []
+    # Only data.max_epochs brings the first, only recv_factor the second.
+    evaluations = [row for row in logged if "loss" not in row]
+    assert differences(evaluations, "Rows of evaluations", ["max_epochs"]) == []
+    ledger = written(workdir / LEDGER)
+    assert differences(ledger, LEDGER, ["AXIS.dropped_buffer"]) == []
+    assert differences(written(workdir / GOODPUT), GOODPUT) == []
+
+
+def test_fields_that_few_rows_have_are_defined():
+    assert fields(moe_row(None)) < documented("Rows of train steps")
+    outcomes = {name for name in documented(LEDGER) if name.startswith("AXIS.")}
+    assert outcomes == {f"AXIS.{name}" for name in Fates._fields}
+    assert is_last({"step": 3, "eval_loss": 1.0, "max_epochs": 2}, 9, 2)
+    assert "max_epochs" in documented("Rows of evaluations")
+
+
+def test_a_field_that_is_not_defined_is_found():
+    said = documented(LEDGER)
+    odd = {"step": 1, "expert": {"kept": [1], "fallen": [2]}}
+    assert differences([fields(odd)], LEDGER, said) == [
+        "AXIS.fallen is not defined below 'ledger.jsonl'"
+    ]
+    assert differences([said - {"sources"}], LEDGER) == ["sources is in no row"]

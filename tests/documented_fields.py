@@ -1,0 +1,63 @@
+"""The fields that docs/metrics.md defines, and those of rows that a run has written."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+AXES = ("expert", "position", "source")
+
+
+def documented(title: str) -> set[str]:
+    """The fields in the tables below a heading, up to the next one of its level or above.
+
+    Raises:
+      AssertionError: there is no such heading, or a field without unit, meaning or occasion.
+    """
+    text = PAGE.read_text()
+    level = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    assert level, f"{PAGE.name} has no heading {title!r}"
+    below = re.split(rf"^#{{2,{len(level[1])}}} ", text[level.end() :], flags=re.MULTILINE)[0]
+    found = set()
+    for row in re.findall(r"^\| `.*\|$", below, re.MULTILINE):
+        field, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        assert len(said) == 3 and all(said), row
+        assert field.strip("`") not in found, f"{field} is there twice"
+        found.add(field.strip("`"))
+    return found
+
+
+def written(path: Path) -> list[set[str]]:
+    """The fields of each row of a file of JSON lines, by their names on the page."""
+    return [fields(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def fields(row: Mapping[str, Any]) -> set[str]:
+    """Dotted names; for a name that a user or an axis chose, what the page has in its place."""
+    return set(_names(row, ""))
+
+
+def _names(row: Mapping[str, Any], above: str) -> Iterator[str]:
+    for name, value in row.items():
+        name = "AXIS" if not above and name in AXES else name
+        name = "SOURCE" if above == "eval_loss_by_source." else name
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
+def differences(rows: Iterable[set[str]], title: str, seldom: Iterable[str] = ()) -> list[str]:
+    """What rows have and the page lacks below `title`, and the reverse.
+
+    Args:
+      rows: as of `written`.
+      title: a heading of the page.
+      seldom: fields that rows may lack.
+    """
+    there, said = set().union(*rows), documented(title)
+    missing = [f"{name} is not defined below {title!r}" for name in sorted(there - said)]
+    never = [f"{name} is in no row" for name in sorted(said - there - set(seldom))]
+    return missing + never
