@@ -17,11 +17,14 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import filelock
 import jax
 import jaxlib.version
 
+from moe_jax import bounds
+from moe_jax.bounds import at_least
 from moe_jax.decides import Run
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
@@ -43,12 +46,11 @@ class CompileCacheConfig:
     # Empty: JAX_COMPILATION_CACHE_DIR where that is set, with JAX's own settings, or else a folder
     # of this user, jax version and CPU type below ~/.cache/moe_jax.
     dir: Run[str] = ""
-    # The programs used longest ago go first; 0: nothing is kept.
-    max_bytes: Run[int] = 2**30
+    # Bytes of the folder; the programs used longest ago go first; 0: nothing is kept.
+    max_bytes: Run[Annotated[int, at_least(0)]] = 2**30
 
     def __post_init__(self):
-        if self.max_bytes < 0:
-            raise UserError(f"compile_cache.max_bytes is {self.max_bytes}: set 0 or more.")
+        bounds.check(self, "compile_cache.")
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def scale_by_muon(
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         coefficients = jnp.asarray(NEWTON_SCHULZ, updates.dtype)
+        direction: Any  # an array, as the parameter is
         direction, state = muon.update(updates, state._replace(ns_coeffs=coefficients), params)
         widest = max(math.prod(updates.shape[axis] for axis in side) for side in sides)
         return UPDATE_RMS * math.sqrt(widest) * direction, state._replace(ns_coeffs=())

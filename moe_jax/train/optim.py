@@ -24,8 +24,8 @@ RULES = Choice(
     lambda: OPTIMIZERS, "a dotted name such as optax.scale_by_lion", lambda name: "." in name
 )
 ADAM_KNOBS = ("b1", "b2", "eps", "moment_dtype")
-RATE_OF = dict.fromkeys(GROUPS, 1.0)
-DECAY_OF = RATE_OF | {"norm": 0.0}
+RATE_OF: dict[str, float] = dict.fromkeys(GROUPS, 1.0)
+DECAY_OF: dict[str, float] = RATE_OF | {"norm": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
