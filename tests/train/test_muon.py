@@ -67,7 +67,7 @@ def train(config, params, gradients, rules):
     optimizer = Optimizer(config, 100)
     params = jax.tree.map(jnp.asarray, params)
     state = optimizer.init(params, rules)
-    update = jax.jit(lambda *trees: optimizer.update(*trees[:3], rules, trees[3]))
+    update = jax.jit(lambda g, s, w, step: optimizer.update(g, s, w, rules, step))
     for step, gradient in enumerate(gradients):
         params, state = update(gradient, state, params, jnp.int32(step))
     return params, state
