@@ -37,12 +37,40 @@ class GrowingFile:
         # Unbuffered: a record is one write, so a kill leaves at most one torn record, the last.
         self._file = path.open("ab+", buffering=0)
         self._size, self._torn = self._file.tell(), False
+        self._last = b""  # the record at the end of the file, if this process wrote it
 
     def append(self, record: bytes) -> None:
         """Write `record`, or keep it until it can be written."""
         self._lost += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(record)
         self._write_waiting()
+
+    def replace_last(self, record: bytes) -> None:
+        """Write `record` over the last one, in one write; append it where that cannot be done.
+
+        One that is shorter cannot: what it would leave of the last one is no record.
+        """
+        if self._waiting or not self._last or len(record) < len(self._last):
+            self.append(record)
+            return
+        start = self._size - len(self._last)
+        try:
+            # Of its own: a file that is open for appending writes at its end alone.
+            with self._path.open("rb+", buffering=0) as file:
+                file.seek(start)
+                if file.write(record) != len(record):  # the disk is full
+                    file.seek(start)
+                    file.write(self._last)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size, self._last = start + len(record), record
+        except OSError:
+            self._torn = True
+            self.append(record)
+
+    @property
+    def last_size(self) -> int:
+        """Bytes of the record that `replace_last` would write over; 0: it would append."""
+        return len(self._last)
 
     def ends_with(self, end: bytes) -> bool:
         """Whether the file is empty or its last bytes are `end`; raises OSError."""
@@ -84,7 +112,7 @@ class GrowingFile:
         self._torn = True
         if self._file.write(record) != len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._size, self._torn = self._size + len(record), False
+        self._size, self._torn, self._last = self._size + len(record), False, record
 
 
 class Lines:
@@ -97,8 +125,17 @@ class Lines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write `row`, or keep it until it can be written."""
-        self._file.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.append(_line(row))
+
+    def replace_last(self, row: Mapping[str, Any]) -> None:
+        """Write `row` over the last one, of which it holds all that counts, or append it."""
+        self._file.replace_last(_line(row, self._file.last_size))
 
     def close(self) -> None:
         """Write what waits, if the disk allows it now, and close the file."""
         self._file.close()
+
+
+def _line(row: Mapping[str, Any], width: int = 0) -> bytes:
+    """`row` as a line of at least `width` bytes, spaces at its end included."""
+    return json.dumps(row, allow_nan=False).encode().ljust(width - 1) + b"\n"

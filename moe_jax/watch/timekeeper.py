@@ -1,10 +1,12 @@
 """Where the time of a run goes, as rows of WORKDIR/goodput.jsonl.
 
 `python -m moe_jax goodput` reads them.  A row holds all that an attempt (one process, from its
-start to its end) has spent so far, so one that is torn or missing costs nothing.
+start to its end) has spent so far, so one that is torn or missing costs nothing, and most rows are
+written over the one before: a day is 0.4 MB, whatever its steps take.
 """
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -24,8 +26,12 @@ from moe_jax.parallel.process import process_age
 GOODPUT = "goodput.jsonl"
 INIT = "init"
 # Seconds between two rows, or this share of a long attempt: what a kill leaves unaccounted for at
-# most.  A month's file stays below 3 MB: each copy to an object store replaces the whole file.
+# most.
 BEAT, SHARE = 2.0, 1e-3
+# A row is written over the one before it, unless that one lies this share of the attempt, or this
+# many seconds, after the last row that was kept: `goodput` counts the steps between two rows in
+# proportion.
+KEPT_SHARE, MAX_KEPT = 0.2, 60.0
 _LEAVE = 5.0  # seconds to wait at the end for a thread that perhaps waits for a lost device
 
 
@@ -120,6 +126,9 @@ class _Rows:
     def append(self, row: Mapping[str, Any]) -> None:
         self._lines.append(row)
 
+    def replace_last(self, row: Mapping[str, Any]) -> None:
+        self._lines.replace_last(row)
+
     def push_if_due(self) -> None:
         with contextlib.suppress(UserError):
             self._mirror.push_if_due()
@@ -148,6 +157,8 @@ class _Attempt:
         self._from = self._started = step  # the restored step; handed to the devices
         self._step, self._finished = step, born  # done by the devices, and when
         self._written, self._over = 0.0, False
+        self._kept = -math.inf  # when the last row was written that no other replaces
+        self._replaces = False  # the next row is written over the last one
         self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
@@ -158,8 +169,9 @@ class _Attempt:
     def resumed(self, step: int) -> None:
         """Training goes on after an earlier step."""
         self.turn_to("")
+        self.write(keep=True)  # how far the steps went that are taken again
         self._from = self._started = self._step = step
-        self.write()
+        self.write(keep=True)
 
     def started(self, step: int, outputs: Any) -> None:
         self._started = step
@@ -179,24 +191,28 @@ class _Attempt:
             self._book()
             self._phase = phase
 
-    def write(self, **more: int) -> None:
-        """A row of all that was spent so far."""
+    def write(self, keep: bool = False, **more: int) -> None:
+        """A row of all that was spent so far; `keep`: no later one replaces it."""
         with self._lock:
             if self._over:
                 return
             self._book()
-            self._rows.append(
-                {
-                    "attempt": self._name,
-                    "began": self._began,
-                    "time": time.time(),
-                    "from": self._from,
-                    "step": self._step,
-                    "seconds": self._seconds,
-                    **more,
-                }
-            )
+            row = {
+                "attempt": self._name,
+                "began": _milliseconds(self._began),
+                "time": _milliseconds(time.time()),
+                "from": self._from,
+                "step": self._step,
+                "seconds": {phase: _milliseconds(s) for phase, s in self._seconds.items()},
+                **more,
+            }
+            (self._rows.replace_last if self._replaces else self._rows.append)(row)
             self._written = time.monotonic()
+            distance = max(self._beat, KEPT_SHARE * (self._written - self._born))
+            if keep or self._written - self._kept >= min(MAX_KEPT, distance):
+                self._kept, self._replaces = self._written, False
+            else:
+                self._replaces = True
 
     def _book(self) -> None:
         """Adds the time since the last call to the phase of that time."""
@@ -230,3 +246,8 @@ class _Attempt:
                 jax.block_until_ready(outputs)
                 with self._lock:
                     self._step, self._finished = step, time.monotonic()
+
+
+def _milliseconds(seconds: float) -> float:
+    """`seconds` with the digits that a clock has."""
+    return round(seconds, 3)

@@ -33,6 +33,35 @@ def test_a_disk_that_fills_anywhere_in_a_record_costs_no_record(tmp_path, leave)
     assert "make room" in said[0] and said[1].endswith("is written again.")
 
 
+@pytest.mark.parametrize("leave", [0, 9, 12, 17, 18, 19, 24])
+def test_a_record_takes_the_place_of_the_last_one(tmp_path, leave):
+    """A disk that fills in the middle of it costs neither; a shorter one covers the longer one."""
+    path, said = tmp_path / "a", []
+    lines = Lines(path, said.append)
+    lines.append({"n": 1})
+    lines.append({"n": 2})
+    lines.replace_last({"n": 300})
+    assert numbers(path) == [1, 300]
+    lines.replace_last({"n": 4})
+    assert numbers(path) == [1, 4]
+    with no_room(leave):
+        lines.replace_last({"n": 555_555})
+    assert numbers(path)[:2] in ([1, 4], [1, 555_555])
+    lines.replace_last({"n": 6})
+    lines.append({"n": 7})
+    lines.close()
+    assert numbers(path) == ([1, 6, 7] if leave == 24 else [1, 4, 555_555, 6, 7])
+
+
+def test_what_another_process_wrote_is_not_replaced(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b'{"n": 1}\n')
+    lines = Lines(path, print)
+    lines.replace_last({"n": 2})
+    lines.replace_last({"n": 3})
+    assert numbers(path) == [1, 3]
+
+
 def test_what_waits_is_bounded_and_what_is_lost_is_counted(tmp_path):
     path, said = tmp_path / "a", []
     lines = Lines(path, said.append, keep=3)

@@ -8,6 +8,7 @@ import pytest
 from no_room import no_room
 
 from moe_jax.errors import UserError
+from moe_jax.tools.goodput.account import read
 from moe_jax.watch import timekeeper
 from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
@@ -150,3 +151,69 @@ def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock):
         assert len(rows(tmp_path)) == before
         keeper.ended(0)
     assert rows(tmp_path)[-1]["seconds"]["checkpoint"] == 6  # the next row says it all
+
+
+def fast_run(keeper, clock, seconds, first=0):
+    """Steps of 10 ms, an evaluation after every 200 of them; returns the last step."""
+    for second in range(2, seconds + 1, 2):
+        with keeper("step"):
+            keeper._attempt._step = first + 100 * second
+            clock.now += 1.99
+        with keeper("evaluation"):
+            clock.now += 0.01
+    return first + 100 * seconds
+
+
+@pytest.mark.parametrize(("attempts", "most"), [(1, 400_000), (144, 900_000)])
+def test_a_day_stays_under_a_megabyte(tmp_path, clock, attempts, most):
+    """Of a fast run, in one attempt and with a restart every ten minutes."""
+    hours, day = 4 if attempts == 1 else 1, 24
+    count = max(1, attempts * hours // day)
+    for number in range(count):
+        with Timekeeper(tmp_path, True, beat=timekeeper.BEAT) as keeper:
+            keeper.resumed(360_000 * number)
+            fast_run(keeper, clock, hours * 3600 // count, 360_000 * number)
+            keeper.ended(42)
+    size = (tmp_path / GOODPUT).stat().st_size
+    assert size * day / hours < most
+    found = read(tmp_path / GOODPUT)
+    assert found.unreadable == 0 and len(found.attempts) == count
+    assert found.seconds["evaluation"] == pytest.approx(hours * 18, rel=1e-3)
+    assert found.seconds["step"] == pytest.approx(hours * 3582, rel=1e-3)
+
+
+def test_rows_that_replace_each_other_tell_what_a_restart_lost(tmp_path, clock):
+    """As the sum of all steps after the restored one, wherever between two kept rows it lies."""
+    keeper = Timekeeper(tmp_path, True, timekeeper.BEAT)
+    keeper.resumed(0)
+    last = fast_run(keeper, clock, 1000)
+    killed = (tmp_path / GOODPUT).read_bytes()
+    keeper.ended(0)
+    for restored in (0, 60, 400, 12_345, 77_777, 99_900):
+        (tmp_path / GOODPUT).write_bytes(killed)
+        with Timekeeper(tmp_path, True, NEVER) as again:
+            again.resumed(restored)
+        lost = read(tmp_path / GOODPUT).seconds["lost"]
+        assert lost == pytest.approx((last - restored) * 0.00995, abs=1e-2)
+
+
+def test_the_last_row_is_the_newest_whether_it_is_kept_or_not(tmp_path, clock):
+    """What a kill leaves unaccounted for is the time since then."""
+    with Timekeeper(tmp_path, True, timekeeper.BEAT) as keeper:
+        keeper.resumed(0)
+        for second in range(2, 300, 2):
+            fast_run(keeper, clock, 2, 100 * (second - 2))
+            assert rows(tmp_path)[-1]["step"] == 100 * second
+        keeper.ended(0)
+
+
+def test_going_back_keeps_the_rows_before_and_after_it(tmp_path, clock):
+    with Timekeeper(tmp_path, True, NEVER) as keeper:
+        keeper.resumed(0)
+        last = fast_run(keeper, clock, 10)
+        keeper.resumed(300)
+        fast_run(keeper, clock, 10, 300)
+        keeper.ended(0)
+    steps = [row["step"] for row in rows(tmp_path)]
+    assert steps == [0, last, 300, 1300]
+    assert read(tmp_path / GOODPUT).seconds["lost"] == pytest.approx(700 * 0.00995, abs=1e-2)
