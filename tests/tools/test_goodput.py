@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from moe_jax.cli.goodput import main
 from moe_jax.errors import UserError
 from moe_jax.tools.goodput.account import CATEGORIES, account
+from moe_jax.tools.goodput.plot import write_plot
 from moe_jax.tools.goodput.show import apportion, report
 from moe_jax.watch.timekeeper import GOODPUT
 
@@ -227,6 +229,24 @@ def test_the_command(tmp_path, capsys):
     assert told["seconds"] == pytest.approx(SECONDS, abs=1e-6)
     assert told["unreadable_lines"] == 1
     assert [attempt["lost_steps"] for attempt in told["attempts"]] == [10, 0, 0]
+
+
+def test_the_plot_has_slices_in_the_order_of_time_and_no_gap_of_days(tmp_path):
+    """Attempt 4 begins two days after a kill, attempt 5 a day after the end of the run."""
+    later = [
+        line("d", 200_000, 200_300, 50, 90, 0, init=3, step=280),
+        line("e", 290_000, 290_100, 90, 99, 0, init=3, step=90),
+    ]
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        write_plot(tmp_path / "plot.svg", account([*STORY, *later]))
+    texts = re.findall(">([^<>]+)</text>", (tmp_path / "plot.svg").read_text())
+    names = [text.split()[0] for text in texts if text.endswith("%") and "goodput" not in text]
+    order = ["restart", "init", "compile", "step", "lost", "data", "checkpoint", "evaluation"]
+    assert names == [*order, "other"]
+    assert "4 (2d later): exit 0" in texts and "5 (1d later): exit 0" in texts
+    assert "2: exit 42" in texts and "minutes" in texts and "days" not in texts
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nothing\n"])

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from small_run import small_config
+from made_runs import FINISHED, config, train_row, write_run
 
 from moe_jax.cli.results import main
-from moe_jax.config import Config, to_json
 from moe_jax.errors import UserError
 from moe_jax.tools.results.group import group, labels, ranks, sample_fault
 from moe_jax.tools.results.plot import write_plot
@@ -21,37 +20,6 @@ ATTENTION = 4 * D * H * A
 DENSE = 2 * V * D + L * (ATTENTION + 2 * D + 3 * D * F) + D
 SPARSE = DENSE + D * E + E * 3 * D * 32 - 3 * D * F  # the second layer's FFN becomes 8 experts
 SPARSE_ACTIVE = SPARSE - (E - K) * 3 * D * 32
-
-
-def config(**overrides: object) -> Config:
-    return small_config("*.txt", **{"model.vocab_size": V, "train.steps": 8} | overrides)
-
-
-def train_row(step: int, loss: float, speed: float = 100.0, drop: float = 0.0) -> dict:
-    return {
-        "step": step,
-        "loss": loss + 0.5,
-        "lm_loss": loss,
-        "tokens_per_second": speed,
-        "drop_fraction": drop,
-    }
-
-
-def write_run(folder: Path, config: Config | None, rows: list[dict] | None, tail: str = "") -> None:
-    folder.mkdir(parents=True)
-    if config is not None:
-        (folder / "config.json").write_text(to_json(config))
-    if rows is not None:
-        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows) + tail)
-
-
-FINISHED = [
-    train_row(1, 6.0, speed=10.0, drop=0.5),
-    train_row(4, 3.0, speed=90.0, drop=0.25),
-    {"step": 4, "eval_loss": 2.5},
-    train_row(8, 2.0, speed=110.0, drop=0.0),
-    {"step": 8, "eval_loss": 2.75},
-]
 
 
 def test_numbers_of_one_run(tmp_path):
@@ -327,7 +295,7 @@ def test_a_plot_shows_the_means_of_seeds(tmp_path):
     text = (tmp_path / "plot.svg").read_text()
     assert "held-out loss (nats a token)" in text and "training compute (model FLOPs)" in text
     assert "2 configurations, means over 1 to 3 seeds" in text
-    assert f"dense  ({DENSE / 1e3:.2f}k parameters)" in text
+    assert "configuration (parameters)" in text and f"1  dense  ({DENSE / 1e3:.2f}k)" in text
 
 
 @pytest.mark.parametrize("x", ["model.dense.more", "train.steps", "data.files"])

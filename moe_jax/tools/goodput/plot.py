@@ -1,15 +1,34 @@
-"""A bar for each attempt, divided by category."""
+"""A bar for each attempt, divided by category.
 
+A pause is in no bar, as it is in no goodput, and a gap longer than the longest attempt is cut:
+days without a process would press all others together.  The names beside the bars tell them.
+"""
+
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax.errors import UserError
-from moe_jax.tools.goodput.account import CATEGORIES, Account
+from moe_jax.files.formats import duration
+from moe_jax.tools.goodput.account import GAPS, INIT, Account, Attempt
 from moe_jax.tools.goodput.show import ending
 
-# Useful time is green, lost time red; what is in between has its own colours.
-_COLOURS = ("C2", "C3", "C0", "C4", "C1", "C9", "C5", "silver", "whitesmoke", "C7")
+# Category -> colour, in the order of an attempt's time.  Useful time is green, lost time red; what
+# is in between has its own colours.
+_COLOURS = {
+    "restart": "silver",
+    INIT: "C5",
+    "compile": "C4",
+    "step": "C2",
+    "lost": "C3",
+    "data": "C0",
+    "checkpoint": "C1",
+    "evaluation": "C9",
+    "other": "C7",
+}
+_MAX_NAMED = 36  # attempts; of more, every n-th has its name beside it
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0))
-_HIGHEST, _LOWEST = 30.0, 1.2  # inches
+_HIGHEST, _LOWEST = 10.0, 1.2  # inches
 
 
 def write_plot(path: Path, account: Account) -> None:
@@ -24,31 +43,46 @@ def write_plot(path: Path, account: Account) -> None:
         raise UserError("--plot needs matplotlib: pip install 'moe_jax[plots]'.") from None
     attempts = account.attempts
     height = min(_HIGHEST, _LOWEST + 0.3 * len(attempts))
-    figure = Figure(figsize=(9, height + 0.8), layout="constrained")
+    figure = Figure(figsize=(10, height + 0.8), layout="constrained")
     axes = figure.subplots()
     places = range(1, len(attempts) + 1)
     left = [0.0] * len(attempts)
-    longest = max(attempt.gap + attempt.own for attempt in attempts)
+    longest = max(attempt.own for attempt in attempts)
     unit, size = next(((u, s) for u, s in _UNITS if longest >= 2 * s), ("seconds", 1.0))
-    for name, colour in zip(CATEGORIES, _COLOURS, strict=True):
-        lengths = [attempt.seconds[name] / size for attempt in attempts]
+    whole = account.whole - account.seconds["paused"]
+    for name, colour in _COLOURS.items():
+        most = longest if name in GAPS else math.inf
+        lengths = [min(most, attempt.seconds[name]) / size for attempt in attempts]
         if any(lengths):
-            axes.barh(places, lengths, left=left, color=colour, label=name, height=0.7)
+            label = f"{name} {account.seconds[name] / whole:.1%}"
+            axes.barh(places, lengths, left=left, color=colour, label=label, height=0.7)
         left = [before + more for before, more in zip(left, lengths, strict=True)]
-    names = [
-        f"{number}: {ending(attempt, number == len(attempts))}"
-        for number, attempt in enumerate(attempts, 1)
-    ]
-    axes.set_yticks(places, names, fontsize="small")
+    every = -(-len(attempts) // _MAX_NAMED)
+    named = list(places)[::every]
+    axes.set_yticks(named, [_name(attempts, place, longest) for place in named], fontsize="small")
     axes.set_ylim(len(attempts) + 0.6, 0.4)
     axes.set_xlabel(unit)
     axes.set_title(f"goodput {account.goodput:.1%}: where the time of each attempt went")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(
-        loc="outside lower center", ncols=len(CATEGORIES), frameon=False, fontsize="small"
+        loc="outside right upper",
+        title="share of the time",
+        alignment="left",
+        frameon=False,
+        fontsize="small",
     )
     try:
         # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
         figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot={path} cannot be written ({error}).") from None
+
+
+def _name(attempts: Sequence[Attempt], place: int, longest: float) -> str:
+    """Such as `3 (2d later): exit 42` after a gap that is in no bar; places count from 1."""
+    attempt = attempts[place - 1]
+    seconds = attempt.seconds["paused"]
+    if attempt.seconds["restart"] > longest:
+        seconds += attempt.seconds["restart"]
+    later = f" ({duration(seconds, units=1)} later)" if seconds >= 1 else ""
+    return f"{place}{later}: {ending(attempt, place == len(attempts))}"

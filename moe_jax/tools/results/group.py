@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.config import Config, to_flat_dict
+from moe_jax.tools.results.label import MIXTURE, label, mixture
 from moe_jax.tools.results.read import DONE, Result, Sample
 
 
@@ -35,7 +36,7 @@ class Group:
 
     def label(self, without: str = "") -> str:
         """Such as `num_experts=8 router=switch`; "base" where nothing tells groups apart."""
-        return _label({key: value for key, value in self.settings.items() if key != without})
+        return label({key: value for key, value in self.settings.items() if key != without})
 
 
 def group(results: Sequence[Result]) -> list[Group]:
@@ -101,7 +102,7 @@ def _size(run: Result) -> str:
 
 def labels(results: Sequence[Result]) -> dict[str, str]:
     """Run name -> label of its configuration; runs without a config are left out."""
-    return {name: _label(settings) for name, settings in _telling(results).items()}
+    return {name: label(settings) for name, settings in _telling(results).items()}
 
 
 def _telling(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
@@ -118,20 +119,13 @@ def _telling(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """Dotted keys of all that shapes a run; a dense model ignores what is said about experts."""
+    """Dotted keys of all that shapes a run; what its other keys replace is left out."""
+    unused = ["wandb."]
+    if config.model.dense:
+        unused.append("model.moe.")
+    if config.data.mixture:
+        unused += ["data.source", "data.files", "data.field", "data.heldout_files"]
     flat = to_flat_dict(config)
     del flat["seed"]
-    if not config.model.dense:
-        return flat
-    return {key: value for key, value in flat.items() if not key.startswith("model.moe.")}
-
-
-def _label(settings: dict[str, Any]) -> str:
-    words = []
-    for key, value in settings.items():
-        name = key.rpartition(".")[2]
-        if value is True:
-            words.append(name)
-        elif value is not False or len(settings) == 1:
-            words.append(f"{name}={value}")
-    return " ".join(words) or "base"
+    flat[MIXTURE] = mixture(config)
+    return {key: value for key, value in flat.items() if not key.startswith(tuple(unused))}

@@ -8,8 +8,12 @@ from typing import Any
 from moe_jax.errors import UserError
 from moe_jax.files.formats import count
 from moe_jax.tools.results.group import Group, sample_fault
+from moe_jax.tools.results.label import short_labels
 
 _LOSS = "held-out loss (nats a token)"
+_RATE = "learning_rate"  # a key that ends so is one: people vary it by factors
+_LINES = ("solid", "dashed", "dotted", "dashdot")  # one for each ten colours
+_HIGHEST = 30.0  # inches
 
 
 def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
@@ -29,15 +33,31 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
         raise UserError("--plot has nothing to show: no run is at its end yet.")
     if x:
         _check_key(x, groups)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    names = short_labels(
+        [each.settings for each in groups],
+        [each.runs[0].name for each in groups],
+    )
+    styles = [
+        {"color": f"C{number % 10}", "linestyle": _LINES[number // 10 % len(_LINES)]}
+        for number in range(len(groups))
+    ]
+    height = min(_HIGHEST, max(4.2, 1.4 + 0.22 * len(groups)))
+    figure = Figure(figsize=(12, height), layout="constrained")
     curves, best = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = {id(each): f"C{number % 10}" for number, each in enumerate(groups)}
-    _draw_curves(curves, groups, colours)
+    _draw_curves(curves, groups, names, styles)
     if x:
         _draw_over(best, groups, x)
     else:
-        _draw_best(best, groups, colours)
-    figure.suptitle(_title(groups))
+        _draw_best(best, groups, styles)
+    figure.legend(
+        *curves.get_legend_handles_labels(),
+        loc="outside right center",
+        title="configuration (parameters)",
+        alignment="left",
+        frameon=False,
+        fontsize="small",
+    )
+    figure.suptitle(_title(groups), x=0.01, horizontalalignment="left")
     try:
         # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
         figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
@@ -59,8 +79,11 @@ def _counted(groups: Sequence[Group]) -> str:
     return f"{title}, means over {seeds} seeds, ± one standard deviation"
 
 
-def _draw_curves(axes: Any, groups: Sequence[Group], colours: dict[int, str]) -> None:
-    for each in groups:
+def _draw_curves(
+    axes: Any, groups: Sequence[Group], names: Sequence[str], styles: Sequence[dict[str, str]]
+) -> None:
+    ends = []
+    for number, (each, name, style) in enumerate(zip(groups, names, styles, strict=True), 1):
         points: dict[float, list[float]] = {}
         for run in each.runs:
             for flops, loss in run.curve:
@@ -69,31 +92,41 @@ def _draw_curves(axes: Any, groups: Sequence[Group], colours: dict[int, str]) ->
         whole = sorted(flops for flops in points if len(points[flops]) == len(each.runs))
         mean = [statistics.mean(points[flops]) for flops in whole]
         spread = [statistics.stdev(points[f]) if len(points[f]) > 1 else 0.0 for f in whole]
-        colour = colours[id(each)]
-        sizes = f"{count(each.runs[0].parameters or 0, digits=2)} parameters"
-        axes.plot(whole, mean, marker=".", color=colour, label=f"{each.label()}  ({sizes})")
+        size = count(each.runs[0].parameters or 0, digits=2)
+        axes.plot(whole, mean, marker=".", label=f"{number}  {name}  ({size})", **style)
+        for end in zip(whole[-1:], mean[-1:], strict=True):
+            axes.annotate(str(number), end, (4, -3), textcoords="offset points", fontsize="x-small")
         low = [m - s for m, s in zip(mean, spread, strict=True)]
         high = [m + s for m, s in zip(mean, spread, strict=True)]
-        axes.fill_between(whole, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.ticklabel_format(axis="x", useMathText=True)
+        axes.fill_between(whole, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        ends += whole[-1:]
+    if _is_wide(ends):
+        axes.set_xscale("log")
+    else:
+        axes.ticklabel_format(axis="x", useMathText=True)
     axes.set_xlabel("training compute (model FLOPs)")
     axes.set_ylabel(_LOSS)
     axes.set_title("during training")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
 
 
-def _draw_best(axes: Any, groups: Sequence[Group], colours: dict[int, str]) -> None:
-    for place, each in enumerate(groups):
+def _draw_best(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, str]]) -> None:
+    """A row for each configuration, numbered as in the legend."""
+    for place, (each, style) in enumerate(zip(groups, styles, strict=True)):
         mean, deviation = each.spread("best_heldout") or (float("nan"), None)
-        axes.errorbar(mean, place, xerr=deviation, fmt="o", capsize=4, color=colours[id(each)])
+        colour = style["color"]
+        axes.errorbar(mean, place, xerr=deviation, fmt="o", capsize=4, color=colour)
         each_run = [run.best_heldout for run in each.runs]
-        axes.plot(each_run, [place] * len(each_run), ".", color=colours[id(each)], alpha=0.4)
-    axes.set_yticks(range(len(groups)), [each.label() for each in groups])
+        axes.plot(each_run, [place] * len(each_run), ".", color=colour, alpha=0.4)
+    axes.set_yticks(range(len(groups)), [str(number + 1) for number in range(len(groups))])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(_LOSS)
-    axes.set_title("best (faint: single runs)")
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_title("best (faint: single runs)" if _has_seeds(groups) else "best")
+    axes.grid(alpha=0.3)
+
+
+def _has_seeds(groups: Sequence[Group]) -> bool:
+    return any(len(each.runs) > 1 for each in groups)
 
 
 def _draw_over(axes: Any, groups: Sequence[Group], x: str) -> None:
@@ -115,13 +148,21 @@ def _draw_over(axes: Any, groups: Sequence[Group], x: str) -> None:
             label=label,
         )
     values = sorted(each.settings[x] for each in groups if x in each.settings)
-    if values[0] > 0 and values[-1] >= 8 * values[0]:
+    if _is_wide(values) or (x.endswith(_RATE) and values[0] > 0):
         axes.set_xscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(_LOSS)
     axes.set_title("best")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    if len(lines) > 1:
+        axes.legend(
+            frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        )
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether a linear axis would press the smaller of `values` together."""
+    return bool(values) and min(values) > 0 and max(values) >= 8 * min(values)
 
 
 def _check_key(x: str, groups: Sequence[Group]) -> None:
