@@ -5,8 +5,8 @@
 #   bash launch/test.sh --lifecycle [ARGUMENTS OF pytest]
 #
 # --full adds the long forms.  With arguments for pytest only pytest runs.  --lifecycle runs the
-# tests that need torch and transformers, which it installs, those that live a run through, and the
-# long halves of matrices, and no others.
+# tests that need torch, transformers or wandb, which it installs, those that live a run through, and
+# the long halves of matrices, and no others.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -21,7 +21,7 @@ for argument in "$@"; do  # rotates the arguments once, leaving our own flags ou
 done
 
 if [ -n "$lifecycle" ]; then
-  ensure_env test data plan lifecycle
+  ensure_env test data plan wandb lifecycle
 else
   ensure_env test data dev plan
 fi

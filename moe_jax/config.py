@@ -30,6 +30,7 @@ from moe_jax.parallel.compile_cache import CompileCacheConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.registry import dotted_keys, lookup, own_fields, suggest_key, typed
 from moe_jax.train.optim import OptimizerConfig
+from moe_jax.wandb_config import WandbConfig
 
 LARGEST = 2**40  # no key of a config counts further
 PRECISIONS = ("float32", "bfloat16", "float64")
@@ -196,6 +197,7 @@ class Config:
     watchdog: WatchdogConfig = WatchdogConfig()  # seconds until a run counts as hung
     # Programs that are compiled once and read at the next start.
     compile_cache: CompileCacheConfig = CompileCacheConfig()
+    wandb: WandbConfig = WandbConfig()  # Weights & Biases beside TensorBoard
 
     def __post_init__(self):
         bounds.check(self, "")

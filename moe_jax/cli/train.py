@@ -29,6 +29,7 @@ from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import record_settings
+from moe_jax.record.wandb_tracker import check_wandb
 from moe_jax.run import agree
 from moe_jax.run.changes import changes
 from moe_jax.run.context import Run
@@ -67,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
             notes = check_samples(config)
+            if lead:
+                check_wandb(config)
             # From here on the workdir belongs to this run: nothing that is read there changes.
             lock = held.enter_context(alone_in(workdir, _say)) if lead else None
             exchange.gather("locked", "")
@@ -142,7 +145,7 @@ def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:
         run.store.fingerprint,
         data_record(run.store),
     )
-    reporter = Reporter(run.workdir, last, start or None)
+    reporter = Reporter(run.workdir, last, start or None, run.config)
     # After later rows are set aside.
     record_settings(run.workdir, run.config, run.mesh, start)
     return reporter

@@ -8,14 +8,17 @@ import pathlib
 import re
 import socket
 import struct
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
+from tensorboardX.summary import text as as_text
 
 from moe_jax.files.lines import GrowingFile
+from moe_jax.record.heat_map import Picture
 
 _VERSION = "brain.Event:2"
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\..*")
@@ -54,6 +57,26 @@ class Board:
         event = Event(step=step)
         for tag, number in scalars:
             event.summary.value.extend(scalar(tag, number).value)
+        self._write(event)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Append a text, which TensorBoard shows letter by letter in lines as they are."""
+        event = Event(step=step)
+        # TensorBoard reads Markdown: four spaces begin a line of code.
+        event.summary.value.extend(
+            as_text(tag, textwrap.indent(text, "    ", lambda line: True)).value
+        )
+        event.summary.value[0].tag = tag  # without the end that tensorboardX adds
+        self._write(event)
+
+    def image(self, step: int, tag: str, picture: Picture, description: str) -> None:
+        """Append a picture; `description`: what TensorBoard says of it, in Markdown."""
+        event = Event(step=step)
+        value = event.summary.value.add(tag=tag)
+        value.metadata.summary_description = description
+        value.image.width, value.image.height = picture.width, picture.height
+        value.image.colorspace = 3  # RGB
+        value.image.encoded_image_string = picture.png
         self._write(event)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: JSON lines, TensorBoard, a progress bar or plain lines."""
+"""What a person sees of a run: JSON lines, TensorBoard, Weights & Biases, a bar or plain lines."""
 
 import contextlib
 import math
@@ -9,15 +9,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.console
-import rich.progress
-
+from moe_jax.config import Config, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
-from moe_jax.files.formats import count, duration, or_dash
 from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror, is_remote
 from moe_jax.files.write_errors import cannot_write
+from moe_jax.record.heat_map import LOAD_MEANS, expert_load, heat_map
+from moe_jax.record.screen import Bar, PlainLines
+from moe_jax.record.tags import LOAD, TEXTS, scalars, unused
+from moe_jax.record.wandb_tracker import WandbTracker
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
@@ -41,17 +42,26 @@ class Reporter:
         at each `flush` and at the end.
       total_steps: where the run ends.
       resumed_step: the restored step; later rows are set aside.  None: a fresh start.
+      config: of the run, which trackers hold as text; they leave out what it does not use.  None:
+        they leave nothing out.
 
     Raises:
       UserError: the folder cannot be written.
     """
 
-    def __init__(self, workdir: Folder, total_steps: int, resumed_step: int | None):
+    def __init__(
+        self,
+        workdir: Folder,
+        total_steps: int,
+        resumed_step: int | None,
+        config: Config | None = None,
+    ):
         self._workdir, self._mirror = workdir, Mirror(workdir)
         self._copies = _Copies(self._mirror, self.say) if is_remote(workdir) else None
         done = resumed_step or 0
+        self._unused = frozenset() if config is None else unused(config)
         on_terminal = sys.stdout.isatty()
-        self._screen = _Bar(total_steps, done) if on_terminal else _PlainLines(total_steps)
+        self._screen = Bar(total_steps, done) if on_terminal else PlainLines(total_steps)
         with contextlib.ExitStack() as failed:
             failed.callback(self._screen.close)
             with self._writing():
@@ -59,6 +69,12 @@ class Reporter:
                 for name in (METRICS, LEDGER):
                     self._mirror.fetch(f"{name}*")
                 self._files = self._open(resumed_step)
+            self._wandb = None
+            if config is not None:
+                self.text(done, "config", to_json(config))
+                if config.wandb.project:
+                    folder = self._mirror.folder
+                    self._wandb = WandbTracker(workdir, config, folder, self.say)
             failed.pop_all()
 
     def _open(self, resumed_step: int | None) -> "_Files":
@@ -87,18 +103,29 @@ class Reporter:
             self._files = self._open(step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to metrics.jsonl and TensorBoard, and shows it."""
+        """Appends `row` to metrics.jsonl and the trackers, and shows it."""
         row = {name: plain(value) for name, value in row.items()}
         self._files.metrics.append(row)
-        scalars = ((tag, value) for tag, value in _scalars(row) if tag != "step")
-        self._files.board.add(row["step"], scalars)
+        tagged = list(scalars(row, self._unused))
+        self._files.board.add(row["step"], tagged)
+        if self._wandb:
+            self._wandb.add(row["step"], tagged)
         self._screen.show(row)
         if self._copies:
             self._copies.start(self._mirror.push_if_due)
 
     def ledger(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to ledger.jsonl."""
+        """Appends `row` to ledger.jsonl, and the load of each expert to TensorBoard."""
         self._files.ledger.append(row)
+        load_LE = expert_load(row)
+        if load_LE is not None:
+            self._files.board.image(row["step"], LOAD, heat_map(load_LE), LOAD_MEANS)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text, such as a sample, in the trackers; `name`: a key of `TEXTS`."""
+        self._files.board.text(step, TEXTS[name], text)
+        if self._wandb:
+            self._wandb.text(step, TEXTS[name], text)
 
     def flush(self) -> None:
         """Copies what was logged so far to an object store; a local workdir has it already."""
@@ -113,6 +140,8 @@ class Reporter:
         """Ends the bar, closes the files and makes the last copies."""
         self._screen.close()
         self._files.close()
+        if self._wandb:
+            self._wandb.close()
         if self._copies:
             self._copies.finish()
 
@@ -133,6 +162,9 @@ class SilentReporter:
         """Does nothing."""
 
     def ledger(self, row: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def text(self, step: int, name: str, text: str) -> None:
         """Does nothing."""
 
     def flush(self) -> None:
@@ -224,52 +256,6 @@ class _Files:
         self.ledger.close()
 
 
-class _PlainLines:
-    """A line for each row."""
-
-    def __init__(self, total: int):
-        self._total, self._stream = total, sys.stdout
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        if "eval_loss" in row:
-            self.say(eval_line(row, self._total))
-        if "loss" in row:
-            self.say(train_line(row, self._total))
-
-    def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """There is nothing to end."""
-
-
-class _Bar:
-    """A progress bar on a terminal; lines that stay are printed above it."""
-
-    def __init__(self, total: int, done: int):
-        self._total, self._line = total, f"step {done}/{total}"
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.TextColumn("{task.description}", markup=False),
-            console=rich.console.Console(file=sys.stdout),
-        )
-        self._task = self._bar.add_task(self._line, total=total, completed=done)
-        self._bar.start()
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        if "eval_loss" in row:
-            self.say(eval_line(row, self._total))
-        if "loss" in row:
-            self._line = train_line(row, self._total)
-        self._bar.update(self._task, completed=row["step"], description=self._line)
-
-    def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
 def truncate(path: pathlib.Path, step: int | None) -> None:
     """Keeps the rows of a metrics file up to `step` (None: no row), atomically.
 
@@ -328,35 +314,6 @@ def _row(value: Any) -> dict[str, Any]:
     return row
 
 
-def train_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One line such as `step 40/200  loss 3.1234  lm 3.1001  tok/s 21.3k  mfu -  drop 1.2%  ...`.
-
-    A value that the row does not have, or has as None, shows as `-`.
-    """
-    seconds, left = row.get("step_seconds"), max(0, total_steps - row["step"])
-    return "  ".join(
-        (
-            f"step {row['step']}/{total_steps}",
-            f"loss {_loss(row.get('loss'))}",
-            f"lm {_loss(row.get('lm_loss'))}",
-            f"tok/s {or_dash(row.get('tokens_per_second'), count)}",
-            f"mfu {or_dash(row.get('mfu'), '{:.1%}'.format)}",
-            f"drop {or_dash(row.get('drop_fraction'), '{:.1%}'.format)}",
-            f"eta {or_dash(seconds, lambda seconds: duration(seconds * left, units=2))}",
-        )
-    )
-
-
-def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One line of every `eval_*` number of a row."""
-    parts = [
-        f"{name} {value if isinstance(value, int) else _loss(value)}"
-        for name, value in row.items()
-        if name.startswith("eval_") and not isinstance(value, Mapping | list)
-    ]
-    return "  ".join((f"step {row['step']}/{total_steps}", *parts))
-
-
 def plain(value: Any) -> Any:
     """JSON-able twin of numbers, arrays and nested containers."""
     if isinstance(value, Mapping):
@@ -368,20 +325,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
-    """(tag, number) of a row; keys and list indices are joined by `/`."""
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _scalars(part, f"{tag}/{name}" if tag else name)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            yield from _scalars(part, f"{tag}/{index:02d}")
-    elif isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
-        yield tag, float(value)
-
-
-def _loss(value: Any) -> str:
-    """A number that is not finite is a string in a row."""
-    return value if isinstance(value, str) else or_dash(value, "{:.4f}".format)

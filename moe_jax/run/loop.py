@@ -252,6 +252,8 @@ class Trainer:
             write_samples(run, state, step, texts.append)
         for text in texts:
             self._reporter.say(text)
+        if texts:
+            self._reporter.text(step, "samples", "\n\n".join(texts))
         why = {"max_epochs": end.epochs} if end.epochs else {}
         with self._watch("checkpoint"):
             if texts and lead():

@@ -175,10 +175,11 @@ def test_tensorboard_holds_every_number(tmp_path):
     version, row = events(path)
     assert version.file_version == "brain.Event:2"
     found = {value.tag: (row.step, value.simple_value) for value in row.summary.value}
-    assert found["loss"] == (40, pytest.approx(3.12344))
-    assert found["layers/dead_experts/01"] == (40, 2.0)
-    assert found["layers/router_entropy/00"] == (40, 1.5)
-    assert "mfu" not in found and "step" not in found
+    assert found["train/loss"] == (40, pytest.approx(3.12344))
+    assert found["router/dead_experts/layer_01"] == (40, 2.0)
+    assert found["router/entropy/layer_00"] == (40, 1.5)
+    assert found["speed/tokens_per_second"] == (40, 21300.0)
+    assert len(found) == 9  # neither mfu, which is none, nor the step
 
 
 def test_tensorboard_hides_what_a_resume_takes_again(tmp_path):

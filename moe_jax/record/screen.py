@@ -1,0 +1,90 @@
+"""How a run is shown: a progress bar on a terminal, elsewhere a line for each row."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from moe_jax.files.formats import count, duration, or_dash
+
+
+class PlainLines:
+    """A line for each row."""
+
+    def __init__(self, total: int):
+        self._total, self._stream = total, sys.stdout
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        if "eval_loss" in row:
+            self.say(eval_line(row, self._total))
+        if "loss" in row:
+            self.say(train_line(row, self._total))
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class Bar:
+    """A progress bar on a terminal; lines that stay are printed above it."""
+
+    def __init__(self, total: int, done: int):
+        self._total, self._line = total, f"step {done}/{total}"
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=rich.console.Console(file=sys.stdout),
+        )
+        self._task = self._bar.add_task(self._line, total=total, completed=done)
+        self._bar.start()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        if "eval_loss" in row:
+            self.say(eval_line(row, self._total))
+        if "loss" in row:
+            self._line = train_line(row, self._total)
+        self._bar.update(self._task, completed=row["step"], description=self._line)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def train_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """One line such as `step 40/200  loss 3.1234  lm 3.1001  tok/s 21.3k  mfu -  drop 1.2%  ...`.
+
+    A value that the row does not have, or has as None, shows as `-`.
+    """
+    seconds, left = row.get("step_seconds"), max(0, total_steps - row["step"])
+    return "  ".join(
+        (
+            f"step {row['step']}/{total_steps}",
+            f"loss {_loss(row.get('loss'))}",
+            f"lm {_loss(row.get('lm_loss'))}",
+            f"tok/s {or_dash(row.get('tokens_per_second'), count)}",
+            f"mfu {or_dash(row.get('mfu'), '{:.1%}'.format)}",
+            f"drop {or_dash(row.get('drop_fraction'), '{:.1%}'.format)}",
+            f"eta {or_dash(seconds, lambda seconds: duration(seconds * left, units=2))}",
+        )
+    )
+
+
+def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """One line of every `eval_*` number of a row."""
+    parts = [
+        f"{name} {value if isinstance(value, int) else _loss(value)}"
+        for name, value in row.items()
+        if name.startswith("eval_") and not isinstance(value, Mapping | list)
+    ]
+    return "  ".join((f"step {row['step']}/{total_steps}", *parts))
+
+
+def _loss(value: Any) -> str:
+    """A number that is not finite is a string in a row."""
+    return value if isinstance(value, str) else or_dash(value, "{:.4f}".format)
