@@ -6,8 +6,11 @@ from typing import Any
 
 import rich.console
 import rich.progress
+from rich.table import Column
 
 from moe_jax.files.formats import count, duration, or_dash
+
+_BAR = 16  # characters of the bar
 
 
 class PlainLines:
@@ -35,9 +38,15 @@ class Bar:
     def __init__(self, total: int, done: int):
         self._total, self._line = total, f"step {done}/{total}"
         self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(_BAR, table_column=Column(width=_BAR)),
+            # Cut at its end where the terminal is narrow; a second line would not be redrawn.
+            rich.progress.TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=rich.console.Console(file=sys.stdout),
+            expand=True,  # the bar keeps its width, the text gets the rest
         )
         self._task = self._bar.add_task(self._line, total=total, completed=done)
         self._bar.start()
@@ -46,7 +55,7 @@ class Bar:
         if "eval_loss" in row:
             self.say(eval_line(row, self._total))
         if "loss" in row:
-            self._line = train_line(row, self._total)
+            self._line = bar_line(row, self._total)
         self._bar.update(self._task, completed=row["step"], description=self._line)
 
     def say(self, text: str) -> None:
@@ -73,6 +82,12 @@ def train_line(row: Mapping[str, Any], total_steps: int) -> str:
             f"eta {or_dash(seconds, lambda seconds: duration(seconds * left, units=2))}",
         )
     )
+
+
+def bar_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """The parts of `train_line` that have a value, the time that is left first."""
+    step, *parts, eta = train_line(row, total_steps).split("  ")
+    return "  ".join((step, eta, *(part for part in parts if not part.endswith(" -"))))
 
 
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import threading
 from contextlib import redirect_stdout
 
@@ -137,6 +138,18 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(tmp_path):
     shown = stream.getvalue()
     assert "[not markup] saved step 30" in shown and "━" in shown
     assert "\x1b[" in shown  # the bar is redrawn in place
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_bar_and_the_time_that_is_left(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    with redirect_stdout(stream), Reporter(tmp_path, 200, None) as reporter:
+        reporter.log(ROW)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).rstrip().splitlines()[-1]
+    bar, text = last.split(" ", 1)
+    assert text.startswith("step 40/200  eta 1m20s  loss 3.12") and "mfu" not in text
+    assert len(bar) == 16 and set(bar) <= set("━╸╺")
 
 
 def test_other_processes_write_and_print_nothing(tmp_path, monkeypatch, capsys):
