@@ -219,6 +219,19 @@ class Batches:
                 return Supply(row // self.batch_size, stream)
         raise AssertionError("an endless count ends")
 
+    def epochs(self, steps: int) -> list[float]:
+        """How often each stream was read in the first steps: rows of it by its windows.
+
+        Args:
+          steps: of the data, from its beginning.
+
+        Returns:
+          One number per stream: 1.5 means that its text was read once and a half.
+        """
+        counts = mixed_counts(steps * self.batch_size, self._weights)
+        sizes = np.diff(self._windows.starts).tolist()
+        return [count / size for count, size in zip(counts, sizes, strict=True)]
+
     def _mix(self, streams: Sequence[grain.MapDataset]) -> grain.MapDataset:
         return grain.MapDataset.mix(streams, self._weights)
 
@@ -250,6 +263,26 @@ class Batches:
         """
         row_ids = np.arange(self.batch_size) if row_ids is None else row_ids
         return self._windows.batch(self.window_ids(step, row_ids), row_ids)
+
+
+def mixed_counts(rows: int, weights: Sequence[float]) -> list[int]:
+    """How many of the first `rows` rows Grain's mix takes from each stream.
+
+    Grain turns weights into whole numbers, the smallest 100, and takes from the first stream
+    whatever its share of the rows leaves, rounded down, to the others; so on with these.
+
+    Args:
+      rows: from the first on.
+      weights: of the streams.
+    """
+    shares = [int(weight * 100 / min(weights)) for weight in weights]
+    counts, left = [], rows
+    for i, share in enumerate(shares):
+        others = sum(shares[i:])
+        rest = left * (others - share) // others
+        counts.append(left - rest)
+        left = rest
+    return counts
 
 
 class HeldOut:

@@ -1,10 +1,11 @@
 """Numbers and tables as a person reads them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.filesize import pick_unit_and_suffix
 
+STREAMS_SHOWN = 3  # of a mixture
 _SECONDS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
 
@@ -41,6 +42,23 @@ def duration(seconds: int | float, units: int = 4) -> str:
         if parts or number:
             parts.append(f"{number:02d}{unit}" if parts else f"{number}{unit}")
     return "".join(parts[:units])
+
+
+def epochs(read: Any) -> list[str]:
+    """How often streams were read, as no or one part of a line.
+
+    Args:
+      read: stream -> epochs; what is no mapping, or empty, makes no part.
+
+    Returns:
+      `epoch 0.12`, of a mixture `epoch web 0.12 code 1.30`, of a large one `epoch 0.12 to 1.30`.
+    """
+    if not isinstance(read, Mapping) or not read:
+        return []
+    if len(read) > STREAMS_SHOWN:
+        return [f"epoch {min(read.values()):.2f} to {max(read.values()):.2f}"]
+    named = len(read) > 1
+    return ["epoch " + " ".join(f"{k} {n:.2f}" if named else f"{n:.2f}" for k, n in read.items())]
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -8,7 +8,7 @@ import rich.console
 import rich.progress
 from rich.table import Column
 
-from moe_jax.files.formats import count, duration, or_dash
+from moe_jax.files.formats import count, duration, epochs, or_dash
 
 _BAR = 16  # characters of the bar
 
@@ -79,6 +79,7 @@ def train_line(row: Mapping[str, Any], total_steps: int) -> str:
             f"tok/s {or_dash(row.get('tokens_per_second'), count)}",
             f"mfu {or_dash(row.get('mfu'), '{:.1%}'.format)}",
             f"drop {or_dash(row.get('drop_fraction'), '{:.1%}'.format)}",
+            *epochs(row.get("epochs")),
             f"eta {or_dash(seconds, lambda seconds: duration(seconds * left, units=2))}",
         )
     )

@@ -132,7 +132,8 @@ class Trainer:
             program = self._compiled()
             control = Control(run.config, run.workdir, total)
             flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
-            log = StepLog(run, reporter, flight, start, int(state.guard["changed"]), total)
+            changed = int(state.guard["changed"])
+            log = StepLog(run, reporter, flight, start, changed, total, self._rewinds.data_step)
             stop = Stop.NO
             while stop is Stop.NO:
                 if self._profiler.turns(step_number):

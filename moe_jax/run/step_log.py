@@ -1,7 +1,7 @@
 """Reads each step's metrics one step late, so that the device always has the next step to run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ class StepLog:
       changed: the last step that changed the parameters, as the state has it: `start`, or an
         earlier one where the run was stopped among refused steps.
       end: the last step of the run.
+      data_step: the step of the data that the step after so many others takes; the two differ
+        after a rewind.
 
     Attributes:
       diverged: why the run cannot go on, once too many steps in a row were refused; else "".
@@ -42,10 +44,11 @@ class StepLog:
         start: int,
         changed: int,
         end: int,
+        data_step: Callable[[int], int] = lambda step: step,
     ):
         self.diverged, self.changed, self.last, self._end = "", changed, start, end
         self._run, self._reporter, self._flight, self._start = run, reporter, flight, start
-        self._clock = Clock(run)
+        self._clock, self._data_step = Clock(run), data_step
         self._running: tuple[int, StepMetrics, float] | None = None
 
     def started(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
@@ -69,6 +72,11 @@ class StepLog:
         every = self._run.config.train.ledger_every
         return every > 0 and (step % every == 0 or step == self._end)
 
+    def _epochs(self, step: int) -> dict[str, float]:
+        """How often each stream was read, what a rewind has left out included."""
+        read = self._run.batches.epochs(self._data_step(step - 1) + 1)
+        return dict(zip(self._run.store.streams, read, strict=True))
+
     def overflowed(self) -> None:
         """What was to be saved after the step logged last is not finite."""
         why = "the parameters or the optimizer's moments are not finite"
@@ -87,7 +95,8 @@ class StepLog:
         refused = step - self.changed  # in a row
         due = step % train.log_every == 0 or step in (self._start + 1, self._end)
         if due or refused:
-            self._reporter.log({"step": step, **step_row(metrics), **self._clock.read(step)})
+            row = {"step": step, **step_row(metrics), **self._clock.read(step)}
+            self._reporter.log(row | {"epochs": self._epochs(step)})
         if self._ledger_due(step) and not refused:  # what is left out counts nowhere
             self._reporter.ledger(
                 {"step": step, **ledger_row(metrics.moe, self._run.store.sources)}

@@ -224,3 +224,18 @@ def test_windows_equal_the_plain_oracle(streams, T, confine):
                 assert (batch.sources_BT[b, t], batch.bytes_BT[b, t]) == (source, size)
     assert (batch.tokens_BT[-1] == PAD).all() and not batch.loss_mask_BT[-1].any()
     assert not batch.segments_BT[-1].any()
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 3.0, "b": 1.0, "c": 0.37}])
+def test_epochs_count_the_rows_that_were_read(make_store, weights):
+    texts = {name: [f"{name}{i} " * 30 for i in range(4)] for name in weights}
+    store = make_store(weights, **texts)
+    batches = Batches.for_training(store, 1, 5, T)
+    starts = np.cumsum([0, *(-(-(n - 1) // T) for n in np.diff(store.train.bounds))])
+    read = np.zeros(len(weights))
+    for step in range(60):
+        sizes = np.diff(starts)
+        np.testing.assert_allclose(batches.epochs(step), read / sizes)
+        ids = batches.window_ids(step, np.arange(5))
+        read += np.histogram(ids, starts)[0]
+    assert batches.epochs(60)[0] > 1.5

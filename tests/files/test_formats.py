@@ -77,3 +77,10 @@ def test_gibibytes_of_a_column():
         "2.0",
         "3072.0",
     ]
+
+
+def test_epochs_of_one_stream_of_a_few_and_of_many():
+    assert formats.epochs({"text": 0.1234}) == ["epoch 0.12"]
+    assert formats.epochs({"web": 0.5, "code": 1.304}) == ["epoch web 0.50 code 1.30"]
+    assert formats.epochs({name: i for i, name in enumerate("abcd")}) == ["epoch 0.00 to 3.00"]
+    assert formats.epochs(None) == formats.epochs({}) == []

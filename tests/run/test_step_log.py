@@ -23,7 +23,11 @@ def logged(monkeypatch):
     reporter = SimpleNamespace(log=rows.append, ledger=ledger.append, say=lines.append)
     train = TrainConfig(steps=99, log_every=50, ledger_every=1, max_skipped=2)
     config = SimpleNamespace(train=train)
-    run = SimpleNamespace(config=config, store=SimpleNamespace(sources=("a",)))
+    run = SimpleNamespace(
+        config=config,
+        store=SimpleNamespace(sources=("a",), streams=("a", "b")),
+        batches=SimpleNamespace(epochs=lambda steps: [steps / 4, steps / 8]),
+    )
     flight = SimpleNamespace(
         saw=lambda step, metrics: None, write=lambda why, last: records.append(why)
     )
@@ -50,6 +54,16 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
     assert "step 7 diverged (3 steps in a row were refused" in log.diverged
     assert (log.changed, log.last) == (4, 7)
     assert len(records) == 3  # of the first of each row, and of the one too many
+
+
+def test_rows_say_how_often_each_stream_was_read(logged):
+    """After a rewind from step 3 to 1 the second step takes the fourth batch."""
+    log, rows, *_ = logged
+    log._data_step = lambda step: step + 2 * (step > 0)
+    for step in (1, 2):
+        take(log, step, skipped=step == 2)
+    log.flush()
+    assert [row["epochs"] for row in rows] == [{"a": 0.25, "b": 0.125}, {"a": 1.0, "b": 0.5}]
 
 
 def test_a_run_that_was_stopped_among_refused_steps_counts_on(logged):
