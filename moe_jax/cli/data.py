@@ -86,6 +86,10 @@ def _samples(store: Store, tokenizer: Tokenizer) -> list[str]:
 def _train_bpe(config: DataConfig, vocab_size: int, output: str) -> None:
     if not output:
         raise UserError("--output is missing: name the tokenizer.json to write.")
-    documents = (doc.text for stream in find_streams(config) for doc in stream.documents())
+    streams = find_streams(config)
+    documents = (doc.text for stream in streams for doc in stream.documents())
     tokenizer = train_bpe(documents, vocab_size, output)
+    left_out = sum(len(stream.bad) for stream in streams)
+    if left_out:
+        print(f"{left_out:,} bad records left out: python -m moe_jax data lists them")
     print(f"{output}: {tokenizer.vocab_size:,} ids; use it with --config.data.tokenizer={output}")

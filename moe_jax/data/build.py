@@ -1,15 +1,12 @@
-"""Tokenise a corpus into a store, once; a build that was killed goes on where it stopped.
+"""Tokenise a corpus into a store, once; split_writer.py writes its splits.
 
-A shard of tokens is written whole, then a part file that lists the documents which begin in it.
-The part files are the journal: the next run counts them, skips the documents they list, and cuts
-the tokens already written off the last of those.  So a resumed build is byte-identical to one
-that was never stopped.
+A build that was killed goes on where it stopped.  One that failed leaves nothing, unless it had
+written whole shards: the same text goes on after these.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,12 +16,13 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from moe_jax.data import bad_records
 from moe_jax.data.build_lock import Turn
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpora import Document, Stream, find_streams
+from moe_jax.data.corpora import Stream, find_streams
 from moe_jax.data.heldout import HoldOut, share_warnings
+from moe_jax.data.split_writer import LAYOUT, PARTS, Layout, SplitWriter, writing
 from moe_jax.data.store import (
-    CODECS,
     MANIFEST,
     SOURCE,
     SPLITS,
@@ -32,9 +30,6 @@ from moe_jax.data.store import (
     STORE_FORMAT,
     Store,
     array_digests,
-    array_spec,
-    damaged,
-    first_line,
     key_value_store,
     open_store,
     read_manifest,
@@ -43,20 +38,6 @@ from moe_jax.data.store import (
 from moe_jax.data.tokenizers import Tokenizer, bos_ids, config_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files.schemes import check_scheme
-
-CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
-SHARD_TOKENS = 1 << 22  # one file
-DOCUMENTS_CHUNK = 1 << 16  # documents
-DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
-ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes of the token arrays' chunks and files."""
-
-    chunk: int = CHUNK_TOKENS  # tokens that are read at once
-    shard: int = SHARD_TOKENS  # tokens in a file
 
 
 class Fingerprints(NamedTuple):
@@ -71,7 +52,7 @@ def build_store(
     config: DataConfig,
     root: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
-    layout: Layout = Layout(),
+    layout: Layout = LAYOUT,
     alive: Callable[[], None] = lambda: None,
 ) -> Store:
     """The store of `config` under `root`: opened if it is there, else built (or finished).
@@ -98,20 +79,67 @@ def build_store(
     tokenizer = config_tokenizer(config)
     turn = Turn(alive)
     streams = find_streams(config, turn.alive)
+    for line in (line for stream in streams for line in stream.notes):
+        say(line)
     known = store_fingerprints(config, streams, tokenizer, layout)
     path = root / known.fingerprint[:16]
-    if read_manifest(path) is None:  # a finished store may lie where nobody can write
+    if read_manifest(path) is not None:
+        if bad_records.file_of(path).exists():
+            say(f"the store lacks the records of {bad_records.file_of(path)}")
+    else:  # a finished store may lie where nobody can write
         with turn(root, path.name):
             if read_manifest(path) is None:  # nobody built it while this process waited
                 say(f"building the store {path}")
-                _write(path, config, streams, tokenizer, layout, known.fingerprint, say)
+                _tell_unfinished(root, path.name, say)
+                with _cleaning(path):
+                    _write(path, config, streams, tokenizer, layout, known.fingerprint, say)
     store = _opened(path, streams, known)
     for line in share_warnings(store, config):
         say(line)
     return store
 
 
-def find(config: DataConfig, root: str | os.PathLike, layout: Layout = Layout()) -> Store:
+@contextlib.contextmanager
+def _cleaning(path: epath.Path) -> Iterator[None]:
+    """A build that fails leaves the folder `path` only if it has written whole shards."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(Exception):  # the error is what matters
+            if not any((path / split / PARTS).exists() for split in SPLITS):
+                path.rmtree()
+        raise
+
+
+@contextlib.contextmanager
+def _telling_bad_records(
+    path: epath.Path, streams: tuple[Stream, ...], say: Callable[[str], None]
+) -> Iterator[None]:
+    """The bad records that a build has met are written when it ends, also where they end it."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # the error is what matters
+            bad_records.write([stream.bad for stream in streams], path, say)
+        raise
+    with writing(path):
+        bad_records.write([stream.bad for stream in streams], path, say)
+
+
+def _tell_unfinished(root: epath.Path, name: str, say: Callable[[str], None]) -> None:
+    """Names the folders of other builds, in the local folder `root`, that have not ended."""
+    if "://" in os.fspath(root):
+        return
+    for path in sorted(root.iterdir(), key=os.fspath):
+        # Folders of other names are not this program's.
+        if path.name != name and (path / SPLITS[0]).is_dir() and not (path / MANIFEST).exists():
+            say(
+                f"{path} is not finished: the build of another text was stopped, or is under way. "
+                f"Delete it if no run will go on with it."
+            )
+
+
+def find(config: DataConfig, root: str | os.PathLike, layout: Layout = LAYOUT) -> Store:
     """As `build_store`, but writes nothing: for configs that come from a file.
 
     Raises:
@@ -196,18 +224,21 @@ def _write(
     say: Callable[[str], None],
 ) -> None:
     """Write both splits, then the manifest that makes the store a finished one."""
-    hold_out = HoldOut(streams, config.heldout_fraction)
     sources = [source for stream in streams for source in stream.sources]
     ids = {source: i for i, source in enumerate(sources)}
     stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
     bounds = {}
     bos = bos_ids(config, tokenizer)
-    for split in SPLITS:
-        writer = _SplitWriter(path / split, tokenizer, layout, ids, bos)
-        documents = hold_out.split(split)
-        total, table = writer.write(documents, lambda line, split=split: say(f"{split}: {line}"))
-        first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))
-        bounds[split] = [*table[first, START].tolist(), total]
+    with _telling_bad_records(path, streams, say):
+        hold_out = HoldOut(streams, config.heldout_fraction)
+        for split in SPLITS:
+            writer = SplitWriter(path / split, tokenizer, layout, ids, bos)
+            documents = hold_out.split(split)
+            total, table = writer.write(
+                documents, lambda line, split=split: say(f"{split}: {line}")
+            )
+            first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))
+            bounds[split] = [*table[first, START].tolist(), total]
     manifest = {
         "format": STORE_FORMAT,
         "fingerprint": fingerprint,
@@ -221,177 +252,10 @@ def _write(
         "splits": bounds,
     }
     folder = key_value_store(path)
-    with _writing(path):
+    with writing(path):
         manifest["arrays"] = array_digests(folder)
         folder.write(MANIFEST, sealed(manifest)).result()
     if hold_out.left_out:
         say(f"train: {hold_out.left_out:,} documents left out, which are also held out")
     for split in SPLITS:
         folder.delete_range(ts.KvStore.KeyRange(f"{split}/parts/", f"{split}/parts0")).result()
-
-
-class _SplitWriter:
-    """Writes one split, shard by shard."""
-
-    def __init__(
-        self,
-        path: epath.Path,
-        tokenizer: Tokenizer,
-        layout: Layout,
-        source_ids: dict[str, int],
-        bos: tuple[int, ...],
-    ):
-        self._path = path
-        self._tokenizer = tokenizer
-        self._layout = layout
-        self._source_ids = source_ids
-        self._bos = np.array(bos, np.int64)
-        self._folder = key_value_store(path)
-        self._parts = self._read_parts()
-        spec = array_spec(path / "tokens")
-        if self._parts:
-            try:
-                self._tokens: Any = ts.open(spec).result()
-            except Exception as error:  # tensorstore raises ValueError and others
-                raise damaged(
-                    f"{path} cannot be read ({first_line(error)})", path.parent
-                ) from error
-        else:
-            dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-            with _writing(path):
-                self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
-
-    def write(
-        self, documents: Iterator[Document], say: Callable[[str], None]
-    ) -> tuple[int, np.ndarray]:
-        """Write the split; returns its tokens and its documents [documents, 3]."""
-        start = end = len(self._parts) * self._layout.shard  # next document's, next token's place
-        if self._parts:  # the last document listed may go on: tokenise it again
-            known = np.concatenate(self._parts)
-            start = int(known[-1, START])
-            documents = itertools.islice(documents, len(known) - 1, None)
-            say(f"resuming after {end:,} tokens")
-        buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
-        filled, rows = 0, []
-        for document, ids in self._encoded(documents):
-            if start == end:
-                size = len(document.text.encode("utf-8")) + 1  # the eos counts as one byte
-                rows.append((start, size, self._source_ids[document.source]))
-            rest = ids[end - start :]
-            start = end = start + len(ids)
-            while len(rest):
-                piece = rest[: len(buffer) - filled]
-                buffer[filled : filled + len(piece)] = piece
-                filled, rest = filled + len(piece), rest[len(piece) :]
-                if filled == len(buffer):
-                    self._write_tokens(buffer, len(self._parts))
-                    self._write_part(np.array(rows, np.int64).reshape(-1, 3))
-                    filled, rows = 0, []
-                    say(f"{len(self._parts) * len(buffer):,} tokens")
-        if filled:
-            self._write_tokens(buffer[:filled], len(self._parts))
-        table = np.concatenate([*self._parts, np.array(rows, np.int64).reshape(-1, 3)])
-        self._write_documents(table)
-        say(f"{end:,} tokens in {len(table):,} documents")
-        return end, table
-
-    def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        """Each document with its bos, token ids and eos; the tokenizer gets many at once."""
-        batch, size = [], 0
-        for document in documents:
-            batch.append(document)
-            size += len(document.text)
-            if size >= ENCODE_CHARACTERS:
-                yield from self._encode(batch)
-                batch, size = [], 0
-        yield from self._encode(batch)
-
-    def _encode(self, batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        try:
-            encoded = self._tokenizer.encode_batch([document.text for document in batch])
-        except UserError as error:
-            raise UserError(f"{batch[0].name} to {batch[-1].name}: {error}") from None
-        for document, ids in zip(batch, encoded, strict=True):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
-                raise UserError(
-                    f"{document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, beyond "
-                    f"its {self._tokenizer.vocab_size}: use one whose vocabulary is whole."
-                )
-            yield (
-                document,
-                np.concatenate([self._bos, ids, [self._tokenizer.eos_id]], dtype=np.int64),
-            )
-
-    def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
-        start = shard * self._layout.shard
-        stop = start + len(tokens)
-        with _writing(self._path):
-            self._tokens = self._tokens.resize(exclusive_max=[stop]).result()
-            self._tokens[start:stop].write(tokens).result()
-
-    def _write_part(self, rows: np.ndarray) -> None:
-        raw = rows.astype("<i8").tobytes()
-        with _writing(self._path):
-            value = hashlib.sha256(raw).digest() + raw
-            self._folder.write(_part(len(self._parts)), value).result()
-        self._parts.append(rows)
-
-    def _read_parts(self) -> list[np.ndarray]:
-        """The parts up to the first that is missing or damaged: the build goes on from there."""
-        parts: list[np.ndarray] = []
-        while True:
-            try:
-                value = self._folder.read(_part(len(parts))).result().value
-            except Exception as error:  # tensorstore raises ValueError and others
-                raise damaged(
-                    f"{self._path} cannot be read ({first_line(error)})", self._path.parent
-                ) from error
-            digest, raw = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
-            if hashlib.sha256(raw).digest() != digest:
-                return parts
-            parts.append(np.frombuffer(raw, "<i8").reshape(-1, 3).astype(np.int64))
-
-    def _write_documents(self, table: np.ndarray) -> None:
-        metadata = {
-            "shape": list(table.shape),
-            "data_type": "int64",
-            "chunk_grid": _regular([DOCUMENTS_CHUNK, 3]),
-            "codecs": CODECS,
-        }
-        with _writing(self._path):
-            self._create("documents", metadata).write(table).result()
-
-    def _create(self, name: str, metadata: dict[str, Any]) -> Any:
-        """An empty array in place of whatever a build that was stopped left there."""
-        spec = array_spec(self._path / name) | {"metadata": metadata}
-        return ts.open(spec, create=True, delete_existing=True).result()
-
-
-def _part(number: int) -> str:
-    return f"parts/{number:08d}"
-
-
-def _regular(shape: list[int]) -> dict[str, Any]:
-    return {"name": "regular", "configuration": {"chunk_shape": shape}}
-
-
-def _tokens_metadata(layout: Layout, dtype: str) -> dict[str, Any]:
-    """zarr3 metadata of an empty token array: checksummed chunks inside shards."""
-    sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
-    return {
-        "shape": [0],
-        "data_type": dtype,
-        "chunk_grid": _regular([layout.shard]),
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # tensorstore raises ValueError and others
-        raise UserError(
-            f"{path} cannot be written ({first_line(error)}): make room on its disk or set "
-            f"data.store, then run the same command again: it goes on after what is whole."
-        ) from error

@@ -20,8 +20,9 @@ TELL = 1.0  # seconds between two signs of life of who builds
 class Turn:
     """The turn to write a store, and the signs of life of whoever has it.
 
-    The builder holds a kernel lock on ROOT/NAME.lock and sets that file's time whenever it has got
-    on; the others look at it.  So a process that waits is alive exactly while the builder is.
+    The builder holds a kernel lock on ROOT/NAME.lock, which it removes at its end, and sets that
+    file's time whenever it has got on; the others look at it.  So a process that waits is alive
+    exactly while the builder is.
 
     Args:
       report: called whenever a build has got on, here or in the process that is waited for.
@@ -49,18 +50,8 @@ class Turn:
         if "://" in os.fspath(root):
             yield
             return
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            path = root / f"{name}.lock"
-            file = os.fdopen(os.open(path, flags, 0o666), "wb")
-        except OSError as error:
-            advice = "make room there or set" if error.errno == errno.ENOSPC else "set"
-            raise UserError(
-                f"The store cannot be written to {root} ({error.strerror}): {advice} data.store."
-            ) from None
-        with file:
-            self._wait(file, path)
+        path = root / f"{name}.lock"
+        with self._locked(path) as file:
             check_link(root / name, root)
             check_links(root / name)
             self._held = file
@@ -68,6 +59,33 @@ class Turn:
                 yield
             finally:
                 self._held = None
+                path.unlink(missing_ok=True)  # while it is locked
+
+    def _locked(self, path: epath.Path) -> BinaryIO:
+        """The lock file, open and locked; opened again where its last holder has removed it."""
+        while True:
+            file = self._opened(path)
+            try:
+                self._wait(file, path)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                        return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+    def _opened(self, path: epath.Path) -> BinaryIO:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            return os.fdopen(os.open(path, flags, 0o666), "wb")
+        except OSError as error:
+            advice = "make room there or set" if error.errno == errno.ENOSPC else "set"
+            raise UserError(
+                f"The store cannot be written to {path.parent} ({error.strerror}): {advice} "
+                f"data.store."
+            ) from None
 
     def _wait(self, file: BinaryIO, path: epath.Path) -> None:
         seen = os.fstat(file.fileno()).st_mtime_ns

@@ -11,8 +11,10 @@ from moe_jax.decides import Data, Run, Training
 from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet")
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf")
+POLICIES = ("stop", "skip")  # for records that hold no text
 BY_SUFFIX = Choice(lambda: SOURCES, "empty to go by their suffix", lambda name: not name)
+OWN_POLICY = Choice(lambda: POLICIES, "empty for data.bad_records", lambda name: not name)
 WEIGHT = Limit("a number above 0", lambda weight: 0 < weight < math.inf)
 SHARE = Limit("a share between 0 and 1", lambda share: 0 < share < 1)
 
@@ -23,11 +25,15 @@ class MixtureEntry:
 
     # What its files are.
     source: Run[Annotated[str, BY_SUFFIX]] = ""
-    files: Run[str] = ""  # glob(s), comma separated, local or gs://
-    field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
+    files: Run[str] = ""  # paths, folders and globs, as data.files
+    field: Data[str] = "text"  # the JSONL field or column that holds the text, as data.field
     weight: Data[Annotated[float, WEIGHT]] = 1.0  # of its share in each batch
-    # Glob(s) of the whole held-out text; data.heldout_fraction is then not used.
+    # Paths, folders and globs of the whole held-out text; data.heldout_fraction is then not used.
     heldout_files: Run[str] = ""
+    # What becomes of records without text.
+    bad_records: Run[Annotated[str, OWN_POLICY]] = ""
+    # Bad records that a build skips; -1: data.max_bad_records.
+    max_bad_records: Run[Annotated[int, at_least(-1)]] = -1
 
 
 # Name -> what holds without it.
@@ -46,8 +52,15 @@ class DataConfig:
 
     # What the text is; where `files` are named, stdlib (of Python) gives way to their suffix.
     source: Run[Annotated[str, one_of(SOURCES)]] = "stdlib"
-    files: Run[str] = ""  # glob(s), comma separated, local or gs://
-    field: Data[str] = "text"  # the JSONL field or Parquet column that holds the text
+    # Paths, folders and globs, comma separated (a comma of a name is \,), local or gs://, or
+    # hf://OWNER/NAME:SPLIT of the Hugging Face hub.
+    files: Run[str] = ""
+    # The JSONL field or column that holds the text; below an object or struct, as "meta.text".
+    field: Data[str] = "text"
+    # What becomes of records without text (not JSON, not UTF-8, no such field, null).
+    bad_records: Run[Annotated[str, one_of(POLICIES)]] = "stop"
+    # Bad records of each entry of the mixture that a build skips; one more stops it.
+    max_bad_records: Run[Annotated[int, at_least(0)]] = 1000
     # What cuts text into tokens; bytes needs no file.
     tokenizer: Run[
         Annotated[str, Rule("bytes, or the path of a tokenizer.json or a SentencePiece .model")]

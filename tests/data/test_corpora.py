@@ -8,9 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from moe_jax.data.compressed import FREE_BYTES, MAX_RATIO
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
-from moe_jax.data.readers import FREE_BYTES, MAX_RATIO, PIECE_CHARACTERS
+from moe_jax.data.readers import PIECE_CHARACTERS
 from moe_jax.errors import UserError
 
 
@@ -88,11 +89,12 @@ CONTRADICTIONS = {
         {"files": "{0}/a.txt", "heldout_files": "{0}/b.jsonl"},
         r"several kinds, jsonl",
     ),
-    "compressed": ({"files": "{0}/c.jsonl.gz"}, r"c\.jsonl\.gz is compressed \(\.gz\).*decompress"),
-    "compressed, and a source": (
-        {"files": "{0}/c.jsonl.gz", "source": "jsonl"},
-        r"is compressed \(\.gz\)",
+    "an archive": ({"files": "{0}/c.zip"}, r"c\.zip is compressed \(\.zip\), .*: unpack it"),
+    "an archive, and a source": (
+        {"files": "{0}/c.tar.gz", "source": "jsonl"},
+        r"c\.tar\.gz is compressed \(\.gz\)",
     ),
+    "compressed Parquet": ({"files": "{0}/c.parquet.gz"}, r"is compressed \(\.gz\)"),
     "in a mixture": (
         {"mixture": {"m": {"files": "{0}/a.py"}}},
         r"data\.mixture\.m\.files: the suffix of .*set data\.mixture\.m\.source",
@@ -122,11 +124,13 @@ CONTRADICTIONS = {
         {"mixture": {"m": {"source": "stdlib", "files": "{0}/a.txt"}}},
         r"data\.mixture\.m\.source is 'stdlib', which has files of its own",
     ),
-    "folder": ({"files": "{0}"}, r"is a folder: name the files in it, such as '.*/\*\.txt'"),
-    "folder with a slash": ({"files": "{0}/", "source": "text"}, r"is a folder"),
-    "folder in a mixture": (
-        {"mixture": {"m": {"files": "{0}"}}},
-        r"data\.mixture\.m\.files: .* is a folder",
+    "a folder without text": (
+        {"files": "{0}/empty"},
+        r"data\.files: the folder '.*/empty' has no files of a known suffix",
+    ),
+    "a folder without such text, in a mixture": (
+        {"mixture": {"m": {"files": "{0}/empty/", "source": "text"}}},
+        r"data\.mixture\.m\.files: the folder '.*/empty' has no text files",
     ),
     "s3": (
         {"files": "s3://b/a.txt"},
@@ -137,8 +141,8 @@ CONTRADICTIONS = {
     "hf": ({"files": "hf://datasets/o/d/a.txt"}, r"hf:// is not supported: download it"),
     "file": ({"files": "file:///a.txt"}, r"file:// is not supported"),
     "hf held out": (
-        {"files": "{0}/a.txt", "heldout_files": "hf://d/a.txt"},
-        r"data\.heldout_files is 'hf://d/a\.txt'",
+        {"files": "{0}/a.txt", "heldout_files": "hf://datasets/o/d/a.txt"},
+        r"data\.heldout_files is 'hf://datasets/o/d/a\.txt'",
     ),
 }
 
@@ -152,7 +156,8 @@ def placed(value, folder: Path):
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_files_that_cannot_be_meant_are_one_sentence(case, tmp_path):
-    for name in ("a.txt", "a.py", "none", "c.jsonl.gz"):
+    for name in ("a.txt", "a.py", "none", "c.zip", "c.tar.gz", "c.parquet.gz", "empty/a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("words")
     (tmp_path / "b.jsonl").write_text('{"text": "words"}')
     fields, message = CONTRADICTIONS[case]
@@ -195,7 +200,7 @@ def test_jsonl_and_parquet_read_the_field(tmp_path):
     records = [{"body": "one"}, {"body": "日本"}, {"body": ""}]
     lines = "\n".join(json.dumps(record) for record in records)
     (tmp_path / "a.jsonl").write_text(lines + "\n\n")
-    table = pyarrow.table({"body": ["one", "日本", None], "other": [1, 2, 3]})
+    table = pyarrow.table({"body": ["one", "日本", ""], "other": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for kind in ("jsonl", "parquet"):
         found = texts(source=kind, files=f"{tmp_path}/*.{kind}", field="body")
@@ -287,8 +292,8 @@ def test_a_wrong_field_in_a_mixture_names_the_key_of_its_entry(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     for name, field, message in (
         ("a.parquet", "text", r"no column 'text': set data\.mixture\.m\.field to one of body, n"),
-        ("a.parquet", "n", r"does not hold text: set data\.mixture\.m\.field to"),
-        ("a.jsonl", "text", r"no text in field 'text': set data\.mixture\.m\.field to"),
+        ("a.parquet", "n", r"does not hold text \(int64\): set data\.mixture\.m\.field to"),
+        ("a.jsonl", "text", r"no text in field 'text' \(missing\): set data\.mixture\.m\.field to"),
     ):
         with pytest.raises(UserError, match=message):
             documents(mixture={"m": {"files": f"{tmp_path}/{name}", "field": field}})
@@ -338,7 +343,7 @@ def test_a_missing_parquet_column_lists_those_there(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no column 'text'.*body, n"):
         documents(source="parquet", files=f"{tmp_path}/a.parquet")
-    with pytest.raises(UserError, match="row 0: column 'n' does not hold text"):
+    with pytest.raises(UserError, match="column 'n' does not hold text"):
         documents(source="parquet", files=f"{tmp_path}/a.parquet", field="n")
 
 

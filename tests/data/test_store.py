@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, _SplitWriter, build_store, find
+from moe_jax.data.build import Layout, build_store, find
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
+from moe_jax.data.split_writer import SplitWriter
 from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, open_store, read_manifest
 from moe_jax.data.tokenizers import BytesTokenizer, train_bpe
 from moe_jax.errors import UserError
@@ -110,14 +111,14 @@ def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
     step, config, store, tmp_path, monkeypatch
 ):
     """The first, the middle and the last call of a kind of write are the last of a build."""
-    whole, real = contents(store.path), getattr(_SplitWriter, step)
+    whole, real = contents(store.path), getattr(SplitWriter, step)
     calls = []
 
     def counted(*args):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(_SplitWriter, step, counted)
+    monkeypatch.setattr(SplitWriter, step, counted)
     build_store(config, tmp_path / "count", layout=SMALL)
     assert len(calls) >= len(SPLITS)
     for fatal in {1, len(calls) // 2, len(calls)}:
@@ -131,11 +132,11 @@ def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
                 raise StoppedError
 
         root = tmp_path / f"{fatal}"
-        monkeypatch.setattr(_SplitWriter, step, dying)
+        monkeypatch.setattr(SplitWriter, step, dying)
         with pytest.raises(StoppedError):
             build_store(config, root, layout=SMALL)
         assert read_manifest(root / store.fingerprint[:16]) is None
-        monkeypatch.setattr(_SplitWriter, step, real)
+        monkeypatch.setattr(SplitWriter, step, real)
         again = build_store(config, root, layout=SMALL)
         assert contents(again.path) == whole
         shutil.rmtree(root)
@@ -147,7 +148,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
     def build_until(shards: int) -> int:
         """Tokens that `encode_batch` gave in a build stopped after so many shards."""
         given, written = [], []
-        encode, write = BytesTokenizer.encode_batch, _SplitWriter._write_part
+        encode, write = BytesTokenizer.encode_batch, SplitWriter._write_part
 
         def watched(self, texts):
             given.extend(texts)
@@ -161,7 +162,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
 
         with monkeypatch.context() as patch:
             patch.setattr(BytesTokenizer, "encode_batch", watched)
-            patch.setattr(_SplitWriter, "_write_part", dying)
+            patch.setattr(SplitWriter, "_write_part", dying)
             with contextlib.suppress(StoppedError):
                 build_store(config, tmp_path / "resumed", layout=SMALL)
         return sum(len(text.encode()) + 1 for text in given)

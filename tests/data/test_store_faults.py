@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.data import build
+from moe_jax.data import build, split_writer
 from moe_jax.data.build import Layout, build_store, find, store_root
 from moe_jax.data.store import array_digests, key_value_store, open_store, sealed
 from moe_jax.errors import UserError
@@ -26,7 +26,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_whole(
     config, store, tmp_path, monkeypatch
 ):
     """Whichever write fails, from the first array to the manifest."""
-    whole, real, calls = contents(store.path), build._writing, []
+    whole, real, calls = contents(store.path), split_writer.writing, []
 
     @contextlib.contextmanager
     def full(path, fails):
@@ -36,18 +36,22 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_whole(
                 raise ValueError("RESOURCE_EXHAUSTED: No space left on device [source locations]")
             yield
 
-    monkeypatch.setattr(build, "_writing", lambda path: full(path, 0))
+    def patch(writing):
+        for module in (build, split_writer):
+            monkeypatch.setattr(module, "writing", writing)
+
+    patch(lambda path: full(path, 0))
     build_store(config, tmp_path / "count", layout=SMALL)
     for fails in {1, 2, 3, len(calls) // 2, len(calls) - 1, len(calls)}:
         root = tmp_path / f"{fails}"
         calls.clear()
-        monkeypatch.setattr(build, "_writing", lambda path, fails=fails: full(path, fails))
+        patch(lambda path, fails=fails: full(path, fails))
         with pytest.raises(UserError, match=r"cannot be written \(RESOURCE_EXHAUSTED") as error:
             build_store(config, root, layout=SMALL)
         assert "make room" in str(error.value) and "\n" not in str(error.value)
         parts = contents(root)
         lines: list[str] = []
-        monkeypatch.setattr(build, "_writing", real)
+        patch(real)
         again = build_store(config, root, lines.append, SMALL)
         assert contents(again.path) == whole
         assert any("resuming after" in line for line in lines) == any("parts/" in p for p in parts)

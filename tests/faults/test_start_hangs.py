@@ -30,12 +30,12 @@ Stream.digests = then_hang
 """
 WRITE = """
 import threading
-from moe_jax.data.build import _SplitWriter
+from moe_jax.data.split_writer import SplitWriter
 
 def never(self, table):
     threading.Event().wait()
 
-_SplitWriter._write_documents = never
+SplitWriter._write_documents = never
 """
 OPEN = """
 import threading

@@ -125,7 +125,8 @@ def test_a_mixture_keeps_names_and_weights_and_not_its_paths():
         ("data.mixture.a.weight", 2.0, 3.0, Decides.DATA)
     ]
     alone = changes(old, mixed(a={"files": "x", "weight": 2.0}))
-    parts = ("source", "files", "field", "weight", "heldout_files")
+    policy = ("bad_records", "max_bad_records")
+    parts = ("source", "files", "field", "weight", "heldout_files", *policy)
     assert [change.key for change in alone] == [f"data.mixture.b.{part}" for part in parts]
 
 

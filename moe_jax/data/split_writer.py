@@ -1,0 +1,216 @@
+"""Writes one split of a store, shard by shard; a build that was killed goes on where it stopped.
+
+A shard of tokens is written whole, then a part file that lists the documents which begin in it.
+The part files are the journal: the next run counts them, skips the documents they list, and cuts
+the tokens already written off the last of those.  So a resumed build is byte-identical to one
+that was never stopped.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from moe_jax.data.corpora import Document
+from moe_jax.data.store import (
+    CODECS,
+    START,
+    array_spec,
+    damaged,
+    first_line,
+    key_value_store,
+)
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import UserError
+
+CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
+SHARD_TOKENS = 1 << 22  # one file
+DOCUMENTS_CHUNK = 1 << 16  # documents
+PARTS = "parts"  # folder of the part files
+DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
+ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the token arrays' chunks and files."""
+
+    chunk: int = CHUNK_TOKENS  # tokens that are read at once
+    shard: int = SHARD_TOKENS  # tokens in a file
+
+
+LAYOUT = Layout()
+
+
+class SplitWriter:
+    """Writes one split, shard by shard."""
+
+    def __init__(
+        self,
+        path: epath.Path,
+        tokenizer: Tokenizer,
+        layout: Layout,
+        source_ids: dict[str, int],
+        bos: tuple[int, ...],
+    ):
+        self._path = path
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._source_ids = source_ids
+        self._bos = np.array(bos, np.int64)
+        self._folder = key_value_store(path)
+        self._parts = self._read_parts()
+        spec = array_spec(path / "tokens")
+        if self._parts:
+            try:
+                self._tokens: Any = ts.open(spec).result()
+            except Exception as error:  # tensorstore raises ValueError and others
+                raise damaged(
+                    f"{path} cannot be read ({first_line(error)})", path.parent
+                ) from error
+        else:
+            dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+            with writing(path):
+                self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
+
+    def write(
+        self, documents: Iterator[Document], say: Callable[[str], None]
+    ) -> tuple[int, np.ndarray]:
+        """Write the split; returns its tokens and its documents [documents, 3]."""
+        start = end = len(self._parts) * self._layout.shard  # next document's, next token's place
+        if self._parts:  # the last document listed may go on: tokenise it again
+            known = np.concatenate(self._parts)
+            start = int(known[-1, START])
+            documents = itertools.islice(documents, len(known) - 1, None)
+            say(f"resuming after {end:,} tokens")
+        buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
+        filled, rows = 0, []
+        for document, ids in self._encoded(documents):
+            if start == end:
+                size = len(document.text.encode("utf-8")) + 1  # the eos counts as one byte
+                rows.append((start, size, self._source_ids[document.source]))
+            rest = ids[end - start :]
+            start = end = start + len(ids)
+            while len(rest):
+                piece = rest[: len(buffer) - filled]
+                buffer[filled : filled + len(piece)] = piece
+                filled, rest = filled + len(piece), rest[len(piece) :]
+                if filled == len(buffer):
+                    self._write_tokens(buffer, len(self._parts))
+                    self._write_part(np.array(rows, np.int64).reshape(-1, 3))
+                    filled, rows = 0, []
+                    say(f"{len(self._parts) * len(buffer):,} tokens")
+        if filled:
+            self._write_tokens(buffer[:filled], len(self._parts))
+        table = np.concatenate([*self._parts, np.array(rows, np.int64).reshape(-1, 3)])
+        self._write_documents(table)
+        say(f"{end:,} tokens in {len(table):,} documents")
+        return end, table
+
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Each document with its bos, token ids and eos; the tokenizer gets many at once."""
+        batch, size = [], 0
+        for document in documents:
+            batch.append(document)
+            size += len(document.text)
+            if size >= ENCODE_CHARACTERS:
+                yield from self._encode(batch)
+                batch, size = [], 0
+        yield from self._encode(batch)
+
+    def _encode(self, batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        try:
+            encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        except UserError as error:
+            raise UserError(f"{batch[0].name} to {batch[-1].name}: {error}") from None
+        for document, ids in zip(batch, encoded, strict=True):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+                raise UserError(
+                    f"{document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, beyond "
+                    f"its {self._tokenizer.vocab_size}: use one whose vocabulary is whole."
+                )
+            yield (
+                document,
+                np.concatenate([self._bos, ids, [self._tokenizer.eos_id]], dtype=np.int64),
+            )
+
+    def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
+        start = shard * self._layout.shard
+        stop = start + len(tokens)
+        with writing(self._path):
+            self._tokens = self._tokens.resize(exclusive_max=[stop]).result()
+            self._tokens[start:stop].write(tokens).result()
+
+    def _write_part(self, rows: np.ndarray) -> None:
+        raw = rows.astype("<i8").tobytes()
+        with writing(self._path):
+            value = hashlib.sha256(raw).digest() + raw
+            self._folder.write(_part(len(self._parts)), value).result()
+        self._parts.append(rows)
+
+    def _read_parts(self) -> list[np.ndarray]:
+        """The parts up to the first that is missing or damaged: the build goes on from there."""
+        parts: list[np.ndarray] = []
+        while True:
+            try:
+                value = self._folder.read(_part(len(parts))).result().value
+            except Exception as error:  # tensorstore raises ValueError and others
+                raise damaged(
+                    f"{self._path} cannot be read ({first_line(error)})", self._path.parent
+                ) from error
+            digest, raw = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
+            if hashlib.sha256(raw).digest() != digest:
+                return parts
+            parts.append(np.frombuffer(raw, "<i8").reshape(-1, 3).astype(np.int64))
+
+    def _write_documents(self, table: np.ndarray) -> None:
+        metadata = {
+            "shape": list(table.shape),
+            "data_type": "int64",
+            "chunk_grid": _regular([DOCUMENTS_CHUNK, 3]),
+            "codecs": CODECS,
+        }
+        with writing(self._path):
+            self._create("documents", metadata).write(table).result()
+
+    def _create(self, name: str, metadata: dict[str, Any]) -> Any:
+        """An empty array in place of whatever a build that was stopped left there."""
+        spec = array_spec(self._path / name) | {"metadata": metadata}
+        return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _part(number: int) -> str:
+    return f"{PARTS}/{number:08d}"
+
+
+def _regular(shape: list[int]) -> dict[str, Any]:
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+def _tokens_metadata(layout: Layout, dtype: str) -> dict[str, Any]:
+    """zarr3 metadata of an empty token array: checksummed chunks inside shards."""
+    sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
+    return {
+        "shape": [0],
+        "data_type": dtype,
+        "chunk_grid": _regular([layout.shard]),
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """Raises UserError where the store in `path` cannot be written."""
+    try:
+        yield
+    except Exception as error:  # tensorstore raises ValueError and others
+        raise UserError(
+            f"{path} cannot be written ({first_line(error)}): make room on its disk or set "
+            f"data.store, then run the same command again: it goes on after what is whole."
+        ) from error
