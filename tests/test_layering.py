@@ -44,7 +44,7 @@ RANKS = {
     "moe_jax.checkpoint": 6,
     "moe_jax.train": 7,
     "moe_jax.eval": 7,
-    "moe_jax.wandb_config": 7,
+    "moe_jax.sections": 7,
     "moe_jax.config": 8,
     "moe_jax.config_file": 8.5,
     "moe_jax.keys": 8.5,

@@ -15,7 +15,7 @@ from moe_jax.checkpoint.agree import lead_decides
 from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import Parsed, parse, process_flags
-from moe_jax.config import Config, WatchdogConfig, from_config_dict, to_json
+from moe_jax.config import Config, from_config_dict, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import formats
 from moe_jax.files.workdir import Folder, is_remote, locate
@@ -39,6 +39,7 @@ from moe_jax.run.restore import first_state
 from moe_jax.run.resume import data_record, saved_config
 from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import prepare, set_numerics
+from moe_jax.sections import WatchdogConfig
 from moe_jax.watch.phases import Phases
 from moe_jax.watch.timekeeper import Timekeeper
 from moe_jax.watch.watchdog import LEAD_GRACE, Watchdog

@@ -22,7 +22,7 @@ def main() -> int:
     threading.Thread(target=_end_after_parent, args=[os.getppid()], daemon=True).start()
     start = json.loads(lines.readline())
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         settings = wandb.Settings(console="off", silent=True)
         run = wandb.init(**start, settings=settings, resume="allow")

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moe_jax.config import WatchdogConfig
 from moe_jax.parallel.distributed import AGAIN
+from moe_jax.sections import WatchdogConfig
 
 TICK = 1.0  # seconds between two looks
 BARK = 10.0  # seconds for saying where each thread stands

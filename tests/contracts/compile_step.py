@@ -9,13 +9,14 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Config, TrainConfig
+from moe_jax.config import Config
 from moe_jax.data.config import DataConfig
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.dispatch.dense import Dense
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.sections import TrainConfig
 from moe_jax.tools.plan.lowering import lower, make_plan
 
 

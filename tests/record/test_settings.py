@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from moe_jax.config import Config, TrainConfig
+from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.files.seals import SEAL, sealed, unsealed
 from moe_jax.record.settings import (
@@ -19,6 +19,7 @@ from moe_jax.record.settings import (
     settings_go_back,
     settings_of,
 )
+from moe_jax.sections import TrainConfig
 from moe_jax.tools import replay
 
 LAST = 20

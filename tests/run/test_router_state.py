@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Config, TrainConfig
+from moe_jax.config import Config
 from moe_jax.data.batch import Batch, make_batch
 from moe_jax.data.feed import put_batch
 from moe_jax.model.config import ModelConfig
@@ -17,6 +17,7 @@ from moe_jax.moe import layer
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.run.context import make_optimizer, make_step_options
+from moe_jax.sections import TrainConfig
 from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import TrainState, from_disk, init_train_state, to_disk
 from moe_jax.train.step import jit_train_step

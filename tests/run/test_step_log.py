@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import TrainConfig
 from moe_jax.run import step_log
+from moe_jax.sections import TrainConfig
 from moe_jax.train.guard import first_guard
 from moe_jax.train.losses import LossValues
 from moe_jax.train.step import StepMetrics

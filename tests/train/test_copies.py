@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Config, DataConfig, TrainConfig
+from moe_jax.config import Config, DataConfig
 from moe_jax.data.batch import Batch, make_batch
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.run.context import make_optimizer, make_step_options
+from moe_jax.sections import TrainConfig
 from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import init_train_state

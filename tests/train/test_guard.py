@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import TrainConfig
 from moe_jax.errors import UserError
+from moe_jax.sections import TrainConfig
 from moe_jax.train.guard import LEAST, WINDOW, first_guard, judge, next_guard
 from moe_jax.train.state import TrainState, all_finite
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 from small_run import flags, write_corpus
 
-from moe_jax.config import WatchdogConfig
 from moe_jax.errors import UserError
+from moe_jax.sections import WatchdogConfig
 from moe_jax.watch.watchdog import Watchdog
 
 TICK = 0.005
