@@ -8,6 +8,7 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 AXES = ("expert", "position", "source")
+CHOSEN = {"eval_loss_by_source.": "SOURCE", "epochs.": "STREAM"}
 
 
 def documented(title: str) -> set[str]:
@@ -42,7 +43,7 @@ def fields(row: Mapping[str, Any]) -> set[str]:
 def _names(row: Mapping[str, Any], above: str) -> Iterator[str]:
     for name, value in row.items():
         name = "AXIS" if not above and name in AXES else name
-        name = "SOURCE" if above == "eval_loss_by_source." else name
+        name = CHOSEN.get(above, name)
         if isinstance(value, Mapping):
             yield from _names(value, f"{above}{name}.")
         else:

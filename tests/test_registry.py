@@ -19,7 +19,7 @@ KEYS = list(dotted_keys(default_config().to_dict()))
         ("model.num_experts", "model.moe.num_experts"),
         ("num_local_experts", "model.moe.num_experts"),
         ("steps", "train.steps"),
-        ("max_steps", "train.steps"),
+        ("total_steps", "train.steps"),
         ("trian.steps", "train.steps"),
         ("train.stepz", "train.steps"),
         ("global_batch_size", "train.batch_size"),

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from moe_jax.cli import streams
 from moe_jax.cli.commands import COMMANDS
 from moe_jax.cli.parse import Parsed, parse, process_flags
 from moe_jax.config import Config, from_config_dict, to_json
+from moe_jax.data.build import build_store
+from moe_jax.data.store import Store
 from moe_jax.errors import UserError
 from moe_jax.files import formats
 from moe_jax.files.workdir import Folder, is_remote, locate
@@ -28,6 +30,7 @@ from moe_jax.record.lock import alone_in
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
+from moe_jax.record.screen import Screen, Silent, open_screen
 from moe_jax.record.settings import record_settings
 from moe_jax.record.wandb_tracker import check_wandb
 from moe_jax.run import agree
@@ -42,6 +45,7 @@ from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.sections import WatchdogConfig
 from moe_jax.watch.phases import Phases
 from moe_jax.watch.timekeeper import Timekeeper
+from moe_jax.watch.waits import Waits
 from moe_jax.watch.watchdog import LEAD_GRACE, Watchdog
 
 # Seconds that a process with an error waits for the save it has a part in: after 30 all have ended.
@@ -58,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     preemption = distributed.Preemption()
     with contextlib.ExitStack() as held:
         watchdog = held.enter_context(Watchdog(config.watchdog))
+        screen = open_screen() if distributed.lead() else Silent()
+        held.callback(screen.close)
+        waits, say = held.enter_context(Waits(screen.waiting)), screen.say
 
         # ---- everything that can be wrong is found out here, before anything is compiled
         with watchdog("start"), exchange.telling():
@@ -65,28 +72,30 @@ def main(argv: Sequence[str]) -> int:
             workdir = locate(given.workdir)
             watchdog.folder = None if is_remote(workdir) else pathlib.Path(workdir)
             set_numerics(config)
-            held.enter_context(kept_programs(config.compile_cache, _say))
+            held.enter_context(kept_programs(config.compile_cache, say))
             lead = distributed.lead()
             watchdog.grace = LEAD_GRACE if lead and jax.process_count() > 1 else 0.0
             notes = check_samples(config)
             if lead:
                 check_wandb(config)
             # From here on the workdir belongs to this run: nothing that is read there changes.
-            lock = held.enter_context(alone_in(workdir, _say)) if lead else None
+            lock = held.enter_context(alone_in(workdir, say)) if lead else None
             exchange.gather("locked", "")
             alive = exchange.relayed(watchdog.alive)
-            run = prepare(config, workdir, _say, alive=alive, init_from=given.init_from)
+            with waits("preparing the run"):
+                text, origin = _building(waits), given.init_from
+                run = prepare(config, workdir, say, alive=alive, text=text, init_from=origin)
             agree.check_run(run, watchdog.alive)
             for line in [*_describe(run), *notes]:
-                _say(line)
+                say(line)
         timekeeper = held.enter_context(Timekeeper(workdir, lead))
-        watch = Phases(watchdog, timekeeper)
+        watch = Phases(watchdog, timekeeper, waits)
 
         # ---- state
         lowered, began = start_lowering(run), time.perf_counter()
-        with watch("checkpoint"):
-            rewinds = Rewinds(workdir, run.checkpoints, _say)
-            state = first_state(run, given.init_from, _say)
+        with watch("checkpoint", "making the state"):
+            rewinds = Rewinds(workdir, run.checkpoints, say)
+            state = first_state(run, given.init_from, say)
             jax.block_until_ready(state.params)
             start = int(state.step)
             rewinds.check(start)
@@ -97,8 +106,8 @@ def main(argv: Sequence[str]) -> int:
             return DONE
         with watchdog("start"):
             watch.resumed(start)
-            _say(f"state ready in {time.perf_counter() - began:.1f} s")
-            reporter = _record(run, parsed, start, end.step) if lead else SilentReporter()
+            say(f"state ready in {time.perf_counter() - began:.1f} s")
+            reporter = _record(run, parsed, start, end.step, screen) if lead else SilentReporter()
 
         # ---- train
         with _closing(reporter, watch), _last_save(run, watch):
@@ -133,11 +142,21 @@ def _joined(argv: Sequence[str]) -> tuple[Parsed, Config]:
     return parsed, config
 
 
+def _building(waits: Waits) -> Callable[..., Store]:
+    """`build_store`, which may take hours, as a wait."""
+
+    def build(*arguments: Any, **given: Any) -> Store:
+        with waits("building the store"):
+            return build_store(*arguments, **given)
+
+    return build
+
+
 def _meet(given: Any, heartbeat: int) -> None:
     distributed.start(given.coordinator, given.process_count, given.process_id, heartbeat)
 
 
-def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:
+def _record(run: Run, parsed: Parsed, start: int, last: int, screen: Screen) -> Reporter:
     """Writes down what the run is from step `start` on; returns what reports its steps."""
     write_run_record(
         str(run.workdir),
@@ -146,7 +165,7 @@ def _record(run: Run, parsed: Parsed, start: int, last: int) -> Reporter:
         run.store.fingerprint,
         data_record(run.store),
     )
-    reporter = Reporter(run.workdir, last, start or None, run.config)
+    reporter = Reporter(run.workdir, last, start or None, run.config, screen)
     # After later rows are set aside.
     record_settings(run.workdir, run.config, run.mesh, start)
     return reporter
@@ -182,7 +201,7 @@ def _last_save(run: Run, watch: Phases) -> Iterator[None]:
         yield
     except Exception as error:
         if jax.process_count() == 1:
-            with watch("checkpoint"), contextlib.suppress(UserError):
+            with watch("checkpoint", "saving"), contextlib.suppress(UserError):
                 run.checkpoints.close()
         elif not lost_peer(error):
             _wait_a_while(run.checkpoints)

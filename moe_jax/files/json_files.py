@@ -6,7 +6,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
@@ -45,7 +45,7 @@ def load(path: Path) -> Any:
         return parse_limited(file)
 
 
-def parse_limited(file: IO[bytes]) -> Any:
+def parse_limited(file: Any) -> Any:
     """The value of an open JSON file; raises OSError or ValueError as `load` does."""
     raw = file.read(LARGEST + 1)
     if len(raw) > LARGEST:
@@ -117,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> Any:
     """A binary file, open to be read: never a link, a pipe or a device, and without waiting.
 
     Raises:
@@ -137,7 +137,7 @@ def is_file(path: Path) -> bool:
     return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> Any:
     if path.exists() and not is_file(path):  # opening a pipe would wait for its other end
         raise OSError("it is not a file")
     return path.open("rb")

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+
+# As exchange.py has it: jax.process_index() would start the backends, which may not be there.
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
@@ -149,8 +152,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def lead() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes and prints; touches no device."""
+    return global_state.process_id == 0
 
 
 class Preemption:

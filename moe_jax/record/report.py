@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from moe_jax.files.lines import Lines
 from moe_jax.files.workdir import Folder, Mirror, is_remote
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.heat_map import LOAD_MEANS, expert_load, heat_map
-from moe_jax.record.screen import Bar, PlainLines
+from moe_jax.record.screen import Screen, open_screen
 from moe_jax.record.tags import LOAD, TEXTS, scalars, unused
 from moe_jax.record.wandb_tracker import WandbTracker
 
@@ -44,6 +43,7 @@ class Reporter:
       resumed_step: the restored step; later rows are set aside.  None: a fresh start.
       config: of the run, which trackers hold as text; they leave out what it does not use.  None:
         they leave nothing out.
+      screen: shows lines and rows from then on; None: one is opened.
 
     Raises:
       UserError: the folder cannot be written.
@@ -55,13 +55,14 @@ class Reporter:
         total_steps: int,
         resumed_step: int | None,
         config: Config | None = None,
+        screen: Screen | None = None,
     ):
         self._workdir, self._mirror = workdir, Mirror(workdir)
         self._copies = _Copies(self._mirror, self.say) if is_remote(workdir) else None
         done = resumed_step or 0
         self._unused = frozenset() if config is None else unused(config)
-        on_terminal = sys.stdout.isatty()
-        self._screen = Bar(total_steps, done) if on_terminal else PlainLines(total_steps)
+        self._screen = open_screen() if screen is None else screen
+        self._screen.begin(total_steps, done)
         with contextlib.ExitStack() as failed:
             failed.callback(self._screen.close)
             with self._writing():

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import rich.console
 import rich.progress
@@ -10,14 +10,66 @@ from rich.table import Column
 
 from moe_jax.files.formats import count, duration, epochs, or_dash
 
+FIRST = 5.0  # seconds of a wait before the first line says so; the next come at twice the time
+LONGEST = 300.0  # seconds between two such lines at most
 _BAR = 16  # characters of the bar
 
 
-class PlainLines:
-    """A line for each row."""
+class Screen(Protocol):
+    """What shows a run to a person."""
 
-    def __init__(self, total: int):
-        self._total, self._stream = total, sys.stdout
+    def begin(self, total: int, done: int) -> None:
+        """Training begins: `total` steps, of which `done` are done."""
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Shows a row of metrics.jsonl."""
+
+    def say(self, text: str) -> None:
+        """Shows a line that stays."""
+
+    def waiting(self, what: str, seconds: float) -> None:
+        """The run has waited so long for `what`, and goes on waiting; called every second.
+
+        An empty `what`: it waits for nothing.
+        """
+
+    def close(self) -> None:
+        """Nothing more is shown."""
+
+
+def open_screen() -> Screen:
+    """A bar where standard output is a terminal, else lines."""
+    return Bar() if sys.stdout.isatty() else PlainLines()
+
+
+class Silent:
+    """The screen of every process but the lead: it shows nothing."""
+
+    def begin(self, total: int, done: int) -> None:
+        """Does nothing."""
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def waiting(self, what: str, seconds: float) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class PlainLines:
+    """A line for each row, and for a long wait a line now and then."""
+
+    def __init__(self):
+        self._total, self._stream = 0, sys.stdout
+        self._waited, self._due = 0.0, FIRST
+
+    def begin(self, total: int, done: int) -> None:
+        self._total = total
 
     def show(self, row: Mapping[str, Any]) -> None:
         if "eval_loss" in row:
@@ -28,6 +80,14 @@ class PlainLines:
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
+    def waiting(self, what: str, seconds: float) -> None:
+        if seconds < self._waited:  # another wait
+            self._due = FIRST
+        self._waited = seconds
+        if what and seconds >= self._due:
+            self.say(f"{what}: {seconds:.0f} s so far")
+            self._due = seconds + min(seconds, LONGEST)
+
     def close(self) -> None:
         """There is nothing to end."""
 
@@ -35,8 +95,8 @@ class PlainLines:
 class Bar:
     """A progress bar on a terminal; lines that stay are printed above it."""
 
-    def __init__(self, total: int, done: int):
-        self._total, self._line = total, f"step {done}/{total}"
+    def __init__(self):
+        self._total, self._line = 0, ""
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(_BAR, table_column=Column(width=_BAR)),
             # Cut at its end where the terminal is narrow; a second line would not be redrawn.
@@ -48,8 +108,12 @@ class Bar:
             console=rich.console.Console(file=sys.stdout),
             expand=True,  # the bar keeps its width, the text gets the rest
         )
-        self._task = self._bar.add_task(self._line, total=total, completed=done)
+        self._task = self._bar.add_task("", total=None)
         self._bar.start()
+
+    def begin(self, total: int, done: int) -> None:
+        self._total, self._line = total, f"step {done}/{total}"
+        self._bar.update(self._task, total=total, completed=done, description=self._line)
 
     def show(self, row: Mapping[str, Any]) -> None:
         if "eval_loss" in row:
@@ -60,6 +124,12 @@ class Bar:
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
+
+    def waiting(self, what: str, seconds: float) -> None:
+        step = self._line.partition("  ")[0]
+        wait = f"{what} {seconds:.0f} s"
+        line = "  ".join(part for part in (step, wait) if part) if what else self._line
+        self._bar.update(self._task, description=line)
 
     def close(self) -> None:
         self._bar.stop()

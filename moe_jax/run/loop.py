@@ -127,7 +127,7 @@ class Trainer:
         every, start, total = run.config.eval.every, int(state.step), self._end().step
         rows = self._rewinds.rows(run.batches)
         with DeviceFeed(rows, run.microbatch, batch_shardings(run.mesh), start, total) as feed:
-            with watch("data"):
+            with watch("data", "waiting for data"):
                 step_number, batch = next(feed)
             program = self._compiled()
             control = Control(run.config, run.workdir, total)
@@ -145,7 +145,7 @@ class Trainer:
                 done = step_number + 1
                 watch.started(done, metrics)
                 if done < total:
-                    with watch("data"):
+                    with watch("data", "waiting for data"):
                         step_number, batch = next(feed)
                 evaluate_now = done < total and every > 0 and done % every == 0
                 with watch("step"):
@@ -162,10 +162,10 @@ class Trainer:
                     if program.replicas.differ(done, state, save_now):
                         return _Steps(Stop.DIFFER, None, log)
                 if evaluate_now:
-                    with watch("evaluation"):
+                    with watch("evaluation", "evaluating"):
                         reporter.log({"step": done, **self._evaluate(state)})
                 if save_now:
-                    with watch("checkpoint"):
+                    with watch("checkpoint", "saving"):
                         self._alone()
                         # First: a store that is slow to copy rows to must not cost a step.
                         save(run, state, done, self._rewinds.beside())
@@ -176,7 +176,7 @@ class Trainer:
     def _compiled(self) -> _Program:
         if self._program is None:
             began = time.perf_counter()
-            with self._watch("compile"), counted_hits() as hits:
+            with self._watch("compile", "compiling the train step"), counted_hits() as hits:
                 step = self._lowered.result().compile()
                 kept = hits() > 0
                 self._program = _Program(step, ReplicaCheck(self._run, self._reporter.say))
@@ -194,7 +194,7 @@ class Trainer:
     def _rewind(self, log: StepLog) -> TrainState | None:
         """The state of an earlier checkpoint; None, and the user is told, if there is none."""
         run, reporter = self._run, self._reporter
-        with self._watch("checkpoint"):
+        with self._watch("checkpoint", "going back to a checkpoint"):
             step = self._choose_rewind(log)
             if step is None:
                 return None
@@ -235,7 +235,7 @@ class Trainer:
             self._finish(state, end)
             if end.epochs:
                 self._reporter.say(end.used_up(step))
-        with self._watch("checkpoint"):
+        with self._watch("checkpoint", "waiting for the checkpoint to be written"):
             self._run.checkpoints.wait()
         if stop is Stop.PREEMPTED:
             self._reporter.say(f"preempted: step {step} is saved, run the same command again")
@@ -248,8 +248,9 @@ class Trainer:
         """The last evaluation and the samples; the last checkpoint is written meanwhile."""
         run, step = self._run, int(state.step)
         texts: list[str] = []
-        with self._watch("evaluation"):
+        with self._watch("evaluation", "evaluating"):
             row = self._evaluate(state)
+        with self._watch("evaluation", "sampling"):
             write_samples(run, state, step, texts.append)
         for text in texts:
             self._reporter.say(text)

@@ -273,6 +273,9 @@ class Optimizer:
 
         Returns:
           New parameters and new state; those of frozen groups as they were.
+
+        Raises:
+          UserError: as `init` does.
         """
         rate = self.schedule(step, self.fall if fall is None else fall)
 

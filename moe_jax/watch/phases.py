@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.watch.timekeeper import Timekeeper
+from moe_jax.watch.waits import Waits
 from moe_jax.watch.watchdog import Watchdog
 
 
@@ -12,15 +13,21 @@ class Phases:
     """`with phases("step"):` around everything that the main thread may wait for.
 
     The names are those of `WatchdogConfig`; phases do not nest.
+
+    Args:
+      watchdog: limits a phase.
+      timekeeper: counts its seconds.
+      waits: says what it is, where it takes long.
     """
 
-    def __init__(self, watchdog: Watchdog, timekeeper: Timekeeper):
-        self._watchdog, self._timekeeper = watchdog, timekeeper
+    def __init__(self, watchdog: Watchdog, timekeeper: Timekeeper, waits: Waits):
+        self._watchdog, self._timekeeper, self._waits = watchdog, timekeeper, waits
 
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """The body is `phase`."""
-        with self._watchdog(phase), self._timekeeper(phase):
+    def __call__(self, phase: str, what: str = "") -> Iterator[None]:
+        """The body is `phase`, shown to a person as `what`, such as "saving"; empty: not shown."""
+        shown = self._waits(what) if what else contextlib.nullcontext()
+        with self._watchdog(phase), self._timekeeper(phase), shown:
             yield
 
     def resumed(self, step: int) -> None:

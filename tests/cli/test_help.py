@@ -90,7 +90,7 @@ def test_the_values_of_a_config_file_and_the_flags_beside_it(own, shown):
     assert "  data.mixture={web}\n" in text
     assert "  data.mixture.web.weight=3.0  (default 1.0)\n" in text
     assert "  train.log_every=10\n" in text  # its default, so that is not said again
-    assert "NAME" not in text.split("Keys of")[1].replace("of the user", "")
+    assert ".NAME" not in text.split("Keys of")[1].replace("of the user", "")
     assert "data train-bpe" in shown("data", "train-bpe", own, "--help")
 
 

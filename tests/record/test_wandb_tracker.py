@@ -170,7 +170,7 @@ def test_not_installed_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(UserError, match=r"wandb\.mode is 'off'"):
+    with pytest.raises(UserError, match=r"wandb\.mode 'off' is unknown"):
         config(**{"wandb.mode": "off"})
 
 
