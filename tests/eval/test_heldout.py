@@ -26,7 +26,7 @@ DROPPING = ONE_LAYER | {
 CELLS = [
     (2, 1, {}),
     pytest.param(32, 8, {}, marks=pytest.mark.lifecycle),
-    (16, 2, {"data": 4}),
+    pytest.param(16, 2, {"data": 4}, marks=pytest.mark.lifecycle),
     pytest.param(16, 1, {"expert": 8}, marks=pytest.mark.full),
     (32, 1, {"data": 2, "expert": 2}),
 ]

@@ -139,13 +139,17 @@ def test_a_mistake_on_one_process_alone(two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--config.train.stepz=3", "--config=configs/no_such_file.py", "--process_idd=1"]
+    ("process", "wrong"),
+    [
+        (1, "--config.train.stepz=3"),
+        pytest.param(0, "--config=configs/no_such_file.py", marks=pytest.mark.lifecycle),
+        pytest.param(1, "--process_idd=1", marks=pytest.mark.lifecycle),
+    ],
 )
-def test_a_command_line_that_one_process_alone_cannot_read(two, wrong):
-    for first, second in (([wrong], []), ([], [wrong])):
-        said = sentences(two(first, second))
-        assert any(f"Process {int(bool(second))} of this run cannot go on" in one for one in said)
-        assert len(said) == 2
+def test_a_command_line_that_one_process_alone_cannot_read(two, process, wrong):
+    said = sentences(two(*([wrong] if each == process else [] for each in (0, 1))))
+    assert any(f"Process {process} of this run cannot go on" in one for one in said)
+    assert len(said) == 2
 
 
 def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def test_sigterm_and_then_another_number_of_steps(tmp_path, corpus, straight, cl
     assert [row["step"] for row in eval_rows(tmp_path / "run")] == [stopped + 2]
 
 
+@pytest.mark.lifecycle
 def test_another_mesh(tmp_path, corpus, straight):
     shutil.copytree(straight, tmp_path / "run")
     mesh = {"mesh.data": 1, "mesh.expert": 8}
