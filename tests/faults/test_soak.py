@@ -15,7 +15,7 @@ from benchmarks.soak.__main__ import plan, soak
 from benchmarks.soak.compare import differences
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.moe.components import make_components
-from moe_jax.record.report import eval_line, train_line
+from moe_jax.record.screen import eval_line, train_line
 from moe_jax.run.resolve import describe
 
 
