@@ -20,9 +20,12 @@ from moe_jax.data import bad_records
 from moe_jax.data.build_lock import Turn
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Stream, find_streams
+from moe_jax.data.encoding import cores
 from moe_jax.data.heldout import HoldOut, share_warnings
+from moe_jax.data.rate import Rate
 from moe_jax.data.split_writer import LAYOUT, PARTS, Layout, SplitWriter, writing
 from moe_jax.data.store import (
+    BYTES,
     MANIFEST,
     SOURCE,
     SPLITS,
@@ -78,7 +81,7 @@ def build_store(
     root = _checked_root(root)
     tokenizer = config_tokenizer(config)
     turn = Turn(alive)
-    streams = find_streams(config, turn.alive)
+    streams = find_streams(config, turn.alive, tokenizer.cut)
     for line in (line for stream in streams for line in stream.notes):
         say(line)
     known = store_fingerprints(config, streams, tokenizer, layout)
@@ -92,7 +95,7 @@ def build_store(
                 say(f"building the store {path}")
                 _tell_unfinished(root, path.name, say)
                 with _cleaning(path):
-                    _write(path, config, streams, tokenizer, layout, known.fingerprint, say)
+                    _write(path, config, streams, tokenizer, layout, known.fingerprint, say, turn)
     store = _opened(path, streams, known)
     for line in share_warnings(store, config):
         say(line)
@@ -145,7 +148,8 @@ def find(config: DataConfig, root: str | os.PathLike, layout: Layout = LAYOUT) -
     Raises:
       UserError: as `build_store`, or the store is not there.
     """
-    tokenizer, streams = config_tokenizer(config), find_streams(config)
+    tokenizer = config_tokenizer(config)
+    streams = find_streams(config, cut=tokenizer.cut)
     known = store_fingerprints(config, streams, tokenizer, layout)
     path = _checked_root(root) / known.fingerprint[:16]
     if read_manifest(path) is None:
@@ -222,12 +226,13 @@ def _write(
     layout: Layout,
     fingerprint: str,
     say: Callable[[str], None],
+    turn: Turn,
 ) -> None:
     """Write both splits, then the manifest that makes the store a finished one."""
     sources = [source for stream in streams for source in stream.sources]
     ids = {source: i for i, source in enumerate(sources)}
     stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
-    bounds = {}
+    bounds, rate = {}, Rate()
     bos = bos_ids(config, tokenizer)
     with _telling_bad_records(path, streams, say):
         hold_out = HoldOut(streams, config.heldout_fraction)
@@ -235,8 +240,9 @@ def _write(
             writer = SplitWriter(path / split, tokenizer, layout, ids, bos)
             documents = hold_out.split(split)
             total, table = writer.write(
-                documents, lambda line, split=split: say(f"{split}: {line}")
+                documents, lambda line, split=split: say(f"{split}: {line}"), turn.alive, cores()
             )
+            rate.add(int(table[:, BYTES].sum()))
             first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))
             bounds[split] = [*table[first, START].tolist(), total]
     manifest = {
@@ -255,6 +261,7 @@ def _write(
     with writing(path):
         manifest["arrays"] = array_digests(folder)
         folder.write(MANIFEST, sealed(manifest)).result()
+    say(f"built of {rate}")
     if hold_out.left_out:
         say(f"train: {hold_out.left_out:,} documents left out, which are also held out")
     for split in SPLITS:

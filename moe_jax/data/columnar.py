@@ -10,6 +10,7 @@ from etils import epath
 
 from moe_jax.data.bad_records import BadRecord
 from moe_jax.data.compressed import Bound
+from moe_jax.data.long_documents import DocumentLimit
 from moe_jax.data.values import REPAIR, text_of
 from moe_jax.errors import UserError
 
@@ -20,13 +21,16 @@ FILE_MAGIC = b"ARROW1"  # of Arrow's file format, at both ends
 EMPTY = BadRecord("is empty", "remove it from the files to train on")
 
 
-def read_parquet(path: epath.Path, field: str, key: str) -> Iterator[str | BadRecord]:
+def read_parquet(
+    path: epath.Path, field: str, key: str, limit: DocumentLimit
+) -> Iterator[str | BadRecord]:
     """The texts of a column of a Parquet file.
 
     Args:
       path: of the file.
       field: name of the column; below a struct, names joined by dots.
       key: of the config, that names the field.
+      limit: to one text.
 
     Raises:
       UserError: a column that is not there or holds no text, or a file that is damaged.
@@ -42,7 +46,7 @@ def read_parquet(path: epath.Path, field: str, key: str) -> Iterator[str | BadRe
             return
         leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         leaf = next(leaf for leaf in leaves if f"{leaf}.".startswith(f"{field}."))
-        texts, row = _Texts(path, field, key, names), 0
+        texts, row = _Texts(path, field, key, names, limit), 0
         for group in range(metadata.num_row_groups):
             where = f"{path}, row group {group},"
             with _arrow(f"{where} cannot be read"):
@@ -62,7 +66,9 @@ def read_parquet(path: epath.Path, field: str, key: str) -> Iterator[str | BadRe
             )
 
 
-def read_arrow(path: epath.Path, field: str, key: str) -> Iterator[str | BadRecord]:
+def read_arrow(
+    path: epath.Path, field: str, key: str, limit: DocumentLimit
+) -> Iterator[str | BadRecord]:
     """The texts of a column of an Arrow file; arguments and errors are those of `read_parquet`."""
     _pyarrow("ipc")
     row = 0
@@ -71,7 +77,7 @@ def read_arrow(path: epath.Path, field: str, key: str) -> Iterator[str | BadReco
         with _arrow(f"{path} is not an Arrow file"):
             schema = _open_arrow(stream, None).schema
         names = _locate(schema, field, path, key)
-        texts = _Texts(path, field, key, names)
+        texts = _Texts(path, field, key, names, limit)
         with _arrow(f"{path} is not an Arrow file"):
             batches = _record_batches(_open_arrow(stream, schema.get_field_index(names[0])))
         while True:
@@ -148,8 +154,10 @@ def _holds_text(kind: Any) -> bool:
 class _Texts:
     """The texts in batches of one file."""
 
-    def __init__(self, path: epath.Path, field: str, key: str, names: list[str]):
-        self.bound = Bound(path)
+    def __init__(
+        self, path: epath.Path, field: str, key: str, names: list[str], limit: DocumentLimit
+    ):
+        self.bound, self._limit = Bound(path), limit
         self._path, self._field, self._key, self._names = path, field, key, names
 
     def of(self, batch: Any, first: int) -> Iterator[str | BadRecord]:
@@ -163,6 +171,8 @@ class _Texts:
             found = self._text(value, row)
             if isinstance(found, str):
                 self.bound.add(len(found))
+                found = self._limit.check(found) or found
+            if isinstance(found, str):
                 yield found
             else:
                 yield found._replace(unit="row", number=row)

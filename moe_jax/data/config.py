@@ -61,6 +61,9 @@ class DataConfig:
     bad_records: Run[Annotated[str, one_of(POLICIES)]] = "stop"
     # Bad records of each entry of the mixture that a build skips; one more stops it.
     max_bad_records: Run[Annotated[int, at_least(0)]] = 1000
+    # UTF-8 bytes of one document; a longer one is a bad record.  0: 1 GiB, and 32 MiB of what the
+    # tokenizer has to encode at once: a document that it cannot be given in pieces.
+    max_document_bytes: Run[Annotated[int, at_least(0)]] = 0
     # What cuts text into tokens; bytes needs no file.
     tokenizer: Run[
         Annotated[str, Rule("bytes, or the path of a tokenizer.json or a SentencePiece .model")]

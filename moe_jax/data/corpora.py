@@ -18,6 +18,7 @@ from etils import epath
 from moe_jax.data.bad_records import BadRecord, BadRecords
 from moe_jax.data.compressed import split_name
 from moe_jax.data.config import DataConfig, MixtureEntry
+from moe_jax.data.long_documents import Cut, DocumentLimit
 from moe_jax.data.readers import BYTE_ORDER_MARK, READERS, read_pieces
 from moe_jax.data.source_files import SourceFile, check_kind, find_files, label, stdlib_files
 from moe_jax.errors import UserError
@@ -51,6 +52,7 @@ class Stream:
     notes: tuple[str, ...] = ()  # lines for the log
     # Notes the records that hold no text.
     bad: BadRecords = dataclasses.field(default_factory=BadRecords)
+    limit: DocumentLimit = dataclasses.field(default_factory=DocumentLimit)  # to one document
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -76,7 +78,7 @@ class Stream:
             read = read_pieces  # a lone document could not be split into train and held-out
         for file in files:
             with _reading(file.path):
-                records = read(file.path, self.field, f"{self.key}.field")
+                records = read(file.path, self.field, f"{self.key}.field", self.limit)
                 for number, text in enumerate(records):
                     self.alive()
                     if isinstance(text, BadRecord):
@@ -102,22 +104,34 @@ class Stream:
 
 
 def find_streams(
-    config: DataConfig, alive: Callable[[], None] = _nobody_waits
+    config: DataConfig,
+    alive: Callable[[], None] = _nobody_waits,
+    cut: Cut | None = None,
 ) -> tuple[Stream, ...]:
-    """The corpus that `config` describes; `alive` is called while it is read.
+    """The corpus that `config` describes.
+
+    Args:
+      config: which files, and how they are read.
+      alive: called while they are read.
+      cut: where the tokenizer lets a text be cut; None: nothing is encoded.
 
     Raises:
       UserError: a glob that matches no file, files whose kind does not follow from their suffix,
         or keys that contradict each other.
     """
-    if config.mixture:
-        return _find_mixture(config, alive)
+    limit = DocumentLimit(config.max_document_bytes, cut)
+    found = _find_mixture(config, alive) if config.mixture else (_find_corpus(config, alive),)
+    return tuple(dataclasses.replace(stream, limit=limit) for stream in found)
+
+
+def _find_corpus(config: DataConfig, alive: Callable[[], None]) -> Stream:
+    """The one stream of a config without a mixture."""
     if config.source == "stdlib" and not config.files and config.heldout_files:
         raise UserError("data.heldout_files is set without data.files: name those as well.")
     asked = "" if config.source == "stdlib" and config.files else config.source
     entry = MixtureEntry(asked, config.files, config.field, 1.0, config.heldout_files)
     stream = _find_stream("", entry, "data", config, alive)
-    return (dataclasses.replace(stream, name=stream.kind),)
+    return dataclasses.replace(stream, name=stream.kind)
 
 
 def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Document, Stream
+from moe_jax.data.long_documents import utf8_blocks
 from moe_jax.data.store import BYTES, START, Split, Store
 from moe_jax.errors import UserError
 
@@ -83,7 +84,10 @@ class HoldOut:
 
 
 def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+    sha = hashlib.sha256()
+    for block in utf8_blocks(text):
+        sha.update(block)
+    return int.from_bytes(sha.digest()[:8], "big")
 
 
 def share_warnings(store: Store, config: DataConfig) -> list[str]:

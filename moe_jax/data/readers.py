@@ -13,10 +13,13 @@ from etils import epath
 from moe_jax.data.bad_records import BadRecord
 from moe_jax.data.columnar import read_arrow, read_parquet
 from moe_jax.data.compressed import open_text
+from moe_jax.data.long_documents import DocumentLimit, utf8_size
 from moe_jax.data.values import NO_VALUE, REPAIR, text_of
 from moe_jax.files import json_files
 
 PIECE_CHARACTERS = 8192  # a text corpus of a single file is cut into documents of about this size
+BLOCK = 1 << 20  # bytes of a text file that are read at once
+MAX_LINE = 4  # bytes of a line of JSON for one of text, where letters are escaped as \\u00e9
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 # UTF-32's little-endian mark begins with that of UTF-16.
 _OTHER_MARKS = {
@@ -30,60 +33,112 @@ _EMPTY = BadRecord("is empty", "remove it from the files to train on")
 Records = Iterator[str | BadRecord]
 
 
-def _read_stdlib(path: epath.Path, field: str, key: str) -> Records:
-    del field, key
+def _read_stdlib(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
+    del field, key, limit
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         return  # a few modules declare another encoding
 
 
-def _read_text(path: epath.Path, field: str, key: str) -> Records:
+def _read_text(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
     del field, key
-    with open_text(path) as file:
-        raw = file.read()
-    if not raw:
-        yield _EMPTY
-        return
-    other = _other_encoding(raw)
-    if other:
-        yield other
-        return
-    try:
-        yield raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(raw) - len(raw.removeprefix(BYTE_ORDER_MARK))
-        yield BadRecord(f"is not UTF-8 at byte offset {offset}", "convert it or leave it out")
+    blocks, size = [], 0
+    for block in _text_blocks(path):
+        if isinstance(block, BadRecord):
+            yield block
+            return
+        blocks.append(block)
+        size += utf8_size(block)
+        if size > limit.most:
+            yield limit.too_long()
+            return
+    text = "".join(blocks)
+    del blocks
+    yield limit.check(text) or text
 
 
-def read_pieces(path: epath.Path, field: str, key: str) -> Records:
+def read_pieces(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
     """The file cut after line ends, so that a corpus of one file has documents to hold out."""
-    for text in _read_text(path, field, key):
-        if isinstance(text, BadRecord):
-            yield text
-            continue
-        start = 0
-        while start < len(text):
-            stop = start + PIECE_CHARACTERS
-            stop = text.rfind("\n", start, stop) + 1 or stop
+    del field, key, limit
+    for block in _text_blocks(path):
+        if isinstance(block, BadRecord):  # of the whole file: before any text of it
+            yield block
+            return
+    text = ""
+    for block in _text_blocks(path):
+        text, start = f"{text}{block}", 0
+        while len(text) - start >= PIECE_CHARACTERS:
+            stop = _piece_end(text, start)
             yield text[start:stop]
             start = stop
+        text = text[start:]
+    start = 0
+    while start < len(text):
+        stop = _piece_end(text, start)
+        yield text[start:stop]
+        start = stop
 
 
-def _read_jsonl(path: epath.Path, field: str, key: str) -> Records:
-    number = 0
+def _piece_end(text: str, start: int) -> int:
+    stop = start + PIECE_CHARACTERS
+    return text.rfind("\n", start, stop) + 1 or stop
+
+
+def _text_blocks(path: epath.Path) -> Records:
+    """The text of a file, a block at a time; what is wrong with it ends it."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with open_text(path) as file:
+        block = file.read(BLOCK)
+        if not block:
+            yield _EMPTY
+            return
+        other = _other_encoding(block)
+        if other:
+            yield other
+            return
+        if block.startswith(BYTE_ORDER_MARK):
+            block, offset = block.removeprefix(BYTE_ORDER_MARK), len(BYTE_ORDER_MARK)
+        while True:
+            waiting = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                place = offset - waiting + error.start
+                yield BadRecord(
+                    f"is not UTF-8 at byte offset {place}", "convert it or leave it out"
+                )
+                return
+            if not block:
+                return
+            offset += len(block)
+            block = file.read(BLOCK)
+
+
+def _read_jsonl(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
+    number, longest = 0, BLOCK + MAX_LINE * limit.most
     with open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
+        while line := lines.readline(longest):
+            number += 1
             if number == 1:
                 other = _other_encoding(line)
                 if other:
                     yield other
                     return
                 line = line.removeprefix(BYTE_ORDER_MARK)
-            if line.strip():
+            if not line.strip():
+                continue
+            if len(line) == longest and not line.endswith(b"\n"):
+                found = limit.too_long()
+                while (rest := lines.readline(BLOCK)) and not rest.endswith(b"\n"):
+                    pass
+            else:
                 found = _jsonl_field(line, field, key)
-                bad = isinstance(found, BadRecord)
-                yield found._replace(unit="line", number=number) if bad else found
+                del line  # as long as the text
+                found = found if isinstance(found, BadRecord) else limit.check(found) or found
+            if isinstance(found, BadRecord):
+                found = found._replace(unit="line", number=number)
+            yield found
     if not number:
         yield _EMPTY
 
@@ -95,7 +150,7 @@ def _jsonl_field(line: bytes, field: str, key: str) -> str | BadRecord:
         return BadRecord(f"is not JSON ({error})", REPAIR)
     found = text_of(_nested(record, field), field, key)
     try:
-        (found if isinstance(found, str) else "").encode()
+        utf8_size(found if isinstance(found, str) else "")
     except UnicodeEncodeError:
         return BadRecord("holds half a surrogate pair, which UTF-8 cannot", REPAIR)
     return found
@@ -119,8 +174,9 @@ def _other_encoding(raw: bytes) -> BadRecord | None:
     return None
 
 
-# name of a kind -> the texts of one file of it, given its path, the field and the field's key
-READERS: dict[str, Callable[[epath.Path, str, str], Records]] = {
+# name of a kind -> the texts of one file of it, given its path, the field, the field's
+# key and the limit to one of them
+READERS: dict[str, Callable[[epath.Path, str, str, DocumentLimit], Records]] = {
     "stdlib": _read_stdlib,
     "text": _read_text,
     "jsonl": _read_jsonl,

@@ -18,6 +18,9 @@ import tensorstore as ts
 from etils import epath
 
 from moe_jax.data.corpora import Document
+from moe_jax.data.encoding import Encoded, encode_documents
+from moe_jax.data.long_documents import utf8_size
+from moe_jax.data.rate import Rate
 from moe_jax.data.store import (
     CODECS,
     START,
@@ -34,7 +37,6 @@ SHARD_TOKENS = 1 << 22  # one file
 DOCUMENTS_CHUNK = 1 << 16  # documents
 PARTS = "parts"  # folder of the part files
 DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
-ENCODE_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,32 +82,50 @@ class SplitWriter:
                 self._tokens = self._create("tokens", _tokens_metadata(layout, dtype))
 
     def write(
-        self, documents: Iterator[Document], say: Callable[[str], None]
+        self,
+        documents: Iterator[Document],
+        say: Callable[[str], None],
+        alive: Callable[[], None],
+        threads: int,
     ) -> tuple[int, np.ndarray]:
-        """Write the split; returns its tokens and its documents [documents, 3]."""
-        start = end = len(self._parts) * self._layout.shard  # next document's, next token's place
+        """Write the split.
+
+        Args:
+          documents: of the split, in order.
+          say: called with a line for each shard.
+          alive: called whenever some text was encoded.
+          threads: that encode.
+
+        Returns:
+          The split's tokens, and its documents [documents, 3].
+        """
+        place = end = len(self._parts) * self._layout.shard  # of the next piece, of what is written
         if self._parts:  # the last document listed may go on: tokenise it again
             known = np.concatenate(self._parts)
-            start = int(known[-1, START])
+            place = int(known[-1, START])
             documents = itertools.islice(documents, len(known) - 1, None)
             say(f"resuming after {end:,} tokens")
         buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
-        filled, rows = 0, []
-        for document, ids in self._encoded(documents):
-            if start == end:
-                size = len(document.text.encode("utf-8")) + 1  # the eos counts as one byte
-                rows.append((start, size, self._source_ids[document.source]))
-            rest = ids[end - start :]
-            start = end = start + len(ids)
+        filled, rows, rate = 0, [], Rate()
+        for piece in encode_documents(documents, self._tokenizer, threads):
+            alive()
+            if piece.first:
+                size = utf8_size(piece.document.text) + 1  # the eos counts as one byte
+                rate.add(size)
+                if place == end:
+                    rows.append((place, size, self._source_ids[piece.document.source]))
+            ids = self._with_marks(piece)
+            rest = ids[max(0, end - place) :]
+            place, end = place + len(ids), max(end, place + len(ids))
             while len(rest):
-                piece = rest[: len(buffer) - filled]
-                buffer[filled : filled + len(piece)] = piece
-                filled, rest = filled + len(piece), rest[len(piece) :]
+                part = rest[: len(buffer) - filled]
+                buffer[filled : filled + len(part)] = part
+                filled, rest = filled + len(part), rest[len(part) :]
                 if filled == len(buffer):
                     self._write_tokens(buffer, len(self._parts))
                     self._write_part(np.array(rows, np.int64).reshape(-1, 3))
                     filled, rows = 0, []
-                    say(f"{len(self._parts) * len(buffer):,} tokens")
+                    say(f"read {rate}, {len(self._parts) * len(buffer) / 1e6:,.1f}M tokens")
         if filled:
             self._write_tokens(buffer[:filled], len(self._parts))
         table = np.concatenate([*self._parts, np.array(rows, np.int64).reshape(-1, 3)])
@@ -113,32 +133,11 @@ class SplitWriter:
         say(f"{end:,} tokens in {len(table):,} documents")
         return end, table
 
-    def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        """Each document with its bos, token ids and eos; the tokenizer gets many at once."""
-        batch, size = [], 0
-        for document in documents:
-            batch.append(document)
-            size += len(document.text)
-            if size >= ENCODE_CHARACTERS:
-                yield from self._encode(batch)
-                batch, size = [], 0
-        yield from self._encode(batch)
-
-    def _encode(self, batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        try:
-            encoded = self._tokenizer.encode_batch([document.text for document in batch])
-        except UserError as error:
-            raise UserError(f"{batch[0].name} to {batch[-1].name}: {error}") from None
-        for document, ids in zip(batch, encoded, strict=True):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
-                raise UserError(
-                    f"{document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, beyond "
-                    f"its {self._tokenizer.vocab_size}: use one whose vocabulary is whole."
-                )
-            yield (
-                document,
-                np.concatenate([self._bos, ids, [self._tokenizer.eos_id]], dtype=np.int64),
-            )
+    def _with_marks(self, piece: Encoded) -> np.ndarray:
+        """Its ids, after bos where the document begins and before eos where it ends."""
+        bos = self._bos if piece.first else ()
+        eos = [self._tokenizer.eos_id] if piece.last else ()
+        return np.concatenate([bos, piece.ids, eos], dtype=np.int64)
 
     def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
         start = shard * self._layout.shard

@@ -1,10 +1,9 @@
 """Text to token ids and back."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
@@ -25,11 +24,11 @@ from moe_jax.data.control_tokens import (
     pieces,
     spelling,
 )
+from moe_jax.data.safe_cuts import safe_cut
+from moe_jax.data.tokenizer_file import identity, library, read_tokenizer_file, special_ids
 from moe_jax.errors import UserError
-from moe_jax.files.schemes import check_scheme, reach
+from moe_jax.files.schemes import check_scheme
 from moe_jax.files.whole import write_whole
-
-LARGEST = 2**31 - 1  # ids are int32 on the devices
 
 
 class Tokenizer(Protocol):
@@ -68,6 +67,20 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def cut(self, text: str, start: int) -> int:
+        """The first place, `start` or later, where a text may be cut.
+
+        The ids of the two parts, one after the other, are those of the text.
+
+        Args:
+          text: any Unicode.
+          start: in characters, above 0.
+
+        Returns:
+          The place in characters; the length of the text: there is none.
+        """
+        ...
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of token ids.
 
@@ -97,6 +110,10 @@ class BytesTokenizer:
         """See `Tokenizer`."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
+    def cut(self, text: str, start: int) -> int:
+        """See `Tokenizer`."""
+        return min(start, len(text))
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -113,7 +130,7 @@ class JsonTokenizer:
 
         raw = read_tokenizer_file(path)
         self._path = path
-        with _library(f"{path} is not a tokenizer.json"):
+        with library(f"{path} is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
             file = TokenizerFile(raw)
@@ -126,7 +143,7 @@ class JsonTokenizer:
                 kind, asked, getattr(declared, kind), vocabulary, file.added, whole, path
             )
         self.bos_id = found["bos"]
-        self.eos_id, self.pad_id, self.vocab_size = _special_ids(
+        self.eos_id, self.pad_id, self.vocab_size = special_ids(
             found["eos"],
             found["pad"],
             max(vocabulary.values()) + 1,  # ids may have holes: the largest counts
@@ -140,23 +157,29 @@ class JsonTokenizer:
                 f"{path} has the special token {letter!r}, a character that texts are made of: "
                 f"name a tokenizer without it."
             )
-        with _library(f"{path} is not a tokenizer.json"):
-            self._encoder = self._without(file, control, vocabulary)
+        with library(f"{path} is not a tokenizer.json"):
+            respelled = file.respelled({name: spelling(place) for name, place in control.items()})
+            self._encoder = self._without(respelled, control, vocabulary)
+            normalizer = self._encoder.normalizer
+            self._cuts = safe_cut(
+                respelled, normalizer.normalize_str if normalizer else lambda text: text
+            )
             unknown = vocabulary.get(file.unknown() or "")
         self._names = {place: name for name, place in control.items()}
         self._control = np.zeros(self.vocab_size, bool)
         # What stands for whatever the model cannot encode comes of text, and only so.
         self._control[[i for i in control.values() if i != unknown or i in special]] = True
-        self.identity = _identity(b"tokenizer.json", raw, self)
+        self.identity = identity(b"tokenizer.json", raw, (self.bos_id, self.eos_id, self.pad_id))
 
     @staticmethod
-    def _without(file: TokenizerFile, control: dict[str, int], vocabulary: dict[str, int]) -> Any:
+    def _without(
+        respelled: dict[str, Any], control: dict[str, int], vocabulary: dict[str, int]
+    ) -> Any:
         """The tokenizer whose control tokens have spellings of their own."""
         import tokenizers
 
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(respelled, ensure_ascii=False))
         own = {name: spelling(place) for name, place in control.items()}
-        respelled = json.dumps(file.respelled(own), ensure_ascii=False)
-        tokenizer = tokenizers.Tokenizer.from_str(respelled)
         expected = {own.get(name, name): place for name, place in vocabulary.items()}
         if tokenizer.get_vocab(with_added_tokens=True) != expected:
             raise ValueError("its added tokens and its vocabulary do not fit together")
@@ -182,14 +205,19 @@ class JsonTokenizer:
         return rows
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with _library(f"{self._path} fails on a text"):
+        with library(f"{self._path} fails on a text"):
             encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+    def cut(self, text: str, start: int) -> int:
+        """See `Tokenizer`."""
+        found = self._cuts.search(text, max(0, start - 1)) if self._cuts else None
+        return found.end() if found else len(text)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.bos_id, self.eos_id, self.pad_id)
-        with _library(f"{self._path} fails on token ids"):
+        with library(f"{self._path} fails on token ids"):
             return self._tokenizer.decode([i for i in map(int, ids) if i not in special])
 
 
@@ -210,7 +238,7 @@ class SentencePieceTokenizer:
         raw = read_tokenizer_file(path)
         self._path = path
         self._processor = sentencepiece.SentencePieceProcessor()
-        with _library(f"{path} is not a SentencePiece model"):
+        with library(f"{path} is not a SentencePiece model"):
             self._processor.LoadFromSerializedProto(raw)
             found = sentencepiece_file.sentencepieces(raw)
         vocabulary = {piece.name: place for place, piece in enumerate(found)}
@@ -229,7 +257,7 @@ class SentencePieceTokenizer:
                 path,
             )
         self.bos_id = ids["bos"]
-        self.eos_id, self.pad_id, self.vocab_size = _special_ids(
+        self.eos_id, self.pad_id, self.vocab_size = special_ids(
             ids["eos"], ids["pad"], self._processor.vocab_size(), path
         )
         special = {self.bos_id, self.eos_id, self.pad_id}
@@ -240,9 +268,9 @@ class SentencePieceTokenizer:
             or (piece.kind == sentencepiece_file.USER_DEFINED and MARK.fullmatch(piece.name))
         }
         self._encoder = sentencepiece.SentencePieceProcessor()
-        with _library(f"{path} is not a SentencePiece model"):
+        with library(f"{path} is not a SentencePiece model"):
             self._encoder.LoadFromSerializedProto(sentencepiece_file.as_control(raw, marks))
-        self.identity = _identity(b"sentencepiece", raw, self)
+        self.identity = identity(b"sentencepiece", raw, (self.bos_id, self.eos_id, self.pad_id))
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """See `Tokenizer`."""
@@ -250,13 +278,17 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        with _library(f"{self._path} fails on a text"):
+        with library(f"{self._path} fails on a text"):
             return [np.asarray(ids, np.int64) for ids in self._encoder.encode(list(texts))]
+
+    def cut(self, text: str, start: int) -> int:
+        """See `Tokenizer`: its pieces may hold blanks and line ends."""
+        return len(text)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         special = (self.bos_id, self.eos_id, self.pad_id)
-        with _library(f"{self._path} fails on token ids"):
+        with library(f"{self._path} fails on token ids"):
             return self._processor.decode([i for i in map(int, ids) if i not in special])
 
 
@@ -352,47 +384,3 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
         made = json.loads(tokenizer.to_str())
         unfinished.write_text(json.dumps(made, ensure_ascii=False, indent=1), encoding="utf-8")
     return load_tokenizer(os.fspath(path))
-
-
-def read_tokenizer_file(path: epath.Path) -> bytes:
-    """The bytes of a tokenizer's file; raises UserError where it is missing or unreadable."""
-    try:
-        with reach(os.fspath(path), "data.tokenizer"):
-            return path.expanduser().read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"data.tokenizer: there is no file {path}: name another.") from None
-    except OSError as error:
-        raise UserError(
-            f"data.tokenizer: {path} cannot be read ({error.strerror or error}): name a file that "
-            f"can."
-        ) from None
-
-
-@contextlib.contextmanager
-def _library(what: str) -> Iterator[None]:
-    """Raises UserError where a tokenizer library fails on a file that is not what it should be."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in Rust is not an Exception
-        raise UserError(f"{what} ({str(error).rstrip('.')}): name another.") from None
-
-
-def _identity(format: bytes, raw: bytes, tokenizer: Tokenizer) -> str:
-    """SHA-256 over the file and the ids that its surroundings and the config decide."""
-    ids = json.dumps([tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]).encode()
-    return hashlib.sha256(format + b" 2" + ids + raw).hexdigest()
-
-
-def _special_ids(
-    eos: int | None, pad: int | None, size: int, path: epath.Path
-) -> tuple[int, int, int]:
-    """(eos, pad, vocabulary size), adding ids after the vocabulary for those that are missing."""
-    if eos is None:
-        eos, size = size, size + 1
-    if pad is None:
-        pad, size = size, size + 1
-    if size > LARGEST:
-        raise UserError(f"{path} has token ids up to {size - 1}: name one with at most {LARGEST}.")
-    return eos, pad, size

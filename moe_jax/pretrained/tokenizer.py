@@ -7,7 +7,8 @@ from etils import epath
 
 from moe_jax.config import Config
 from moe_jax.data.control_tokens import CONFIG_NAME, END_OF_TEXT, PADDING
-from moe_jax.data.tokenizers import BytesTokenizer, read_tokenizer_file
+from moe_jax.data.tokenizer_file import read_tokenizer_file
+from moe_jax.data.tokenizers import BytesTokenizer
 
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 

@@ -201,7 +201,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 
 def test_a_failed_build_leaves_nothing_but_whole_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_jax.data.split_writer.ENCODE_CHARACTERS", 100)
+    monkeypatch.setattr("moe_jax.data.encoding.BATCH_CHARACTERS", 100)
     small = Layout(chunk=64, shard=512)
     rows = [{"text": f"words of document {i} " * 3} for i in range(60)]
     held = [{"text": "held out"}]
