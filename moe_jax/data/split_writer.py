@@ -135,8 +135,8 @@ class SplitWriter:
 
     def _with_marks(self, piece: Encoded) -> np.ndarray:
         """Its ids, after bos where the document begins and before eos where it ends."""
-        bos = self._bos if piece.first else ()
-        eos = [self._tokenizer.eos_id] if piece.last else ()
+        bos = self._bos if piece.first else self._bos[:0]
+        eos = np.array([self._tokenizer.eos_id][: int(piece.last)], np.int64)
         return np.concatenate([bos, piece.ids, eos], dtype=np.int64)
 
     def _write_tokens(self, tokens: np.ndarray, shard: int) -> None:
