@@ -1,21 +1,21 @@
-"""Numbers and tables as a person reads them."""
+"""Formats numbers, sizes, durations and tables for terminal output and Markdown."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.filesize import pick_unit_and_suffix
 
-STREAMS_SHOWN = 3  # of a mixture
+STREAMS_SHOWN = 3  # a mixture of more is shown as a range
 _SECONDS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
 
 def or_dash(value: Any, form: Callable[[Any], str]) -> str:
-    """`form(value)`, or `-` where `value` is not a number."""
+    """`form(value)`, or `-` if `value` is not a number."""
     return form(value) if isinstance(value, int | float) else "-"
 
 
 def count(number: int | float, digits: int = 1) -> str:
-    """21300 -> 21.3k; `digits` stand after the point from 1000 on."""
+    """21300 -> 21.3k; numbers from 1000 on have `digits` decimals."""
     unit, suffix = pick_unit_and_suffix(int(number), ["", "k", "M", "G", "T"], 1000)
     return f"{number / unit:.{digits if suffix else 0}f}{suffix}"
 
@@ -28,12 +28,12 @@ def size(number: int | float, digits: int = 2) -> str:
 
 
 def gib(number: int | float) -> str:
-    """Bytes for a column that names the unit: 2**31 -> 2.0 of "GiB a device"."""
+    """Bytes as GiB without the unit, for a column whose heading names it: 2**31 -> 2.0."""
     return f"{number / 2**30:.1f}"
 
 
 def duration(seconds: int | float, units: int = 4) -> str:
-    """4000 -> 1h06m40s, and 1h06m where only the largest two `units` are shown; 3.14 -> 3.1s."""
+    """4000 -> 1h06m40s; with `units` 2, the two largest units only: 1h06m; 3.14 -> 3.1s."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     left, parts = round(seconds), []
@@ -45,13 +45,14 @@ def duration(seconds: int | float, units: int = 4) -> str:
 
 
 def epochs(read: Any) -> list[str]:
-    """How often streams were read, as no or one part of a line.
+    """The epochs read of each stream, as a list of zero or one part of a log line.
 
     Args:
-      read: stream -> epochs; what is no mapping, or empty, makes no part.
+      read: stream -> epochs; an empty mapping, or any other value, gives no part.
 
     Returns:
-      `epoch 0.12`, of a mixture `epoch web 0.12 code 1.30`, of a large one `epoch 0.12 to 1.30`.
+      `epoch 0.12` for one stream, `epoch web 0.12 code 1.30` for a mixture, and
+      `epoch 0.12 to 1.30` for one of more than STREAMS_SHOWN streams.
     """
     if not isinstance(read, Mapping) or not read:
         return []
@@ -62,9 +63,9 @@ def epochs(read: Any) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table, aligned; its first row is the heading, its first `left` columns flush left.
+    """A Markdown table with aligned columns; the first row is the heading.
 
-    The others are flush right.
+    The first `left` columns are aligned left, the others right.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]

@@ -1,4 +1,7 @@
-"""JSON that anybody may have written: a value, or one sentence that names the file."""
+"""Reads untrusted JSON files: a value, or a one-sentence UserError naming the file.
+
+Also opens regular files safely and replaces a file's text atomically.
+"""
 
 import contextlib
 import json
@@ -12,7 +15,7 @@ from etils import epath
 
 from moe_jax.errors import UserError
 
-LARGEST = 64 << 20  # bytes of one value; what this program writes stays far below
+LARGEST = 64 << 20  # bytes of one value; files that this program writes are far smaller
 Path = pathlib.Path | epath.Path
 
 
@@ -20,7 +23,7 @@ def parse(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-      ValueError: whatever is wrong with it, in a few words.
+      ValueError: the text is not JSON; the message says why in a few words.
     """
     try:
         return json.loads(text)
@@ -28,7 +31,7 @@ def parse(text: str | bytes) -> Any:
         raise ValueError(f"{error.msg} at character {error.pos}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not {error.encoding.upper()} at byte {error.start}") from None
-    except ValueError as error:  # Python's limit to digits
+    except ValueError as error:  # Python limits the digits of an integer
         raise ValueError(f"a number is too long: {error}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -38,8 +41,8 @@ def load(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is none, in a few words.
+      OSError: the file cannot be read.
+      ValueError: it is not JSON; the message says why in a few words.
     """
     with _opened(path) as file:
         return parse_limited(file)
@@ -58,31 +61,33 @@ def read(path: Path) -> Any:
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it cannot be read, or is none.
+      UserError: the file cannot be read, or is not JSON.
     """
     try:
         with _reading(path):
             return load(path)
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): bring a copy back, or remove it.") from None
+        raise UserError(f"{path} is damaged ({error}): restore a copy, or remove it.") from None
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file, each with its end; the last has none where it was never finished.
+    """The lines of a file, with their line ends; an unfinished last line has none.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     with _reading(path), _opened(path) as file:
         return file.read().splitlines(keepends=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`path` holds `text` afterwards, also if the machine then dies; until then what it held.
+    """Replace the text of `path` atomically and durably.
+
+    A crash leaves either the old or the new text; after the return, the new one.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     if "://" in os.fspath(path):
         path.write_text(text)  # object stores replace whole objects
@@ -95,11 +100,11 @@ def replace_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):  # on a full disk it only takes room
+        with contextlib.suppress(OSError):  # the unfinished file would occupy a full disk
             unfinished.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+    with contextlib.suppress(OSError):  # not every file system can fsync a folder
         os.fsync(folder)
     os.close(folder)
 
@@ -118,10 +123,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> Any:
-    """A binary file, open to be read: never a link, a pipe or a device, and without waiting.
+    """Open a regular file for binary reading; refuse links, pipes and devices, and never block.
 
     Raises:
-      OSError: it is none, or cannot be opened.
+      OSError: it is not a regular file, or cannot be opened.
     """
     if "://" in os.fspath(path):
         return path.open("rb")
@@ -133,11 +138,11 @@ def open_regular(path: Path) -> Any:
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a file with a content; a pipe, which epath takes for one, is not."""
+    """True if `path` is a regular file; False for a pipe, which epath calls a file."""
     return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
 
 
 def _opened(path: Path) -> Any:
-    if path.exists() and not is_file(path):  # opening a pipe would wait for its other end
+    if path.exists() and not is_file(path):  # opening a pipe would wait for a writer
         raise OSError("it is not a file")
     return path.open("rb")

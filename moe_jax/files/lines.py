@@ -1,4 +1,4 @@
-"""Files that grow at their end by whole records, on a disk that may be full for a while."""
+"""Appends whole records to files, on a disk that may be full for some time."""
 
 import collections
 import contextlib
@@ -12,18 +12,18 @@ from typing import Any
 from moe_jax.files.links import own
 from moe_jax.files.write_errors import reason
 
-KEPT = 1000  # records that wait for the disk; each is a few KiB
+KEPT = 1000  # records held in memory while the disk fails; each is a few KiB
 
 
 class GrowingFile:
-    """Appends records to a local file; a disk that fails never stops the caller.
+    """Appends records to a local file; a failing disk never stops the caller.
 
     A record that cannot be written waits in memory and is written before the next one.
 
     Args:
-      path: made if it is missing.
-      say: gets one line when writing begins to fail and one when it works again.
-      keep: records that may wait; beyond them the oldest is lost.
+      path: the file, created if it is missing.
+      say: receives one line when writing begins to fail and one when it works again.
+      keep: records that may wait; when more do, the oldest is lost.
 
     Raises:
       OSError: the file cannot be opened.
@@ -46,16 +46,16 @@ class GrowingFile:
         self._write_waiting()
 
     def replace_last(self, record: bytes) -> None:
-        """Write `record` over the last one, in one write; append it where that cannot be done.
+        """Overwrite the last record with `record` in one write, or append it if that is impossible.
 
-        One that is shorter cannot: what it would leave of the last one is no record.
+        A shorter record is appended: overwriting would leave the end of the longer one.
         """
         if self._waiting or not self._last or len(record) < len(self._last):
             self.append(record)
             return
         start = self._size - len(self._last)
         try:
-            # Of its own: a file that is open for appending writes at its end alone.
+            # A second file object, because one opened for appending writes only at the end.
             with self._path.open("rb+", buffering=0) as file:
                 file.seek(start)
                 if file.write(record) != len(record):  # the disk is full
@@ -69,23 +69,23 @@ class GrowingFile:
 
     @property
     def last_size(self) -> int:
-        """Bytes of the record that `replace_last` would write over; 0: it would append."""
+        """Bytes of the record that `replace_last` would overwrite; 0: it would append."""
         return len(self._last)
 
     def ends_with(self, end: bytes) -> bool:
-        """Whether the file is empty or its last bytes are `end`; raises OSError."""
+        """True if the file is empty or its last bytes are `end`; raises OSError."""
         if not self._size:
             return True
         self._file.seek(-min(len(end), self._size), os.SEEK_END)
         return self._file.read(len(end)) == end
 
     def close(self) -> None:
-        """Write what waits, if the disk allows it now, and close the file."""
+        """Write the waiting records, if the disk now allows it, and close the file."""
         if self._waiting:
             self._write_waiting()
         if self._waiting:
             self._say(f"{self._path}: {len(self._waiting) + self._lost} records are lost.")
-        with contextlib.suppress(OSError):  # a network disk reports a failed write this late
+        with contextlib.suppress(OSError):  # a network disk may report a failed write only here
             self._file.close()
 
     def _write_waiting(self) -> None:
@@ -96,8 +96,8 @@ class GrowingFile:
         except OSError as error:
             if not self._failing:
                 self._say(
-                    f"{self._path} cannot be written ({reason(error)}): make room. The run goes "
-                    f"on and keeps up to {self._waiting.maxlen} records for it in memory."
+                    f"{self._path} cannot be written ({reason(error)}): make room. The run "
+                    f"continues and holds up to {self._waiting.maxlen} records in memory."
                 )
             self._failing = True
             return
@@ -107,7 +107,7 @@ class GrowingFile:
         self._failing, self._lost = False, 0
 
     def _write(self, record: bytes) -> None:
-        if self._torn:  # a full disk takes the first part of a record
+        if self._torn:  # a full disk may have written the first part of a record
             self._file.truncate(self._size)
         self._torn = True
         if self._file.write(record) != len(record):
@@ -116,7 +116,7 @@ class GrowingFile:
 
 
 class Lines:
-    """Appends rows to a file of JSON lines; arguments and errors are those of `GrowingFile`."""
+    """Appends rows to a JSON-lines file; arguments and errors are those of `GrowingFile`."""
 
     def __init__(self, path: pathlib.Path, say: Callable[[str], None], keep: int = KEPT):
         self._file = GrowingFile(path, say, keep)
@@ -128,14 +128,14 @@ class Lines:
         self._file.append(_line(row))
 
     def replace_last(self, row: Mapping[str, Any]) -> None:
-        """Write `row` over the last one, of which it holds all that counts, or append it."""
+        """Replace the last row by `row`, which supersedes it, or append `row`."""
         self._file.replace_last(_line(row, self._file.last_size))
 
     def close(self) -> None:
-        """Write what waits, if the disk allows it now, and close the file."""
+        """Write the waiting rows, if the disk now allows it, and close the file."""
         self._file.close()
 
 
 def _line(row: Mapping[str, Any], width: int = 0) -> bytes:
-    """`row` as a line of at least `width` bytes, spaces at its end included."""
+    """`row` as a JSON line, padded with spaces to at least `width` bytes."""
     return json.dumps(row, allow_nan=False).encode().ljust(width - 1) + b"\n"

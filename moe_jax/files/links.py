@@ -1,4 +1,4 @@
-"""Links in a folder that this program writes to: what is outside of it stays as it is."""
+"""Keeps writes inside a folder: refuses symlinks that leave it and breaks hard links."""
 
 import os
 import shutil
@@ -7,36 +7,36 @@ from moe_jax.errors import UserError
 
 
 def check_links(folder: os.PathLike[str] | str) -> None:
-    """Raises UserError naming a link below `folder` (local) that leads out of it.
+    """Raise UserError for a symlink below the local `folder` that leads out of it.
 
-    What is written, cut short or deleted under the link's name would be somebody else's.  The
-    folder itself may be a link: the user named it.
+    Writing, truncating or deleting through such a link would change a file outside the folder.
+    The folder itself may be a link, because the user named it.
     """
     root = os.path.realpath(folder)
-    for here, folders, files in os.walk(root):  # goes through no link
+    for here, folders, files in os.walk(root):  # os.walk follows no links
         for name in (*folders, *files):
             check_link(os.path.join(here, name), root)
 
 
 def check_link(path: os.PathLike[str] | str, root: os.PathLike[str] | str) -> None:
-    """Raises UserError if `path` is a link that leads out of `root`."""
+    """Raise UserError if `path` is a symlink that leads out of `root`."""
     if not os.path.islink(path):
         return
     root, target = os.path.realpath(root), os.path.realpath(path)
     if os.path.commonpath((root, target)) != root:
         raise UserError(
-            f"{os.fspath(path)} is a link to {target}, outside of the folder that would be "
-            f"written to: put the file or the folder itself there, or remove the link."
+            f"{os.fspath(path)} is a link to {target}, outside the folder to write to: replace "
+            f"the link by the file or folder itself, or remove it."
         )
 
 
 def own(path: os.PathLike[str] | str) -> None:
-    """Parts the file `path` from its other names (hard links), before something is appended to it.
+    """Break the hard links of the file `path` by copying it; call this before appending to it.
 
-    `cp -al` and `rsync --link-dest` make such names for backups, which would grow with it.
+    Backups made by `cp -al` and `rsync --link-dest` are hard links and would grow with the file.
 
     Raises:
-      OSError: there is no room for a copy.
+      OSError: the copy cannot be written.
     """
     if os.path.isfile(path) and os.stat(path).st_nlink > 1:
         copy = f"{os.fspath(path)}.own"

@@ -1,4 +1,4 @@
-"""Runs the Python file that a person wrote: a config or a sweep.  Its mistakes become sentences."""
+"""Runs a user's Python file (a config or a sweep) and turns its errors into UserErrors."""
 
 import contextlib
 import dis
@@ -17,8 +17,8 @@ def read_function(file: str, name: str, flag: str) -> Callable[..., Any]:
 
     Args:
       file: path of the file.
-      name: of the function, such as `get_config`.
-      flag: what named the file, such as `--config=configs/tiny.py`; errors begin with it.
+      name: name of the function, such as `get_config`.
+      flag: the flag that named the file, such as `--config=configs/tiny.py`; errors begin with it.
 
     Returns:
       The function.  Call it inside `blame(file, flag)`.
@@ -44,13 +44,13 @@ def read_function(file: str, name: str, flag: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def blame(file: str, flag: str) -> Iterator[None]:
-    """Turn what the code of `file` raises into a UserError that begins with `flag`.
+    """Turn any exception from the code of `file` into a UserError that begins with `flag`.
 
-    An exit is an error as well: the command that reads the file has done nothing yet, so the file
-    does not choose its exit code.
+    SystemExit is an error too: the command has not done its work, so the file must not choose its
+    exit code.
 
     Raises:
-      UserError: it names the last line of `file` that was running, and the exception.
+      UserError: the code raised; the message names the exception and the last line of `file` run.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def blame(file: str, flag: str) -> Iterator[None]:
 
 
 def reads_argument(function: Callable[..., Any]) -> bool:
-    """False if `function` never reads its first parameter; True also where that is not known."""
+    """False if `function` never reads its first parameter; True if it does or may."""
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return True
     name = next(iter(inspect.signature(function).parameters), "")
@@ -76,14 +76,14 @@ def reads_argument(function: Callable[..., Any]) -> bool:
     if {"locals", "vars"} & set(code.co_names):
         return True
     for instruction in dis.get_instructions(code):
-        value = instruction.argval  # a tuple where one instruction moves two variables
+        value = instruction.argval  # a tuple if one instruction loads two variables
         if "LOAD" in instruction.opname and name in (value if type(value) is tuple else (value,)):
             return True
     return False
 
 
 def _text(error: BaseException) -> str:
-    """An exception's text on one line.  ml_collections puts one exception inside another."""
+    """The text of an exception on one line; ml_collections nests exceptions in their args."""
     inner = error.args[0] if len(error.args) == 1 else None
     while isinstance(inner, BaseException) and len(inner.args) == 1:
         inner = inner.args[0]
@@ -91,7 +91,7 @@ def _text(error: BaseException) -> str:
 
 
 def _line(file: str, error: BaseException) -> str:
-    """`line N` of the file, the innermost one of the traceback; `the file` if it has none."""
+    """`line N`: the innermost line of `file` in the traceback; `the file` if there is none."""
     here = os.path.realpath(file)
     if isinstance(error, SyntaxError) and os.path.realpath(error.filename or "") == here:
         return f"line {error.lineno}"

@@ -1,6 +1,6 @@
-"""Records of files that anybody may have written: JSON values, checked into typed ones.
+"""Checks untrusted JSON values and builds typed records from them.
 
-A check returns the value it was given, or raises ValueError with the reason in a few words.
+Each check returns the value it was given, or raises ValueError with the reason in a few words.
 """
 
 import typing
@@ -14,7 +14,7 @@ LARGEST = 2**53  # float64 holds every smaller integer exactly
 
 
 class LineError(ValueError):
-    """A line that holds no record of its kind; `number` counts lines from 1."""
+    """A line that is not a valid record; `number` counts lines from 1."""
 
     def __init__(self, number: int, reason: str):
         super().__init__(reason)
@@ -25,11 +25,11 @@ def parse_lines(lines: Iterable[str | bytes], record_of: Callable[[Any], T]) -> 
     """Yield the record of each line.
 
     Args:
-      lines: of a JSON-lines file, in order.
-      record_of: makes a record of a line's JSON value, or raises ValueError.
+      lines: the lines of a JSON-lines file, in order.
+      record_of: builds a record from a line's JSON value, or raises ValueError.
 
     Raises:
-      LineError: a line is not JSON, or `record_of` refuses its value.
+      LineError: a line is not JSON, or `record_of` raises for its value.
     """
     for number, line in enumerate(lines, 1):
         try:
@@ -39,7 +39,7 @@ def parse_lines(lines: Iterable[str | bytes], record_of: Callable[[Any], T]) -> 
 
 
 def parse_line(line: str | bytes, record_of: Callable[[Any], T]) -> T | None:
-    """The record of one line, as in `parse_lines`; None if it holds none."""
+    """The record of one line, as in `parse_lines`; None if the line is not a valid record."""
     try:
         return record_of(json_files.parse(line))
     except ValueError:
@@ -54,7 +54,7 @@ def typed(cls: type[T], value: Any) -> T:
       value: any JSON value.
 
     Raises:
-      ValueError: it is no such object.
+      ValueError: `value` is not such an object.
     """
     hints = typing.get_type_hints(cls)
     if mapping(value).keys() != hints.keys():
@@ -69,45 +69,45 @@ def _of_type(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(parts):
         return tuple(_of_type(part, one, name) for part, one in zip(parts, value, strict=True))
     if type(value) is not origin:
-        raise ValueError(f"{name} is of another type")
+        raise ValueError(f"{name} has the wrong type")
     return value
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object."""
+    """Check that `value` is a JSON object."""
     if not isinstance(value, dict):
         raise ValueError("it is not an object")
     return value
 
 
 def text(value: Any) -> str:
-    """A string."""
+    """Check that `value` is a string."""
     if not isinstance(value, str):
-        raise ValueError("it is not a text")
+        raise ValueError("it is not a string")
     return value
 
 
 def items(value: Any) -> list[Any]:
-    """A list."""
+    """Check that `value` is a list."""
     if not isinstance(value, list):
         raise ValueError("it is not a list")
     return value
 
 
 def names(value: Any) -> list[str]:
-    """A list of strings."""
+    """Check that `value` is a list of strings."""
     return [text(name) for name in items(value)]
 
 
 def count(value: Any, limit: int = LARGEST) -> int:
-    """An integer of at least 0 and below `limit`; true and false are none."""
+    """Check that `value` is an integer from 0 to below `limit`; booleans are refused."""
     if type(value) is not int or not 0 <= value < limit:
-        raise ValueError("it is not a count")
+        raise ValueError("it is not a count (an integer, at least 0)")
     return value
 
 
 def number(value: Any, limit: float) -> float:
-    """A number from 0 to `limit`; true and false are none."""
+    """Check that `value` is a number from 0 to `limit`; booleans are refused."""
     if type(value) not in (int, float) or not 0 <= value <= limit:
         raise ValueError("it is not a number in range")
     return float(value)

@@ -1,7 +1,7 @@
-"""Paths that are URLs: local paths and gs:// are read and written, other schemes are refused.
+"""Accepts local paths and gs:// URLs, and refuses every other URL scheme.
 
-A library that does not know a scheme takes s3://bucket for a folder of that name, or fails with a
-traceback of its own.
+Without this check, a library that does not know a scheme would create a folder named s3://bucket,
+or fail with a traceback.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ _DOWNLOADS = ("ftp", "hf", "http", "https")
 
 
 def check_scheme(path: str, what: str) -> None:
-    """Raises UserError where `path` is a URL that is not gs://; `what` names its key or flag."""
+    """Raise UserError if `path` is a URL other than gs://; `what` names its key or flag."""
     scheme, url, _ = path.partition("://")
     if not url or path.startswith(REMOTE):
         return
@@ -26,9 +26,9 @@ def check_scheme(path: str, what: str) -> None:
 
 @contextlib.contextmanager
 def reach(path: str, what: str) -> Iterator[None]:
-    """Raises UserError where the client of the object store of `path` is not here, or fails.
+    """Raise UserError if the object store's client for `path` is not installed or fails.
 
-    What a local path raises, and a file that is missing, passes through.
+    Exceptions for a local path, and FileNotFoundError, pass through unchanged.
     """
     try:
         yield
@@ -38,9 +38,9 @@ def reach(path: str, what: str) -> Iterator[None]:
         if not path.startswith(REMOTE):
             raise
         raise UserError(
-            f"{what}: {path} needs a package that is not here: pip install gcsfs."
+            f"{what}: {path} needs a package that is not installed: pip install gcsfs."
         ) from None
-    except Exception as error:  # of whichever client the store has
+    except Exception as error:  # each store's client has its own exception types
         if not path.startswith(REMOTE):
             raise
         raise UserError(
@@ -49,5 +49,5 @@ def reach(path: str, what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, on one line of at most 200 characters."""
+    """The text of an error on one line of at most 200 characters; its type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,6 +1,6 @@
 """The seal of a JSON object: the SHA-256 of all its other keys, under the key `sha256`.
 
-It tells a flipped bit from what was written.  It proves nothing about who wrote it.
+It detects corruption, such as a flipped bit.  It does not prove who wrote the object.
 """
 
 import hashlib
@@ -14,21 +14,23 @@ SEAL = "sha256"
 
 
 def seal_of(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object without its seal, whatever the order of its keys."""
+    """The SHA-256 of a JSON object without its seal; the order of the keys does not matter."""
     rest = {name: part for name, part in value.items() if name != SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its seal."""
+    """A copy of the object with its seal added."""
     return {**value, SEAL: seal_of(value)}
 
 
 def unsealed(value: Any) -> dict[str, Any]:
-    """The object without its seal; one that has none, of an older version, as it is.
+    """Check the seal of a JSON object and return the object without it.
+
+    Objects written by older versions have no seal and are returned as they are.
 
     Raises:
-      ValueError: it is no object, or not what was written.
+      ValueError: `value` is not an object, or its seal does not match.
     """
     found = records.mapping(value)
     if SEAL in found and found[SEAL] != seal_of(found):

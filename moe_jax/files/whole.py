@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes a file completely or not at all."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from moe_jax.errors import UserError
 
 @contextlib.contextmanager
 def write_whole(path: epath.Path, what: str) -> Iterator[epath.Path]:
-    """A file to write: it takes the place of `path` if the block ends well, and else is removed.
+    """Yield a temporary file that replaces `path` if the block succeeds and is removed if it fails.
 
     Args:
-      path: local or gs://; its folder is made.
-      what: the file's part in the sentence, such as "The output".
+      path: local path or gs:// URL; its folder is created.
+      what: what an error message calls the file, such as "The output".
 
     Raises:
-      UserError: it cannot be written, found out before the block begins where that is possible.
+      UserError: the file cannot be written; raised before the block begins if already known then.
     """
     unfinished = path.with_name(f"{path.name}.new")
     try:
@@ -34,7 +34,7 @@ def write_whole(path: epath.Path, what: str) -> Iterator[epath.Path]:
                 unfinished.unlink()
             raise
     except OSError as error:
-        advice = "make room there" if error.errno == errno.ENOSPC else "name another"
+        advice = "make room there" if error.errno == errno.ENOSPC else "name another path"
         raise UserError(
             f"{what} {path} cannot be written ({error.strerror or error}): {advice}."
         ) from None

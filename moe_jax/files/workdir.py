@@ -1,4 +1,4 @@
-"""Where a run lies: a local folder, or one of an object store (gs://)."""
+"""Locates and writes the workdir of a run: a local folder, or one in an object store (gs://)."""
 
 import os
 import pathlib
@@ -13,22 +13,22 @@ from moe_jax.files.links import check_links
 from moe_jax.files.schemes import check_scheme, reach, reason
 
 Folder = pathlib.Path | epath.Path
-# Bytes of the longest path in a workdir, with room to spare: a step in quarantine, or a trace,
-# whose file has the name of the host.
+# Bytes reserved for the longest path inside a workdir: that of a quarantined step, or of a trace
+# file, which contains the host name.
 BELOW = 256
 
 
 def is_remote(folder: os.PathLike[str] | str) -> bool:
-    """Whether `folder` lies in an object store."""
+    """True if `folder` is in an object store."""
     return "://" in os.fspath(folder)
 
 
 def locate(workdir: str) -> Folder:
-    """The folder that --workdir names; makes nothing.
+    """The folder that --workdir names; it is checked but not created.
 
     Raises:
-      UserError: it cannot be made or written, its name is too long or of a store that is not
-        supported, a link in it leads out of it, or its store cannot be reached.
+      UserError: the folder cannot be created or written, its name is too long or has an unsupported
+        scheme, a link in it leads out of it, or its object store cannot be reached.
     """
     check_scheme(workdir, "--workdir")
     if is_remote(workdir):
@@ -49,10 +49,11 @@ def locate(workdir: str) -> Folder:
 
 
 def _check_length(folder: pathlib.Path, there: pathlib.Path) -> None:
-    """Raises UserError where names below `folder`, or its own, would be too long.
+    """Raise UserError if the name of `folder`, or a path below it, would be too long.
 
     Args:
-      there: the nearest folder that exists, whose file system has the limits.
+      folder: absolute path of the workdir.
+      there: its nearest existing parent, whose file system sets the limits.
     """
     longest_name, longest_path = (
         os.pathconf(there, "PC_NAME_MAX"),
@@ -61,26 +62,25 @@ def _check_length(folder: pathlib.Path, there: pathlib.Path) -> None:
     name = max((len(os.fsencode(part)) for part in folder.parts), default=0)
     if name > longest_name:
         raise UserError(
-            f"--workdir={folder} has a name of {name} bytes in it and the file system of {there} "
-            f"takes {longest_name}: choose a shorter name."
+            f"--workdir={folder} contains a name of {name} bytes, and the file system of {there} "
+            f"allows {longest_name}: choose a shorter name."
         )
     path = len(os.fsencode(folder))
     if path + BELOW > longest_path:
         raise UserError(
             f"--workdir={folder} is a path of {path} bytes, which leaves less than {BELOW} for the "
-            f"files in it ({there} takes {longest_path}): choose a shorter path."
+            f"files in it ({there} allows {longest_path}): choose a shorter path."
         )
 
 
 class Mirror:
-    """A local folder to write to: that of the run, or one that is copied to it.
+    """A local folder to write to: the workdir itself, or a temporary folder copied to it.
 
-    Object stores hold whole objects: nothing can be appended to, and each copy replaces the one
-    before, at once.
+    An object store cannot append to an object; each copy atomically replaces the previous one.
 
     Args:
-      there: folder of the run, or one inside it.
-      seconds: how old the copies of a running run may be.
+      there: the workdir, or a folder inside it.
+      seconds: how old the copies may become while the run continues.
     """
 
     def __init__(self, there: Folder, seconds: float = 30.0):
@@ -91,19 +91,19 @@ class Mirror:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="moe_jax_") if self._remote else there)
 
     def fetch(self, pattern: str) -> None:
-        """Brings files that an earlier process of the run left."""
+        """Copy the files that earlier attempts of the run left in the object store."""
         for file in self._there.glob(pattern) if self._remote else ():
             local = self.folder / file.name
             local.write_bytes(file.read_bytes())
             self._copied[local] = _mark(local)
 
     def push_if_due(self) -> None:
-        """`push`, unless the last one was less than `seconds` ago."""
+        """Call `push`, unless the last call was less than `seconds` ago."""
         if time.monotonic() >= self._due:
             self.push()
 
     def push(self) -> None:
-        """Copies what has changed; raises UserError where that fails, and loses nothing."""
+        """Copy changed files to the workdir; raises UserError if that fails, keeping the files."""
         if not self._remote:
             return
         self._due = time.monotonic() + self._seconds
@@ -115,15 +115,15 @@ class Mirror:
                 target = self._there / file.relative_to(self.folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
-            except Exception as error:  # of whichever client the store has
+            except Exception as error:  # each store's client has its own exception types
                 raise UserError(
-                    f"{file.name} could not be copied to {self._there} ({reason(error)}): it is "
-                    f"kept in {self.folder}."
+                    f"{file.name} could not be copied to {self._there} ({reason(error)}): the "
+                    f"local copy remains in {self.folder}."
                 ) from None
             self._copied[file] = mark
 
     def close(self) -> None:
-        """Copies the rest and removes the local folder, if it is only a copy."""
+        """Copy the remaining changes and remove the local folder if it is a temporary one."""
         self.push()
         if self._remote:
             shutil.rmtree(self.folder)

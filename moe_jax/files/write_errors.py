@@ -1,24 +1,24 @@
-"""The sentence for a file that cannot be written."""
+"""Builds the UserError for a file that cannot be written."""
 
 import errno
 
 from moe_jax.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file allowed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, in a few words, without the path."""
+    """The cause of `error` in a few words, without the path."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def cannot_write(what: object, error: OSError, advice: str) -> UserError:
-    """The error for `what`, a path or a flag with its value.
+    """The UserError for a failed write of `what`.
 
     Args:
-      what: subject of the sentence.
-      error: raised by the write.
-      advice: what to change, unless the error itself says so (a full disk, a name too long).
+      what: subject of the sentence: a path, or a flag with its value.
+      error: the exception that the write raised.
+      advice: what to change; replaced if the error implies the advice (disk full, name too long).
     """
     if error.errno in FULL:
         advice = "make room, then run the same command again"

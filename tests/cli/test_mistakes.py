@@ -177,7 +177,7 @@ def test_a_mistake_is_one_sentence(place, capsys, line, sentence):
     [
         ("[]\nx\n", r"Line 2 of standard input is no JSON list .*at character 0"),
         ('{"a": 1}\n', "Line 1 .*it is not a list"),
-        ("[1]\n", "Line 1 .*it is not a text"),
+        ("[1]\n", "Line 1 .*it is not a string"),
     ],
 )
 def test_check_is_given_something_else(monkeypatch, text, sentence):

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Formatting of numbers, sizes and durations for people."""
 
 import re
 

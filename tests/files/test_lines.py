@@ -1,4 +1,4 @@
-"""Files that grow: whole records, whatever the disk does meanwhile."""
+"""Appended files hold whole records even if the disk fills up and recovers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def numbers(path) -> list[int]:
 
 @pytest.mark.parametrize("leave", [0, 1, 8, 9, 10, 12, 17, 18, 20])
 def test_a_disk_that_fills_anywhere_in_a_record_costs_no_record(tmp_path, leave):
-    """A full disk takes the first bytes of a record and refuses the rest."""
+    """A full disk writes the first bytes of a record and refuses the rest."""
     path, said = tmp_path / "a", []
     lines = Lines(path, said.append)
     for n in range(6):
@@ -35,7 +35,7 @@ def test_a_disk_that_fills_anywhere_in_a_record_costs_no_record(tmp_path, leave)
 
 @pytest.mark.parametrize("leave", [0, 9, 12, 17, 18, 19, 24])
 def test_a_record_takes_the_place_of_the_last_one(tmp_path, leave):
-    """A disk that fills in the middle of it costs neither; a shorter one covers the longer one."""
+    """A disk that fills during the overwrite loses neither record; a shorter one is padded."""
     path, said = tmp_path / "a", []
     lines = Lines(path, said.append)
     lines.append({"n": 1})

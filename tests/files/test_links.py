@@ -23,7 +23,7 @@ from moe_jax.watch.timekeeper import Timekeeper
 
 @pytest.fixture
 def mine(tmp_path) -> Path:
-    """A folder of somebody's that nothing may touch."""
+    """A folder outside the workdir that must not change."""
     folder = tmp_path / "mine"
     (folder / "deep").mkdir(parents=True)
     for name in ("file", "deep/file", "7"):
@@ -54,7 +54,7 @@ def test_a_run_writes_through_no_link_out_of_its_workdir(tmp_path, mine, name, t
 
 
 def test_a_backup_by_hard_links_stays_as_it_is(tmp_path, mine):
-    """`cp -al`: the files have two names, and what is appended belongs under one."""
+    """After `cp -al` the files have two names; the run must append only under its own."""
     run = tmp_path / "run"
     run.mkdir()
     rows = b'{"step": 1, "loss": 1.0}\n'
@@ -80,13 +80,15 @@ def test_links_inside_a_workdir_and_to_it_are_fine(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
     locate(str(tmp_path / "run"))
     check_links(tmp_path / "no such folder")
-    (tmp_path / "run" / "up").symlink_to("../../run")  # leads round, to where it already is
+    (tmp_path / "run" / "up").symlink_to(
+        "../../run"
+    )  # a cycle: the link points to the workdir itself
     locate(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["train/tokens", "train/parts", "heldout", "manifest.json", "."])
 def test_a_build_writes_and_deletes_through_no_link(tmp_path, mine, name):
-    """TensorStore follows links: an array made anew deletes all that lies behind one."""
+    """TensorStore follows links: recreating an array deletes everything behind the link."""
     config = DataConfig(source="text", files=write_corpus(tmp_path / "text", 12))
     good = Path(build_store(config, tmp_path / "good", layout=Layout(64, 512)).path)
     link = tmp_path / "stores" / good.name / name
@@ -120,7 +122,7 @@ def test_a_sweep_writes_through_no_link(tmp_path, mine):
 
 
 def test_retention_removes_a_linked_step_and_not_what_it_leads_to(tmp_path):
-    """And a link left by a kill between the two halves of a deletion, and a link to quarantine."""
+    """Also for the links that a kill leaves between the rename and the removal of a step."""
     saved(tmp_path / "other", 1, 2, 3)
     before = contents(tmp_path / "other")
     root = tmp_path / "run"

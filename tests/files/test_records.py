@@ -1,4 +1,4 @@
-"""JSON values of any kind are checked into typed records, or refused with the line at fault."""
+"""Untrusted JSON values become typed records, or are refused with the number of their line."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A sealed object is what was written, or refused."""
+"""A sealed object is returned only if it is unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Workdirs in an object store, through etils and fsspec; the store itself is a dict."""
+"""Workdirs in an object store, through etils and fsspec; a dict stands in for the store."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
 
 class Buckets(MemoryFileSystem):
-    """gs://, in this process: whole objects, no appending."""
+    """gs:// in memory: objects are written whole and cannot be appended to."""
 
     protocol = ("gcs", "gs")
     store: dict = {}  # noqa: RUF012
@@ -78,7 +78,7 @@ def test_a_step_in_a_bucket_is_one_once_it_has_its_marker(bucket):
     assert [path.name for path in step.glob("*.new")] == []
     (step / manifest.COMMIT).write_text("dome")
     assert "commit_success.txt differs" in (manifest.verify(step) or "")
-    (step / manifest.COMMIT).unlink()  # lost since: no unfinished save, a bad step
+    (step / manifest.COMMIT).unlink()  # lost after the commit: a bad step, not an unfinished save
     assert manifest.committed(step) and manifest.verify(step)
 
 
@@ -90,7 +90,7 @@ def test_a_run_is_reported_into_a_bucket_and_goes_on_there(bucket):
     assert steps(workdir) == [1, 2, 3]
     events = [path.name for path in (workdir / "tensorboard").iterdir()]
 
-    # Another process, with nothing on its disk, goes on from step 2.
+    # A second process with an empty disk resumes from step 2.
     with Reporter(workdir, 9, 2) as reporter:
         for step in (3, 4):
             reporter.log({"step": step, "loss": 2.0})
@@ -130,7 +130,7 @@ def test_a_store_out_of_reach_stops_nothing(bucket, monkeypatch, capsys):
     reporter.close()
     said = capsys.readouterr().out
     assert "503 from the store" in said and said.count("\n") == 1
-    kept = Path(said.split("kept in ")[1].rstrip(".\n"))
+    kept = Path(said.split("remains in ")[1].rstrip(".\n"))
     assert steps(kept) == [1]
     monkeypatch.setattr(Buckets, "broken", False)
     reporter.close()
@@ -214,17 +214,17 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
 
 
 def deep(folder: Path, size: int) -> Path:
-    """A path of `size` bytes below `folder`, of names that are short enough."""
+    """A path of `size` bytes below `folder` whose names are within the limit."""
     whole, rest = divmod(size - len(os.fsencode(folder)), 201)
     half = (199 + rest) // 2
     return folder.joinpath(*["y" * 200] * (whole - 1), "z" * half, "z" * (199 + rest - half))
 
 
 def test_a_workdir_with_names_too_long(tmp_path):
-    """Every file of a run, quarantine and tails included, must find room below it."""
+    """A workdir is accepted only if the longest path of a run, in quarantine too, fits below it."""
     limit = os.pathconf(tmp_path, "PC_PATH_MAX")
     for name in ("x" * 256, "ü" * 128, f"{'x' * 256}/run"):
-        with pytest.raises(UserError, match="has a name of 256 bytes in it"):
+        with pytest.raises(UserError, match="contains a name of 256 bytes"):
             locate(str(tmp_path / name))
     locate(str(tmp_path / ("x" * 255)))
     for size in (limit - BELOW + 1, limit, 3 * limit):
