@@ -1,7 +1,7 @@
-"""Published peak rates of the chips people train on."""
+"""Published peak bfloat16 FLOP rates of accelerators."""
 
-# Dense bfloat16 TFLOP/s of one JAX device, from the vendors' datasheets.  The first key that
-# stands in `device.device_kind` wins, so longer names come first.
+# Dense bfloat16 TFLOP/s of one JAX device, from the vendors' datasheets.  The first key that is
+# contained in `device.device_kind` wins, so longer names come first.
 PEAK_BF16_TFLOPS = {
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
@@ -20,7 +20,7 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 TFLOP/s of a device; None where it is not known (CPUs)."""
+    """Peak dense bfloat16 TFLOP/s of a device; None if unknown (CPUs)."""
     for name, peak in PEAK_BF16_TFLOPS.items():
         if name.lower() in device_kind.lower():
             return peak

@@ -1,4 +1,7 @@
-"""Collectives of the dispatch region, and the bookkeeping shard_map asks for around them."""
+"""Collectives of the dispatch region, and the varying-axes casts that shard_map requires.
+
+E experts, M buffer rows per expert, P devices of the mesh axis.
+"""
 
 from typing import TypeVar
 
@@ -8,10 +11,10 @@ T = TypeVar("T")
 
 
 def varying(tree: T, axes: tuple[str, ...]) -> T:
-    """Mark every leaf as differing over the manual mesh axes `axes`; no data moves.
+    """Mark every leaf as varying over the manual mesh axes `axes`; no data moves.
 
-    The transpose is a psum over the axes that were added: exactly the gradient reduction a weight
-    or token needs that was replicated over them.
+    The transpose is a psum over the added axes: exactly the gradient reduction that a weight or
+    token replicated over them needs.
     """
 
     def cast(x):
@@ -22,12 +25,12 @@ def varying(tree: T, axes: tuple[str, ...]) -> T:
 
 
 def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x` marked as differing over the axes that `other` differs over (loop carries need it)."""
+    """Mark `x` as varying over the axes that `other` varies over; loop carries need this."""
     return varying(x, tuple(sorted(jax.typeof(other).manual_axis_type.varying)))
 
 
 def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
-    """All-to-all [E, M, ...] -> [E/size, size*M, ...]: each device gets its experts' rows."""
+    """All-to-all [E, M, ...] -> [E/size, size*M, ...]: each device receives its experts' rows."""
     if size == 1:
         return x_EM
     E, M, *rest = x_EM.shape
@@ -45,17 +48,17 @@ def from_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
 
 
 def _exchange(x_P: jax.Array, axis: str) -> jax.Array:
-    """Part p of the leading axis goes to device p, and comes from there.
+    """All-to-all over the leading axis: device q's part p becomes device p's part q.
 
-    Splitting and joining the leading axis alone leaves the layout as it is.  With one expert a
-    device, TPUs lay the result of `split_axis=1, concat_axis=0` out with half of it padding.
+    Splitting and concatenating only the leading axis keeps the layout.  With one expert per device,
+    TPUs lay out the result of `split_axis=1, concat_axis=0` with half of it padding.
     """
     return jax.lax.all_to_all(x_P, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 def partitioned() -> bool:
-    """Whether XLA may split what is traced here over devices: several, and no shard_map around.
+    """True if XLA may partition the traced code: several devices, and not inside shard_map.
 
-    It cannot split a kernel of our own, which then has to be left out.
+    XLA cannot partition a custom kernel, so none may be used then.
     """
     return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes

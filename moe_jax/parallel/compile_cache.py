@@ -1,9 +1,9 @@
-"""Compiled programs, kept on disk from one start of a process to the next.
+"""Keeps compiled programs on disk, so that the next start of a process need not compile them.
 
-The folder is JAX's persistent compilation cache.  JAX writes an entry in one go and reads it as it
-is: one that a kill has cut would be warned of at each start and never replaced.  So the folder is
-examined before JAX reads it.  What was written whole is known by a SHA-256 (`SEALS`), or else by
-its compression, which has a beginning and an end.
+The folder is JAX's persistent compilation cache.  JAX does not check an entry that it reads: one
+truncated by a kill would cause a warning at every start and never be replaced.  This module
+therefore examines the folder before JAX reads it.  An entry is complete if its SHA-256 matches
+`SEALS` or, if it is not listed there, if it decompresses to its end.
 """
 
 import contextlib
@@ -31,22 +31,23 @@ from moe_jax.files import json_files
 from moe_jax.files.schemes import check_scheme
 from moe_jax.parallel import distributed
 
-SEALS = "seals.json"  # entry -> SHA-256 of a file that was whole
-_LOCK = ".lockfile"  # JAX's own, held while it reads or writes an entry
-_ENTRY, _USED = "-cache", "-atime"  # JAX's names: a program, and when it was last used
-PATIENCE = 10.0  # seconds to wait for a process that writes an entry, as long as JAX does
+SEALS = "seals.json"  # entry -> SHA-256 of the complete file
+_LOCK = ".lockfile"  # JAX's lock, held while it reads or writes an entry
+_ENTRY, _USED = "-cache", "-atime"  # JAX's suffixes: a program, and the time of its last use
+PATIENCE = 10.0  # seconds to wait for a process that writes an entry; JAX waits as long
 _HIT = "/jax/compilation_cache/cache_hits"
-_ZSTD = b"\x28\xb5\x2f\xfd"  # what zstd's frames begin with; RFC 8878, 3.1.1
+_ZSTD = b"\x28\xb5\x2f\xfd"  # the magic number of a zstd frame; RFC 8878, 3.1.1
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileCacheConfig:
-    """Where compiled programs are kept, so that the next start need not compile them again."""
+    """The folder of compiled programs, which the next start loads instead of compiling."""
 
-    # Empty: JAX_COMPILATION_CACHE_DIR where that is set, with JAX's own settings, or else a folder
-    # of this user, jax version and CPU type below ~/.cache/moe_jax.
+    # Folder of the compiled programs. Empty: JAX_COMPILATION_CACHE_DIR with JAX's own settings if
+    # it is set, otherwise a folder below ~/.cache/moe_jax for this user, jax version and CPU type.
     dir: Run[str] = ""
-    # Bytes of the folder; the programs used longest ago go first; 0: nothing is kept.
+    # Maximum size of the folder in bytes; the least recently used programs are deleted first. 0:
+    # no programs are kept.
     max_bytes: Run[Annotated[int, at_least(0)]] = 2**30
 
     def __post_init__(self):
@@ -55,13 +56,13 @@ class CompileCacheConfig:
 
 @contextlib.contextmanager
 def kept_programs(config: CompileCacheConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """While the body runs, JAX takes programs from the cache and adds those that it compiles.
+    """Use the cache while the body runs: JAX loads programs from it and adds those it compiles.
 
-    Of several processes process 0 alone writes, which is JAX's rule.  Call it after the processes
-    have met and before anything is compiled.
+    With several processes, only process 0 writes (JAX's rule).  Enter this after
+    `distributed.start` and before anything is compiled.
 
     Args:
-      config: where, and how much.
+      config: the folder and its maximum size.
       say: called with lines for the start-up log.
 
     Raises:
@@ -72,10 +73,10 @@ def kept_programs(config: CompileCacheConfig, say: Callable[[str], None]) -> Ite
         yield
         return
     if not config.dir and jax.config.jax_compilation_cache_dir:
-        yield  # the user's own arrangement
+        yield  # the user has configured JAX's cache
         return
     check_scheme(config.dir, "config.compile_cache.dir")
-    if "://" in config.dir:  # a store replaces whole objects; there JAX can lock and bound nothing
+    if "://" in config.dir:  # JAX can neither lock nor limit a cache in an object store
         _tell_jax(config.dir, -1)
         yield
         return
@@ -90,13 +91,13 @@ def kept_programs(config: CompileCacheConfig, say: Callable[[str], None]) -> Ite
         yield
     finally:
         if distributed.lead():
-            with contextlib.suppress(OSError, filelock.Timeout):  # the next start examines anew
+            with contextlib.suppress(OSError, filelock.Timeout):  # the next start examines again
                 _seal(folder)
 
 
 @contextlib.contextmanager
 def counted_hits() -> Iterator[Callable[[], int]]:
-    """A function that says how many programs came from the cache since the body began."""
+    """Yield a function that returns the number of programs loaded from the cache in the body."""
     hits = 0
 
     def listen(event: str, **_: object) -> None:
@@ -111,19 +112,22 @@ def counted_hits() -> Iterator[Callable[[], int]]:
 
 
 def default_folder() -> pathlib.Path:
-    """The folder of this user, jax version and CPU type; programs for another CPU may not run."""
+    """The default folder for this user, jax version and CPU type.
+
+    The CPU type is part of its name because a program compiled for another CPU may not run.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = f"jax-{jax.__version__}-jaxlib-{jaxlib.version.__version__}-{_cpu_type()}"
     return pathlib.Path(cache).expanduser() / "moe_jax" / "compiled" / name
 
 
 def _cpu_type() -> str:
-    """Such as `x86_64-3fb2c1d0`: the instructions that a CPU has, as a hash."""
+    """The CPU's architecture and a hash of its instruction sets, such as `x86_64-3fb2c1d0`."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux
         lines = [f"model name: {platform.processor()}"]
-    names = ("model name", "flags", "features", "cpu part")  # of x86 and of Arm
+    names = ("model name", "flags", "features", "cpu part")  # x86 and Arm
     said = sorted({line for line in lines if line.lower().startswith(names)})
     digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
     return f"{platform.machine() or 'cpu'}-{digest}"
@@ -133,7 +137,7 @@ def _tell_jax(folder: str, max_bytes: int) -> None:
     for name, value in {
         "jax_compilation_cache_dir": folder,
         "jax_compilation_cache_max_size": max_bytes,
-        # A start compiles a hundred small programs beside the train step.
+        # A start compiles about a hundred small programs besides the train step.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():
@@ -141,10 +145,10 @@ def _tell_jax(folder: str, max_bytes: int) -> None:
 
 
 def _usable(given: str, say: Callable[[str], None]) -> pathlib.Path | None:
-    """The folder, made; None, and a line, where the default one cannot be used.
+    """Create and return the folder; if the default one cannot be used, log why and return None.
 
     Raises:
-      UserError: the folder that the user has named cannot be used.
+      UserError: the folder that the user named cannot be used.
     """
     folder = pathlib.Path(given).expanduser().absolute() if given else default_folder()
     try:
@@ -154,7 +158,7 @@ def _usable(given: str, say: Callable[[str], None]) -> pathlib.Path | None:
         why = "" if given else _foreign(folder)
     except filelock.Timeout:
         why = f"another process has held {_LOCK} for {PATIENCE:g} s"
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: no file locks here
         why = getattr(error, "strerror", None) or str(error)
     if not why:
         return folder
@@ -166,7 +170,7 @@ def _usable(given: str, say: Callable[[str], None]) -> pathlib.Path | None:
 
 
 def _foreign(folder: pathlib.Path) -> str:
-    """Why others may put programs into the folder, which this process would run; "" if none can."""
+    """Why other users could add programs that this process would run; "" if they cannot."""
     found = folder.stat()
     if found.st_uid != os.getuid():
         return "it belongs to another user"
@@ -174,7 +178,7 @@ def _foreign(folder: pathlib.Path) -> str:
 
 
 def _examine(folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Removes what is not whole, and says what is there."""
+    """Remove incomplete entries and log how many entries are left."""
     try:
         with filelock.FileLock(folder / _LOCK, timeout=PATIENCE):
             removed = _remove_damaged(folder)
@@ -182,12 +186,12 @@ def _examine(folder: pathlib.Path, say: Callable[[str], None]) -> None:
     except (OSError, filelock.Timeout) as error:
         say(f"compiled programs in {folder} could not be examined ({error})")
         return
-    damaged = f", {removed} damaged removed" if removed else ""
-    say(f"compiled programs are kept in {folder}: {kept} there{damaged}")
+    damaged = f", {removed} removed as damaged" if removed else ""
+    say(f"compiled programs are kept in {folder}: {kept} found{damaged}")
 
 
 def _remove_damaged(folder: pathlib.Path) -> int:
-    """How many entries were removed; those that stay have a seal and a time of use."""
+    """Remove damaged entries and return their number; the others get a seal and a time of use."""
     seals, removed, known = _read_seals(folder), 0, {}
     for path in folder.glob(f"*{_ENTRY}"):
         seal = _examined(path, seals.get(path.name))
@@ -197,7 +201,7 @@ def _remove_damaged(folder: pathlib.Path) -> int:
             continue
         known[path.name] = seal
         used = _use_of(path)
-        if not used.exists():  # JAX evicts nothing where one is missing
+        if not used.exists():  # JAX evicts nothing if one such file is missing
             used.write_bytes(time.time_ns().to_bytes(8, "little"))
     for used in folder.glob(f"*{_USED}"):
         if used.name.removesuffix(_USED) + _ENTRY not in known:
@@ -207,7 +211,7 @@ def _remove_damaged(folder: pathlib.Path) -> int:
 
 
 def _seal(folder: pathlib.Path) -> None:
-    """Adds the seals of entries that have none; JAX has the others in memory as it read them."""
+    """Add the seals of new entries; the others were examined before JAX read them."""
     with filelock.FileLock(folder / _LOCK, timeout=PATIENCE):
         seals, known = _read_seals(folder), {}
         for path in folder.glob(f"*{_ENTRY}"):
@@ -218,7 +222,7 @@ def _seal(folder: pathlib.Path) -> None:
 
 
 def _examined(path: pathlib.Path, seal: str | None) -> str | None:
-    """The SHA-256 of an entry that is whole, or None."""
+    """The SHA-256 of an entry, or None if it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -232,7 +236,7 @@ def _decompresses(content: bytes) -> bool:
     if content.startswith(_ZSTD):
         try:
             import zstandard
-        except ImportError:  # nor can JAX read it, which gives such entries names of their own
+        except ImportError:  # JAX cannot read it either: it names zstd entries differently
             return True
         try:
             return bool(zstandard.ZstdDecompressor().decompress(content))

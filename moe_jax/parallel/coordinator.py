@@ -1,6 +1,7 @@
-"""Where the process that coordinates a run listens.
+"""Chooses the address on which the coordinator (process 0) listens.
 
-JAX listens on every address of the host, and whoever reaches its port can join or end the run.
+By default JAX listens on every address of the host, and anyone who reaches the port can join or end
+the run.
 """
 
 import contextlib
@@ -12,18 +13,18 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def bind_address(coordinator: str) -> str | None:
-    """The ADDRESS:PORT to listen on, for process 0.
+    """The ADDRESS:PORT that process 0 listens on.
 
-    An address is taken as it stands.  A name counts where it means one address of this host, and
-    not a loopback one: Debian's /etc/hosts gives the host's own name 127.0.1.1, which no other host
-    means by it.
+    An IP address is used as given.  A host name is used only if it resolves to exactly one address
+    of this host that is not loopback: Debian's /etc/hosts maps the host's own name to 127.0.1.1,
+    which other hosts do not resolve it to.
 
     Args:
       coordinator: HOST:PORT as the other processes reach it.
 
     Returns:
-      None where only JAX's default is certain to be reached: behind a name of several addresses, of
-      another host's (NAT, a service of Kubernetes), or of none.
+      The address, or None if only JAX's default (all addresses) is certain to be reachable: the
+      name has several addresses, an address of another host (NAT, a Kubernetes service), or none.
     """
     host, _, port = coordinator.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -33,13 +34,13 @@ def bind_address(coordinator: str) -> str | None:
         return None
     if not found:
         return None
-    # localhost may be two addresses: clients try both, and IPv4 is always there.
+    # localhost may have two addresses: clients try both, and IPv4 always exists.
     address = min(found, key=lambda address: address.version)
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def chosen_by_user() -> bool:
-    """Whether JAX's own variable says where to listen."""
+    """True if the user set JAX's own variable for the address to listen on."""
     return "JAX_COORDINATOR_BIND_ADDRESS" in os.environ
 
 
@@ -51,7 +52,7 @@ def _literal(host: str) -> Address | None:
 
 
 def _addresses(host: str) -> list[Address]:
-    """What a name means here; [] where nothing knows it."""
+    """The addresses that a name resolves to on this host; [] if it does not resolve."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -60,7 +61,7 @@ def _addresses(host: str) -> list[Address]:
 
 
 def _is_ours(address: Address) -> bool:
-    """Whether an interface of this host has the address: only then a socket can be bound to it."""
+    """True if an interface of this host has the address: only then can a socket bind to it."""
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((str(address), 0))

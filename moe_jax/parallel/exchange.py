@@ -1,7 +1,8 @@
-"""What the processes of a run tell each other before they share an array.
+"""Exchanges text between the processes of a run before they share an array.
 
-Texts, through the coordination service that JAX has started: no collective, so nothing is compiled
-and no device is touched.  Processes that would run different programs can still say so.
+The text goes through the key-value store of JAX's coordination service, not through a collective:
+nothing is compiled and no device is touched.  Processes that would run different programs can
+therefore still report it.
 """
 
 import contextlib
@@ -16,28 +17,28 @@ from jax._src.distributed import global_state
 
 from moe_jax.errors import UserError
 
-LOOK = 0.05  # seconds between two looks at what the others have said
-LEAVE = 10.0  # seconds that a process which cannot go on waits for the others to hear of it
+LOOK = 0.05  # seconds between two reads of the other processes' text
+LEAVE = 10.0  # seconds that a failing process waits for the others to read its error
 TELL = 1.0  # seconds between two signs of progress
 _FAILED, _PROGRESS = "failed", "progress"
 
 
 def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> list[str]:
-    """What each process says under a name.
+    """Publish `text` under `name` and return what every process published there.
 
-    It waits for the slowest of them, for as long as that lives: `watchdog.start` bounds this where
-    a watchdog runs, and JAX ends the process (134) where another gives no sign of life.
+    This waits for the slowest process without a limit of its own: `watchdog.start` limits it if a
+    watchdog runs, and JAX ends this process (134) if another sends no heartbeat.
 
     Args:
-      name: a word of its own for each call in the life of a process.
-      text: what this process says.
-      alive: called whenever a process that this one waits for has got on (`relayed`).
+      name: a key that this process uses in only one call.
+      text: what this process publishes.
+      alive: called whenever a process that this one waits for has made progress (`relayed`).
 
     Returns:
-      One text a process, in their order.
+      One text per process, in the order of their indices.
 
     Raises:
-      UserError: another process has said that it cannot go on (`telling`).
+      UserError: another process has reported an error (`telling`).
     """
     if not jax.distributed.is_initialized():
         return [text]
@@ -58,7 +59,7 @@ def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> li
 
 
 def relayed(alive: Callable[[], None]) -> Callable[[], None]:
-    """`alive`, which from now on those hear of as well that wait for this process in `gather`."""
+    """A function that calls `alive` and signals progress to the processes waiting in `gather`."""
     due = 0.0
 
     def told() -> None:
@@ -73,7 +74,7 @@ def relayed(alive: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """A UserError in the body is told to the others, which end with it at their next `gather`."""
+    """Report a UserError of the body to the other processes, which raise it in `gather`."""
     try:
         yield
     except UserError as error:
@@ -84,14 +85,14 @@ def telling() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Ends the talk with the other processes in order, which all do, before this one ends.
+    """Disconnect from the coordination service; every failing process calls this before it ends.
 
-    Who leaves without it takes the others down (134) before they have said why they end.  Where
-    one of them does not come, this waits no longer than LEAVE.
+    A process that ends without it aborts the others (134) before they can print why they end.  If
+    one of them never disconnects, this waits at most LEAVE seconds.
     """
 
     def shut_down() -> None:
-        with contextlib.suppress(Exception):  # the error that ends this process is the one to tell
+        with contextlib.suppress(Exception):  # an earlier error ends this process: report that one
             jax.distributed.shutdown()
 
     waits = threading.Thread(target=shut_down, daemon=True)
@@ -116,5 +117,5 @@ def _service() -> Iterator:
     try:
         yield global_state.client
     except jax.errors.JaxRuntimeError as error:
-        # As `distributed.lost_peer` knows what JAX says of it elsewhere.
+        # `distributed.lost_peer` recognizes this word.
         raise RuntimeError(f"CoordinationServiceError: process 0 is gone ({error})") from error

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: XLA's CPU backend asks for all of it again in the next step."""
+"""Keeps freed memory in the process: XLA's CPU backend allocates it again in the next step."""
 
 import ctypes
 import importlib.util
@@ -11,14 +11,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Where jax will run on the CPU, tell glibc's malloc never to give memory back.
+    """Tell glibc's malloc never to return memory to the system, if jax will run on the CPU.
 
     XLA's CPU client allocates a program's whole temporary buffer at every call.  By default each
     such block is a fresh mapping, whose pages fault one by one: 145,000 faults and a fifth of the
-    time of a 700 ms step.  One arena that never shrinks has none after the third step.
+    time of a 700 ms step.  One arena that never shrinks causes no faults after the third step.
 
-    Must come before jax starts its threads: they keep the arena they began with.  Elsewhere than
-    on Linux with glibc, or with an accelerator in sight, this does nothing.
+    Call this before jax starts its threads, because a thread keeps its first arena.  It does
+    nothing except on Linux with glibc, or if an accelerator plugin is installed.
     """
     if not sys.platform.startswith("linux") or not _cpu_only():
         return
@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def _cpu_only() -> bool:
-    """Whether jax will choose the CPU, told without starting a backend."""
+    """True if jax will choose the CPU; starts no backend."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
     return not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu"))

@@ -1,4 +1,4 @@
-"""The only place a Mesh is made."""
+"""Builds the device mesh; no other module makes one."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from moe_jax.decides import Run
 from moe_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the batch is split over these, in this order
+BATCH_AXES = ("data", "fsdp", "expert")  # the batch is sharded over these, in this order
 SIZE = Limit("1 or more, or -1 for the rest", lambda size: size == -1 or size >= 1)
 
 
@@ -25,32 +25,32 @@ class MeshConfig:
     """Sizes of the mesh axes, in devices; at most one may be -1, meaning the devices that remain.
 
     Raises:
-      UserError: a size that is neither -1 nor at least 1, or more than one of -1.
+      UserError: a size is neither -1 nor at least 1, or more than one is -1.
     """
 
-    data: Run[Annotated[int, SIZE]] = -1  # copies of the parameters, each with its own rows
-    fsdp: Run[Annotated[int, SIZE]] = 1  # parts of the parameters, each with its own rows
-    expert: Run[Annotated[int, SIZE]] = 1  # parts of the experts, each with its own rows
-    # Parts of heads, hidden widths and vocabulary, with the same rows.
+    data: Run[Annotated[int, SIZE]] = -1  # replicas of the parameters, each with its own rows
+    fsdp: Run[Annotated[int, SIZE]] = 1  # shards of the parameters, each with its own rows
+    expert: Run[Annotated[int, SIZE]] = 1  # shards of the experts, each with its own rows
+    # Shards of heads, hidden widths and vocabulary; they share the same rows.
     tensor: Run[Annotated[int, SIZE]] = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         bounds.check(self, "mesh.")
         if list(sizes.values()).count(-1) > 1:
-            raise UserError("mesh has more than one axis of size -1: give all but one a size.")
+            raise UserError("config.mesh has more than one axis of size -1: set all but one.")
 
     def resolve(self, num_devices: int) -> "MeshConfig":
-        """Replace -1 by the devices that remain.
+        """Replace -1 by the number of devices that remain.
 
         Args:
-          num_devices: of the mesh, over all processes.
+          num_devices: number of devices of the mesh, over all processes.
 
         Returns:
-          Sizes that multiply to the number of devices.
+          Sizes whose product is the number of devices.
 
         Raises:
-          UserError: they do not.
+          UserError: the product differs from the number of devices.
         """
         sizes = dataclasses.asdict(self)
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -66,14 +66,14 @@ class MeshConfig:
         return self
 
     def __str__(self) -> str:
-        """`data 2 x expert 4`: the axes that split anything."""
+        """The axes with more than one device, such as `data 2 x expert 4`."""
         sizes = dataclasses.asdict(self)
         split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         return split or "of one device"
 
     @property
     def batch_shards(self) -> int:
-        """The number of parts into which the batch is split (after `resolve`)."""
+        """The number of shards of the batch (after `resolve`)."""
         return self.data * self.fsdp * self.expert
 
 
@@ -82,27 +82,27 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
 
     Args:
       config: sizes of the axes; by default all devices are on `data`.
-      devices: None: every device of every process.
+      devices: the devices to use; None: every device of every process.
 
     Returns:
-      A mesh over them; on TPUs in an order that follows the torus.
+      A mesh over the devices; on TPUs in an order that follows the torus.
 
     Raises:
-      UserError: sizes that do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     config = config.resolve(len(devices))
     shape = tuple(dataclasses.asdict(config)[name] for name in AXES)
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu":  # the order on the torus decides which links a collective uses
-        # Splitting a torus axis between mesh axes admits any sizes that multiply.
+        # Splitting a torus axis between mesh axes permits any sizes with the right product.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
 
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError for a mesh that `make_mesh` could not have made, and says what to change."""
+    """Raise UserError if `make_mesh` could not have made this mesh; it says what to change."""
     if tuple(mesh.axis_names) != AXES:
         raise UserError(
             f"The mesh has axes {tuple(mesh.axis_names)} but expert parallelism needs "

@@ -8,9 +8,9 @@ _IMPORTED = time.monotonic()
 
 
 def process_age() -> float:
-    """Seconds since this process began, the interpreter's own start and imports included.
+    """Seconds since this process began, including the interpreter's start and all imports.
 
-    Elsewhere than on Linux: seconds since this module was imported.
+    On systems other than Linux: seconds since this module was imported.
     """
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,9 @@
-"""Whether the devices that hold the same part of an array hold the same bits of it.
+"""Checks that replicas, the devices that hold the same shard of an array, hold the same bits.
 
-Each device hashes what it holds; only the hashes travel.  Faulty memory or arithmetic changes one
-copy, from which the others are then never restored: every copy is updated where it lies.
+Each device hashes its shards, and only the hashes are sent.  Faulty memory or arithmetic changes
+one replica, and training never repairs it: each replica is updated on its own device.
+
+N leaves with replicas, D devices.
 """
 
 import collections
@@ -21,24 +23,24 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: steps of it visit all words
 
 
 class Difference(NamedTuple):
-    """Copies of one part of a leaf that are not the same."""
+    """Replicas of one shard of a leaf that differ."""
 
     leaf: str  # such as `params/blocks/0/attention/query`
-    odd: list[Any]  # devices outside of the majority; all of them where there is none
-    others: list[Any]  # devices that agree
+    odd: list[Any]  # devices outside the majority; all of them if there is no majority
+    others: list[Any]  # devices of the majority
 
 
 class Replicas:
-    """Compares the copies of every leaf that has several.
+    """Compares the replicas of every leaf that has several.
 
     Args:
-      tree: arrays or ShapeDtypeStructs, each with a NamedSharding on the same mesh.  Copies of a
-        part lie on the devices that differ only in mesh axes which its spec leaves out.
+      tree: arrays or ShapeDtypeStructs, each with a NamedSharding on the same mesh.  The replicas
+        of a shard are the devices that differ only in mesh axes absent from its spec.
     """
 
     def __init__(self, tree: Any):
-        # Of each leaf that has copies: its name, its place among all, and the mesh axes, by number,
-        # over which it is copied.
+        # Per leaf with replicas: its name, its index among all leaves, and the numbers of the mesh
+        # axes over which it is replicated.
         self._names: list[str] = []
         self._places: list[int] = []
         self._copied: list[tuple[int, ...]] = []
@@ -50,17 +52,17 @@ class Replicas:
                 self._places.append(place)
                 self._copied.append(axes)
                 shardings.append(leaf.sharding)
-        self._mesh: Mesh | None = None  # None: no leaf has copies
+        self._mesh: Mesh | None = None  # None: no leaf has replicas
         self._hash: Any = None  # compiled: leaves -> hashes
         if shardings:
-            self._mesh = typing.cast(Mesh, shardings[0].mesh)  # of devices, not abstract
+            self._mesh = typing.cast(Mesh, shardings[0].mesh)  # not an AbstractMesh
             self._hash = _table(self._mesh, shardings).lower(self._leaves(tree)).compile()
 
     def compare(self, tree: Any) -> list[Difference]:
-        """What differs, in the order of the leaves; every process must call this and gets the same.
+        """The differences in the order of the leaves; all processes must call this, and agree.
 
         Args:
-          tree: like that of `__init__`.
+          tree: arrays with the structure and shardings of the tree given to `__init__`.
         """
         if self._mesh is None:
             return []
@@ -79,25 +81,27 @@ class Replicas:
 
 
 def bit_hash(x: Shaped[Array, "..."], kept: int = 0) -> UInt32[Array, "..."]:
-    """A hash of the bits of `x` and of their places; any change of one word changes it.
+    """A hash of the bits of `x` and their positions; changing any one word changes the hash.
+
+    The hash is a sum modulo 2^32 with one summand per 32-bit word (a narrower value is widened to a
+    word).  The summand is a bijection of the word: it adds a constant that depends on the position,
+    multiplies by odd numbers and xors with its own upper bits, all of which are invertible.  A
+    changed word therefore changes its summand and, if all other words are equal, the sum.  Changes
+    of several words go unnoticed with a probability of 2^-32.
 
     Args:
       x: an array of any dtype.
-      kept: leading axes whose every index has a hash of its own; 0: one hash of the whole.
+      kept: number of leading axes to keep, with one hash per index of them; 0: one hash of `x`.
 
     Returns:
       An array of the shape of the kept axes.
 
-    The sum, modulo 2^32, of one number for each 32-bit word (narrower values: each a word).  That
-    number is a bijection of the word: a constant of the place is added, then come multiplications
-    by odd numbers and xors with the number's own upper bits, all of which can be undone.  So
-    another word gives another summand and, the rest being equal, another sum.  Changes of several
-    words go unnoticed with a probability of 2^-32.  (The multipliers are those of MurmurHash3.)
+    Reference: the multipliers are those of MurmurHash3.
     """
     words = _words(x)
     place = jnp.zeros((), jnp.uint32)
     hashed = range(kept, words.ndim)
-    for axis in hashed:  # no reshape, which would copy on TPUs
+    for axis in hashed:  # a reshape would copy on TPUs
         place = place * np.uint32(words.shape[axis] % 2**32) + jax.lax.broadcasted_iota(
             jnp.uint32, words.shape, axis
         )
@@ -117,13 +121,13 @@ def _words(x: Array) -> Array:
 
 
 def _table(mesh: Mesh, shardings: list[NamedSharding]) -> Any:
-    """Jitted: leaves -> hashes [devices, leaves], whole on each device."""
+    """Jitted: leaves -> hashes [devices, leaves], replicated on every device."""
     specs = [sharding.spec for sharding in shardings]
 
     def local(leaves: list[Array]) -> Array:
         return jnp.stack([bit_hash(leaf) for leaf in leaves])[None]
 
-    # Without the checks of what varies over which axis: to them copies are equal.
+    # check_vma would assume that replicas are equal, which is what this function tests.
     hashes = jax.shard_map(
         local, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False
     )
@@ -131,7 +135,7 @@ def _table(mesh: Mesh, shardings: list[NamedSharding]) -> Any:
 
 
 def _copied_axes(sharding: NamedSharding) -> tuple[int, ...]:
-    """Numbers of the mesh axes that hold copies."""
+    """Numbers of the mesh axes over which the array is replicated."""
     split: set[str] = set()
     for entry in sharding.spec:
         split |= {entry} if isinstance(entry, str) else set(entry or ())
@@ -143,7 +147,7 @@ def _copied_axes(sharding: NamedSharding) -> tuple[int, ...]:
 def _groups(
     mesh: Mesh, axes: tuple[int, ...], hash_D: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(devices, hashes) of each group of devices that hold the same part."""
+    """(devices, hashes) of each group of devices that hold the same shard."""
     last = range(-len(axes), 0)
     size = math.prod(mesh.devices.shape[axis] for axis in axes)
     devices = np.moveaxis(mesh.devices, axes, last).reshape(-1, size)

@@ -1,4 +1,4 @@
-"""THE table from logical axes to mesh axes."""
+"""Maps logical axes to mesh axes; every sharding is derived from this table."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +10,9 @@ from moe_jax.parallel.mesh import AXES, BATCH_AXES
 
 MeshAxes = tuple[str, ...]
 
-# Logical axis -> mesh axes.  Weights shard one large dimension over fsdp and one over tensor;
-# expert weights also over expert, and over fsdp as `on_mesh` says: inside the dispatch region their
-# fsdp shards are gathered at its border.
+# Logical axis -> mesh axes.  Weights shard one large dimension over fsdp and one over tensor.
+# Expert weights are also sharded over expert, and over fsdp as `on_mesh` says; their fsdp shards
+# are all-gathered on entry to the dispatch region.
 RULES: dict[str, MeshAxes] = {
     "batch": BATCH_AXES,
     "group": BATCH_AXES,
@@ -34,7 +34,7 @@ RULES: dict[str, MeshAxes] = {
 
 
 def check_rules(rules: Mapping[str, MeshAxes]) -> None:
-    """Raises ValueError for a mesh axis that does not exist or stands twice in one entry."""
+    """Raise ValueError if an entry names an unknown mesh axis, or one mesh axis twice."""
     for name, axes in rules.items():
         unknown = [axis for axis in axes if axis not in AXES]
         if unknown:
@@ -47,10 +47,9 @@ check_rules(RULES)
 
 
 def spec(logical_axes: Sequence[str | None], rules: Mapping[str, MeshAxes] = RULES) -> P:
-    """PartitionSpec for a tensor with these logical axes (None: not split).
+    """PartitionSpec for a tensor with these logical axes (None: not sharded).
 
-    Raises ValueError for an unknown name, a name repeated in one tensor, or two names that land
-    on one mesh axis.
+    Raises ValueError for an unknown name, a repeated name, or two names that map to one mesh axis.
     """
     named = [name for name in logical_axes if name is not None]
     unknown = [name for name in named if name not in rules]
@@ -68,12 +67,12 @@ def spec(logical_axes: Sequence[str | None], rules: Mapping[str, MeshAxes] = RUL
 def on_mesh(
     logical_axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> tuple[str | None, ...]:
-    """A parameter's logical axes as a mesh of these sizes splits it.
+    """The logical axes by which a parameter is sharded on a mesh of these sizes.
 
-    Where the number of experts allows, a device holds whole experts of its expert shard, and fsdp
-    does not split their width.  What is gathered then lies as it arrives: shards of the width had
-    to be transposed, and with them the optimizer's pass (20 of 338 ms a step of bench_olmoe_half
-    on two H200s).
+    If the number of experts is divisible by the sizes of expert and fsdp, fsdp shards the experts
+    and not their width, so each device holds whole experts.  All-gathered experts then need no
+    transpose.  Shards of the width did, in the optimizer's pass as well (20 of 338 ms per step of
+    bench_olmoe_half on two H200s).
     """
     axes = tuple(logical_axes)
     if "experts" not in axes:
@@ -99,7 +98,7 @@ def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
 def constrain(
     x: jax.Array, mesh: Mesh | AbstractMesh | None, logical_axes: Sequence[str | None]
 ) -> jax.Array:
-    """`x`, which XLA has to split as its logical axes say; without a mesh XLA decides."""
+    """Constrain XLA to shard `x` by its logical axes; without a mesh XLA decides."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(logical_axes)))

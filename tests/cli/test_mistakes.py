@@ -87,8 +87,8 @@ MISTAKES = [
     ("results --workdir=run --devices=-1", "--devices=-1: give 1 or more"),
     ("results --workdir=run --devices=99999999999999999999", "at most 65536"),
     # ---- several processes
-    (f"train {TINY} --workdir=w --process_id=2", "do not make a process"),
-    (f"train {TINY} --workdir=w --process_count=-2", "do not make a process"),
+    (f"train {TINY} --workdir=w --process_id=2", "do not define a process"),
+    (f"train {TINY} --workdir=w --process_count=-2", "do not define a process"),
     (
         f"train {TINY} --workdir=w --coordinator=a:99999 --process_count=2 --process_id=0",
         "no port from 1 to 65535",

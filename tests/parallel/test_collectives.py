@@ -1,4 +1,4 @@
-"""The exchange with the experts: JAX's tiled all-to-all is the oracle."""
+"""The all-to-all of experts' rows, against JAX's tiled all-to-all."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 
 @pytest.mark.parametrize("experts", [4, 12])
 def test_there_and_back(mesh_of, experts):
-    """One expert a device and several: each row where the tiled form puts it, and home again."""
+    """One or several experts per device: rows as in the tiled form, restored by the inverse."""
     x = jnp.arange(4 * experts * 3 * 2.0).reshape(4 * experts, 3, 2)
 
     def run(function):

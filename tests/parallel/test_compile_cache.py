@@ -1,4 +1,4 @@
-"""The folder of compiled programs: what is damaged goes, what is whole serves the next process."""
+"""The folder of compiled programs: damaged entries are removed, the others are loaded."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ SETTINGS = (
     "jax_persistent_cache_min_entry_size_bytes",
 )
 WHOLE = zlib.compress(b"time" + bytes(range(256)) * 40)
-# A process with one program: prints how many it compiled and how many it read.
+# A process that runs one program and prints how many it compiled and how many it read.
 PROGRAM = """
 import collections, os, signal, sys
 import jax
@@ -53,7 +53,7 @@ print("compiled", seen["cache_misses"], "read", seen["cache_hits"])
 
 @pytest.fixture(autouse=True)
 def settings():
-    """JAX's own, as they were."""
+    """Restore JAX's own settings afterwards."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     yield
     for name, value in before.items():
@@ -63,7 +63,7 @@ def settings():
 
 @pytest.fixture
 def process(cli_env, tmp_path):
-    """`process("killed")` starts PROGRAM; `ended` of it is (exit code, lines, standard error)."""
+    """`process("killed")` starts PROGRAM; `ended` returns (exit code, lines, standard error)."""
     env = {name: value for name, value in cli_env.items() if "CACHE" not in name}
 
     def start(*words: str) -> subprocess.Popen:
@@ -89,7 +89,7 @@ def entry(folder, name: str, content: bytes = WHOLE, used: bytes | None = b"\1" 
 
 
 def examined(folder, **config: object) -> tuple[set[str], list[str]]:
-    """Names of the entries that are left after a start, and what that start has said."""
+    """The entries left after a start, and the lines which that start printed."""
     said: list[str] = []
     with kept_programs(CompileCacheConfig(str(folder), **config), said.append):
         left = {path.name.removesuffix("-cache") for path in folder.glob("*-cache")}
@@ -107,11 +107,11 @@ def test_what_is_not_whole_is_removed(tmp_path):
     left, said = examined(tmp_path)
     assert left == {"whole", "unused"}
     assert {path.name for path in tmp_path.glob("*-atime")} == {"whole-atime", "unused-atime"}
-    assert said == [f"compiled programs are kept in {tmp_path}: 2 there, 4 damaged removed"]
+    assert said == [f"compiled programs are kept in {tmp_path}: 2 found, 4 removed as damaged"]
 
 
 def test_a_sealed_entry_is_known_by_its_hash(tmp_path):
-    """One that still decompresses: its compression alone would not tell."""
+    """The damaged entry still decompresses, so only its SHA-256 can detect the damage."""
     path = entry(tmp_path, "sealed")
     other = entry(tmp_path, "other")
     assert examined(tmp_path)[0] == {"sealed", "other"}
@@ -143,7 +143,7 @@ def test_a_kill_in_the_middle_of_a_write(process, tmp_path):
     code, _, _ = ended(process("killed"))
     assert code == -9 and len(list(tmp_path.glob("*-cache"))) == 1
     code, lines, err = ended(process())
-    assert code == 0 and "1 damaged removed" in lines[0] and "Error" not in err
+    assert code == 0 and "1 removed as damaged" in lines[0] and "Error" not in err
     assert lines[1] == "compiled 1 read 0"
     assert ended(process())[1][1] == "compiled 0 read 1"
 
@@ -152,7 +152,7 @@ def test_two_processes_write_at_once(process, tmp_path):
     for code, lines, err in [ended(one) for one in [process(), process()]]:
         assert code == 0 and lines[-1].startswith("compiled") and "Error" not in err
     code, lines, _ = ended(process())
-    assert lines == [f"compiled programs are kept in {tmp_path}: 1 there", "compiled 0 read 1"]
+    assert lines == [f"compiled programs are kept in {tmp_path}: 1 found", "compiled 0 read 1"]
 
 
 def test_the_folder_is_bounded(tmp_path):
@@ -172,14 +172,14 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = default_folder()
     assert tmp_path in folder.parents and jax.__version__ in folder.name
-    # The user's own folder stands, with JAX's own settings.
+    # The user's own folder is used, with JAX's own settings.
     with kept_programs(CompileCacheConfig(), lambda line: None):
         assert jax.config.jax_compilation_cache_dir not in (None, str(folder))
     jax.config.update("jax_compilation_cache_dir", None)
     with kept_programs(CompileCacheConfig(), lambda line: None):
         assert jax.config.jax_compilation_cache_dir == str(folder)
         assert folder.stat().st_mode & 0o777 == 0o700
-    # What others may write to is not run.
+    # A folder that other users can write to is not used.
     jax.config.update("jax_compilation_cache_dir", None)
     os.chmod(folder, 0o777)
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""The coordinator listens where it was told to; where that could lock others out, everywhere."""
+"""The coordinator listens on the given address, or on all if others could not reach that one."""
 
 import socket
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 from moe_jax.parallel import coordinator, distributed
 
-# What names mean, and the addresses that this host has.
+# The addresses that names resolve to, and those of this host.
 NAMES = {
     "me": ["127.0.1.1"],  # Debian's own entry in /etc/hosts
     "one": ["10.0.0.7"],
     "two": ["10.0.0.7", "192.168.0.7"],
     "mixed": ["10.0.0.7", "34.1.2.3"],
-    "service": ["34.1.2.3"],  # NAT, or a cluster's address of a service
+    "service": ["34.1.2.3"],  # NAT, or the cluster IP of a Kubernetes service
     "six": ["fd00::7"],
     "localhost": ["127.0.0.1", "::1"],
 }
@@ -55,7 +55,7 @@ def test_where_it_listens(host, given, listens):
 
 def test_an_address_is_ours_if_it_can_be_bound():
     assert coordinator.bind_address("127.0.0.1:0") == "127.0.0.1:0"
-    assert coordinator.bind_address("192.0.2.1:0") is None  # TEST-NET-1, of no host
+    assert coordinator.bind_address("192.0.2.1:0") is None  # TEST-NET-1: not an address of any host
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_an_address_is_ours_if_it_can_be_bound():
     [
         ("10.0.0.7:80", 0, None, "10.0.0.7:80", ""),
         ("10.0.0.7:80", 1, None, None, ""),
-        ("service:80", 0, None, None, "service:80 is not one address"),
+        ("service:80", 0, None, None, "service:80 does not name exactly one"),
         ("10.0.0.7:80", 0, "0.0.0.0:80", None, ""),
     ],
 )
@@ -79,7 +79,7 @@ def test_what_jax_is_told(host, monkeypatch, capsys, given, process, variable, l
 
 
 def test_two_processes_meet_there_and_nowhere_else(cli_env, tmp_path):
-    """As Linux lists listening sockets: an address and a port in hexadecimal, state 0A."""
+    """Listening sockets in Linux's format: address and port in hexadecimal, state 0A."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -26,7 +26,7 @@ POD = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
 
 @pytest.fixture
 def any_platform():
-    """As on a machine where nobody asked for the CPU."""
+    """Unset the platform, as on a machine that does not request the CPU."""
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     yield
@@ -177,7 +177,7 @@ while True:
 
 
 def test_sigterm_before_the_first_step_ends_the_process_at_once(cli_env):
-    """There is nothing to save yet; an exception in the middle of a compilation would crash."""
+    """There is nothing to save yet, and an exception during a compilation would crash."""
     done = subprocess.run([sys.executable, "-c", COMPILING], env=cli_env, capture_output=True)
     assert (done.returncode, done.stderr) == (distributed.AGAIN, b"")
 
@@ -231,7 +231,7 @@ assert step == 2
 whole = multihost_utils.process_allgather(back["params"]["w"], tiled=True)
 assert (whole == np.arange(32).reshape(8, 4)).all() and int(back["step"]) == 1
 multihost_utils.sync_global_devices("before the damage")
-if distributed.lead():  # one file, which one of the two hashes
+if distributed.lead():  # damage one file, which only one of the two processes hashes
     files = pathlib.Path(checkpoints.root / "2").rglob("d/*")
     file = max(files, key=lambda path: path.stat().st_size)
     whole = file.read_bytes()

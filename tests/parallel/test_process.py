@@ -8,7 +8,7 @@ import time
 
 from moe_jax.parallel import process
 
-# Prints the moment of its first statement, and two moments between which the age was read.
+# Prints the time of its first statement, and the times just before and after it read the age.
 CHILD = """
 import time
 clock = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,4 +1,4 @@
-"""Copies on several devices: one bit that differs, anywhere, names the leaf and the device."""
+"""The replica check: any single flipped bit is reported with its leaf and device."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def one_ulp(x: np.ndarray, where: int = 0) -> np.ndarray:
 
 
 def corrupted(x: jax.Array, number: int) -> jax.Array:
-    """`x` whose copy on device `number` has one bit flipped."""
+    """`x` with one bit flipped in the replica on device `number`."""
     buffers = [
         jax.device_put(one_ulp(np.asarray(s.data)) if s.device.id == number else s.data, s.device)
         for s in x.addressable_shards
@@ -30,7 +30,7 @@ def corrupted(x: jax.Array, number: int) -> jax.Array:
 
 @pytest.fixture
 def tree(mesh_of):
-    """Leaves that lie as those of a run do, on data 2 x fsdp 2 x expert 2."""
+    """Leaves sharded as those of a run, on data 2 x fsdp 2 x expert 2."""
     mesh = mesh_of(data=2, fsdp=2, expert=2)
 
     def put(spec, shape, dtype=jnp.float32):
@@ -41,7 +41,7 @@ def tree(mesh_of):
         "experts": put(("expert", "fsdp"), (4, 6, 5)),
         "kernel": put((None, "fsdp"), (3, 8), jnp.bfloat16),
         "norm": put((), (5,)),
-        "rows": put((("data", "fsdp", "expert"),), (16,)),  # no copies: nothing to compare
+        "rows": put((("data", "fsdp", "expert"),), (16,)),  # no replicas: nothing to compare
         "step": put((), (), jnp.int32),
     }
 
@@ -53,8 +53,8 @@ def test_equal_copies_pass_and_one_bit_names_leaf_and_device(tree):
     expected = {
         ("norm", 5): ([5], [0, 1, 2, 3, 4, 6, 7]),
         ("step", 0): ([0], [1, 2, 3, 4, 5, 6, 7]),
-        ("kernel", 6): ([6], [2, 3, 7]),  # the same half of fsdp
-        ("experts", 3): ([3, 7], []),  # two copies: which of them is wrong cannot be told
+        ("kernel", 6): ([6], [2, 3, 7]),  # the devices with the same shard over fsdp
+        ("experts", 3): ([3, 7], []),  # two replicas: either may be wrong
     }
     for (leaf, number), (odd, others) in expected.items():
         wrong = tree | {leaf: corrupted(tree[leaf], number)}
@@ -101,7 +101,7 @@ def test_both_halves_of_a_wide_word_count(x64):
 
 
 def test_a_value_that_changes_places_changes_the_hash():
-    """1.0 and 2.0 differ by a power of two in their bits: with plain weights the sums are equal."""
+    """The bits of 1.0 and 2.0 differ by a power of two: linear weights would give equal sums."""
     rows = jnp.ones((512, 512)) + jnp.eye(512)
     assert len(set(np.asarray(jax.vmap(bit_hash)(rows)).tolist())) == 512
 

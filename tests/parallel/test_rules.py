@@ -1,4 +1,4 @@
-"""The table of logical axes refuses what would shard silently wrong."""
+"""The table of logical axes refuses entries that would shard wrongly without an error."""
 
 import jax
 import pytest
@@ -21,8 +21,8 @@ def test_a_tensor_gets_the_mesh_axes_of_its_names(mesh_of):
 @pytest.mark.parametrize(
     ("experts", "split"),
     [
-        (8, P(("expert", "fsdp"), None, None, "tensor")),  # two whole experts a device
-        (6, P("expert", "fsdp", None, "tensor")),  # 3 of a shard do not go evenly over fsdp
+        (8, P(("expert", "fsdp"), None, None, "tensor")),  # two whole experts per device
+        (6, P("expert", "fsdp", None, "tensor")),  # 3 experts per shard are not divisible by fsdp
     ],
 )
 def test_fsdp_splits_experts_before_their_width(mesh_of, experts, split):
@@ -42,8 +42,8 @@ def test_what_holds_no_experts_lies_as_its_names_say(mesh_of):
     [
         (("embed", "widht"), "unknown logical axes .*widht"),
         (("heads", None, "heads"), "repeat a name"),
-        (("mlp", "vocab"), "use one mesh axis twice"),  # both stand for tensor
-        (("batch", "embed"), "use one mesh axis twice"),  # fsdp is one of the batch's
+        (("mlp", "vocab"), "use one mesh axis twice"),  # both map to tensor
+        (("batch", "embed"), "use one mesh axis twice"),  # fsdp is also an axis of the batch
     ],
 )
 def test_impossible_tensors_are_refused(axes, complaint):

@@ -1,4 +1,4 @@
-"""Flags reach XLA's environment variable once, and the user's own come first."""
+"""Flags are added once to XLA's environment variable, and the user's own take precedence."""
 
 import os
 
