@@ -249,7 +249,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             with pytest.raises(UserError, match=f"{name} .*not a file"):
                 read(tmp_path / name)
     assert manifest.verify(epath.Path(tmp_path)).endswith(
-        "is a link, a pipe or a device: put the file itself there"
+        "is a link, a pipe or a device: replace it by the file itself"
     )
     (run,) = read_runs(tmp_path)
     assert "not a file" in run.state

@@ -1,7 +1,7 @@
-"""Checkpoints that are verified before they are trusted.
+"""Saves checkpoints, and verifies them before they are loaded.
 
-WORKDIR/checkpoints/<step>/ holds what Orbax writes and manifest.json; a step that does not verify
-is moved to WORKDIR/checkpoints/quarantine/.
+WORKDIR/checkpoints/<step>/ holds Orbax's files and manifest.json.  A step that does not verify is
+moved to WORKDIR/checkpoints/quarantine/.
 """
 
 from moe_jax.checkpoint.folder import QUARANTINE

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other about its checkpoints."""
+"""Makes the processes of a run agree about its checkpoints."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
 
-_LONGEST = 500  # bytes of a sentence that travels
+_LONGEST = 500  # bytes of a message that is sent to the other processes
 
 
 def lead_decides(action: Callable[[], int | None]) -> int | None:
-    """What `action()` returns on process 0, on every process; if it raises there, all raise."""
+    """Run `action` on process 0 and return its result on every process; if it raises, all raise."""
     failed, nothing = -2, -1
     code, error = nothing, None
     if jax.process_index() == 0:
@@ -24,12 +24,12 @@ def lead_decides(action: Callable[[], int | None]) -> int | None:
     if jax.process_count() > 1:
         code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
     if code == failed:
-        raise error or UserError("Process 0 cannot go on with its checkpoints: see its message.")
+        raise error or UserError("Process 0 failed to handle its checkpoints: see its message.")
     return None if code == nothing else code
 
 
 def first_of_all(sentence: str | None) -> str | None:
-    """The sentence of the first process that has one, on every process; None: nobody has."""
+    """The message of the first process that has one, on every process; None if none has."""
     if jax.process_count() == 1:
         return sentence
     text = (sentence or "").encode()[:_LONGEST]

@@ -1,4 +1,7 @@
-"""How Orbax writes and commits a step here: the manifest goes in before, what it wrote after."""
+"""Adds the manifest to Orbax's commit of a step.
+
+The manifest is written before the commit; the files that the commit writes are added to it after.
+"""
 
 import json
 from collections.abc import Mapping
@@ -11,12 +14,12 @@ from moe_jax.checkpoint import manifest
 
 
 class Handler(ocp.PyTreeCheckpointHandler):
-    """Orbax's pytree handler that ends a save with the manifest.
+    """Orbax's pytree handler, which here also writes the manifest at the end of a save.
 
     `finalize` runs on process 0 after every process has written and before the step is renamed.
 
     Attributes:
-      beside: file name -> JSON value, for the save under way.
+      beside: file name -> JSON value; the additional files of the current save.
     """
 
     beside: Mapping[str, Any] = {}
@@ -29,7 +32,7 @@ class Handler(ocp.PyTreeCheckpointHandler):
 
 
 class Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A step until it has its name; the manifest takes in at once what the commit wrote.
+    """An unfinished local step, committed by a rename; the commit's files then join the manifest.
 
     `finalize` runs on process 0, and the other processes wait for it.
     """
@@ -40,7 +43,7 @@ class Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Marked(ocp.path.atomicity.CommitFileTemporaryPath):
-    """The same where nothing can be renamed: a step until it has its marker."""
+    """An unfinished step in an object store, which cannot rename: committed by a marker file."""
 
     async def finalize(self) -> None:
         await super().finalize()
@@ -50,9 +53,9 @@ class Marked(ocp.path.atomicity.CommitFileTemporaryPath):
 # Orbax finds a handler by the type of its arguments.
 @ocp.args.register_with_handler(Handler, for_save=True)
 class Save(ocp.args.PyTreeSave):
-    """What to save."""
+    """The arguments of a save."""
 
 
 @ocp.args.register_with_handler(Handler, for_restore=True)
 class Restore(ocp.args.PyTreeRestore):
-    """How to restore it."""
+    """The arguments of a restore."""

@@ -1,8 +1,9 @@
-"""What the arrays of a step declare, against the size of its files.
+"""Compares the size that a step's arrays declare with the size of its files.
 
-A manifest proves that files are as somebody wrote them, not that it was us: metadata may declare
-arrays of any size, of which nothing has to be in the files, and chunks that decompress to any size.
-What we write is uncompressed and complete, so the files are never smaller than their arrays.
+A manifest proves that files are unchanged, not that this program wrote them.  The metadata of a
+hostile step may declare arrays of any size without data in the files, and chunks that decompress to
+any size.  This program writes uncompressed and complete arrays, so its files are never smaller than
+the arrays they hold.
 """
 
 import math
@@ -18,22 +19,22 @@ import numpy as np
 from moe_jax.files import json_files, records
 
 TIMEOUT = 300.0  # seconds to read the metadata of a step
-MEMORY = 4 << 30  # bytes it may take
+MEMORY = 4 << 30  # bytes of memory that the reader may use
 _READER = Path(__file__).with_name("read_declared.py")
 _MAX_AXES = 32
-_SLACK = 64 << 20  # bytes of a step beside its arrays
+_SLACK = 64 << 20  # bytes allowed for files of a step besides its arrays
 
 
 def check_declared(directory: os.PathLike[str], files: int) -> None:
-    """Checks a local step whose files are regular, before any array of it is read.
+    """Check a local step whose files are regular, before any of its arrays is read.
 
     Args:
-      directory: of the step.
+      directory: directory of the step.
       files: bytes of all its files.
 
     Raises:
-      ValueError: it cannot be read within `TIMEOUT` and `MEMORY`, or its arrays do not fit its
-        files; in a few words.
+      ValueError: the metadata cannot be read within `TIMEOUT` and `MEMORY`, or the arrays do not
+        fit the files; the message says why in a few words.
     """
     arrays = _read(directory)
     declared = sum(_stored_bytes(name, array) for name, array in arrays.items())
@@ -60,14 +61,14 @@ def _read(directory: os.PathLike[str]) -> dict[str, Any]:
 
 
 def _stored_bytes(name: str, array: Any) -> int:
-    """Bytes of all chunks of an array, the parts beyond its edges included.
+    """Bytes of all chunks of an array, including the parts of chunks beyond its edges.
 
     Raises:
-      ValueError: it is none that a run writes.
+      ValueError: no run writes such an array.
     """
     array = records.mapping(array)
     if array.get("compressor") is not None or array.get("filters"):
-        raise ValueError(f"its array {name!r} is compressed, which no run does")
+        raise ValueError(f"its array {name!r} is compressed; runs write uncompressed arrays")
     try:
         shape, chunks = _sizes(array.get("shape")), _sizes(array.get("chunks"))
         itemsize = _dtype(records.text(array.get("dtype"))).itemsize
@@ -87,7 +88,7 @@ def _sizes(value: Any) -> list[int]:
 
 
 def _dtype(name: str) -> np.dtype:
-    """TensorStore names bfloat16 and the like as JAX does, the others as NumPy does."""
+    """The dtype of a TensorStore name: NumPy's, or JAX's for bfloat16 and similar types."""
     try:
         return np.dtype(name)
     except TypeError:

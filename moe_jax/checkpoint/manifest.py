@@ -1,9 +1,10 @@
-"""The SHA-256 manifest of one step: what makes a flipped bit or a cut file visible.
+"""The SHA-256 manifest of one step, which detects flipped bits and truncated files.
 
-Orbax checksums next to nothing: a flipped payload byte loads as wrong weights.  The manifest lists
-every file of the step with its size and SHA-256.  It is written by process 0 after the per-process
-files were merged and before the step is committed, so a committed step always has one.  What Orbax
-writes to commit it is added afterwards (`seal`); a step that a kill has left without that is good.
+Orbax checksums almost nothing: a flipped payload byte loads as wrong weights.  The manifest lists
+every file of the step with its size and SHA-256.  Process 0 writes it after the per-process files
+were merged and before the step is committed, so a committed step always has one.  The files that
+Orbax writes to commit the step are added afterwards (`seal`); a step without that addition, because
+of a kill, is good.
 """
 
 import hashlib
@@ -25,13 +26,14 @@ from moe_jax.files import json_files, records
 
 MANIFEST = "manifest.json"
 COMMIT = "commit_success.txt"  # Orbax's marker, written last
-_INDEX = "manifest.ocdbt"  # of the arrays
-_AT_COMMIT = (COMMIT, "_CHECKPOINT_METADATA")  # which gets the time of the commit
+_INDEX = "manifest.ocdbt"  # TensorStore's index of the arrays
+_AT_COMMIT = (COMMIT, "_CHECKPOINT_METADATA")  # the commit writes or changes these files
 _FORMAT = 1
-# Bytes: between two blocks a thread that hashes needs the lock that the training loop may hold.
+# Bytes per block.  Between blocks a hashing thread needs the interpreter lock, which the training
+# loop may hold.
 _BLOCK = 4 * 2**20
-SLOWEST = 2**20  # bytes a second: reading a step that is slower than that is given up
-# What Orbax and TensorStore look for in a step; hidden files are those of file systems and editors.
+SLOWEST = 2**20  # bytes per second: reading a step fails if it is slower
+# Files that Orbax and TensorStore read; hidden files belong to file systems and editors.
 _READ_BY_ORBAX = re.compile(
     r"(manifest\.ocdbt|_METADATA|_sharding|(d|array_metadatas|ocdbt\.[^/]*)/(.*/)?[^./][^/]*)"
 )
@@ -46,7 +48,7 @@ class Entry(NamedTuple):
 
 
 def write(directory: epath.Path) -> None:
-    """Writes `directory`/manifest.json over all files that are there; raises OSError."""
+    """Write `directory`/manifest.json, listing all existing files; raises OSError."""
     names = sorted(name for name, _ in _files(directory) if name not in (MANIFEST, *_AT_COMMIT))
     with ThreadPoolExecutor(_READERS) as pool:
         entries = pool.map(lambda name: _entry(directory / name), names)
@@ -55,9 +57,9 @@ def write(directory: epath.Path) -> None:
 
 
 def seal(directory: epath.Path) -> None:
-    """Adds the files that the commit wrote; raises OSError, or ValueError of a damaged manifest.
+    """Add the files that the commit wrote; raises OSError, or ValueError for a damaged manifest.
 
-    A kill leaves the manifest of before, or this one.
+    The manifest is replaced atomically: a kill leaves the old one or the new one.
     """
     files = _manifest(directory)
     files |= {name: _entry(directory / name) for name in _AT_COMMIT}
@@ -65,10 +67,10 @@ def seal(directory: epath.Path) -> None:
 
 
 def incomplete(directory: epath.Path) -> str | None:
-    """None if every file of the step is there in its size, else the reason in a few words.
+    """None if every file of the step exists with its listed size, else the reason in a few words.
 
-    Files that the manifest does not list are refused where Orbax would read them, and anything but
-    files and folders everywhere.
+    Unlisted files that Orbax would read are refused, and so is anything other than regular files
+    and folders.
     """
     return _reason(lambda: _irregular(directory) or _sizes(directory, _listed(directory)))
 
@@ -78,7 +80,7 @@ def undeclared(directory: epath.Path) -> str | None:
 
     def check() -> None:
         files = _listed(directory)
-        if _INDEX not in files:  # without it Orbax would look for arrays elsewhere
+        if _INDEX not in files:  # without it Orbax would read arrays in another format
             raise ValueError(f"{_INDEX} is missing")
         check_declared(directory, sum(entry.size for entry in files.values()))
 
@@ -89,23 +91,24 @@ def verify(directory: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None
     """None if every file of the step is as it was written, else the reason in a few words.
 
     Args:
-      share: (i, n): hash only every n-th file from the i-th on, of n processes that share the work.
+      directory: directory of the step.
+      share: (i, n): process i of n hashes only every n-th file from the i-th on.
     """
     return incomplete(directory) or _reason(lambda: _contents(directory, _listed(directory), share))
 
 
 def committed(directory: epath.Path) -> bool:
-    """Whether this is a step that was once saved, whatever became of it since.
+    """True if the save of this step was completed, even if the step was damaged later.
 
-    In gs:// nothing is renamed: a save that was killed may leave a manifest there, but none that
-    lists the marker.
+    gs:// cannot rename: a killed save may leave a manifest there, but not one that lists the
+    marker.
     """
     if (directory / COMMIT).exists() or not (directory / MANIFEST).exists():
         return (directory / COMMIT).exists()
     try:
         return COMMIT in _manifest(directory)
     except (OSError, ValueError):
-        return True  # damaged, as no kill leaves it
+        return True  # the manifest was damaged later: a kill does not leave it like this
 
 
 def size(directory: epath.Path) -> int:
@@ -117,14 +120,14 @@ def size(directory: epath.Path) -> int:
 def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.Path]]:
     """(name relative to the step, path) of every file."""
     for path in directory.iterdir():
-        if path.is_dir() and not os.path.islink(path):  # a link may lead round in circles
+        if path.is_dir() and not os.path.islink(path):  # links may form a cycle
             yield from _files(path, f"{above}{path.name}/")
         else:
             yield f"{above}{path.name}", path
 
 
 def _entry(path: epath.Path, deadline: float = math.inf) -> Entry:
-    """Raises TimeoutError where `deadline`, of the monotonic clock, passes between two blocks."""
+    """Size and hash of a file; raises TimeoutError if the monotonic clock passes `deadline`."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with json_files.open_regular(path) as file:
         while count := file.readinto(block):
@@ -135,7 +138,7 @@ def _entry(path: epath.Path, deadline: float = math.inf) -> Entry:
 
 
 def seconds_to_read(size: int) -> float:
-    """The time limit for reading `size` bytes of a step."""
+    """The time limit in seconds for reading `size` bytes of a step."""
     return 60 + size / SLOWEST
 
 
@@ -155,18 +158,18 @@ def _listed(directory: epath.Path) -> dict[str, Entry]:
 
 
 def _manifest(directory: epath.Path) -> dict[str, Entry]:
-    """What manifest.json lists; raises OSError where that is no regular file, or ValueError."""
+    """The files in manifest.json; raises OSError if it is not a regular file, or ValueError."""
     with json_files.open_regular(directory / MANIFEST) as file:
         return _files_of(json_files.parse_limited(file))
 
 
 def _irregular(directory: epath.Path) -> str | None:
-    """Names the first thing in a local step that is neither a regular file nor a folder."""
+    """A message naming the first entry of a local step that is not a regular file or folder."""
     if _is_remote(directory):
         return None
     for name, path in _files(directory):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            return f"{name} is a link, a pipe or a device: put the file itself there"
+            return f"{name} is a link, a pipe or a device: replace it by the file itself"
     return None
 
 
@@ -203,7 +206,7 @@ def _is_remote(directory: epath.Path) -> bool:
 
 
 def _reason(check: Callable[[], str | None]) -> str | None:
-    """What `check` finds, or why it could not look."""
+    """The fault that `check` returns, or the reason that it failed."""
     try:
         reason = check()
     except FileNotFoundError as error:
@@ -216,7 +219,7 @@ def _reason(check: Callable[[], str | None]) -> str | None:
 
 
 def _files_of(manifest: Any) -> dict[str, Entry]:
-    """The files of a manifest; raises ValueError.  Names that leave the step are refused."""
+    """The files of a manifest; raises ValueError, also for a name outside the step."""
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"it is not of format {_FORMAT}")
     listed = manifest.get("files")

@@ -1,7 +1,7 @@
-"""Prints what the arrays of a checkpoint declare, as JSON: python read_declared.py DIRECTORY BYTES.
+"""Prints the metadata of a checkpoint's arrays as JSON: python read_declared.py DIRECTORY BYTES.
 
-A program of its own, which imports nothing of moe_jax: TensorStore decompresses the index of a step
-without asking how large it gets, so this runs with at most BYTES of memory, and may be killed.
+This is a separate program that imports nothing of moe_jax.  TensorStore decompresses the index of a
+step without a size limit, so the program runs with at most BYTES of memory, and may be killed.
 """
 
 import json
@@ -14,19 +14,19 @@ _FIELDS = ("shape", "chunks", "dtype", "compressor", "filters")
 
 
 def main() -> None:
-    """One JSON object: name of an array -> its fields."""
+    """Print one JSON object: name of an array -> its metadata fields."""
     directory, limit = sys.argv[1], int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import tensorstore as ts  # after the limit
 
-    # Each thread takes a stack out of the limit.
+    # The stack of each thread counts towards the limit.
     context = {name: {"limit": 2} for name in ("data_copy_concurrency", "file_io_concurrency")}
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
     store = ts.KvStore.open(spec | {"context": context}).result()
     keys = store.list().result()
     if any(key.endswith(b"zarr.json") for key in keys):
-        sys.exit("it holds arrays of zarr 3, which no run writes")
+        sys.exit("it holds arrays of zarr 3; runs write zarr 2")
     names = [key for key in keys if key.endswith(f"/{_METADATA}".encode())]
     if len(names) > LARGEST:
         sys.exit(f"it holds more than {LARGEST} arrays")

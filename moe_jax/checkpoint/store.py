@@ -1,4 +1,4 @@
-"""Checkpoints: the one adapter over Orbax."""
+"""Saves, verifies and restores checkpoints; the only adapter over Orbax."""
 
 import contextlib
 import math
@@ -31,22 +31,23 @@ from moe_jax.files import formats, json_files
 from moe_jax.parallel.distributed import lost_peer
 
 Report = Callable[[str], None]
-# What Orbax and TensorStore raise of files that they cannot read, or of metadata that they parse.
+# Exceptions of Orbax and TensorStore for files they cannot read or metadata they cannot parse.
 _DAMAGE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(RuntimeError, MemoryError),  # RuntimeError: a text that is not UTF-8, handed to TensorStore
+    *(RuntimeError, MemoryError),  # RuntimeError: TensorStore was given text that is not UTF-8
 )
 
 
 class Checkpoints:
-    """The steps under `root`, one directory each; every process of a run holds one of these.
+    """The checkpoints under `root`, one directory per step; every process of a run creates one.
 
-    Nothing is written before the first `save`, so opening a folder to look at it is safe.
+    Nothing is written before the first `save`, so reading a folder through this class is safe.
 
     Args:
-      root: WORKDIR/checkpoints, local (relative or not) or gs://.  All processes must see it.
-      keep_last: how many of the newest steps retention keeps.
-      keep_every: steps divisible by this are kept for good; 0: none.
+      root: WORKDIR/checkpoints, a local path (relative or absolute) or gs://, visible to all
+        processes.
+      keep_last: number of newest steps that retention keeps.
+      keep_every: retention never deletes steps divisible by this; 0: it may delete any older step.
     """
 
     def __init__(self, root: os.PathLike[str] | str, keep_last: int = 3, keep_every: int = 0):
@@ -55,26 +56,26 @@ class Checkpoints:
         self._saving: int | None = None  # the step being written
         self._needed = 0  # bytes of its arrays
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
-        # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step stays at a few
-        # files however many leaves and devices there are.
+        # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step has only a few
+        # files for any number of leaves and devices.
         self._handler = Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         unfinished = Marked if "://" in os.fspath(root) else Renamed
         self._orbax = ocp.AsyncCheckpointer(self._handler, temporary_path_class=unfinished)
 
     def steps(self) -> list[int]:
-        """Steps that were saved, ascending, good or bad; unfinished saves are not among them."""
+        """Saved steps in ascending order, good or bad; without unfinished saves."""
         return self._folder.steps()
 
     def incomplete(self, step: int) -> str | None:
-        """None if `step` has all its files in their sizes, else why not; reads none of them."""
+        """None if all files of `step` exist with the right size, else the reason; reads none."""
         return manifest.incomplete(self._folder.path(step))
 
     def verify(self, step: int) -> str | None:
-        """None if `step` is as it was written, else why not; reads every byte."""
+        """None if `step` is as it was written, else the reason; reads every byte."""
         return manifest.verify(self._folder.path(step))
 
     def examine(self, step: int) -> str | None:
-        """`verify` for a step that anybody may have written: its arrays must fit its files, too."""
+        """`verify` an untrusted step: the declared sizes of its arrays must also fit its files."""
         directory = self._folder.path(step)
         return (
             manifest.incomplete(directory)
@@ -83,7 +84,7 @@ class Checkpoints:
         )
 
     def quarantined(self) -> list[str]:
-        """Names of the steps that were set aside, as they stand in quarantine/."""
+        """Names of the directories in quarantine/."""
         return self._folder.quarantined()
 
     def size(self, step: int) -> int:
@@ -91,25 +92,26 @@ class Checkpoints:
         return manifest.size(self._folder.path(step))
 
     def latest_good(self, report: Report = lambda text: None) -> int | None:
-        """The newest step that verifies; None if nothing was ever saved here.
+        """The newest step that verifies; None if there are no steps.
 
         Newer steps that do not verify are moved to quarantine/, each reported in one sentence.
         All processes must call this: each hashes its share of the files.
 
         Raises:
-          UserError: there are steps and none of them verifies; nothing is moved then.
+          UserError: there are steps, but none verifies; none is moved then.
         """
         return self._walk_back(lambda step: first_of_all(self._verify_share(step)), report)
 
     def restore_latest(
         self, tree_of: Callable[[int], Any], report: Report = lambda text: None
     ) -> tuple[int, Any] | None:
-        """(`latest_good`, that step as `restore` gives it), hashed while it is loaded.
+        """Restore `latest_good` as (step, tree), loading and verifying each candidate in parallel.
 
-        What was loaded is dropped where the step then does not verify.
+        Loaded arrays are discarded if their step does not verify.
 
         Args:
-          tree_of: step -> what `restore` takes for it.
+          tree_of: step -> the `tree` argument of `restore`.
+          report: called with one sentence per quarantined step, and with sizes and seconds.
 
         Raises:
           UserError: as `latest_good` and `restore`.
@@ -127,15 +129,15 @@ class Checkpoints:
             reason = first_of_all(mine)
             if reason is not None:
                 return reason
-            # The bytes are what was saved: what is wrong now, a person has to mend.
+            # The files are intact, so an older step would not help: the user must fix the cause.
             error = back if isinstance(back, Exception) else None
             wrong = first_of_all((str(error) or repr(error)) if error else None)
             if wrong is not None:
-                raise error or UserError(f"Another process says: {wrong}")
+                raise error or UserError(f"Another process failed: {wrong}")
             loaded[step] = (
                 back,
-                f"step {step}: {formats.size(self.size(step), 1)} loaded in {seconds:.2f} s and "
-                f"verified meanwhile in {beside_seconds:.2f} s",
+                f"checkpoint of step {step}: {formats.size(self.size(step), 1)} loaded in "
+                f"{seconds:.2f} s and, in parallel, verified in {beside_seconds:.2f} s",
             )
             return None
 
@@ -147,12 +149,12 @@ class Checkpoints:
         return step, back
 
     def _verify_share(self, step: int) -> str | None:
-        """As `verify`, of the files that fall to this process."""
+        """`verify` this process's share of the files."""
         share = (jax.process_index(), jax.process_count())
         return manifest.verify(self._folder.path(step), share)
 
     def _walk_back(self, attempt: Callable[[int], str | None], report: Report) -> int | None:
-        """The newest step that `attempt` finds nothing wrong with, on every process."""
+        """The newest step for which `attempt` returns no fault on any process."""
         self.wait()
         bad: dict[int, str] = {}
 
@@ -178,11 +180,11 @@ class Checkpoints:
         return None
 
     def pin(self, step: int) -> None:
-        """Retention leaves `step` alone for as long as this object lives."""
+        """Exempt `step` from retention for the lifetime of this object."""
         self._folder.pin(step)
 
     def latest_good_before(self, step: int) -> int | None:
-        """The newest step below `step` that verifies; None where there is none.  Moves nothing."""
+        """The newest step below `step` that verifies, or None; moves no step."""
         self.wait()
 
         def walk_back() -> int | None:
@@ -192,7 +194,7 @@ class Checkpoints:
         return lead_decides(walk_back)
 
     def set_aside_after(self, step: int, report: Callable[[str], None] = lambda text: None) -> None:
-        """Moves all later steps to quarantine/, each reported in one sentence."""
+        """Move all steps after `step` to quarantine/, each reported in one sentence."""
         self.wait()
 
         def move() -> None:
@@ -202,19 +204,19 @@ class Checkpoints:
         lead_decides(move)
 
     def save(self, step: int, tree: Any, beside: Mapping[str, Any] = {}) -> bool:
-        """Starts writing `tree` as `step` and returns; the values are those of this moment.
+        """Start to write `tree` as `step` and return; later changes of the values are not saved.
 
-        Blocks until an earlier save is done, then applies retention.  A step that is already there
-        is left as it is.  All processes must call this.
+        Blocks until an earlier save is done, then applies retention.  An existing step is not
+        overwritten.  All processes must call this.
 
         Args:
           step: the number of the step.
           tree: any pytree of jax.Arrays, NumPy arrays and Python numbers (see `named_leaves`).
-          beside: file name -> JSON value; the files lie in the step's folder and are verified
+          beside: file name -> JSON value; these files are stored in the step's folder and verified
             like all others.
 
         Returns:
-          Whether a save was started.
+          True if a save was started, False if the step already existed.
 
         Raises:
           UserError: this or the earlier save cannot be written; older steps are untouched.
@@ -231,7 +233,7 @@ class Checkpoints:
         if lead_decides(prepare) is None:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
-        item = unflatten_dict(arrays, sep="/")  # the one form that is on disk
+        item = unflatten_dict(arrays, sep="/")  # on disk every tree is nested dicts
         self._handler.beside = beside
         with self._writing(step):
             self._orbax.save(self._folder.path(step), args=Save(item), force=True)
@@ -239,10 +241,10 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed, then applies retention.
+        """Block until the current save is committed, then apply retention.
 
         Raises:
-          UserError: it could not be written; older steps are untouched.
+          UserError: the save could not be written; older steps are untouched.
         """
         if self._saving is None:
             return
@@ -253,17 +255,17 @@ class Checkpoints:
                 self._folder.retain()
 
     def close(self) -> None:
-        """`wait`, then release Orbax's threads."""
+        """Wait for the current save, then release Orbax's threads."""
         try:
             self.wait()
         finally:
             self._orbax.close()
 
     def beside(self, step: int, name: str) -> Any:
-        """The JSON value that was saved beside `step` as `name`; None where there is none.
+        """The JSON value of the additional file `name` of `step`; None if there is no such file.
 
         Raises:
-          UserError: it cannot be read; not where the step verifies.
+          UserError: the file cannot be read; this cannot happen if the step verifies.
         """
         try:
             return json_files.read(self._folder.path(step) / name)
@@ -271,7 +273,7 @@ class Checkpoints:
             return None
 
     def describe(self, step: int) -> dict[str, Leaf]:
-        """Shape and dtype of every leaf of `step` by name, without reading any array."""
+        """The shape and dtype of every leaf of `step` by name; reads no array."""
         with self._reading(step):
             tree = self._handler.metadata(self._folder.path(step)).tree
             return {
@@ -280,25 +282,25 @@ class Checkpoints:
             }
 
     def restore(self, step: int, tree: Any) -> Any:
-        """`step` as a pytree like `tree`.
+        """Load `step` as a pytree with the structure of `tree`.
 
         Args:
-          step: one that verifies (`latest_good`).
-          tree: pytree of jax.ShapeDtypeStructs; a leaf with a sharding is restored as a jax.Array
-            laid out so, whatever mesh wrote it, one without as a NumPy array.
+          step: a step that verifies (`latest_good`).
+          tree: pytree of jax.ShapeDtypeStructs.  A leaf with a sharding is restored as a jax.Array
+            with that sharding, for any mesh that wrote it; a leaf without one as a NumPy array.
 
         Raises:
-          UserError: a leaf is missing, unknown, or of another shape or dtype (nothing is loaded
-            then: Orbax would cast silently), or the step cannot be read.
+          UserError: a leaf is missing, unknown, or has another shape or dtype (nothing is loaded
+            then, because Orbax would cast silently), or the step cannot be read.
         """
         return self._restore(step, "", tree)
 
     def restore_subtree(self, step: int, name: str, tree: Any) -> Any:
-        """Only what was saved under the key `name` of the tree; otherwise as `restore`."""
+        """Load only the subtree under the key `name`; otherwise as `restore`."""
         return self._restore(step, f"{name}/", tree)
 
     def digest(self, step: int, name: str = "params") -> str:
-        """SHA-256 of the arrays under the key `name` (`array_digest`), read leaf by leaf."""
+        """The SHA-256 of the arrays under the key `name` (`array_digest`), read leaf by leaf."""
         prefix = f"{name}/"
         leaves = {k: v for k, v in self.describe(step).items() if k.startswith(prefix)}
         return array_digest(
@@ -326,19 +328,19 @@ class Checkpoints:
             partial_restore=True,
         )
         with self._reading(step):
-            # Not through the checkpointer: there all processes wait for each other, also for one
+            # Not through the checkpointer, which has a barrier: all processes would wait for one
             # that could not read its part.
             return named_leaves(self._handler.restore(self._folder.path(step), args=args))
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """Says in one sentence which step could not be written, why, and how much room it needs."""
+        """Turn an error into a UserError: which step failed, why, and how much space it needs."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if lost_peer(error):  # no matter of the disk: nobody has to mend anything
+            if lost_peer(error):  # the disk is fine: the user has nothing to fix
                 raise
-            with contextlib.suppress(OSError):  # what is unfinished only takes room
+            with contextlib.suppress(OSError):  # the unfinished save would occupy the disk
                 self._folder.sweep(again=True)
             free = free_bytes(self.root)
             there = "" if free is None else f" and {formats.size(free, 1)} are free"
@@ -361,13 +363,13 @@ class Checkpoints:
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    """(what it returns, seconds)."""
+    """The result of `action`, and the seconds it took."""
     began = time.perf_counter()
     return action(), time.perf_counter() - began
 
 
 def _caught(action: Callable[[], Any]) -> Any:
-    """What it returns, or the exception: damaged bytes may raise anything where they are parsed."""
+    """The result of `action`, or its exception: parsing damaged bytes may raise any exception."""
     try:
         return action()
     except Exception as error:

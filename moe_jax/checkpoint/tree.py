@@ -17,17 +17,17 @@ from moe_jax.errors import UserError
 from moe_jax.files import formats
 
 Leaf: TypeAlias = jax.ShapeDtypeStruct
-_SLACK = 64 * 2**20  # bytes beside the arrays: metadata, part-filled blocks
+_SLACK = 64 * 2**20  # bytes besides the arrays: metadata, partly filled disk blocks
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """`tree`'s leaves by name, such as `params/blocks/3/moe/w_in`, in the order of the tree.
+    """The leaves of `tree` by name, such as `params/blocks/3/moe/w_in`, in tree order.
 
     Dict keys, sequence indices and NamedTuple fields are joined by `/`.  An nnx Variable is a leaf:
-    the attribute its value sits under is not part of the name.
+    its attribute `value` is not part of the name.
 
     Raises:
-      ValueError: two leaves have one name.
+      ValueError: two leaves have the same name.
     """
     names: dict[str, Any] = {}
     for path, leaf in tree_flatten_with_path(tree)[0]:
@@ -41,10 +41,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def abstract(leaf: Any) -> Leaf:
-    """Shape, dtype and, for arrays on devices, sharding of an array, scalar or ShapeDtypeStruct.
+    """The shape, dtype and sharding (None: not on a device) of an array, scalar or struct.
 
     Raises:
-      TypeError: a typed PRNG key; store `jax.random.key_data` of it.
+      TypeError: `leaf` is a typed PRNG key; store `jax.random.key_data` of it.
     """
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
@@ -54,24 +54,24 @@ def abstract(leaf: Any) -> Leaf:
 
 
 def check_same(where: str, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
-    """Raises UserError naming the first leaf whose presence, shape or dtype differs."""
+    """Raise UserError naming the first leaf that is absent, or differs in shape or dtype."""
     names = set(saved) | set(wanted)
-    # Parameters first: a person knows them, and the optimizer's leaves only follow them.
+    # Parameters first: users know them, and the optimizer's leaves follow from them.
     for name in sorted(names, key=lambda name: (not name.startswith("params/"), name)):
         old, new = saved.get(name), wanted.get(name)
         there, here = _text(old), _text(new)
         moment = name.startswith("optimizer/")
         if moment and old is not None and new is not None and old.shape != new.shape:
-            # The parameters agree and so do the names: the same optimizer kept its state otherwise.
+            # Parameters and names agree: the same optimizer stored its state in another layout.
             raise UserError(
-                f"{where} holds the optimizer's state in another form: {name} is {there} there and "
-                f"{here} in this config; use another --workdir (with --init_from to keep the "
-                f"weights)."
+                f"{where} holds the optimizer's state in another layout: {name} is {there} in the "
+                f"checkpoint and {here} in this config; use another --workdir (with --init_from "
+                f"to keep the weights)."
             )
         if there != here:
             raise UserError(
-                f"{where} holds another model or optimizer: {name} is {there} there and {here} "
-                f"in this config; use the config of that run or another --workdir."
+                f"{where} holds another model or optimizer: {name} is {there} in the checkpoint "
+                f"and {here} in this config; use the config of that run or another --workdir."
             )
 
 
@@ -82,16 +82,16 @@ def _text(leaf: Leaf | None) -> str:
 
 
 def array_digest(leaves: Iterable[tuple[str, Any]]) -> str:
-    """SHA-256 (64 hex digits) of named arrays; says nothing about devices, mesh or file layout.
+    """The SHA-256 (64 hex digits) of named arrays, independent of devices, mesh and file layout.
 
-    Over the leaves in order of name: name, dtype, shape, then the little-endian bytes.
+    It covers, for each leaf in order of name: name, dtype, shape, then the little-endian bytes.
 
     Args:
       leaves: (name, array) in ascending order of name, so that a checkpoint larger than memory
-        can be streamed.  The whole of each array must be readable on this host.
+        can be streamed.  This host must be able to read each whole array.
 
     Raises:
-      ValueError: names out of order.
+      ValueError: the names are out of order.
     """
     digest = hashlib.sha256()
     previous = ""
@@ -108,15 +108,15 @@ def array_digest(leaves: Iterable[tuple[str, Any]]) -> str:
 
 
 def disk_needed(tree: Any) -> int:
-    """Bytes one checkpoint of `tree` (arrays or ShapeDtypeStructs) takes, rounded up a little."""
+    """Disk bytes that one checkpoint of `tree` (arrays or structs) needs, plus a margin."""
     leaves = [abstract(leaf) for leaf in jax.tree.leaves(tree)]
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves) + _SLACK
 
 
 def free_bytes(root: os.PathLike[str] | str) -> int | None:
-    """Free on the file system of `root`, which need not exist.
+    """Free bytes on the file system of `root`, which need not exist.
 
-    None for remote paths such as gs://: object stores have no free space to ask for.
+    None for remote paths such as gs://, because object stores report no free space.
     """
     if "://" in os.fspath(root):
         return None
@@ -127,7 +127,7 @@ def free_bytes(root: os.PathLike[str] | str) -> int | None:
 
 
 def check_disk(root: os.PathLike[str] | str, needed: int) -> None:
-    """Raises UserError if the file system of `root` (which need not exist) lacks `needed` bytes."""
+    """Raise UserError if the file system of `root` (which need not exist) lacks `needed` bytes."""
     free = free_bytes(root)
     if free is not None and free < needed:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, on any layout, and the list of them tells the truth."""
+"""Checkpoints are restored bit by bit on any mesh, and the list of steps is correct."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_digest_is_free_of_the_mesh_and_sees_every_bit(tmp_path):
 
 
 def test_save_keeps_the_values_of_its_moment(tmp_path):
-    """The state is donated to the next step while the save is still being written."""
+    """The next step reuses the donated state while the save is still being written."""
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jnp.zeros((512, 1024))
     checkpoints = Checkpoints(tmp_path)
@@ -119,11 +119,11 @@ def change(tree, leaf):
     [
         (
             lambda t: change(t, jax.ShapeDtypeStruct((6,), jnp.float32)),
-            r"params/scale is float32\[5\] there and float32\[6\] in this config",
+            r"params/scale is float32\[5\] in the checkpoint and float32\[6\] in this config",
         ),
         (
             lambda t: change(t, jax.ShapeDtypeStruct((5,), jnp.bfloat16)),
-            r"params/scale is float32\[5\] there and bfloat16\[5\] in this config",
+            r"params/scale is float32\[5\] in the checkpoint and bfloat16\[5\] in this config",
         ),
         (
             lambda t: {**t, "ema": jax.ShapeDtypeStruct((2,), jnp.float32)},
@@ -131,7 +131,7 @@ def change(tree, leaf):
         ),
         (
             lambda t: {k: v for k, v in t.items() if k != "step"},
-            r"step is int64\[\] there and absent in this config",
+            r"step is int64\[\] in the checkpoint and absent in this config",
         ),
     ],
 )
@@ -174,12 +174,12 @@ def test_command_line(tmp_path, capsys):
     assert main(["moe-checkpoint", f"--workdir={tmp_path}", "--verify"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "  ok  " in lines[0] and "  bad: " in lines[2] and "SHA-256" in lines[2]
-    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0  # a listing reads no file
+    assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 0  # listing reads no file
     assert "step 30  complete  " in capsys.readouterr().out
     files_of(tmp_path / "checkpoints", 2)[0].unlink()
     assert main(["moe-checkpoint", f"--workdir={tmp_path}"]) == 1
     assert " is missing  " in capsys.readouterr().out.splitlines()[0]
-    assert checkpoints.steps() == [2, 10, 30]  # looking moves nothing
+    assert checkpoints.steps() == [2, 10, 30]  # listing moves no step
 
 
 def test_command_line_lists_quarantine_apart(tmp_path, capsys):
@@ -212,7 +212,7 @@ import sys
 import threading
 import absl.logging
 import numpy as np
-import orbax.checkpoint  # what other packages do to the process is theirs
+import orbax.checkpoint  # its own effects on the process do not count
 
 def process():
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook

@@ -1,4 +1,4 @@
-"""Damage to checkpoints: it never passes for weights, and never starts a run over."""
+"""Damaged checkpoints are never loaded as weights, and never restart a run from step 0."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path):
 
 @pytest.mark.full
 def test_every_single_bit_of_a_manifest_counts(tmp_path):
-    """Nothing but its own form protects it."""
+    """The manifest has no checksum of its own: only its format can show damage."""
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.save(1, {"w": np.arange(3.0)})
     checkpoints.wait()
@@ -53,7 +53,7 @@ def test_every_single_bit_of_a_manifest_counts(tmp_path):
 
 @pytest.mark.parametrize("way", [Renamed, Marked])
 def test_a_kill_about_the_commit_costs_no_step(tmp_path, monkeypatch, way):
-    """Before it there is none, also where nothing is renamed (gs://); after it there is one."""
+    """A save is a step only after the commit, also in gs://, which cannot rename."""
     monkeypatch.setattr("moe_jax.checkpoint.store.Renamed", way)
     checkpoints = saved(tmp_path, 1)
 
@@ -87,7 +87,7 @@ def test_a_cut_file_is_found_and_the_step_can_be_saved_again(tmp_path):
 
 
 def test_what_was_loaded_from_a_bad_step_is_dropped(tmp_path):
-    """A flipped bit in weights loads without a complaint; only the hashes beside it know."""
+    """Orbax loads a flipped bit in the weights without an error; only the hashes detect it."""
     checkpoints = Checkpoints(tmp_path)
     right = {step: np.random.default_rng(step).normal(size=(64, 64)) for step in (1, 2)}
     for step, w in right.items():
@@ -101,17 +101,18 @@ def test_what_was_loaded_from_a_bad_step_is_dropped(tmp_path):
     step, tree = checkpoints.restore_latest(lambda _: like, reports.append)
     assert step == 1 and same_bits(tree["w"], right[1]) and checkpoints.quarantined() == ["2"]
     assert "step 2 is bad" in reports[0] and "differs" in reports[0] and len(reports) == 2
-    assert re.match(r"step 1: \d+\.\d MiB loaded in .* s and verified meanwhile in", reports[1])
+    line = r"checkpoint of step 1: \d+\.\d MiB loaded in .* s and, in parallel, verified in"
+    assert re.match(line, reports[1])
 
 
 def test_a_good_step_of_another_model_is_refused_and_not_passed_over(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     other = abstract(make_tree("one"))
     other["params"]["scale"] = jax.ShapeDtypeStruct((6,), jnp.float32)
-    with pytest.raises(UserError, match=r"/2 holds another .* params/scale is float32\[5\] there"):
+    with pytest.raises(UserError, match=r"/2 holds another .* params/scale is float32\[5\] in the"):
         checkpoints.restore_latest(lambda _: other)
     assert checkpoints.steps() == [1, 2]
-    flip_bit(files_of(tmp_path, 2)[0])  # bad as well: then it is that
+    flip_bit(files_of(tmp_path, 2)[0])  # if the step is damaged too, that is reported
     with pytest.raises(UserError, match=r"/1 holds another .* params/scale"):
         checkpoints.restore_latest(lambda _: other)
 
@@ -211,11 +212,11 @@ for step in range(1, 1000):
 
 @pytest.mark.parametrize("kill", range(3))
 def test_sigkill_during_saves(tmp_path, cli_env, kill):
-    """Whatever the kill leaves, the newest step that is found holds the values of that step."""
+    """After a kill at any time, the newest step that is found holds the values of that step."""
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, env=cli_env, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout and run.stdout.readline() == "saving\n"
-        # A temporary directory seen: a save is under way at this moment.
+        # A temporary directory exists: a save is in progress.
         while not any(tmp_path.glob("*.orbax-checkpoint-tmp*")):
             assert run.poll() is None
         run.send_signal(signal.SIGKILL)

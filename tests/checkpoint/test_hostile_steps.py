@@ -1,4 +1,4 @@
-"""Steps that a stranger wrote and sealed: one sentence, and nothing is allocated or waited for."""
+"""Hostile steps with valid manifests: one-sentence errors, without large allocations or waits."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def seal(step: Path) -> None:
 
 
 def verdict(workdir: Path, capsys) -> str:
-    """What `checkpoint --verify` says of step 1; fails where that takes a lot of memory."""
+    """The output of `checkpoint --verify` for step 1; fails if it takes much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code = command.main(["checkpoint", f"--workdir={workdir}", "--verify"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
@@ -146,7 +146,7 @@ def test_files_without_arrays(workdir, capsys):
 
 
 def test_an_index_that_decompresses_without_bound(workdir, capsys, monkeypatch):
-    """Values that lie in the nodes of the index, which are compressed: 1000 to 1."""
+    """Values stored in the nodes of the index, which are compressed 1000 to 1."""
     config = {"max_inline_value_bytes": 2**20, "max_decoded_node_bytes": 2**30}
     step = step_of(workdir)
     shutil.rmtree(step / "d")
@@ -200,7 +200,7 @@ def test_a_file_that_orbax_would_read_and_the_manifest_does_not_list(workdir, ca
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
 @COUNTS
 def test_the_tree_of_a_checkpoint(workdir, count):
-    """What Orbax parses, with a seal of the stranger's own."""
+    """Damaged files that Orbax parses, with a manifest that lists them as they are."""
     path = step_of(workdir) / "_METADATA"
     tree = json.loads(path.read_text())
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -109,6 +109,6 @@ def test_adafactor_s_state_of_an_earlier_version_is_refused(tmp_path, corpus, mo
     monkeypatch.setattr(optim, "ELEMENTWISE", ("adamw", "adafactor"))
     saved(adafactor_run(corpus, tmp_path / "run"))
     monkeypatch.undo()
-    sentence = r"holds the optimizer's state in another form: .*v_col is float32\[1\] there"
+    sentence = r"state in another layout: .*v_col is float32\[1\] in the checkpoint"
     with pytest.raises(UserError, match=sentence + r".*\(with --init_from to keep the weights"):
         restored(adafactor_run(corpus, tmp_path / "run"))
