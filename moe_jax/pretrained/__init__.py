@@ -1,1 +1,1 @@
-"""Trained models, read from a workdir and written to a folder of their own."""
+"""Loads trained models from a workdir, and saves them to a separate folder."""

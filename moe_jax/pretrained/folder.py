@@ -1,4 +1,4 @@
-"""The folder of a run or of a saved model: its config, its checkpoints, a tokenizer."""
+"""Reads and writes the folder of a run or saved model: config, checkpoints, tokenizer."""
 
 import os
 from typing import Any
@@ -15,14 +15,14 @@ _CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
 
 
 def open_folder(folder: epath.Path, call: str) -> tuple[Config, Checkpoints]:
-    """The resolved config and the checkpoints of a run or saved model; writes nothing.
+    """The resolved config and the checkpoints of a run or saved model; writes no files.
 
     Args:
-      folder: to read.
-      call: what the user has written, at the head of each sentence.
+      folder: the folder to read.
+      call: the call that the user wrote; error messages begin with it.
 
     Raises:
-      UserError: it is no such folder, or its config.json is missing or damaged.
+      UserError: it is not such a folder, or its config.json is missing or damaged.
     """
     if not (folder / _CHECKPOINTS).is_dir():
         raise UserError(
@@ -33,10 +33,10 @@ def open_folder(folder: epath.Path, call: str) -> tuple[Config, Checkpoints]:
         config = read_config(folder / _CONFIG)
     except FileNotFoundError:
         raise UserError(
-            f"{call}: config.json, which says what its checkpoints hold, is missing: bring it back."
+            f"{call}: config.json, which describes its checkpoints, is missing: restore it."
         ) from None
-    if config.model.vocab_size < 1:  # a run writes the size that it has found
-        raise UserError(f"{call}: model.vocab_size in config.json is 0: bring the run's file back.")
+    if config.model.vocab_size < 1:  # a run records the size of its tokenizer
+        raise UserError(f"{call}: model.vocab_size in config.json is 0: restore the run's file.")
     return config, Checkpoints(folder / _CHECKPOINTS)
 
 
@@ -47,30 +47,30 @@ def write_folder(
     tree: dict[str, Any],
     tokenizer: str,
 ) -> None:
-    """Writes a folder that `load` and --init_from take.
+    """Write a folder that `load` and --init_from accept.
 
     Args:
-      directory: a folder that is empty or not there yet.
+      directory: a folder that is empty or does not exist.
       config: the run's resolved config.
-      step: of the weights.
-      tree: what the checkpoint holds, layer by layer.
-      tokenizer: name of the run's, as `load_tokenizer` takes it.
+      step: the step of the weights.
+      tree: the tree to save, with unstacked layers.
+      tokenizer: name of the run's tokenizer, as `load_tokenizer` takes it.
 
     Raises:
-      UserError: the folder is not empty, or cannot be written; or the tokenizer's file is gone.
+      UserError: the folder is not empty or cannot be written, or the tokenizer's file is missing.
     """
     call, folder = f"save({os.fspath(directory)!r})", epath.Path(directory).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"{call}: it is there and not an empty folder: name one that is not there yet."
+                f"{call}: it exists and is not an empty folder: name one that does not exist."
             )
         folder.mkdir(parents=True, exist_ok=True)
         save_tokenizer(tokenizer, folder)
         checkpoints = Checkpoints(folder / _CHECKPOINTS)
         checkpoints.save(step, tree)
         checkpoints.close()
-        # Last: without it `load` refuses the folder, so one that was cut short is not taken.
+        # Last, because `load` refuses a folder without it, and so refuses an interrupted save.
         (folder / _CONFIG).write_text(sealed_json(config))
     except OSError as error:
         advice = "name another folder or change its permissions"

@@ -1,4 +1,4 @@
-"""`load`: a trained model out of a run's workdir, or out of a folder that was saved."""
+"""`load` reads a trained model from a run's workdir or from a saved model's folder."""
 
 import dataclasses
 import os
@@ -29,23 +29,23 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> LoadedModel:
-    """A trained model: parameters, router state and tokenizer, but no optimizer.
+    """Load a trained model: parameters, router state and tokenizer, but no optimizer state.
 
-    Nothing at `path` is written, moved or locked, so the run may be training meanwhile.
+    No file at `path` is written, moved or locked, so the run may be training meanwhile.
 
     Args:
       path: workdir of a run, or a folder that `LoadedModel.save` wrote; local or gs://.
-      step: of the checkpoint; None: the newest that verifies (SHA-256 of every file).
-      dtype: that the model computes in, float32 or bfloat16; None: the run's precision.  Weights
-        stay float32.  A float64 run loads as float64 alone, under jax_enable_x64.
-      mesh: where the weights go, as `make_mesh` makes it; None: one device.
+      step: step of the checkpoint; None: the newest that verifies (SHA-256 of every file).
+      dtype: compute dtype, float32 or bfloat16; None: the run's precision.  Weights stay float32.
+        A float64 run loads only as float64, under jax_enable_x64.
+      mesh: mesh for the weights, as `make_mesh` makes it; None: one device.
 
     Returns:
-      Parameters, router state, tokenizer, and what they are good for (`logits`, `save`).
+      The model with its parameters, router state and tokenizer; see `logits` and `save`.
 
     Raises:
-      UserError: no such folder, step or dtype; a mesh that does not fit the model; a checkpoint,
-        config or tokenizer that is missing or damaged.
+      UserError: the folder, step or dtype does not exist; the mesh does not fit the model; or a
+        checkpoint, config or tokenizer is missing or damaged.
     """
     call, folder = f"load({os.fspath(path)!r})", epath.Path(path).expanduser()
     if mesh is None:
@@ -74,8 +74,8 @@ def _compute_dtype(call: str, dtype: DTypeLike | None, config: Config) -> jnp.dt
         raise UserError(f"{call}: dtype is {name!r}: use one of {', '.join(PRECISIONS)}.")
     if (name == "float64") != (config.precision == "float64"):
         raise UserError(
-            f"{call}: dtype is {name} and the run computed in {config.precision}: weights of "
-            f"float64 load as float64 alone, and no others do."
+            f"{call}: dtype is {name} and the run computed in {config.precision}: load a float64 "
+            f"run as float64, and any other run as float32 or bfloat16."
         )
     if name == "float64" and not jax.config.jax_enable_x64:
         raise UserError(
@@ -88,14 +88,14 @@ def _compute_dtype(call: str, dtype: DTypeLike | None, config: Config) -> jnp.dt
 def _tokenizer(call: str, name: str, config: Config) -> Tokenizer:
     if name != "bytes" and not epath.Path(name).expanduser().exists():
         raise UserError(
-            f"{call}: the run's tokenizer {name} is not there: bring it back, or put a copy beside "
+            f"{call}: the run's tokenizer {name} is missing: restore it, or put a copy beside "
             f"config.json, as tokenizer.json or (SentencePiece) tokenizer.model."
         )
     tokenizer = config_tokenizer(dataclasses.replace(config.data, tokenizer=name))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{call}: the tokenizer {name} has {tokenizer.vocab_size} ids and the model only "
-            f"{config.model.vocab_size}: bring back the run's."
+            f"{config.model.vocab_size}: restore the run's tokenizer."
         )
     return tokenizer
 
@@ -103,14 +103,14 @@ def _tokenizer(call: str, name: str, config: Config) -> Tokenizer:
 def _weights(
     call: str, checkpoints: Checkpoints, wanted: int | None, model: ModelDef, mesh: Mesh
 ) -> tuple[int, Params, dict[str, jax.Array]]:
-    """(step, parameters, router state) of the step that is wanted, else of the newest good one."""
+    """(step, parameters, router state) of step `wanted`; None: of the newest good step."""
     while True:
         step = _good_step(call, checkpoints, wanted)
         try:
             params = read_params(checkpoints, step, model, mesh)
             return step, params, read_router_state(checkpoints, step, model, mesh)
         except UserError:
-            # A live run may have deleted the step since it verified; there are newer ones then.
+            # A live run may have deleted the step since it verified; newer steps then exist.
             if wanted is not None or step in checkpoints.steps():
                 raise
 
@@ -118,7 +118,7 @@ def _weights(
 def _good_step(call: str, checkpoints: Checkpoints, wanted: int | None) -> int:
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"{call}: its checkpoints/ holds none yet: load it when one is saved.")
+        raise UserError(f"{call}: its checkpoints/ is empty: load it after the run has saved one.")
     if wanted is not None and wanted not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"{call}: no checkpoint of step {wanted}: it has steps {there}.")

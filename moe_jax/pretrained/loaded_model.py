@@ -1,4 +1,4 @@
-"""A trained model: its weights on a mesh, its tokenizer, and what to ask of it.
+"""A trained model: its weights on a mesh, its tokenizer, and methods to evaluate and save it.
 
 B rows, T positions, V vocabulary.
 """
@@ -40,10 +40,10 @@ class LoadedModel:
       model: graph definitions, shapes and compute dtype.
       params: the parameter tree of `model`, on `mesh`.
       router_state: name -> [MoE layers, ...]; empty for most routers.
-      tokenizer: text to token ids and back.
+      tokenizer: converts text to token ids and token ids to text.
       tokenizer_name: "bytes", or the path that the tokenizer was read from.
-      mesh: where the weights lie.
-      step: of the checkpoint they came from.
+      mesh: the mesh that holds the weights.
+      step: the step of the checkpoint.
     """
 
     run_config: Config
@@ -57,20 +57,20 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The shape of the model."""
+        """The model's section of the config."""
         return self.model.config
 
     def logits(self, tokens_BT: TokenRows) -> Float[Array, "B T V"]:
-        """Logits of the next token at every position of every row.
+        """The logits of the next token at every position of every row.
 
-        No token is dropped, whatever the run's dispatch path and capacity, so a row's logits do not
+        No token is dropped, for any dispatch path and capacity of the run, so a row's logits do not
         depend on the other rows.  Compiled once per shape [B, T].
 
         Args:
-          tokens_BT: token ids [B, T], every one of them real, at positions 0 to T - 1.  Any B.
+          tokens_BT: token ids [B, T] without padding, at positions 0 to T - 1.  Any B.
 
         Returns:
-          float32 [B, T, V] (float64 where the model computes in it), V the model's vocabulary.
+          float32 [B, T, V] (float64 if the model computes in float64), V the model's vocabulary.
 
         Raises:
           UserError: `tokens_BT` is not a matrix of integers, or an id is not in the vocabulary.
@@ -84,12 +84,13 @@ class LoadedModel:
         return logits_BTV if len(padded_BT) == rows else logits_BTV[:rows]
 
     def module(self) -> Transformer:
-        """The model as a Flax NNX module with these weights, its layers unrolled.
+        """The model as a Flax NNX module with these weights and unrolled layers.
 
-        It holds the same arrays; those of scanned layers are slices, and so copies.
+        It shares the arrays of this object, except those of scanned layers, which are sliced and
+        thereby copied.
 
         Returns:
-          A module that evaluates until `train()` is called.
+          A module in evaluation mode; call its `train()` for training mode.
         """
         config, parts, dtype = self.config, self.model.components, self.model.dtype
         module = nnx.eval_shape(lambda: Transformer(config, parts, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -99,17 +100,18 @@ class LoadedModel:
         return module
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a folder that `load` and `--init_from` take.
+        """Write a folder that `load` and `--init_from` accept.
 
         It holds config.json (the run's resolved config), checkpoints/STEP with the parameters and
-        the router state but no optimizer, and the tokenizer: tokenizer.json, or tokenizer.model for
-        SentencePiece.
+        the router state but no optimizer state, and the tokenizer: tokenizer.json, or
+        tokenizer.model for SentencePiece.
 
         Args:
-          directory: a folder that is empty or not there yet, local or gs://.
+          directory: a folder that is empty or does not exist, local or gs://.
 
         Raises:
-          UserError: it is not empty or cannot be written, or the tokenizer's file is gone.
+          UserError: the folder is not empty or cannot be written, or the tokenizer's file is
+            missing.
         """
         tree = {
             "step": np.int32(self.step),
@@ -121,9 +123,9 @@ class LoadedModel:
     def _checked(self, tokens_BT: TokenRows) -> Int[np.ndarray, "B T"]:
         try:
             tokens = np.asarray(tokens_BT)
-        except ValueError:  # rows of several lengths
+        except ValueError:  # rows of different lengths
             raise UserError(
-                "logits takes rows of one length: pad them, or pass each alone."
+                "logits takes rows of equal length: pad them, or pass each row separately."
             ) from None
         if not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"logits takes token ids, which are integers, not {tokens.dtype}.")
@@ -143,7 +145,7 @@ class LoadedModel:
     @functools.cached_property
     def _jitted_logits(self) -> Callable[[Params, dict[str, jax.Array], jax.Array], jax.Array]:
         config, mesh = self.config, self.mesh
-        # "auto" takes these two wherever they run, and these devices may not be those of the run.
+        # "auto" selects these two wherever they are available; this device may not have them.
         if config.attention in ("cudnn", "splash"):
             config = dataclasses.replace(config, attention="auto")
         model = never_dropping(define(config, self.model.dtype, self.model.components))
@@ -162,7 +164,7 @@ class LoadedModel:
                 router_state=router_state,
             )
             x_BTD, _ = forward(model, params, tokens_BT, positions_BT, ones_BT, context)
-            # As the loss multiplies them (ops/cross_entropy.py).
+            # The same matmul as in the loss (ops/cross_entropy.py).
             head_DV = head_weight(model, params).astype(x_BTD.dtype)
             wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
             return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=wide)

@@ -1,4 +1,4 @@
-"""The tokenizer of a saved model: one file beside its config, whatever the run's tokenizer was."""
+"""Finds and saves a model's tokenizer: a saved model has one tokenizer file beside its config."""
 
 import json
 import os
@@ -14,25 +14,25 @@ _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
 
 def tokenizer_name(folder: epath.Path, config: Config) -> str:
-    """What `load_tokenizer` takes for a run or saved model.
+    """The name that `load_tokenizer` takes for a run or saved model.
 
-    The file beside its config.json, if there is one; else the run's data.tokenizer.
+    This is the file beside config.json, if there is one, else the run's data.tokenizer.
     """
     files = (folder / name for name in (_JSON, _SENTENCEPIECE))
     return next((os.fspath(file) for file in files if file.exists()), config.data.tokenizer)
 
 
 def save_tokenizer(name: str, folder: epath.Path) -> None:
-    """Writes the tokenizer's file into `folder`: a copy, or byte_level_json() for "bytes".
+    """Write the tokenizer's file into `folder`: a copy, or byte_level_json() for "bytes".
 
-    A tokenizer_config.json beside the file comes along.
+    A tokenizer_config.json beside the original file is copied too.
 
     Args:
-      name: what `load_tokenizer` took.
-      folder: of the saved model.
+      name: the name that `load_tokenizer` took.
+      folder: folder of the saved model.
 
     Raises:
-      UserError: the tokenizer's file is gone.
+      UserError: the tokenizer's file is missing.
       OSError: `folder` cannot be written.
     """
     if name == "bytes":
@@ -42,16 +42,16 @@ def save_tokenizer(name: str, folder: epath.Path) -> None:
     raw = read_tokenizer_file(path)
     (folder / (_JSON if name.endswith(".json") else _SENTENCEPIECE)).write_bytes(raw)
     beside = path.parent / CONFIG_NAME
-    if beside.exists():  # says which tokens end and begin documents
+    if beside.exists():  # names the tokens that begin and end documents
         (folder / CONFIG_NAME).write_bytes(beside.read_bytes())
 
 
 def byte_level_json() -> str:
-    """A Hugging Face tokenizer.json with the ids of `BytesTokenizer`, byte for byte.
+    """A Hugging Face tokenizer.json with the same ids as `BytesTokenizer`.
 
-    A byte-level BPE without merges.  The end-of-text and padding tokens stand in the vocabulary
-    but are not "added tokens", which the library would look for in texts: a text that spells
-    <|endoftext|> is its bytes, as for `BytesTokenizer`.
+    It is a byte-level BPE without merges.  The end-of-text and padding tokens are in the vocabulary
+    but are not "added tokens", which the library would match in text: text that contains
+    <|endoftext|> is encoded as its bytes, as by `BytesTokenizer`.
     """
     vocabulary = {character: byte for byte, character in _byte_characters().items()}
     vocabulary |= {END_OF_TEXT: BytesTokenizer.eos_id, PADDING: BytesTokenizer.pad_id}
@@ -71,9 +71,9 @@ def byte_level_json() -> str:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary.
+    """The character that represents each byte in a byte-level vocabulary.
 
-    Printable ones of Latin-1 stand for themselves, the others for characters from 256 on.
+    Printable Latin-1 bytes are represented by themselves, the others by characters from 256 on.
 
     Reference: bytes_to_unicode in encoder.py of GPT-2 (github.com/openai/gpt-2).
     """

@@ -1,4 +1,4 @@
-"""Parameters and router state of a checkpoint, without its optimizer, on any mesh."""
+"""Reads the parameters and router state of a checkpoint, without its optimizer, on any mesh."""
 
 import dataclasses
 from typing import Any
@@ -15,10 +15,11 @@ from moe_jax.train.state import everywhere, initial_router_state, param_sharding
 def newest_good_step(checkpoints: Checkpoints) -> int | None:
     """The newest step that verifies; None if there is none.
 
-    Moves nothing, unlike `Checkpoints.latest_good`: the run may be another's, and may be training.
+    Unlike `Checkpoints.latest_good` it moves no step: the run may belong to another user, and may
+    still be training.
     """
     bad: set[int] = set()
-    # Listed anew each time: a live run adds steps, and deletes the one that was just found bad.
+    # Listed again each time: a live run adds steps, and may delete the one just found bad.
     while steps := [step for step in checkpoints.steps() if step not in bad]:
         if checkpoints.examine(steps[-1]) is None:
             return steps[-1]
@@ -27,18 +28,18 @@ def newest_good_step(checkpoints: Checkpoints) -> int | None:
 
 
 def read_params(checkpoints: Checkpoints, step: int, model: ModelDef, mesh: Mesh) -> Params:
-    """The parameters of a step that verifies.
+    """Read the parameters of a step that verifies.
 
     Args:
-      checkpoints: of any run of the same model; its layers may have been scanned or not.
-      step: which one.
-      model: whose parameter tree is returned.
-      mesh: where the parameters go, each sharded as its logical axes say.
+      checkpoints: checkpoints of any run of the same model, with scanned layers or not.
+      step: the step to read.
+      model: the model that defines the returned parameter tree.
+      mesh: mesh for the parameters, each sharded by its logical axes.
 
     Raises:
-      UserError: a parameter is missing, unknown, or of another shape or dtype.
+      UserError: a parameter is missing, unknown, or has another shape or dtype.
     """
-    # One layer after the other is the form on disk.
+    # On disk, layers are always stored separately.
     flat = define(
         dataclasses.replace(model.config, scan_layers=False), model.dtype, model.components
     )
@@ -59,10 +60,10 @@ def router_state_names(checkpoints: Checkpoints, step: int) -> list[str]:
 def read_router_state(
     checkpoints: Checkpoints, step: int, model: ModelDef, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Router state of a step that verifies: name -> [MoE layers, ...], whole on every device.
+    """Read the router state of a step that verifies: name -> [MoE layers, ...], replicated.
 
     Raises:
-      UserError: the step holds other state than the routers of `model` keep.
+      UserError: the state of the step differs from that of the routers of `model`.
     """
     state = jax.eval_shape(lambda: initial_router_state(model))
     target = _placed(state, jax.tree.map(lambda _: everywhere(mesh), state))

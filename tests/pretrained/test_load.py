@@ -1,4 +1,4 @@
-"""`load` gives a run's weights, and `logits` what the model says with them."""
+"""`load` returns a run's weights, and `logits` the model's output with them."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ from moe_jax.pretrained import loaded_model
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run with checkpoints of steps 4 and 8, trained on 8 devices; tests leave it as it is."""
+    """A run with checkpoints of steps 4 and 8, trained on 8 devices; tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     train(folder / "run", write_corpus(folder / "text"))
     return folder / "run"
@@ -38,7 +38,7 @@ def tiny(workdir) -> moe_jax.LoadedModel:
 
 
 def reference_logits(loaded: moe_jax.LoadedModel, tokens_BT: np.ndarray) -> np.ndarray:
-    """By `forward` on the path that runs every expert on every token, rows in one group."""
+    """Logits of `forward` on the path that runs every expert on every token, in one group."""
     moe = dataclasses.replace(loaded.config.moe, dispatch="dense", options={})
     model = define(dataclasses.replace(loaded.config, moe=moe), jnp.float32)
     B, T = tokens_BT.shape
@@ -139,13 +139,13 @@ def test_another_compute_dtype(tiny, workdir):
     assert digest(half) == digest(tiny)
     logits_BTV, exact_BTV = half.logits(tokens(3)), tiny.logits(tokens(3))
     assert logits_BTV.dtype == jnp.float32
-    # The mean: a few tokens whose experts nearly tie may go to others.
+    # The mean, because a few tokens with nearly tied experts may be routed differently.
     distance = np.abs(np.asarray(logits_BTV) - exact_BTV).mean()
     assert 1e-4 < distance < 0.02 * np.abs(exact_BTV).mean()
 
 
 def test_unrolled_layers_and_attention_of_another_platform(tiny, workdir, tmp_path):
-    """The checkpoint is one for all; the config says how layers and attention are run."""
+    """One checkpoint serves every config of scanned layers and attention kernels."""
     model = {"scan_layers": False, "attention": "cudnn"}
     unrolled = copy_with(workdir, tmp_path / "run", model=model)
     flat = moe_jax.load(unrolled)
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(workdir, tmp_path):
 
 
 def test_a_step_that_a_live_run_deletes_meanwhile(workdir, tmp_path, monkeypatch):
-    """Retention removes the step that was chosen; the run has saved another one."""
+    """Retention removes the chosen step while it is loaded; the run has saved another one."""
     shutil.copytree(workdir, tmp_path / "run")
     root = tmp_path / "run" / "checkpoints"
     (root / "4").rename(tmp_path / "4")
@@ -238,13 +238,13 @@ def test_what_is_refused(workdir, tmp_path, mesh_of):
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     refused("config.json, which says what its checkpoints hold, is missing", tmp_path / "new")
     shutil.copy(workdir / "config.json", tmp_path / "new")
-    refused("its checkpoints/ holds none yet", tmp_path / "new")
+    refused("its checkpoints/ is empty", tmp_path / "new")
     unresolved = copy_with(workdir, tmp_path / "0", model={"vocab_size": 0})
     refused("vocab_size in config.json is 0", unresolved)
     small = copy_with(workdir, tmp_path / "small", model={"vocab_size": 257})
     refused("the tokenizer bytes has 258 ids and the model only 257", small)
     wide = copy_with(workdir, tmp_path / "wide", model={"width": 64})
-    refused("is float32[32,2,16] there and float32[64,2,16] in this config", wide)
+    refused("is float32[32,2,16] in the checkpoint and float32[64,2,16] in this config", wide)
     (tmp_path / "wide" / "config.json").write_text("{")
     refused("config.json is damaged", wide)
 
@@ -266,7 +266,7 @@ def test_token_ids_that_are_none(tiny):
     for given, sentence in (
         (np.zeros((1, 4), np.float32), "takes token ids, which are integers, not float32"),
         (np.zeros((1, 4), bool), "integers, not bool"),
-        ([[1, 2], [3]], "takes rows of one length"),
+        ([[1, 2], [3]], "takes rows of equal length"),
         (np.zeros(4, int), r"of shape \[B, T\], not \[4\]"),
         (np.zeros((2, 0), int), r"not \[2, 0\]: pass at least one token"),
         ([[1, 258]], "token id 258, and this model has ids 0 to 257: use LoadedModel.tokenizer"),
@@ -277,7 +277,7 @@ def test_token_ids_that_are_none(tiny):
 
 
 def test_a_float64_run(tiny, tmp_path):
-    """Its weights are float64, which JAX keeps only where it is told to."""
+    """The weights are float64, which JAX keeps only under jax_enable_x64."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.params)
         state = {name: leaf.astype(jnp.float64) for name, leaf in tiny.router_state.items()}

@@ -1,4 +1,4 @@
-"""What `save` writes is a model of its own, for `load` and --init_from alike."""
+"""`save` writes a self-contained model that `load` and --init_from accept."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def unpacked(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(unpacked) -> moe_jax.LoadedModel:
-    """Out of a workdir of an earlier version, whose tokens are bytes."""
+    """The workdir of an earlier version, whose tokens are bytes."""
     return moe_jax.load(unpacked / "run")
 
 
@@ -75,7 +75,7 @@ def test_the_checkpoint_command_reads_it(saved, tiny, capsys):
 
 
 def test_a_run_starts_from_it(unpacked, saved, tiny, monkeypatch):
-    monkeypatch.chdir(unpacked)  # the config names texts and store by relative paths
+    monkeypatch.chdir(unpacked)  # the config names the text files and the store by relative paths
     lines: list[str] = []
     devices = jax.devices()[:DEVICES]
     run = prepare(config_of(unpacked), unpacked / "new", lines.append, devices)
@@ -90,7 +90,7 @@ def test_a_folder_that_is_in_use_is_refused(saved, tiny, tmp_path):
     before = sorted(os.listdir(saved))
     (tmp_path / "file").write_text("")
     for there in (saved, tmp_path / "file"):
-        with pytest.raises(moe_jax.UserError, match="not an empty folder: name one that is not"):
+        with pytest.raises(moe_jax.UserError, match="not an empty folder: name one that does not"):
             tiny.save(there)
     with pytest.raises(moe_jax.UserError, match=r"cannot be written \(Not a directory\)"):
         tiny.save(tmp_path / "file" / "below")
@@ -104,10 +104,10 @@ def test_a_folder_that_was_cut_short_is_not_taken(tiny, tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe_jax.pretrained.folder.sealed_json", fails)  # the last thing written
+    monkeypatch.setattr("moe_jax.pretrained.folder.sealed_json", fails)  # written last
     with pytest.raises(moe_jax.UserError, match=r"cannot be written \(No space left"):
         tiny.save(tmp_path / "model")
-    with pytest.raises(moe_jax.UserError, match="is missing: bring it back"):
+    with pytest.raises(moe_jax.UserError, match="is missing: restore it"):
         moe_jax.load(tmp_path / "model")
 
 
@@ -131,7 +131,7 @@ def test_byte_tokenizer_file_encodes_any_text_alike(written_tokenizer, text):
 
 @given(st.lists(st.integers(0, 300)))
 def test_byte_tokenizer_file_decodes_any_ids_alike(written_tokenizer, ids):
-    """Broken UTF-8, special ids and ids beyond the vocabulary included."""
+    """Also for invalid UTF-8, special ids and ids beyond the vocabulary."""
     assert written_tokenizer.decode(ids) == BytesTokenizer().decode(ids)
 
 
@@ -141,14 +141,14 @@ def test_byte_tokenizer_file_has_the_same_special_ids(written_tokenizer):
 
 
 def write_bpe(folder: Path) -> Path:
-    train_bpe(iter(["the router sends a token to an expert"]), 258, folder / "bpe.json")
+    train_bpe(iter(["the router sends every token to an expert"]), 258, folder / "bpe.json")
     return folder / "bpe.json"
 
 
 def write_sentencepiece(folder: Path) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the router sends a token to an expert"] * 9),
+        sentence_iterator=iter(["the router sends every token to an expert"] * 9),
         model_writer=model,
         vocab_size=40,
         hard_vocab_limit=False,
@@ -160,7 +160,7 @@ def write_sentencepiece(folder: Path) -> Path:
 
 @pytest.mark.parametrize("write", [write_bpe, write_sentencepiece])
 def test_a_tokenizer_file_is_copied(unpacked, tmp_path, write):
-    """A saved model needs no file of the machine that trained it."""
+    """A saved model depends on no other file of the machine that trained it."""
     source = write(tmp_path)
     run = copy_with(unpacked / "run", tmp_path / "run", data={"tokenizer": str(source)})
     loaded = moe_jax.load(run)
@@ -168,7 +168,7 @@ def test_a_tokenizer_file_is_copied(unpacked, tmp_path, write):
     raw = source.read_bytes()
     source.unlink()
 
-    text = "the router sends a token"
+    text = "the router sends every token"
     ids = loaded.tokenizer.encode(text)
     back = moe_jax.load(tmp_path / "saved")
     copied = tmp_path / "saved" / f"tokenizer{source.suffix}"
@@ -179,7 +179,7 @@ def test_a_tokenizer_file_is_copied(unpacked, tmp_path, write):
 
     with pytest.raises(moe_jax.UserError, match="there is no file"):
         loaded.save(tmp_path / "other")
-    with pytest.raises(moe_jax.UserError, match="is not there: bring it back, or put a copy"):
+    with pytest.raises(moe_jax.UserError, match="is missing: restore it, or put a copy"):
         moe_jax.load(run)
     (run / copied.name).write_bytes(raw)
     assert moe_jax.load(run).tokenizer.decode(ids) == text

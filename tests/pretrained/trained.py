@@ -1,4 +1,4 @@
-"""A small trained workdir, and what the tests here do to it."""
+"""A small trained workdir, and helpers that compare and change it."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from moe_jax.model.layout import to_layers
 from moe_jax.parallel.distributed import DONE
 from moe_jax.pretrained.loaded_model import LoadedModel
 
-STEPS = (4, 8)  # that have a checkpoint
-# A router with state, which moves far enough to change choices.  Scanned layers compile faster.
+STEPS = (4, 8)  # steps with a checkpoint
+# A router with state that changes enough to alter assignments.  Scanned layers compile faster.
 OVERRIDES = {
     "model.moe.every": 1,
     "model.scan_layers": True,
@@ -31,7 +31,7 @@ OVERRIDES = {
 
 
 def train(workdir: Path, files: str, **overrides: object) -> None:
-    """Trains in this process, on all of its devices."""
+    """Train in this process, on all of its devices."""
     before = signal.getsignal(signal.SIGTERM)
     assert main(["train", *flags(workdir, files, **OVERRIDES | overrides)]) == DONE
     signal.signal(signal.SIGTERM, before)
