@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written on the caller's thread.
+"""Writes TensorBoard's event files on the caller's thread.
 
-tensorboardX's own writer hands events to a thread through a queue of ten.  A full disk ends that
-thread, and a clock that is set back lets it sleep: the next `add_scalar` then waits for ever.
+tensorboardX's own writer passes events to a thread through a queue of ten.  A full disk ends that
+thread, and a clock that is set back makes it sleep: a later `add_scalar` then blocks forever.
 """
 
 import pathlib
@@ -28,9 +28,9 @@ class Board:
     """One event file of a run.
 
     Args:
-      folder: gets the file; made if it is missing.
-      names: of the event files that the run has already.
-      purge_step: TensorBoard hides what earlier files say from this step on; None: nothing.
+      folder: folder of the file, created if it is missing.
+      names: names of the run's existing event files.
+      purge_step: TensorBoard hides earlier files' events from this step on; None: hides none.
       say: as in `GrowingFile`.
 
     Raises:
@@ -60,17 +60,17 @@ class Board:
         self._write(event)
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Append a text, which TensorBoard shows letter by letter in lines as they are."""
+        """Append a text, which TensorBoard shows verbatim."""
         event = Event(step=step)
-        # TensorBoard reads Markdown: four spaces begin a line of code.
+        # TensorBoard renders Markdown: lines indented by four spaces are code.
         event.summary.value.extend(
             as_text(tag, textwrap.indent(text, "    ", lambda line: True)).value
         )
-        event.summary.value[0].tag = tag  # without the end that tensorboardX adds
+        event.summary.value[0].tag = tag  # without the suffix that tensorboardX adds
         self._write(event)
 
     def image(self, step: int, tag: str, picture: Picture, description: str) -> None:
-        """Append a picture; `description`: what TensorBoard says of it, in Markdown."""
+        """Append a picture; TensorBoard shows `description`, in Markdown, with it."""
         event = Event(step=step)
         value = event.summary.value.add(tag=tag)
         value.metadata.summary_description = description
@@ -89,9 +89,10 @@ class Board:
 
 
 def _next_name(names: Iterable[str]) -> str:
-    """A name that sorts after all of `names`, which is how TensorBoard orders files.
+    """A name that sorts after all of `names`, because TensorBoard orders files by name.
 
-    The second of the clock alone would not: it may be set back, and a run may rewind at once.
+    The clock's second alone does not ensure that: the clock may be set back, and a run may rewind
+    within a second.
     """
     seconds = [int(match[1]) for match in map(_NAME.fullmatch, names) if match]
     now = max([int(time.time()), *(second + 1 for second in seconds)])

@@ -1,4 +1,4 @@
-"""The load of each expert as a picture: a PNG made with zlib.  L layers, E experts."""
+"""Draws the load of each expert as a PNG, encoded with zlib.  L layers, E experts."""
 
 import struct
 import zlib
@@ -13,8 +13,8 @@ LOAD_MEANS = (
     "black: none."
 )
 _RED, _BLUE = np.array([178, 24, 43]), np.array([33, 102, 172])
-_DEEPEST = 2.0  # powers of two at which a colour is full
-_WIDTH, _CELL = 1024, (4, 32)  # pixels: of a wide picture, of a cell at least and at most
+_DEEPEST = 2.0  # |log2(load / balanced load)| from which a colour is saturated
+_WIDTH, _CELL = 1024, (4, 32)  # pixels: target width of the picture; minimum, maximum of a cell
 _SAMPLED = ("kept", "dropped_capacity", "dropped_buffer")
 
 
@@ -27,14 +27,14 @@ class Picture(NamedTuple):
 
 
 def expert_load(row: Mapping[str, Any]) -> np.ndarray | None:
-    """Assignments [L, E] before any drop, from a row of ledger.jsonl; None for a dense model."""
+    """The assignments [L, E] before any drop in a row of ledger.jsonl; None for a dense model."""
     by_fate = row.get("expert", {})
     counts = [np.asarray(by_fate[fate], float) for fate in _SAMPLED if fate in by_fate]
     return sum(counts[1:], counts[0]) if counts else None
 
 
 def heat_map(load_LE: np.ndarray) -> Picture:
-    """Colours of the loads over the balanced load of their layer, as LOAD_MEANS describes."""
+    """Colour each load relative to the balanced load of its layer, as LOAD_MEANS describes."""
     experts = load_LE.shape[1]
     mean_L1 = np.maximum(load_LE.mean(1, keepdims=True), 1e-9)
     depth_LE = np.log2(np.maximum(load_LE / mean_L1, 1e-9)) / _DEEPEST
@@ -47,10 +47,10 @@ def heat_map(load_LE: np.ndarray) -> Picture:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Pixels [height, width, 3] of 8 bits, as PNG (ISO/IEC 15948, sections 5 and 11)."""
+    """Encode 8-bit pixels [height, width, 3] as PNG (ISO/IEC 15948, sections 5 and 11)."""
     height, width, _ = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    lines = np.insert(pixels.reshape(height, -1), 0, 0, axis=1)  # each begins with its filter: none
+    lines = np.insert(pixels.reshape(height, -1), 0, 0, axis=1)  # filter byte 0: no filter
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
 

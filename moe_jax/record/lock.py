@@ -1,4 +1,4 @@
-"""One live run to a workdir."""
+"""Locks a workdir, so that only one run trains in it at a time."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,21 @@ LOCK = "lock"
 
 
 class Lock:
-    """WORKDIR/lock in the hands of this process; an object store has none."""
+    """The lock on WORKDIR/lock held by this process; a workdir in an object store has none."""
 
     def __init__(self, path: Folder | None, file: TextIO | None):
         self._path, self._file = path, file
 
     def check(self) -> None:
-        """Raises UserError where the file was removed or replaced: another run may be here."""
+        """Raise UserError if the file was removed or replaced: another run may be training here."""
         if not self.held():
             raise UserError(
-                f"{self._path} was removed or replaced while this run held it, so another one may "
-                f"be training there: see that none does, then run the same command again."
+                f"{self._path} was removed or replaced while this run held it, so another run may "
+                f"be training there: stop that run, if any, then run the same command again."
             )
 
     def held(self) -> bool:
-        """Whether the file of that name is still the one that this process has locked."""
+        """True if the path still names the file that this process has locked."""
         if self._path is None or self._file is None:
             return True
         mine = os.fstat(self._file.fileno())
@@ -38,18 +38,19 @@ class Lock:
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # it cannot be told: a file system that does not answer is no other run
+            return True  # unknown: an unresponsive file system does not mean another run
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 
 @contextlib.contextmanager
 def alone_in(workdir: Folder, say: Callable[[str], None] = print) -> Iterator[Lock]:
-    """Holds WORKDIR/lock, which the kernel lets go of when the process dies, however it dies.
+    """Hold WORKDIR/lock; the kernel releases it when the process ends for any reason.
 
-    The file stays, and says who holds it.  Only where the run ends before it has written anything
-    else into a folder that was made here, the folder goes as well; so whoever gets a lock looks
-    whether the file still has its name.  An object store has no locks: there nothing is held and
-    nothing promised.  On a local file system without locks neither, and one line to `say` tells so.
+    The file remains after the release and names the process that holds or held the lock.  If this
+    call created the folder and the run fails before it writes any other file, the folder is
+    removed too.  A process that gets the lock therefore checks that the file still has its name.
+    An object store has no locks, so there is no protection there.  A local file system without
+    locks gives none either, which is reported in one line to `say`.
 
     Raises:
       UserError: another live process trains here, or the folder cannot be written.
@@ -62,7 +63,7 @@ def alone_in(workdir: Folder, say: Callable[[str], None] = print) -> Iterator[Lo
         with _opened(workdir) as file:
             _take(file, workdir, say)
             lock = Lock(workdir / LOCK, file)
-            if not lock.held():  # who held it before has removed it
+            if not lock.held():  # the previous holder has removed the file
                 continue
             _sign(file)
             try:
@@ -70,7 +71,7 @@ def alone_in(workdir: Folder, say: Callable[[str], None] = print) -> Iterator[Lo
             except BaseException:
                 if made and lock.held() and os.listdir(workdir) == [LOCK]:
                     (workdir / LOCK).unlink()
-                    with contextlib.suppress(OSError):  # others may have come to need it
+                    with contextlib.suppress(OSError):  # another process may use the folder now
                         for folder in made:
                             folder.rmdir()
                 raise
@@ -97,13 +98,13 @@ def _take(file: TextIO, workdir: Folder, say: Callable[[str], None]) -> None:
         ) from None
     except OSError as error:
         say(
-            f"{workdir} lies on a file system without locks ({reason(error)}): nothing keeps a "
-            f"second run out of it, so start one at a time."
+            f"{workdir} is on a file system without locks ({reason(error)}): a second run in it "
+            f"would not be refused, so start only one at a time."
         )
 
 
 def _sign(file: TextIO) -> None:
-    """Writes who holds the lock, which only another run's sentence needs: a full disk is none."""
+    """Write the holder into the file; only an error message needs it, so a full disk is ignored."""
     with contextlib.suppress(OSError):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())

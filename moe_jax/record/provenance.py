@@ -1,4 +1,4 @@
-"""What a run was: its resolved config, overrides, package versions and git revision."""
+"""Records what defines a run: resolved config, overrides, package versions and git revision."""
 
 import importlib.metadata
 import json
@@ -37,17 +37,17 @@ def write_run_record(
     data_fingerprint: str,
     data: Mapping[str, Any] = {},
 ) -> None:
-    """Writes config.json, overrides.json, data.json and versions.json into `workdir`, making it.
+    """Create `workdir` and write config.json, overrides.json, data.json and versions.json.
 
-    Called by process 0 at every start that has steps to take; a resumed run replaces the files.
+    Process 0 calls this at every start that has steps to run; a resumed run replaces the files.
     The two that a restart reads, config.json and data.json, are sealed.
 
     Args:
       workdir: folder of the run.
       config_json: the resolved config as `moe_jax.config.to_json` writes it.
       overrides: the --config.* overrides of the command line.
-      data_fingerprint: of the token store.
-      data: what else data.json says of it.
+      data_fingerprint: fingerprint of the token store.
+      data: further fields of data.json.
 
     Raises:
       UserError: the folder cannot be written.
@@ -73,7 +73,7 @@ def _sealed_text(value: Mapping[str, Any]) -> str:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of moe_jax and of what it computes with; None: not installed."""
+    """The versions of moe_jax and of its numerical dependencies; None: not installed."""
     packages: dict[str, str | None] = {"moe_jax": __version__}
     for name in _PACKAGES:
         try:
@@ -84,7 +84,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def versions() -> dict[str, Any]:
-    """Python, packages, devices and, where moe_jax runs from a git checkout, its revision."""
+    """The versions of Python and packages, the devices, and the git revision of a checkout."""
     return {
         "python": platform.python_version(),
         "packages": package_versions(),
@@ -96,7 +96,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package lies in, `-dirty` if changed; None without git."""
+    """The commit of the checkout that contains this package, `-dirty` if changed; None: no git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = pathlib.Path(__file__).parent
     try:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: JSON lines, TensorBoard, Weights & Biases, a bar or plain lines."""
+"""Reports a run: JSON lines, TensorBoard, Weights & Biases, and a bar or plain lines."""
 
 import contextlib
 import math
@@ -21,29 +21,29 @@ from moe_jax.record.wandb_tracker import WandbTracker
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
-COPY_TIMEOUT = 10.0  # seconds for which a copy to an object store may hold up the run
-LAST_COPY_TIMEOUT = 120.0  # the same at its end
+COPY_TIMEOUT = 10.0  # seconds for which a copy to an object store may block the run
+LAST_COPY_TIMEOUT = 120.0  # the same at the end of the run
 _BOARD = "tensorboard"  # folder of the event files
 
 
 class Reporter:
     """Writes and shows the rows of a run, on the lead process.
 
-    A row is a dict with `step` and numbers; per-layer lists stand under `layers`, other nested
-    dicts (per source, say) are welcome.  A number that is not finite becomes a string ("nan",
-    "inf", "-inf"), so that every line stays JSON and float() still reads it.
+    A row is a dict with `step` and numbers; per-layer lists are under `layers`, and other nested
+    dicts (per source, for example) are allowed.  A number that is not finite becomes a string
+    ("nan", "inf", "-inf"), so that every line is valid JSON and float() still reads the value.
 
-    Once it is made, it never ends a run: what a full disk refuses is kept in memory and written
-    when there is room (`GrowingFile`), and what a store refuses is copied later.
+    After its construction a Reporter never ends a run: rows that a full disk refuses wait in memory
+    (`GrowingFile`), and files that an object store refuses are copied later.
 
     Args:
-      workdir: folder of the run; into one of an object store, files are copied every half minute,
-        at each `flush` and at the end.
-      total_steps: where the run ends.
-      resumed_step: the restored step; later rows are set aside.  None: a fresh start.
-      config: of the run, which trackers hold as text; they leave out what it does not use.  None:
-        they leave nothing out.
-      screen: shows lines and rows from then on; None: one is opened.
+      workdir: folder of the run; in an object store, files are copied to it every half minute, at
+        each `flush` and at the end.
+      total_steps: the last step of the run.
+      resumed_step: the restored step; later rows are moved to a tail file.  None: a new run.
+      config: config of the run, which trackers show as text; metrics that it does not use are
+        left out of the trackers.  None: no metric is left out.
+      screen: shows lines and rows; None: a new one is opened.
 
     Raises:
       UserError: the folder cannot be written.
@@ -94,7 +94,7 @@ class Reporter:
             ) from None
 
     def rewind(self, step: int) -> None:
-        """The run goes back to `step`: later rows are set aside, as when it is resumed.
+        """Move the rows after `step` to a tail file, as when a run is resumed from `step`.
 
         Raises:
           UserError: the folder cannot be written.
@@ -104,7 +104,7 @@ class Reporter:
             self._files = self._open(step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to metrics.jsonl and the trackers, and shows it."""
+        """Append `row` to metrics.jsonl and the trackers, and show it."""
         row = {name: plain(value) for name, value in row.items()}
         self._files.metrics.append(row)
         tagged = list(scalars(row, self._unused))
@@ -116,29 +116,29 @@ class Reporter:
             self._copies.start(self._mirror.push_if_due)
 
     def ledger(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to ledger.jsonl, and the load of each expert to TensorBoard."""
+        """Append `row` to ledger.jsonl, and the load of each expert to TensorBoard."""
         self._files.ledger.append(row)
         load_LE = expert_load(row)
         if load_LE is not None:
             self._files.board.image(row["step"], LOAD, heat_map(load_LE), LOAD_MEANS)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Shows a text, such as a sample, in the trackers; `name`: a key of `TEXTS`."""
+        """Add a text, such as a sample, to the trackers; `name` is a key of `TEXTS`."""
         self._files.board.text(step, TEXTS[name], text)
         if self._wandb:
             self._wandb.text(step, TEXTS[name], text)
 
     def flush(self) -> None:
-        """Copies what was logged so far to an object store; a local workdir has it already."""
+        """Copy the files to the object store, if the workdir is in one."""
         if self._copies:
             self._copies.start(self._mirror.push)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         self._screen.say(text)
 
     def close(self) -> None:
-        """Ends the bar, closes the files and makes the last copies."""
+        """End the bar, close the files and make the last copies."""
         self._screen.close()
         self._files.close()
         if self._wandb:
@@ -157,31 +157,31 @@ class SilentReporter:
     """The reporter of every process but the lead: it writes and shows nothing."""
 
     def rewind(self, step: int) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def ledger(self, row: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class _Copies:
-    """Copies to an object store, one at a time, each holding up its caller for a limited time.
+    """Copies to an object store, one at a time; each blocks its caller for a limited time.
 
-    A store may take hours to answer, and raises nothing meanwhile.
+    A store may take hours to answer without raising an error.
     """
 
     def __init__(self, mirror: Mirror, say: Callable[[str], None]):
@@ -189,17 +189,17 @@ class _Copies:
         self._thread: threading.Thread | None = None  # the copy that has not ended yet
 
     def start(self, copy: Callable[[], None]) -> None:
-        """Run `copy`, unless an earlier one is still under way: the next copies the same."""
+        """Run `copy`, unless an earlier one still runs: the next copy includes the same files."""
         if not self._ended(0.0):
             return
         self._begin(copy)
         if not self._ended(COPY_TIMEOUT):
-            self._say(f"{self._late(COPY_TIMEOUT)} The run goes on.")
+            self._say(f"{self._late(COPY_TIMEOUT)} The run continues.")
         elif self._failed:
             self._say(f"{self._failed} Trying again later.")
 
     def finish(self) -> None:
-        """Make the last copy, after the one under way."""
+        """Wait for the current copy, then make the last one."""
         if self._ended(LAST_COPY_TIMEOUT):
             self._begin(self._mirror.close)
         if not self._ended(LAST_COPY_TIMEOUT):
@@ -221,7 +221,7 @@ class _Copies:
             self._failed = str(error)
 
     def _ended(self, seconds: float) -> bool:
-        """Whether no copy is under way, after waiting for up to `seconds`."""
+        """True if no copy is running after a wait of up to `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -234,7 +234,7 @@ class _Copies:
 
 
 class _Files:
-    """What a reporter writes, continued after `resumed_step` (None: begun)."""
+    """The files of a reporter, continued after `resumed_step` (None: a new run)."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class _Files:
         for name in (METRICS, LEDGER):
             truncate(folder / name, resumed_step)
         self.metrics, self.ledger = (Lines(folder / name, say) for name in (METRICS, LEDGER))
-        from moe_jax.record.board import Board  # imports torch where that is installed: seconds
+        from moe_jax.record.board import Board  # takes seconds if torch is installed
 
         purge_step = None if resumed_step is None else resumed_step + 1
         self.board = Board(folder / _BOARD, event_files, purge_step, say)
@@ -258,9 +258,9 @@ class _Files:
 
 
 def truncate(path: pathlib.Path, step: int | None) -> None:
-    """Keeps the rows of a metrics file up to `step` (None: no row), atomically.
+    """Keep the rows of a metrics file up to `step` (None: no row), atomically.
 
-    What follows, a torn last line included, goes to `<name>.<n>.tail` beside it, n from 1.
+    The other lines, including a torn last line, are moved to `<name>.<n>.tail` beside it, n from 1.
     """
     if not path.exists():
         return
@@ -274,7 +274,7 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}.tail")).exists():
         number += 1
-    # The tail first: a kill in between loses no row, it only sets the tail aside twice.
+    # The tail first: a kill between the two writes loses no row, it only stores the tail twice.
     for target, lines in ((aside, tail), (path, kept)):
         unfinished = target.with_name(f"{target.name}.new")
         unfinished.write_bytes(b"".join(lines))
@@ -282,17 +282,18 @@ def truncate(path: pathlib.Path, step: int | None) -> None:
 
 
 def has_last_eval(path: Folder, steps: int, max_epochs: int) -> bool:
-    """Whether a metrics file holds held-out results of the end of a run.
+    """True if a metrics file holds the held-out results of the end of a run.
 
     Args:
-      steps: train.steps, which end a run.
-      max_epochs: data.max_epochs, which may have ended it before; 0: that does not count.
+      path: the metrics file; it may be missing.
+      steps: train.steps, the last step of the run.
+      max_epochs: data.max_epochs, which may have ended the run earlier; 0: no limit.
     """
     return any(is_last(row, steps, max_epochs) for row in _rows(path))
 
 
 def is_last(row: Mapping[str, Any], steps: int, max_epochs: int) -> bool:
-    """Whether a row holds the held-out results of the end of a run (see `has_last_eval`)."""
+    """True if a row holds the held-out results of the end of a run (see `has_last_eval`)."""
     used_up = max_epochs > 0 and row.get("max_epochs") == max_epochs and row["step"] < steps
     return "eval_loss" in row and (row["step"] == steps or used_up)
 
@@ -305,7 +306,7 @@ def _rows(path: Folder) -> Iterator[dict[str, Any]]:
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line of metrics.jsonl: an object with a whole `step`; None for what is none."""
+    """The row in a line of metrics.jsonl; None if it is not an object with an integer `step`."""
     return records.parse_line(line, _row)
 
 
@@ -316,7 +317,7 @@ def _row(value: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """JSON-able twin of numbers, arrays and nested containers."""
+    """Convert numbers, arrays and nested containers to JSON values."""
     if isinstance(value, Mapping):
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

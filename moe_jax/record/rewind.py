@@ -1,13 +1,13 @@
-"""Going back past batches that broke the run: which data a step then takes, and the record of it.
+"""Rewinds a run past batches that led to divergence, and records which data each step then uses.
 
-WORKDIR/rewinds.jsonl has a line for each time the run went back.  Data stays a pure function of
-the step: that of the file's lines and the step's number (`data_step`).  A checkpoint holds the
-lines that were there when it was saved, so that a file which is lost or altered is noticed.
+WORKDIR/rewinds.jsonl has one line per rewind.  The data of a step remains a pure function of the
+step's number and the lines of the file (`data_step`).  A checkpoint contains the lines that existed
+when it was saved, so that a lost or altered file is detected.
 
-What is left out begins with the batch after the checkpoint, good ones included, as PaLM did it
-(arXiv 2204.02311, section 5.1: back about 100 steps, and on without 200 to 500 batches).  Taking
-the good ones again would rebuild the very parameters that diverged, bit for bit: refused steps
-changed nothing.
+The skipped batches begin with the one after the checkpoint, good ones included, as in PaLM (arXiv
+2204.02311, section 5.1: restart about 100 steps earlier and skip 200 to 500 batches).  Training on
+the good ones again would reproduce the parameters that diverged bit for bit, because skipped steps
+changed no state.
 """
 
 import dataclasses
@@ -33,24 +33,24 @@ from moe_jax.parallel.distributed import lead
 
 REWINDS = "rewinds.jsonl"
 _IN_CHECKPOINT = "rewinds.json"  # a list of the lines
-LARGEST = 2**40  # no step counts further
+LARGEST = 2**40  # every step number is smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewind:
-    """One line of the file.  Step n of the data is what the step after n others takes."""
+    """One line of the file.  Without rewinds, the step after n others uses data step n."""
 
-    step: int  # of the checkpoint that the run went back to
-    data_step: int  # what the step after it takes instead of its own data
-    refused: tuple[int, int]  # first and last of the steps that made it necessary, as logged
-    skipped: tuple[int, int]  # first and last step of the data that are left out
+    step: int  # step of the checkpoint that the run returned to
+    data_step: int  # data step that the next training step uses instead of its own
+    refused: tuple[int, int]  # first and last skipped training step that caused the rewind
+    skipped: tuple[int, int]  # first and last data step that the run leaves out
     why: str
     time: str  # UTC
     settled: bool  # later checkpoints are in quarantine; False only after a kill
 
 
 def data_step(rewinds: Sequence[Rewind], step: int) -> int:
-    """Which step of the data the step after `step` others takes."""
+    """The data step that the training step after `step` others uses."""
     for rewind in reversed(rewinds):
         if rewind.step <= step:
             return step - rewind.step + rewind.data_step
@@ -58,27 +58,28 @@ def data_step(rewinds: Sequence[Rewind], step: int) -> int:
 
 
 def last_step(rewinds: Sequence[Rewind], data_steps: int) -> int:
-    """The last step of the run, where the data has so many steps."""
+    """The last step of a run whose data has `data_steps` steps."""
     return rewinds[-1].step + data_steps - rewinds[-1].data_step if rewinds else data_steps
 
 
 def ordered_rows(batches: Batches, rewinds: Sequence[Rewind]) -> RowsFn:
-    """The run's rows, for a feed: those of step n are those of `data_step(rewinds, n)`."""
+    """The run's rows, for a feed: step n gets the rows of `data_step(rewinds, n)`."""
     return lambda step, row_ids: batches.rows(data_step(rewinds, step), row_ids)
 
 
 class Rewinds:
-    """The way back of a run.  Every process holds one; process 0 decides, writes and tells.
+    """The rewinds of a run.  Every process holds one; process 0 decides, writes and reports.
 
-    Opening it finishes what a killed process began: checkpoints later than the last line's step
-    go to quarantine.  So do that before any checkpoint is loaded, and `check` afterwards.  The
-    checkpoints that the run went back to are kept, so that the steps after them can be replayed.
+    The constructor completes the rewind of a killed process: it moves checkpoints later than the
+    last line's step to quarantine.  Create it before any checkpoint is loaded, and call `check`
+    afterwards.  The checkpoints that the run returned to are kept, so that the steps after them
+    can be replayed.
 
     Attributes:
       history: lines of the file.
 
     Raises:
-      UserError: the file cannot be read, or has begun something that this run did not.
+      UserError: the file cannot be read, or its last line is an unfinished rewind of another run.
     """
 
     def __init__(self, workdir: Folder, checkpoints: Checkpoints, say: Callable[[str], None]):
@@ -99,39 +100,39 @@ class Rewinds:
         return ordered_rows(batches, self.history)
 
     def beside(self) -> dict[str, Any]:
-        """What a checkpoint that is saved now must hold, for `check`."""
+        """The additional file of a checkpoint saved now, which `check` reads."""
         return {_IN_CHECKPOINT: _plain(self.history)}
 
     def check(self, step: int) -> None:
-        """See `check_rewinds`; for a run that goes on from the checkpoint of `step`, 0: of none."""
+        """Check the file for a run resumed from `step` (0: no checkpoint); see `check_rewinds`."""
         if step:
             check_rewinds(self.history, step, self._checkpoints, self._path)
         elif self.history:
             raise UserError(
-                f"{self._path} tells of checkpoints and there are none: move it away to begin "
-                f"anew, or bring them back."
+                f"{self._path} refers to checkpoints that do not exist: move it away to start from "
+                f"step 0, or restore the checkpoints."
             )
 
     def _check_begun(self) -> None:
-        """Before checkpoints are set aside: the file is that of the newest good one."""
+        """Check the file against the newest good checkpoint before later ones are quarantined."""
         *before, begun = self.history
         newest = self._checkpoints.latest_good_before(LARGEST)
         if newest is None or begun.step not in self._checkpoints.steps():
             raise UserError(
-                f"{self._path} tells of a checkpoint of step {begun.step}, which is not there: "
-                f"bring the file or the checkpoint back, or use another --workdir."
+                f"{self._path} refers to a checkpoint of step {begun.step}, which does not exist: "
+                f"restore the file or the checkpoint, or use another --workdir."
             )
         check_rewinds(before, newest, self._checkpoints, self._path)
 
     def go_back(self, changed: int, last: int, why: str) -> int | None:
-        """Leaves out the batches up to that of step `last`; returns the step to go on from.
+        """Rewind, skip the batches up to that of step `last`, and return the step to resume from.
 
         That is the newest good checkpoint before step `changed`, the last that changed the
-        parameters: those written since hold the very parameters that diverge.  None, and nothing
-        is changed, where there is no such checkpoint.  All processes must call this.
+        parameters; later checkpoints hold the parameters that diverged.  If there is none, return
+        None and change no file.  All processes must call this.
 
-        A kill before the file is replaced leaves the run as it was before; after that, the next
-        start ends what is missing.
+        A kill before the file is replaced leaves the run unchanged; after a later kill, the next
+        start completes the rewind.
         """
         step = self._checkpoints.latest_good_before(changed)
         if step is None:
@@ -170,31 +171,38 @@ class Rewinds:
 
 
 def read_rewinds(workdir: Folder) -> tuple[Rewind, ...]:
-    """The lines of a workdir's file, read by this process alone; raises UserError as `Rewinds`."""
+    """The lines of a workdir's file, read only by this process; raises UserError as `Rewinds`."""
     return _parse(_text(workdir / REWINDS), workdir / REWINDS)
 
 
 def check_rewinds(
     rewinds: Sequence[Rewind], step: int, checkpoints: Checkpoints, path: Folder
 ) -> None:
-    """Checks the lines of the file `path` against those that the checkpoint of `step` knows.
+    """Check the lines of the file against those that the checkpoint of `step` contains.
 
-    The file begins with them, and what came later went back to this checkpoint or a later one.
+    The file must begin with the checkpoint's lines, and its further lines must rewind to this
+    checkpoint or a later one.
+
+    Args:
+      rewinds: the lines of the file.
+      step: step of the checkpoint.
+      checkpoints: the checkpoints of the run.
+      path: the file, for the error message.
 
     Raises:
-      UserError: it does not: the steps after the checkpoint would take other data.
+      UserError: the lines disagree, so the steps after the checkpoint would use other data.
     """
     saved = checkpoints.beside(step, _IN_CHECKPOINT)
-    if saved is None:  # the checkpoint is older than this check
+    if saved is None:  # an older version, without this check, saved the checkpoint
         return
-    known = saved if isinstance(saved, list) else [saved]  # what is no line equals none
+    known = saved if isinstance(saved, list) else [saved]  # a value of another type equals no line
     count = len(known)
     if known != _plain(rewinds[:count]) or any(later.step < step for later in rewinds[count:]):
         raise UserError(
-            f"{path}, which says what data the steps of this run take, is not the file that the "
-            f"checkpoint of step {step} was saved with (whose lines are in "
-            f"{os.path.join(checkpoints.root, str(step), _IN_CHECKPOINT)}): bring it back, or use "
-            f"another --workdir."
+            f"{path}, which says what data the steps of this run use, differs from the file that "
+            f"the checkpoint of step {step} was saved with (its lines are in "
+            f"{os.path.join(checkpoints.root, str(step), _IN_CHECKPOINT)}): restore that file, or "
+            f"use another --workdir."
         )
 
 
@@ -212,7 +220,7 @@ def _text(path: Folder) -> str:
 
 
 def _from_lead(read: Callable[[], str]) -> str:
-    """What process 0 reads, on every process: file systems may show them different files."""
+    """The text that process 0 reads, on every process; each might see another file."""
     if jax.process_count() == 1:
         return read()
     data = np.frombuffer(read().encode(), np.uint8) if lead() else np.zeros(0, np.uint8)
@@ -226,16 +234,16 @@ def _parse(text: str, path: Folder) -> tuple[Rewind, ...]:
         return tuple(records.parse_lines(text.splitlines(), _rewind))
     except records.LineError as damaged:
         raise UserError(
-            f"{path}, which says what data the steps of this run take, is damaged in line "
-            f"{damaged.number}: bring it back, or use another --workdir."
+            f"{path}, which says what data the steps of this run use, is damaged in line "
+            f"{damaged.number}: restore it, or use another --workdir."
         ) from None
 
 
 def _rewind(value: Any) -> Rewind:
-    """Raises ValueError for a record that no run wrote."""
+    """Build a record; raises ValueError for one that no run wrote."""
     rewind = records.typed(Rewind, seals.unsealed(value))
     if max(rewind.step, rewind.data_step, *rewind.refused, *rewind.skipped) >= LARGEST:
         raise ValueError("a step is out of range")
     if rewind.data_step != rewind.skipped[1] + 1:
-        raise ValueError("its data does not go on after the skipped steps")
+        raise ValueError("its data does not continue after the skipped steps")
     return rewind

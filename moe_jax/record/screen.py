@@ -1,4 +1,4 @@
-"""How a run is shown: a progress bar on a terminal, elsewhere a line for each row."""
+"""Shows a run on standard output: a progress bar on a terminal, otherwise one line per row."""
 
 import sys
 from collections.abc import Mapping
@@ -10,35 +10,35 @@ from rich.table import Column
 
 from moe_jax.files.formats import count, duration, epochs, or_dash
 
-FIRST = 5.0  # seconds of a wait before the first line says so; the next come at twice the time
-LONGEST = 300.0  # seconds between two such lines at most
+FIRST = 5.0  # seconds of a wait until its first line; the time of each later line doubles
+LONGEST = 300.0  # maximum of seconds between two such lines
 _BAR = 16  # characters of the bar
 
 
 class Screen(Protocol):
-    """What shows a run to a person."""
+    """Shows the progress of a run to the user."""
 
     def begin(self, total: int, done: int) -> None:
-        """Training begins: `total` steps, of which `done` are done."""
+        """Show that training begins: `total` steps, of which `done` are done."""
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Shows a row of metrics.jsonl."""
+        """Show a row of metrics.jsonl."""
 
     def say(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Show a line that remains visible."""
 
     def waiting(self, what: str, seconds: float) -> None:
-        """The run has waited so long for `what`, and goes on waiting; called every second.
+        """Show that the run has waited `seconds` for `what`; called every second of a wait.
 
-        An empty `what`: it waits for nothing.
+        An empty `what`: the wait is over.
         """
 
     def close(self) -> None:
-        """Nothing more is shown."""
+        """End the display."""
 
 
 def open_screen() -> Screen:
-    """A bar where standard output is a terminal, else lines."""
+    """A progress bar if standard output is a terminal, else plain lines."""
     return Bar() if sys.stdout.isatty() else PlainLines()
 
 
@@ -46,23 +46,23 @@ class Silent:
     """The screen of every process but the lead: it shows nothing."""
 
     def begin(self, total: int, done: int) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def waiting(self, what: str, seconds: float) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class PlainLines:
-    """A line for each row, and for a long wait a line now and then."""
+    """One line per row, and for a long wait a line at growing intervals."""
 
     def __init__(self):
         self._total, self._stream = 0, sys.stdout
@@ -89,17 +89,17 @@ class PlainLines:
             self._due = seconds + min(seconds, LONGEST)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: lines need no end."""
 
 
 class Bar:
-    """A progress bar on a terminal; lines that stay are printed above it."""
+    """A progress bar on a terminal; permanent lines are printed above it."""
 
     def __init__(self):
         self._total, self._line = 0, ""
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(_BAR, table_column=Column(width=_BAR)),
-            # Cut at its end where the terminal is narrow; a second line would not be redrawn.
+            # Cut off on a narrow terminal, because rich would not redraw a second line.
             rich.progress.TextColumn(
                 "{task.description}",
                 markup=False,
@@ -138,7 +138,7 @@ class Bar:
 def train_line(row: Mapping[str, Any], total_steps: int) -> str:
     """One line such as `step 40/200  loss 3.1234  lm 3.1001  tok/s 21.3k  mfu -  drop 1.2%  ...`.
 
-    A value that the row does not have, or has as None, shows as `-`.
+    A value that is missing from the row, or None, is shown as `-`.
     """
     seconds, left = row.get("step_seconds"), max(0, total_steps - row["step"])
     return "  ".join(
@@ -156,13 +156,13 @@ def train_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 
 def bar_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """The parts of `train_line` that have a value, the time that is left first."""
+    """The parts of `train_line` that have a value, with the remaining time first."""
     step, *parts, eta = train_line(row, total_steps).split("  ")
     return "  ".join((step, eta, *(part for part in parts if not part.endswith(" -"))))
 
 
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One line of every `eval_*` number of a row."""
+    """One line with every `eval_*` number of a row."""
     parts = [
         f"{name} {value if isinstance(value, int) else _loss(value)}"
         for name, value in row.items()
@@ -172,5 +172,5 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 
 def _loss(value: Any) -> str:
-    """A number that is not finite is a string in a row."""
+    """Format a loss; a row holds a number that is not finite as a string."""
     return value if isinstance(value, str) else or_dash(value, "{:.4f}".format)

@@ -1,8 +1,8 @@
-"""With what the steps of a run were taken: its resolved config, devices, processes, versions.
+"""Records the settings under which each step ran: resolved config, devices, processes, versions.
 
-WORKDIR/settings.jsonl has a line for each time any of it changed.  `tools/replay.py` reads it:
-other devices, another mesh, or another `train.steps` make the same step round otherwise, or another
-step.
+WORKDIR/settings.jsonl has one line per change of any of them.  `tools/replay.py` reads it, because
+other devices or another mesh change the rounding of a step, and another `train.steps` changes the
+step itself.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.provenance import versions
 
 SETTINGS = "settings.jsonl"
-MOST = 2**20  # devices, or processes
+MOST = 2**20  # maximum number of devices, and of processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One line of the file."""
 
-    after: int  # the step that the run went on from; those after it were taken so
+    after: int  # the step that the run started or resumed from; the settings hold for later steps
     config: dict[str, Any]  # resolved, as `moe_jax.config.to_dict` gives it
     platform: str
     devices: int
@@ -38,14 +38,20 @@ class Settings:
     versions: dict[str, Any]  # as in versions.json
 
     def typed(self) -> Config:
-        """Its config; raises UserError as `config_of_record`."""
+        """The config as a Config; raises UserError as `config_of_record`."""
         return config_of_record(self.config, SETTINGS)
 
 
 def record_settings(workdir: Folder, config: Config, mesh: Mesh, step: int) -> None:
-    """Writes down with what the steps after `step` are taken, if that has changed.
+    """Record the settings of the steps after `step`, if they have changed.
 
-    Process 0 calls it when a run begins or goes on, before the first step.
+    Process 0 calls this when a run starts or resumes, before the first step.
+
+    Args:
+      workdir: folder of the run.
+      config: the resolved config.
+      mesh: the mesh of the run.
+      step: the step that the run starts or resumes from.
 
     Raises:
       UserError: the file cannot be written, or is damaged.
@@ -65,32 +71,32 @@ def record_settings(workdir: Folder, config: Config, mesh: Mesh, step: int) -> N
 
 
 def settings_go_back(workdir: Folder, step: int) -> None:
-    """The process that wrote the last line takes the steps after `step` again."""
+    """Record that the current attempt repeats the steps after `step` under its own settings."""
     before = read_settings(workdir)
     if before and before[-1].after > step:
         _write(workdir, (*before, dataclasses.replace(before[-1], after=step)))
 
 
 def settings_of(history: Sequence[Settings], step: int) -> Settings:
-    """With what `step`, counted from 1, was taken: when it was taken last, if that was often.
+    """The settings in force when `step` (1-based) last ran.
 
     Raises:
-      UserError: an older version took it, which wrote nothing down.
+      UserError: the step ran under an older version, which did not record its settings.
     """
     for settings in reversed(history):
         if settings.after < step:
             return settings
     raise UserError(
-        f"{SETTINGS} does not say with what devices and config step {step} was taken: ask for a "
+        f"{SETTINGS} does not record the devices and config under which step {step} ran: choose a "
         f"later step."
     )
 
 
 def read_settings(workdir: Folder) -> tuple[Settings, ...]:
-    """The lines of a workdir's file; none where there is no file.
+    """The lines of a workdir's file; empty if there is no file.
 
     Raises:
-      UserError: it cannot be read, or is damaged.
+      UserError: the file cannot be read, or is damaged.
     """
     path = workdir / SETTINGS
     try:
@@ -99,16 +105,16 @@ def read_settings(workdir: Folder) -> tuple[Settings, ...]:
         return ()
     except records.LineError as damaged:
         raise UserError(
-            f"{path} is damaged in line {damaged.number}: bring it back, or move it away (the "
-            f"steps until now can then not be replayed)."
+            f"{path} is damaged in line {damaged.number}: restore it, or move it away (the steps "
+            f"until now can then not be replayed)."
         ) from None
 
 
 def _settings(value: Any) -> Settings:
-    """Raises ValueError for a record that no run wrote."""
+    """Build a record; raises ValueError for one that no run wrote."""
     settings = records.typed(Settings, seals.unsealed(value))
     if not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
-        raise ValueError("it has no such number of devices or processes")
+        raise ValueError("its number of devices or processes is out of range")
     return settings
 
 

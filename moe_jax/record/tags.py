@@ -1,7 +1,7 @@
-"""Under which tag a tracker (TensorBoard, Weights & Biases) shows a field of a row.
+"""Maps the fields of a row to the tags of the trackers (TensorBoard, Weights & Biases).
 
-A tag is GROUP/NAME, with one of five groups: train, eval, router, speed, data.  metrics.jsonl keeps
-the fields as they are.
+A tag is GROUP/NAME, with one of five groups: train, eval, router, speed, data.  metrics.jsonl uses
+the field names without a group.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.config import Config
 
-# Field -> group; `eval_...` is eval, and a field that is in no group is train.
+# Group -> fields; `eval_...` belongs to eval, and every field not listed here to train.
 _GROUPS = {
     "router": (
         "assignments",
@@ -43,11 +43,11 @@ TEXTS = {"config": "train/config", "samples": "eval/samples"}
 
 
 def scalars(row: Mapping[str, Any], hidden: Collection[str]) -> Iterator[tuple[str, float]]:
-    """(tag, number) of a row; what is below a field is joined to it by `/`.
+    """Yield the (tag, number) pairs of a row; names of nested fields are joined by `/`.
 
     Args:
-      row: as metrics.jsonl has it; values that are no numbers (mfu on a CPU) have no tag.
-      hidden: fields that are left out, also below `layers`.
+      row: a row of metrics.jsonl; values that are not numbers (mfu on a CPU) have no tag.
+      hidden: fields to leave out, also below `layers`.
     """
     for field, value in row.items():
         if field == "step" or field in hidden:
@@ -64,7 +64,7 @@ def scalars(row: Mapping[str, Any], hidden: Collection[str]) -> Iterator[tuple[s
 
 
 def unused(config: Config) -> frozenset[str]:
-    """Fields of a row that say nothing of a run with this config, such as losses of weight 0."""
+    """The fields of a row that are meaningless under this config, such as losses of weight 0."""
     model, hidden = config.model, set()
     if model.dense:
         hidden.update(_GROUPS["router"])

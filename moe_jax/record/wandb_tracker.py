@@ -1,7 +1,7 @@
-"""Weights & Biases beside TensorBoard, in a process of its own.
+"""Sends metrics to Weights & Biases through a separate process.
 
-The client talks to a network from threads, exit hooks and signal handlers.  A process of its own
-may hang or fail: rows then wait in memory, up to a limit, and the run goes on.
+The client uses the network from threads, exit hooks and signal handlers.  A separate process may
+hang or fail without harm: rows then wait in memory, up to a limit, and the run continues.
 """
 
 import collections
@@ -23,15 +23,15 @@ from moe_jax.files.workdir import Folder, is_remote
 from moe_jax.files.write_errors import cannot_write
 
 ID_FILE = "wandb.json"
-CLOSE_TIMEOUT = 30.0  # seconds for which it may hold up the end of a run
-MAX_WAITING = 2000  # rows and texts; beyond them the oldest is lost
-FAILED = 1  # exit code of the process once it has said why
+CLOSE_TIMEOUT = 30.0  # seconds for which the process may delay the end of a run
+MAX_WAITING = 2000  # rows and texts held in memory; when there are more, the oldest is lost
+FAILED = 1  # exit code of the process after it reported an error
 _CHILD = pathlib.Path(__file__).with_name("wandb_child.py")
 
 
 def check_wandb(config: Config) -> None:
-    """Raises UserError where Weights & Biases is asked for and not installed."""
-    # A folder `wandb`, which its runs make, is found as a package without an origin.
+    """Raise UserError if the config asks for Weights & Biases and it is not installed."""
+    # Python finds a folder `wandb`, which its runs create, as a package without an origin.
     found = importlib.util.find_spec("wandb") if config.wandb.project else None
     if config.wandb.project and (found is None or found.origin is None):
         raise UserError(
@@ -44,7 +44,7 @@ def run_id(workdir: Folder) -> str:
     """The id of the run on Weights & Biases, the same for all attempts in a workdir.
 
     Raises:
-      UserError: it is a new one and cannot be written.
+      UserError: a new id cannot be written.
     """
     path = workdir / ID_FILE
     try:
@@ -53,7 +53,7 @@ def run_id(workdir: Folder) -> str:
         if isinstance(found, str) and found.isalnum() and len(found) <= 64:
             return found
     except (FileNotFoundError, UserError):
-        pass  # a damaged one is replaced: what is lost is a line on a page
+        pass  # a damaged id is replaced: only the link to the earlier attempts is lost
     new = uuid.uuid4().hex[:12]
     try:
         json_files.replace_text(path, json.dumps({"id": new}) + "\n")
@@ -63,14 +63,14 @@ def run_id(workdir: Folder) -> str:
 
 
 class WandbTracker:
-    """Hands rows and texts to the process; no call waits for it but `close`.
+    """Passes rows and texts to the process; only `close` waits for it.
 
     Args:
-      workdir: folder of the run; the client's own files go to WORKDIR/wandb, or, for one of an
-        object store, to the temporary folder.
-      config: of the run, resolved.
+      workdir: folder of the run; the client's own files go to WORKDIR/wandb or, if the workdir is
+        in an object store, to the temporary folder.
+      config: the resolved config.
       temporary: a local folder.
-      say: gets a line where the run is shown, and one for each thing that goes wrong.
+      say: receives a line with the run's address, and one per error.
 
     Raises:
       UserError: the run's id cannot be written.
@@ -100,15 +100,15 @@ class WandbTracker:
                 "config": to_dict(config),
             }
         )
-        # -P: the folder of the script holds modules of ours.  A session of its own: Ctrl-C is for
-        # the trainer, which then ends this process.
+        # -P keeps our modules beside the script off the import path.  A new session, so that
+        # Ctrl-C reaches only the trainer, which then ends this process.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            # Inside the workdir: a kill may leave a link to it (see wandb_child.py).
+            # Inside the workdir, because a kill may leave a link to it (see wandb_child.py).
             env={"WANDB_CACHE_DIR": f"{folder}/wandb/cache", **os.environ},
         )
         self._threads = [
@@ -119,15 +119,15 @@ class WandbTracker:
             thread.start()
 
     def add(self, step: int, scalars: list[tuple[str, float]]) -> None:
-        """Hand over the (tag, number) pairs of a step."""
+        """Queue the (tag, number) pairs of a step."""
         self._put({"row": {"step": step, **dict(scalars)}})
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Hand over a text."""
+        """Queue a text."""
         self._put({"texts": [step, tag, text]})
 
     def close(self) -> None:
-        """Let the process end by itself for CLOSE_TIMEOUT seconds, then end it."""
+        """Wait CLOSE_TIMEOUT seconds for the process to end, then kill it."""
         self._put({"end": 0})
         with self._changed:
             self._ending = True
@@ -135,11 +135,11 @@ class WandbTracker:
         try:
             code = self._process.wait(CLOSE_TIMEOUT)
             if code not in (0, FAILED):
-                self._say(f"wandb ended with exit code {code}. The run went on without it.")
+                self._say(f"wandb ended with exit code {code}. The run continued without it.")
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            self._say(f"wandb took longer than {CLOSE_TIMEOUT:g} s to end and was ended.")
+            self._say(f"wandb took longer than {CLOSE_TIMEOUT:g} s to end and was killed.")
         for thread in self._threads:
             thread.join(1.0)
         if self._lost + len(self._waiting):
@@ -154,7 +154,7 @@ class WandbTracker:
             self._changed.notify()
 
     def _send(self) -> None:
-        """In a thread: a process that hangs reads nothing, and the pipe is full."""
+        """Write the queue to the process, in a thread because a hanging process blocks the pipe."""
         pipe = self._process.stdin
         assert pipe is not None
         try:
@@ -168,15 +168,15 @@ class WandbTracker:
                 pipe.write(line)
                 pipe.flush()
             pipe.close()
-        except OSError:  # it is gone; `_listen` has said why
+        except OSError:  # the process is gone; `_listen` has reported why
             with self._changed:
                 self._lost += 1
 
     def _listen(self) -> None:
-        """Says what the process says."""
+        """Report the lines that the process prints."""
         pipe = self._process.stdout
         assert pipe is not None
         for line in pipe:
             text = line.decode(errors="replace").strip()
-            failed = " The run goes on without it." if text.startswith("wandb failed") else ""
+            failed = " The run continues without it." if text.startswith("wandb failed") else ""
             self._say(f"{text}{failed}")

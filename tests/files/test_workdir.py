@@ -152,7 +152,7 @@ def test_a_store_that_does_not_answer_holds_up_nothing(bucket, monkeypatch, caps
         reporter.log({"step": step, "loss": 1.0})
         reporter.flush()
     said = capsys.readouterr().out
-    assert said.count("takes longer than 0.1 s. The run goes on.") == 1
+    assert said.count("takes longer than 0.1 s. The run continues.") == 1
     reporter.close()
     kept = Path(capsys.readouterr().out.split("kept in ")[1].rstrip(".\n"))
     assert steps(kept) == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""One live run to a workdir, and a dead one is never in the way."""
+"""Only one live run may use a workdir, and a dead run never blocks it."""
 
 import errno
 import fcntl
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_an_object_store_has_no_locks():
-    """Nothing of it is touched: no client of one is installed here."""
+    """An object store is not touched: no client for one is installed here."""
     workdir = epath.Path("gs://bucket/run")
     with alone_in(workdir), alone_in(workdir):
         entered = True
@@ -72,11 +72,11 @@ def test_a_file_system_without_locks_is_named_and_the_run_goes_on(tmp_path, monk
     with alone_in(tmp_path, said.append):
         entered = True
     assert entered and len(said) == 1
-    assert f"{tmp_path} lies on a file system without locks ({os.strerror(number)})" in said[0]
+    assert f"{tmp_path} is on a file system without locks ({os.strerror(number)})" in said[0]
 
 
 def test_a_start_that_fails_leaves_no_folder_behind(tmp_path):
-    """But only one that it has made, and that holds nothing else."""
+    """Only a folder that the lock created and that holds no other file is removed."""
     workdir = tmp_path / "made" / "run"
     with pytest.raises(UserError, match="mistake"), alone_in(workdir):
         assert (workdir / LOCK).exists()
@@ -103,13 +103,13 @@ def test_a_lock_without_its_file_is_noticed(tmp_path, replaced):
 
 
 def test_the_lock_on_a_file_that_has_lost_its_name_is_not_enough(tmp_path, monkeypatch):
-    """Who held it before may have removed it between our opening and our locking it."""
+    """The previous holder may have removed the file between our opening and locking it."""
     take, files = lock_module._take, []
 
     def late(file, workdir, say):
         files.append(os.fstat(file.fileno()).st_ino)
         if len(files) == 1:
-            (tmp_path / LOCK).rename(tmp_path / "away")  # its inode cannot be given out again
+            (tmp_path / LOCK).rename(tmp_path / "away")  # a rename, so that the inode is not reused
         take(file, workdir, say)
 
     monkeypatch.setattr(lock_module, "_take", late)

@@ -1,4 +1,4 @@
-"""The reporter: rows survive kills, lines read well, the bar stays on terminals."""
+"""The reporter: rows survive kills, the format of lines, and the bar only on terminals."""
 
 import io
 import json
@@ -109,7 +109,7 @@ def test_resume_sets_later_rows_and_a_torn_line_aside(tmp_path):
 
 
 def test_a_row_without_its_line_end_is_torn(tmp_path):
-    """Kept, it would run into the next row."""
+    """If it were kept, the next row would be appended to the same line."""
     (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}')
     report(tmp_path, [{"step": 2, "loss": 1.0}], resumed=2)
     assert read(tmp_path / METRICS) == [{"step": 1}, {"step": 2, "loss": 1.0}]
@@ -165,7 +165,7 @@ def test_other_processes_write_and_print_nothing(tmp_path, monkeypatch, capsys):
 
 
 def events(path: pathlib.Path) -> list[event_pb2.Event]:
-    """Read with TensorFlow's framing: length, checksum of it, payload, checksum of it."""
+    """Read TensorFlow's framing: length, its checksum, payload, its checksum."""
     found, data = [], path.read_bytes()
     while data:
         length = int.from_bytes(data[:8], "little")
@@ -178,7 +178,7 @@ def events(path: pathlib.Path) -> list[event_pb2.Event]:
 
 
 def event_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """In the order in which TensorBoard reads them."""
+    """The events in the order in which TensorBoard reads them."""
     return sorted((folder / "tensorboard").iterdir())
 
 
@@ -192,7 +192,7 @@ def test_tensorboard_holds_every_number(tmp_path):
     assert found["router/dead_experts/layer_01"] == (40, 2.0)
     assert found["router/entropy/layer_00"] == (40, 1.5)
     assert found["speed/tokens_per_second"] == (40, 21300.0)
-    assert len(found) == 9  # neither mfu, which is none, nor the step
+    assert len(found) == 9  # without mfu, which is None, and without the step
 
 
 def test_tensorboard_hides_what_a_resume_takes_again(tmp_path):
@@ -216,7 +216,7 @@ def test_a_clock_that_jumps_neither_blocks_nor_reorders(tmp_path, monkeypatch, j
             clock["now"] += jump
         reporter.rewind(20)
         reporter.log({"step": 21, "loss": 1.5})
-        assert set(threading.enumerate()) <= before  # no writer that could die or fall asleep
+        assert set(threading.enumerate()) <= before  # no writer thread that could die or sleep
     first, second = event_files(tmp_path)
     assert [event.step for event in events(first)[1:]] == [*range(1, 50)]
     assert [event.step for event in events(second)[1:]] == [21, 21, 21]
@@ -236,7 +236,7 @@ def test_a_full_disk_costs_no_row_and_no_event(tmp_path, capsys):
     assert [event.step for event in events(path)] == [*range(34)]
     said = capsys.readouterr().out.splitlines()
     assert f"{tmp_path / METRICS}: 6 records are lost." in said
-    # Four times full and three times not any more, for each of three files.
+    # For each of three files, the disk is full four times and writable again three times.
     assert sum("make room" in line for line in said) == 12
     assert sum("is written again" in line for line in said) == 9
 

@@ -1,4 +1,4 @@
-"""Which data a step takes after the run went back, and what a kill while it does leaves."""
+"""The data that a step uses after a rewind, and the effect of a kill during a rewind."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def line(step: int, data: int) -> Rewind:
 
 
 def test_data_is_a_function_of_the_lines_and_the_step():
-    """Against a list of data steps that is cut and goes on elsewhere."""
+    """Against an explicit list of data steps that each rewind truncates and continues."""
     taken = list(range(40))
     history = []
     for step, skipped in ((10, 5), (20, 3), (15, 12), (15, 1)):
@@ -30,7 +30,7 @@ def test_data_is_a_function_of_the_lines_and_the_step():
 
 
 def test_the_last_step_is_the_last_that_has_data():
-    """Against counting on from where the run went back to."""
+    """Against counting steps from the one that the run returned to."""
     history = [line(10, 15), line(20, 28)]
     for data_steps in (28, 29, 40):
         last = 20
@@ -42,7 +42,7 @@ def test_the_last_step_is_the_last_that_has_data():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A workdir with checkpoints of steps 3, 6, 9 and 12; that of 6 is damaged."""
+    """A workdir with checkpoints of steps 3, 6, 9 and 12; the one of step 6 is damaged."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=9)
     for step in (3, 6, 9, 12):
         checkpoints.save(step, {"x": np.full(3, step, np.float32)})
@@ -88,7 +88,7 @@ def test_without_an_earlier_checkpoint_nothing_changes(saved):
 
 @pytest.mark.parametrize("survives", range(5))
 def test_a_kill_between_any_two_writes(saved, monkeypatch, survives):
-    """Two replacements of the file and three moves; whatever was done, the next start ends it.
+    """A rewind replaces the file twice and moves three steps; the next start always completes it.
 
     Before the first replacement nothing was decided: then the run diverges and decides again.
     """
@@ -130,10 +130,10 @@ def test_the_checkpoint_it_went_back_to_outlives_retention(saved):
 
 
 def test_a_file_that_does_not_fit_the_checkpoint_is_refused(saved):
-    """Lost, cut, altered, of another run; but a file that has grown since the save fits."""
+    """Lost, truncated, altered, or of another run; only more lines than saved are accepted."""
     checkpoints = Checkpoints(saved / "checkpoints", keep_last=9)
     rewinds = Rewinds(saved, checkpoints, lambda text: None)
-    rewinds.check(12)  # saved before there was such a check
+    rewinds.check(12)  # saved by a version without this check
     checkpoints.save(13, {"x": np.zeros(3)}, rewinds.beside())
     rewinds.go_back(changed=9, last=13, why="NaN")
     for step in (14, 16):
@@ -148,19 +148,19 @@ def test_a_file_that_does_not_fit_the_checkpoint_is_refused(saved):
     for step in (3, 14, 17):
         opened(saved).check(step)
     other = unsealed(json.loads(first)) | {"skipped": [4, 12]}
-    altered = json.dumps(sealed(other)) + "\n"  # by somebody who makes its seal anew
+    altered = json.dumps(sealed(other)) + "\n"  # altered, with a new seal
     flipped = first.replace('"skipped": [3, 12]', '"skipped": [4, 12]')
     (saved / REWINDS).write_text(flipped + second)
     with pytest.raises(UserError, match=r"rewinds\.jsonl.* is damaged in line 1"):
         opened(saved)
     for text in ("", first, second, altered + second, good + first, None):
         (saved / REWINDS).unlink() if text is None else (saved / REWINDS).write_text(text)
-        with pytest.raises(UserError, match=r"rewinds\.jsonl.*not the file.*17/rewinds\.json"):
+        with pytest.raises(UserError, match=r"rewinds\.jsonl.*differs from .*17/rewinds\.json"):
             opened(saved).check(17)
     (saved / REWINDS).write_text(good)
-    aside = saved / "checkpoints" / "quarantine" / "13"  # of what the run went back from
+    aside = saved / "checkpoints" / "quarantine" / "13"  # quarantined by the rewind
     aside.rename(saved / "checkpoints" / "13")
-    with pytest.raises(UserError, match="not the file that the checkpoint of step 13"):
+    with pytest.raises(UserError, match="differs from the file that the checkpoint of step 13"):
         opened(saved).check(13)
 
 
@@ -186,10 +186,10 @@ def test_a_damaged_file_is_an_error_that_names_the_line(tmp_path, text):
 
 
 def test_what_another_run_has_begun_is_not_finished(saved):
-    """Nothing moves: neither for a step that is not there, nor for a line known to be done."""
+    """No step is moved if the line's checkpoint is missing or the line is already settled."""
     begun = dataclasses.replace(line(2, 6), settled=False)
     (saved / REWINDS).write_text(json.dumps(dataclasses.asdict(begun)) + "\n")
-    with pytest.raises(UserError, match="tells of a checkpoint of step 2, which is not there"):
+    with pytest.raises(UserError, match="refers to a checkpoint of step 2, which does not exist"):
         opened(saved)
     assert steps(saved) == [3, 6, 9, 12]
 
@@ -200,14 +200,14 @@ def test_what_another_run_has_begun_is_not_finished(saved):
     checkpoints.close()
     begun = dataclasses.replace(done, settled=False)
     (saved / REWINDS).write_text(json.dumps(dataclasses.asdict(begun)) + "\n")
-    with pytest.raises(UserError, match="is not the file that the checkpoint of step 15"):
+    with pytest.raises(UserError, match="differs from the file that the checkpoint of step 15"):
         opened(saved)
     assert steps(saved) == [3, 6, 9, 12, 15]
 
 
 def test_a_file_without_its_checkpoints_begins_nothing(tmp_path):
     (tmp_path / REWINDS).write_text(json.dumps(dataclasses.asdict(line(3, 6))) + "\n")
-    with pytest.raises(UserError, match="tells of checkpoints and there are none"):
+    with pytest.raises(UserError, match="refers to checkpoints that do not exist"):
         opened(tmp_path).check(0)
     (tmp_path / REWINDS).unlink()
     opened(tmp_path).check(0)

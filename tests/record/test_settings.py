@@ -1,4 +1,4 @@
-"""With what each step was taken, over resumes and rewinds, and what replay makes of it."""
+"""The settings recorded for each step over resumes and rewinds, and their use by replay."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ LAST = 20
 
 @pytest.fixture
 def begins(tmp_path, mesh_of):
-    """`begins(step, devices, train_steps)`: a process goes on from `step`."""
+    """`begins(step, devices, train_steps)`: a process starts or resumes from `step`."""
 
     def begin(step: int, devices: int, train_steps: int = 200) -> None:
         config = Config(train=TrainConfig(steps=train_steps))
@@ -42,15 +42,15 @@ def taken(workdir: Path) -> list[tuple[int, int]]:
 
 
 def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begins):
-    """Against a list that every start and every rewind overwrites from its step on."""
+    """Against a list that each start and each rewind overwrites from its step on."""
     expected = [(8, 200)] * LAST
     lines = []
     for step, devices, train_steps in (
         (0, 8, 200),
-        (6, 8, 200),  # the same again
+        (6, 8, 200),  # unchanged
         (6, 4, 200),
         (10, 4, 300),  # another schedule
-        (3, 4, 300),  # the checkpoints in between were bad: as before, from an earlier step on
+        (3, 4, 300),  # later checkpoints were bad: the same settings from an earlier step on
         (12, 8, 200),
         (12, 8, 200),
     ):
@@ -75,7 +75,7 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
 def test_a_run_that_an_older_version_began(tmp_path, begins):
     begins(7, 4)
     assert settings_of(read_settings(tmp_path), 8).devices == 4
-    with pytest.raises(UserError, match=r"does not say with what .* step 7 was taken"):
+    with pytest.raises(UserError, match=r"does not record the devices .* step 7 ran"):
         settings_of(read_settings(tmp_path), 7)
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_line_is_named(tmp_path, begins, change):
     first, second = (tmp_path / SETTINGS).read_text().splitlines()
     changed = sealed(unsealed(json.loads(second)) | change)
     (tmp_path / SETTINGS).write_text(f"{first}\n{json.dumps(changed)}\n")
-    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: bring it back"):
+    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: restore it"):
         read_settings(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_a_changed_number_is_found_by_the_seal(tmp_path, begins):
     begins(4, 4)
     path = tmp_path / SETTINGS
     path.write_text(path.read_text().replace('"after": 4', '"after": 6'))
-    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: bring it back"):
+    with pytest.raises(UserError, match=rf"{SETTINGS} is damaged in line 2: restore it"):
         read_settings(tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_the_config_of_a_version_with_another_name_for_a_key_is_read(tmp_path, b
     begins(0, 1)
     path = tmp_path / SETTINGS
     line = json.loads(path.read_text())
-    line.pop(SEAL)  # that version wrote none
+    line.pop(SEAL)  # that version wrote no seal
     del line["config"]["eval"]["rows"]
     line["config"]["eval"]["batches"] = 3
     path.write_text(json.dumps(line) + "\n")

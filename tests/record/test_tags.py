@@ -1,4 +1,4 @@
-"""Tags of trackers: five groups, nothing of weight 0, texts and the picture of the load."""
+"""Tags of trackers: five groups, no losses of weight 0, texts and the picture of the load."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def test_every_tag_is_in_one_of_five_groups():
     assert found["train/lm_loss"] == 1.5 and found["eval/loss_by_source/web"] == 1.5
     assert found["router/load_cv/layer_01"] == 0.25 and found["router/entropy"] == 1.25
     assert found["data/epochs/web"] == 1 and np.isnan(found["speed/mfu"])
-    assert len(found) == 14 + 6  # fields but `step` and `layers`, and those of two layers
+    assert len(found) == 14 + 6  # fields except `step` and `layers`, plus those of two layers
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_every_tag_is_in_one_of_five_groups():
 )
 def test_what_has_weight_0_has_no_tag(overrides, gone):
     hidden = {"train/logits_z_loss"} if "model.logits_z_weight" not in overrides else set()
-    hidden |= gone | {"eval/loss_by_source"}  # of one source
+    hidden |= gone | {"eval/loss_by_source"}  # the data has one source
     found, every = set(tags(**overrides)), set(dict(scalars(ROW, ())))
     assert found == {tag for tag in every if not tag.startswith(tuple(hidden))}
 
@@ -74,7 +74,7 @@ def test_a_dense_row_has_no_router_tags():
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """[height, width, 3] of a PNG of 8-bit RGB without filters, its checksums checked."""
+    """Decode an 8-bit RGB PNG without filters to [height, width, 3], and check its checksums."""
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     at, parts = 8, {}
     while at < len(png):

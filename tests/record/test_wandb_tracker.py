@@ -1,4 +1,4 @@
-"""Weights & Biases: the rows of TensorBoard, one id per workdir, and a run that never waits."""
+"""Weights & Biases gets the rows of TensorBoard under one id per workdir and never delays a run."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from moe_jax.record import wandb_tracker
 from moe_jax.record.report import Reporter
 from moe_jax.record.wandb_tracker import ID_FILE, WandbTracker, check_wandb, run_id
 
-# Writes each call down; `FAULT` names the call that raises, ends the process or hangs.
+# Records each call; `FAULT` names the call that raises, ends the process or hangs.
 STAND_IN = """
 import json, os, time
 
@@ -55,7 +55,7 @@ ROW = {"step": 10, "loss": 2.5, "lm_loss": 2.0, "balance_loss": 1.0, "mfu": None
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Makes `wandb` the stand-in with a fault; returns the calls that it got."""
+    """Replace `wandb` by the stand-in with a fault; return the calls that it received."""
     log = tmp_path / "calls.jsonl"
 
     def make(fault=""):
@@ -141,9 +141,9 @@ def test_what_fails_or_hangs_neither_ends_nor_holds_up_a_run(
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
     assert steps == [*range(1, 300)]
     wanted = {
-        "raise": "wandb failed (RuntimeError: no network). The run goes on without it.",
+        "raise": "wandb failed (RuntimeError: no network). The run continues without it.",
         "exit": "wandb ended with exit code 3",
-        "hang": "wandb took longer than 0.5 s to end and was ended",
+        "hang": "wandb took longer than 0.5 s to end and was killed",
     }
     assert shown.count(wanted[kind]) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "wandb"]
@@ -155,7 +155,7 @@ def test_what_waits_is_bounded(tmp_path, stand_in, monkeypatch):
     monkeypatch.setattr(wandb_tracker, "MAX_WAITING", 50)
     said = []
     tracker = WandbTracker(tmp_path, config(), tmp_path, said.append)
-    for step in range(20_000):  # more than a pipe holds
+    for step in range(20_000):  # more than a pipe can hold
         tracker.add(step, [("train/loss", 1.0)])
         assert len(tracker._waiting) <= 50
     tracker.close()
@@ -176,9 +176,9 @@ def test_an_unknown_mode_is_refused():
 
 @pytest.mark.lifecycle
 def test_a_run_in_mode_offline_writes_its_files(tmp_path, monkeypatch):
-    """The package itself, without a network: a run, and its continuation."""
+    """The real package without a network: a run and its resumption."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a port without a listener
     corpus, workdir = write_corpus(tmp_path / "text"), tmp_path / "run"
     tracked = {"wandb.project": "p", "wandb.mode": "offline", "checkpoint.every_steps": 4}
     for steps in (4, 8):

@@ -18,7 +18,7 @@ def records(path: pathlib.Path) -> Iterator[Any]:
     data, at, parts = path.read_bytes(), _HEADER, b""
     while at + _HEADER <= len(data):
         left = _BLOCK - at % _BLOCK
-        if left < _HEADER:  # too short for a record: zeros
+        if left < _HEADER:  # too short for a record: zero padding
             at += left
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]

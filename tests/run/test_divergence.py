@@ -230,7 +230,7 @@ def test_a_checkpoint_from_before_the_guard(bad, tmp_path):
 def test_replay_refuses_without_the_rewinds_file(bad, tmp_path):
     shutil.copytree(bad.workdir, tmp_path / "run")
     (tmp_path / "run" / REWINDS).unlink()
-    with pytest.raises(UserError, match=r"not the file that the checkpoint of step 12 was saved"):
+    with pytest.raises(UserError, match=r"differs from .* the checkpoint of step 12 was saved"):
         replay_command(["replay", f"--workdir={tmp_path / 'run'}", "--step=13"])
 
 
@@ -241,7 +241,7 @@ def test_a_run_without_its_rewinds_file_is_refused(bad, tmp_path):
     (tmp_path / "run" / REWINDS).unlink()
     before = contents(tmp_path / "run" / "checkpoints")
     with pytest.raises(
-        UserError, match=r"not the file that the checkpoint of step 14 .*bring it b"
+        UserError, match=r"differs from the file that the checkpoint of step 14 .*restore that"
     ):
         main(["train", *flags(tmp_path / "run", bad.files, **OVERRIDES | {"train.steps": 16})])
     assert contents(tmp_path / "run" / "checkpoints") == before
