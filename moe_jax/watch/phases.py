@@ -1,4 +1,7 @@
-"""What the main thread is about to do: said in one place, heard by whoever limits or counts it."""
+"""Labels what the main thread is doing, for the watchdog, the timekeeper and the waits shown.
+
+The watchdog limits the time of a phase, the timekeeper counts it (goodput), and `Waits` shows it.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,14 +13,14 @@ from moe_jax.watch.watchdog import Watchdog
 
 
 class Phases:
-    """`with phases("step"):` around everything that the main thread may wait for.
+    """`with phases("step"):` around everything that may block the main thread.
 
     The names are those of `WatchdogConfig`; phases do not nest.
 
     Args:
-      watchdog: limits a phase.
-      timekeeper: counts its seconds.
-      waits: says what it is, where it takes long.
+      watchdog: limits the time of a phase.
+      timekeeper: counts the seconds of a phase.
+      waits: shows a long phase to the user.
     """
 
     def __init__(self, watchdog: Watchdog, timekeeper: Timekeeper, waits: Waits):
@@ -25,15 +28,15 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, phase: str, what: str = "") -> Iterator[None]:
-        """The body is `phase`, shown to a person as `what`, such as "saving"; empty: not shown."""
+        """Label the body as `phase`, shown as `what`, such as "saving"; "": not shown."""
         shown = self._waits(what) if what else contextlib.nullcontext()
         with self._watchdog(phase), self._timekeeper(phase), shown:
             yield
 
     def resumed(self, step: int) -> None:
-        """The state is there, training goes on after `step`: at the start, or back from later."""
+        """Report that the state is ready and training continues after `step` (start or rewind)."""
         self._timekeeper.resumed(step)
 
     def started(self, step: int, outputs: Any) -> None:
-        """`step` was handed to the devices, which are at work until its `outputs` are there."""
+        """Report that `step` was launched; the devices work on it until `outputs` are ready."""
         self._timekeeper.started(step, outputs)

@@ -1,4 +1,4 @@
-"""Traces of a live run."""
+"""Captures profiler traces of a live run."""
 
 from collections.abc import Callable
 
@@ -14,21 +14,21 @@ _FAILURES = (OSError, RuntimeError, UserError)
 class Profiler:
     """Captures the steps of `train.profile_steps` into WORKDIR/profile (TensorBoard, Perfetto).
 
-    A trace that cannot be written is reported in one line, and the run goes on.
+    If a trace cannot be written, one line reports it and the run continues.
     """
 
     def __init__(self, steps: range, workdir: Folder, say: Callable[[str], None]):
         self._steps = steps
         self._folder = workdir / "profile"
         self._say = say
-        self._mirror: Mirror | None = None  # where the trace goes, while one is being taken
+        self._mirror: Mirror | None = None  # folder of the current trace; None: not tracing
 
     def turns(self, step: int) -> bool:
-        """Whether tracing begins or ends before `step`: let all earlier steps end, then `turn`."""
+        """True if tracing begins or ends before `step`: finish all earlier steps, then `turn`."""
         return (step in self._steps) != (self._mirror is not None)
 
     def turn(self) -> None:
-        """Begin or end."""
+        """Begin or end the trace."""
         if self._mirror is not None:
             self.close()
             return
@@ -42,7 +42,7 @@ class Profiler:
         self._mirror = mirror
 
     def close(self) -> None:
-        """Write the trace, if one is being taken."""
+        """Write the current trace, if there is one."""
         mirror, self._mirror = self._mirror, None
         if mirror is None:
             return
@@ -57,5 +57,5 @@ class Profiler:
     def _failed(self, error: Exception) -> str:
         return (
             f"The trace cannot be written to {self._folder} ({one_line(str(error))}): make room or "
-            f"check its permissions. The run goes on."
+            f"check its permissions. The run continues."
         )

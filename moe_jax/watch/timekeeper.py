@@ -1,8 +1,8 @@
-"""Where the time of a run goes, as rows of WORKDIR/goodput.jsonl.
+"""Counts the seconds of a run by phase and writes them to WORKDIR/goodput.jsonl.
 
-`python -m moe_jax goodput` reads them.  A row holds all that an attempt (one process, from its
-start to its end) has spent so far, so one that is torn or missing costs nothing, and most rows are
-written over the one before: a day is 0.4 MB, whatever its steps take.
+`python -m moe_jax goodput` reads the file.  A row holds the totals of an attempt (one process, from
+start to exit) so far, so a torn or missing row loses no time.  Most rows overwrite the previous
+one: a day takes 0.4 MB for any step time.
 """
 
 import contextlib
@@ -25,30 +25,29 @@ from moe_jax.parallel.process import process_age
 
 GOODPUT = "goodput.jsonl"
 INIT = "init"
-# Seconds between two rows, or this share of a long attempt: what a kill leaves unaccounted for at
-# most.
+# Seconds between two rows, or this share of a long attempt: the most that a kill can leave
+# unaccounted for.
 BEAT, SHARE = 2.0, 1e-3
-# A row is written over the one before it, unless that one lies this share of the attempt, or this
-# many seconds, after the last row that was kept: `goodput` counts the steps between two rows in
-# proportion.
+# A row overwrites the previous one, unless that one came this share of the attempt, or this many
+# seconds, after the last kept row.  `goodput` interpolates the steps between two rows.
 KEPT_SHARE, MAX_KEPT = 0.2, 60.0
-_LEAVE = 5.0  # seconds to wait at the end for a thread that perhaps waits for a lost device
+_LEAVE = 5.0  # seconds to wait at the end for the thread, which may be waiting for a lost device
 
 
 class Timekeeper:
-    """Adds up seconds by phase and writes them down; a context manager.
+    """Sums the seconds of each phase and writes them to a file; a context manager.
 
-    All before `resumed` is init, and nothing is written before it: a command that is refused leaves
-    no trace.  Waiting for data counts as step while the devices still work on a step: nothing is
-    lost by it.
+    All time before `resumed` counts as init.  No row is written before it, so a refused command
+    leaves no file.  Waiting for data counts as step while the devices still work on a step, because
+    no device time is lost.
 
-    A row has `attempt` (a name of its own), `began` and `time` (seconds since 1970), `from` (the
-    restored step), `step` (the last that is done), `seconds` by phase and, if it is the attempt's
-    last word, `end` (exit code).
+    A row has `attempt` (a unique name), `began` and `time` (seconds since 1970), `from` (the
+    restored step), `step` (the last finished step), `seconds` by phase and, in the last row of an
+    attempt, `end` (exit code).
 
     Args:
       workdir: folder of the run.
-      lead: True on the lead process; any other process counts and writes nothing.
+      lead: True on the lead process; the other processes neither count nor write.
       beat: seconds between two rows.
     """
 
@@ -67,7 +66,7 @@ class Timekeeper:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The body is `phase`; phases do not nest."""
+        """Count the body as `phase`; phases do not nest."""
         attempt = self._attempt
         if attempt is None:
             yield
@@ -81,7 +80,7 @@ class Timekeeper:
                 attempt.write()
 
     def resumed(self, step: int) -> None:
-        """The state is there; training goes on after `step`.
+        """Report that the state is ready and training continues after `step`.
 
         Raises:
           UserError: the file cannot be written.
@@ -93,12 +92,12 @@ class Timekeeper:
             self._attempt = _Attempt(rows, self._began, self._born, step, self._beat)
 
     def started(self, step: int, outputs: Any) -> None:
-        """`step` was handed to the devices; it is done once `outputs` are there."""
+        """Report that `step` was launched; it is finished when `outputs` are ready."""
         if self._attempt is not None:
             self._attempt.started(step, outputs)
 
     def ended(self, code: int) -> None:
-        """The last row: the process is about to end with exit code `code`."""
+        """Write the last row: the process is about to end with exit code `code`."""
         if self._attempt is not None:
             self._attempt.ended(code)
 
@@ -106,7 +105,7 @@ class Timekeeper:
 class _Rows:
     """WORKDIR/goodput.jsonl, open for appending.
 
-    Only opening it can fail: every row repeats what the rows before it say.
+    Only opening it can fail: later errors are ignored, because every row includes earlier totals.
 
     Raises:
       UserError: the file cannot be opened.
@@ -117,7 +116,7 @@ class _Rows:
         try:
             self._mirror.folder.mkdir(parents=True, exist_ok=True)
             self._mirror.fetch(GOODPUT)
-            # A row that waits for the disk is worth nothing once there is a later one.
+            # A row that waits for the disk is superseded by a later one.
             self._lines = Lines(self._mirror.folder / GOODPUT, lambda line: None, keep=1)
         except OSError as error:
             advice = "change its permissions or choose another --workdir"
@@ -143,8 +142,8 @@ class _Attempt:
     """The seconds of one attempt, and the thread that waits for its steps and writes its rows.
 
     Args:
-      rows: where they go.
-      began, born: when the process began, in seconds since 1970 and by `time.monotonic`.
+      rows: the file for the rows.
+      began, born: start of the process, in seconds since 1970 and by `time.monotonic`.
       step: the restored step.
       beat: seconds between two rows.
     """
@@ -154,11 +153,11 @@ class _Attempt:
         self._name = uuid.uuid4().hex[:12]
         self._seconds: dict[str, float] = {}
         self._phase, self._since = INIT, born
-        self._from = self._started = step  # the restored step; handed to the devices
-        self._step, self._finished = step, born  # done by the devices, and when
+        self._from = self._started = step  # the restored step; the last launched step
+        self._step, self._finished = step, born  # the last finished step, and the time it finished
         self._written, self._over = 0.0, False
-        self._kept = -math.inf  # when the last row was written that no other replaces
-        self._replaces = False  # the next row is written over the last one
+        self._kept = -math.inf  # time of the last row that is not overwritten
+        self._replaces = False  # True: the next row overwrites the last one
         self._outputs: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="timekeeper", daemon=True)
@@ -167,9 +166,9 @@ class _Attempt:
         self._thread.start()
 
     def resumed(self, step: int) -> None:
-        """Training goes on after an earlier step."""
+        """Count from an earlier step, after a rewind."""
         self.turn_to("")
-        self.write(keep=True)  # how far the steps went that are taken again
+        self.write(keep=True)  # records the last step before the rewind
         self._from = self._started = self._step = step
         self.write(keep=True)
 
@@ -186,13 +185,13 @@ class _Attempt:
             self._rows.close()
 
     def turn_to(self, phase: str) -> None:
-        """What follows is `phase`; "": none."""
+        """Count the time from now on as `phase`; "": as none."""
         with self._lock:
             self._book()
             self._phase = phase
 
     def write(self, keep: bool = False, **more: int) -> None:
-        """A row of all that was spent so far; `keep`: no later one replaces it."""
+        """Write a row of the totals so far; `keep`: no later row overwrites it."""
         with self._lock:
             if self._over:
                 return
@@ -215,7 +214,7 @@ class _Attempt:
                 self._replaces = True
 
     def _book(self) -> None:
-        """Adds the time since the last call to the phase of that time."""
+        """Add the time since the last call to the current phase."""
         now = time.monotonic()
         phase, seconds = self._phase, now - self._since
         if phase == "data":
@@ -227,7 +226,7 @@ class _Attempt:
         self._since = now
 
     def _listen(self) -> None:
-        """Waits for the devices, and writes a row from time to time."""
+        """Wait for the devices, and write a row at the required intervals."""
         while True:
             now = time.monotonic()
             left = self._written + max(self._beat, SHARE * (now - self._born)) - now
@@ -242,12 +241,12 @@ class _Attempt:
             if item is None:
                 return
             step, outputs = item
-            with contextlib.suppress(Exception):  # the main thread meets the same and says so
+            with contextlib.suppress(Exception):  # the main thread reports the error
                 jax.block_until_ready(outputs)
                 with self._lock:
                     self._step, self._finished = step, time.monotonic()
 
 
 def _milliseconds(seconds: float) -> float:
-    """`seconds` with the digits that a clock has."""
+    """`seconds` rounded to milliseconds."""
     return round(seconds, 3)

@@ -1,22 +1,21 @@
-"""Says what the run waits for, with seconds, while it waits."""
+"""Shows what the run is waiting for, and for how many seconds."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-TICK = 1.0  # seconds between two looks
+TICK = 1.0  # seconds between two checks
 
 
 class Waits:
-    """`with waits("compiling the train step"):` around what takes long; a context manager itself.
+    """`with waits("compiling the train step"):` around a long operation; itself a context manager.
 
-    A thread looks once a second, so that a wait that is over sooner costs nothing.
+    A thread checks once per second, so a wait that ends sooner costs no time.
 
     Args:
-      tell: called with what is waited for and since how many seconds; with "" and 0 once it is
-        there.
-      tick: seconds between two looks.
+      tell: called with the current wait and its seconds; with "" and 0 after the wait ended.
+      tick: seconds between two checks.
     """
 
     def __init__(self, tell: Callable[[str, float], None], tick: float = TICK):
@@ -34,7 +33,7 @@ class Waits:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """The body is a wait for `what`; one inside another hides the outer one meanwhile."""
+        """Label the body as a wait for `what`; an inner wait hides the outer one while it lasts."""
         outer, self._wait = self._wait, (what, time.monotonic())
         try:
             yield

@@ -1,7 +1,7 @@
-"""Ends a run that hangs: a limit for each thing it waits for, stacks of all threads, exit code 42.
+"""Ends a run that hangs: a time limit per phase, stacks of all threads, exit code 42.
 
-A collective waits for ever for a host that has gone to sleep, and so does a read from a file system
-that does not answer.  The main thread says what it is about to do; a thread beside it counts.
+A collective waits forever for a host that stopped, and so does a read from an unresponsive file
+system.  The main thread labels its current phase; a watchdog thread counts the seconds.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from pathlib import Path
 from moe_jax.parallel.distributed import AGAIN
 from moe_jax.sections import WatchdogConfig
 
-TICK = 1.0  # seconds between two looks
-BARK = 10.0  # seconds for saying where each thread stands
-# The lead process holds JAX's coordination service: where it leaves first, all others are aborted
-# (134) before they have said where they stand.
+TICK = 1.0  # seconds between two checks
+BARK = 10.0  # seconds for writing the stacks of all threads
+# The lead process hosts JAX's coordination service: if it exits first, all others are aborted (134)
+# before they have written their stacks.
 LEAD_GRACE = 5.0
 
 
 class Watchdog:
     """Watches the thread that it is used in, one phase at a time; a context manager.
 
-    Only time in which this process could run counts: one that is stopped and continued, as by
+    Only time in which this process could run counts: a process that is stopped and continued, as by
     ctrl-Z, has not hung.
 
     Attributes:
-      folder: gets the stacks, too.
-      grace: seconds on top of every limit.
+      folder: folder for a file with the stacks; None: no file.
+      grace: seconds added to every limit.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
         tick: float = TICK,
     ):
-        """`folder` gets the stacks beside standard error; `end` is what hangs cannot stop."""
+        """The stacks go to standard error and to `folder`; `end` exits even from a hang."""
         self.folder, self.grace = folder, 0.0
         self._limits, self._end, self._tick = limits, end, tick
         self._phase, self._seconds, self._spent = "", 0.0, ""
@@ -58,7 +58,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """While the body runs, `watchdog.<phase>` is the limit; phases do not nest."""
+        """Apply the limit `watchdog.<phase>` to the body; phases do not nest."""
         self._seconds, self._spent = 0.0, "taken"
         self._phase = phase
         try:
@@ -67,8 +67,8 @@ class Watchdog:
             self._phase = ""
 
     def alive(self) -> None:
-        """The phase has got on: its limit counts from here anew."""
-        self._seconds, self._spent = 0.0, "not got on for"
+        """Report progress: the limit of the phase counts from now."""
+        self._seconds, self._spent = 0.0, "made no progress for"
 
     def _count(self) -> None:
         last = time.monotonic()
@@ -82,15 +82,15 @@ class Watchdog:
                 return
 
     def _bark(self, phase: str, limit: float) -> None:
-        # Whoever reads standard error may have stopped, and the disk may hang.
+        # Writing may block: the reader of standard error may have stopped, or the disk may hang.
         last_word = threading.Timer(BARK, self._end, [AGAIN])
         last_word.daemon = True
         last_word.start()
         where = self.folder / f"stacks-{os.getpid()}.txt" if self.folder else None
         print(
             f"Error: {phase} has {self._spent} more than {limit:g} s (watchdog.{phase}), so this "
-            f"process ends with exit code {AGAIN}: run the same command again.  Where each thread "
-            f"stands{f', also in {where}' if where else ''}:",
+            f"process ends with exit code {AGAIN}: run the same command again.  Stacks of all "
+            f"threads{f', also in {where}' if where else ''}:",
             file=sys.stderr,
             flush=True,
         )

@@ -91,7 +91,9 @@ def program(injected: str) -> list[str]:
 def test_a_build_that_hangs(tmp_path, few, trainers, injected, line):
     run = trainers([*flags(tmp_path / "run", few, **RUN), "--devices=1"], program=program(injected))
     assert run.finish() == AGAIN, run.text
-    run.wait_for(r"^Error: start has not got on for more than 4 s \(watchdog.start\), so this")
+    run.wait_for(
+        r"^Error: start has made no progress for more than 4 s \(watchdog.start\), so this"
+    )
     run.wait_for(line)
     [stacks] = (tmp_path / "run").glob("stacks-*.txt")
     assert "in prepare" in stacks.read_text() and "in build" in stacks.read_text()

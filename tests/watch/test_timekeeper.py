@@ -1,4 +1,4 @@
-"""Seconds by phase, as rows that a kill cannot take back."""
+"""The seconds of each phase, in rows that survive a kill."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ NEVER = 1e9  # seconds between two rows
 
 
 class Outputs:
-    """Of a step that runs until `done` is set."""
+    """The outputs of a step that runs until `done` is set."""
 
     def __init__(self):
         self.done = threading.Event()
@@ -28,7 +28,7 @@ class Outputs:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock.now += 1` is a second; this process began 3 s before the test."""
+    """`clock.now += 1` advances a second; this process began 3 s before the test."""
     clock = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(time=lambda: 5e8 + clock.now, monotonic=lambda: clock.now)
     monkeypatch.setattr(timekeeper, "time", fake)
@@ -41,7 +41,7 @@ def rows(folder):
 
 
 def until(condition):
-    """Waits for the other thread."""
+    """Wait for the other thread."""
     tick = threading.Event()
     assert any(condition() or tick.wait(0.002) for _ in range(10_000))
 
@@ -49,7 +49,7 @@ def until(condition):
 def test_every_second_is_in_one_phase(tmp_path, clock):
     with Timekeeper(tmp_path, True, NEVER) as keeper:
         with keeper("checkpoint"):
-            clock.now += 4  # the state is made or loaded: init
+            clock.now += 4  # creating or loading the state: init
         keeper.resumed(7)
         with keeper("data"):
             clock.now += 1  # the devices have nothing to do yet
@@ -63,7 +63,7 @@ def test_every_second_is_in_one_phase(tmp_path, clock):
         keeper.ended(42)
     last = rows(tmp_path)[-1]
     assert last["seconds"] == {"init": 7, "data": 1, "step": 5, "compile": 20, "evaluation": 10}
-    assert last["time"] - last["began"] == 45  # 3 before, 42 here
+    assert last["time"] - last["began"] == 45  # 3 before the test, 42 in it
     assert (last["from"], last["step"], last["end"]) == (7, 7, 42)
     assert len({row["attempt"] for row in rows(tmp_path)}) == 1
 
@@ -150,7 +150,7 @@ def test_a_row_that_cannot_be_written_stops_nothing(tmp_path, clock):
                 clock.now += 6
         assert len(rows(tmp_path)) == before
         keeper.ended(0)
-    assert rows(tmp_path)[-1]["seconds"]["checkpoint"] == 6  # the next row says it all
+    assert rows(tmp_path)[-1]["seconds"]["checkpoint"] == 6  # the next row has the totals
 
 
 def fast_run(keeper, clock, seconds, first=0):
@@ -166,7 +166,7 @@ def fast_run(keeper, clock, seconds, first=0):
 
 @pytest.mark.parametrize(("attempts", "most"), [(1, 400_000), (144, 900_000)])
 def test_a_day_stays_under_a_megabyte(tmp_path, clock, attempts, most):
-    """Of a fast run, in one attempt and with a restart every ten minutes."""
+    """The file size of a fast run, in one attempt and with a restart every ten minutes."""
     hours, day = 4 if attempts == 1 else 1, 24
     count = max(1, attempts * hours // day)
     for number in range(count):
@@ -183,7 +183,7 @@ def test_a_day_stays_under_a_megabyte(tmp_path, clock, attempts, most):
 
 
 def test_rows_that_replace_each_other_tell_what_a_restart_lost(tmp_path, clock):
-    """As the sum of all steps after the restored one, wherever between two kept rows it lies."""
+    """Equal to the sum of the steps after the restored one, anywhere between two kept rows."""
     keeper = Timekeeper(tmp_path, True, timekeeper.BEAT)
     keeper.resumed(0)
     last = fast_run(keeper, clock, 1000)
@@ -198,7 +198,7 @@ def test_rows_that_replace_each_other_tell_what_a_restart_lost(tmp_path, clock):
 
 
 def test_the_last_row_is_the_newest_whether_it_is_kept_or_not(tmp_path, clock):
-    """What a kill leaves unaccounted for is the time since then."""
+    """A kill leaves only the time since the last row unaccounted for."""
     with Timekeeper(tmp_path, True, timekeeper.BEAT) as keeper:
         keeper.resumed(0)
         for second in range(2, 300, 2):

@@ -1,4 +1,4 @@
-"""What is waited for is said with its seconds, on lines and on the bar."""
+"""Waits are shown with their seconds, in lines and on the bar."""
 
 import queue
 
@@ -10,14 +10,14 @@ from moe_jax.watch.waits import Waits
 
 @pytest.fixture
 def told():
-    """(a `Waits` that looks all the time, what it tells)."""
+    """(a `Waits` that checks continuously, the calls of its `tell`)."""
     said: queue.Queue = queue.Queue()
     with Waits(lambda what, seconds: said.put((what, seconds)), tick=1e-3) as waits:
         yield waits, said
 
 
 def until(said: queue.Queue, wanted: str) -> float:
-    """Seconds that were told of a wait, once it is told."""
+    """The seconds reported for a wait, after it is reported."""
     while True:
         what, seconds = said.get(timeout=60)
         if what == wanted:
@@ -31,7 +31,7 @@ def test_a_wait_is_told_until_it_is_over(told):
         assert until(said, "building the store") > first >= 0
         with waits("compiling the train step"):
             until(said, "compiling the train step")
-        assert until(said, "building the store") > first  # its own clock went on
+        assert until(said, "building the store") > first  # the outer wait's clock continued
     assert until(said, "") == 0
     with waits("sampling"), pytest.raises(ValueError, match="lost"):
         until(said, "sampling")

@@ -1,4 +1,4 @@
-"""A process that hangs says where and ends with 42; one that does not is left alone."""
+"""A process that hangs prints its stacks and ends with 42; any other process is not ended."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ TICK = 0.005
 
 
 def watched(limits: WatchdogConfig, folder=None):
-    """(watchdog, event that its end sets, exit codes it ended with)."""
+    """(watchdog, event set by its `end`, exit codes passed to `end`)."""
     codes, over = [], threading.Event()
 
     def end(code):
@@ -67,7 +67,7 @@ def test_a_phase_that_gets_on_counts_anew_and_one_that_stops_does_not(capfd):
         assert over.wait(30)
     assert codes == [42]
     said = capfd.readouterr().err
-    assert said.startswith("Error: start has not got on for more than 5 s (watchdog.start), so")
+    assert said.startswith("Error: start has made no progress for more than 5 s (watchdog.start)")
 
 
 def test_no_limit_and_a_phase_without_one():
@@ -79,14 +79,14 @@ def test_no_limit_and_a_phase_without_one():
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
-    """A clock that jumps by an hour between two looks, as after ctrl-Z."""
+    """A clock that jumps by an hour between two checks, as after ctrl-Z."""
     watch, over, codes = watched(WatchdogConfig(step=100 * TICK))
     looks = iter(range(10**9))
     monkeypatch.setattr("moe_jax.watch.watchdog.time.monotonic", lambda: 3600.0 * next(looks))
     with watch, watch("step"):
         assert over.wait(30)
     assert codes == [42]
-    assert next(looks) > 50  # an hour counted as two ticks each time
+    assert next(looks) > 50  # each hour counted as two ticks
 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan")])
