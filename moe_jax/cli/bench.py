@@ -1,4 +1,7 @@
-"""python -m moe_jax bench --config=...: one JSON line of how fast a config trains here."""
+"""python -m moe_jax bench --config=...: measure how fast a config trains on these devices.
+
+Prints one line of JSON.
+"""
 
 import json
 import sys
@@ -20,10 +23,10 @@ from moe_jax.tools.bench.random_rows import random_rows
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train some steps on the config's own data and print their speed; keeps only the store."""
+    """Train some steps on the config's own data and print their speed; only the store is kept."""
     parsed = parse(argv, COMMANDS["bench"])
     if parsed.flags.steps < 1:
-        raise UserError(f"--steps={parsed.flags.steps}: time 1 step or more.")
+        raise UserError(f"--steps={parsed.flags.steps}: give 1 or more.")
     keep_freed_memory()
     config = from_config_dict(parsed.config)
     set_numerics(config)
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if given.profile:
         _progress(breakdown_table(row["profile_ms"]))
         if row["collectives_hidden_ms"]:
-            _progress(f"beside other kernels: {row['collectives_hidden_ms']:.2f} ms of collectives")
+            _progress(f"collectives hidden: {row['collectives_hidden_ms']:.2f} ms beside kernels")
     print(json.dumps({"config": parsed.flags.config, **row}), flush=True)
     return 0
 

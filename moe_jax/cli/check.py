@@ -1,11 +1,11 @@
-"""Checks many runs at once, without text and without training: what launch/sweep.py asks first.
+"""Check many runs at once, without data and without training; launch/sweep.py runs it first.
 
 python -m moe_jax check [--devices=N] < LINES
 
-Each line on stdin is a JSON list: the arguments of one `python -m moe_jax train`.  For each, one
-JSON object on stdout: {"problem": SENTENCE or null, "finished": BOOL, "changed": [KEY, ...]}.
-`changed` names what a finished run did otherwise.  --devices says how many devices a run will have;
-without it those of this machine count.
+Each line on stdin is a JSON list: the arguments of one `python -m moe_jax train`.  For each line
+one JSON object is printed: {"problem": SENTENCE or null, "finished": BOOL, "changed": [KEY, ...]}.
+`changed` lists the keys whose values differ from those that a finished run used.  --devices is the
+number of devices that a run will have; without it, the number of devices of this machine.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ from moe_jax.run.setup import settle
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads stdin, answers each line; returns 0 whatever the answers are.
+    """Read stdin and answer each line; return 0 whatever the answers are.
 
     Raises:
-      UserError: a line is no list of arguments.
+      UserError: a line is not a list of arguments.
     """
     given = parse(argv, COMMANDS["check"]).flags
     if not given.devices:
         check_platforms()
     for arguments in list(_read_runs(sys.stdin)):
-        # A config file may print, and register what the next one does not.
+        # A config file may print, and what it registers must not be known to the next one.
         with contextlib.redirect_stdout(sys.stderr), apart():
             answer = check(arguments, given.devices or jax.device_count())
         print(json.dumps(answer), flush=True)
@@ -60,12 +60,13 @@ def _read_runs(lines: Iterable[str]) -> Iterator[list[str]]:
                 yield records.names(json_files.parse(line))
         except ValueError as error:
             raise UserError(
-                f"Line {number} of standard input is no JSON list of train's arguments ({error})."
+                f"Line {number} of standard input is not a JSON list of train's arguments "
+                f"({error})."
             ) from None
 
 
 def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
-    """What is wrong with one run (None: nothing), and whether it has already come to its end."""
+    """Describe what is wrong with one run (None: nothing), and whether it is already finished."""
     problem, finished, changed = None, False, []
     try:
         config, workdir = checked(arguments, num_devices)
@@ -73,16 +74,16 @@ def check(arguments: Sequence[str], num_devices: int) -> dict[str, Any]:
         changed = _changed(config, workdir) if finished else []
     except UserError as error:
         problem = str(error)
-    except Exception as error:  # of a router that the config file defines, say
+    except Exception as error:  # such as one from a router that the config file defines
         problem = f"{type(error).__name__}: {error}"
     return {"problem": problem, "finished": finished, "changed": changed}
 
 
 def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]:
-    """A run's config as it will run, and its workdir.
+    """The resolved config of a run, and its workdir.
 
     Raises:
-      UserError: what the trainer would refuse before it reads any text.
+      UserError: the trainer would refuse the run before it reads any data.
     """
     parsed = parse(["moe_jax train", *arguments], COMMANDS["train"])
     workdir = locate(parsed.flags.workdir)
@@ -99,7 +100,7 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
 
 
 def _changed(config: Config, workdir: Folder) -> list[str]:
-    """Keys in which the workdir's record differs, the mesh aside; none where it cannot be read."""
+    """The keys that differ from the workdir's config.json, except mesh.*; none if it is missing."""
     try:
         record = read_config(workdir / "config.json")
     except (FileNotFoundError, UserError):

@@ -1,14 +1,14 @@
-"""Lists the checkpoints of a run: `python -m moe_jax checkpoint --workdir=DIR [--verify]`.
+"""List the checkpoints of a run: `python -m moe_jax checkpoint --workdir=DIR [--verify]`.
 
-One line a step on stdout, oldest first: step, state, size.  The state is `complete` where all files
-are there in their sizes, else `bad:` with the reason.  With --verify every byte is read, the state
-is `ok` or `bad:`, and last stands the SHA-256 of the parameters (`-` where the step is bad), which
-does not depend on the mesh.  The exit code is 1 if any step is bad.  Steps in quarantine go to
-stderr.  Nothing is changed.
+Prints one line per step, oldest first: step, state, size.  The state is `complete` if all files
+exist with the sizes in the manifest, else `bad:` with the reason.  With --verify every byte is
+read, the state is `ok` or `bad:`, and the line ends with the SHA-256 of the parameters (`-` if the
+step is bad), which does not depend on the mesh.  The exit code is 1 if any step is bad.  Steps in
+quarantine are listed on stderr.  Nothing is changed.
 
-Anybody may have written the folder: only regular files that a manifest lists are opened, what
-arrays declare must fit the files before one is read, and a step that is read slower than 1 MiB/s
-ends the command.
+The workdir is untrusted: only regular files that a manifest lists are opened, the sizes that arrays
+declare are compared with the files before any array is read, and the command ends if a step is read
+slower than 1 MiB/s.
 """
 
 import os
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the lines; raises UserError where there is no checkpoint."""
+    """Print the lines; raises UserError if there is no checkpoint."""
     given = parse(argv, COMMANDS["checkpoint"]).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
     checkpoints = Checkpoints(os.path.join(given.workdir, "checkpoints"))
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"{checkpoints.root} holds no checkpoint: check --workdir.")
+        raise UserError(f"{checkpoints.root} has no checkpoints: check --workdir.")
     code = DONE
     for step in steps:
         size = checkpoints.size(step)
@@ -52,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
             state, code = f"bad: {reason}", FIX
         print(f"step {step}  {state}  {formats.size(size, 1)}{last}", flush=True)
     for name in checkpoints.quarantined():
-        print(f"set aside: {checkpoints.root / QUARANTINE / name}", file=sys.stderr)
+        print(f"quarantined: {checkpoints.root / QUARANTINE / name}", file=sys.stderr)
     return code
 
 
 def _verify(checkpoints: Checkpoints, step: int) -> tuple[str | None, str]:
-    """(why a step is bad, -) or (None, the digest of its parameters)."""
+    """Return (why the step is bad, "-"), or (None, the digest of its parameters)."""
     reason = checkpoints.examine(step)
     if reason is not None:
         return reason, "-"
@@ -68,7 +68,7 @@ def _verify(checkpoints: Checkpoints, step: int) -> tuple[str | None, str]:
 
 
 def _in_time(read: Callable[[], T], step: int, size: int) -> T:
-    """What `read` returns; a file system that does not answer would hang it for ever.
+    """Call `read` with a time limit, because a file system may never answer.
 
     Raises:
       UserError: it takes longer than `seconds_to_read(size)`.
@@ -81,13 +81,13 @@ def _in_time(read: Callable[[], T], step: int, size: int) -> T:
         except BaseException as error:
             found.set_exception(error)
 
-    # A daemon, which the end of the process does not wait for.
+    # A daemon thread, because the process must be able to end before it.
     threading.Thread(target=run, name="verify", daemon=True).start()
     limit = seconds_to_read(size)
     try:
         return found.result(limit)
     except TimeoutError:
         raise UserError(
-            f"Step {step} was not read within {limit:.0f} s, in which {formats.size(size, 1)} can "
-            f"be read at 1 MiB/s: check the file system, or copy the step to another."
+            f"Step {step} ({formats.size(size, 1)}) was not read within {limit:.0f} s, which is "
+            f"slower than 1 MiB/s: check the file system, or copy the step to a faster one."
         ) from None

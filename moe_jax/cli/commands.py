@@ -1,7 +1,7 @@
 """The table of commands: `python -m moe_jax NAME ...` and `moe-NAME ...` are the same.
 
-Nothing here imports JAX, so that --help answers at once.  The module `moe_jax.cli.NAME` holds the
-command's `main(argv)`.
+Nothing here imports JAX, so that --help is fast.  The module `moe_jax.cli.NAME` holds the command's
+`main(argv)`.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Flag:
     """One flag of a command; its type is the type of its default.
 
     Attributes:
-      name: without dashes.
-      default: the value where it is not given.
+      name: the name without dashes.
+      default: the value if the flag is not given.
       help: one line for --help.
-      path: whether it names a file or a folder; `~` in front is then the home folder.
+      path: True: the value is a file or folder name, in which a leading `~` is expanded.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command takes beside --workdir and --devices.
+    """The arguments of one command, in addition to --workdir and --devices.
 
     Attributes:
       summary: one line for --help.
-      flags: its own flags.
-      config: whether it takes --config=FILE.py[:ARG] and --config.a.b=VALUE.
-      workdir: whether it needs --workdir; None: it makes nothing of one, and --help leaves it out.
-      listed: whether `python -m moe_jax --help` shows it; False for what only programs start.
+      flags: the command's own flags.
+      config: True: it takes --config=FILE.py[:ARG] and --config.a.b=VALUE.
+      workdir: True: --workdir is required; False: optional; None: ignored and not in --help.
+      listed: True: `python -m moe_jax --help` shows it; False: only programs start it.
     """
 
     summary: str
@@ -56,28 +56,28 @@ class Command:
 
 HELP = {"--help", "-h"}
 COMMON_FLAGS = (
-    Flag("workdir", "", "Folder of the run.", path=True),
-    Flag("devices", 0, "Run on this many virtual CPU devices; 0: the machine's own."),
+    Flag("workdir", "", "Directory of the run.", path=True),
+    Flag("devices", 0, "Run on this many virtual CPU devices; 0: use the real devices."),
 )
-# For commands that may run as several processes: what `distributed.start` takes.
+# The arguments of `distributed.start`, for commands that may run as several processes.
 PROCESS_FLAGS = (
     Flag("coordinator", "", "HOST:PORT of process 0, for several processes started by hand."),
-    Flag("process_count", 0, "How many processes; 1 ignores what the environment says."),
-    Flag("process_id", -1, "Which process this is, from 0."),
+    Flag("process_count", 0, "Number of processes; 0: from the environment; 1: ignore it."),
+    Flag("process_id", -1, "Index of this process, from 0."),
 )
-# For commands that read a run's own config.json, which names what only that file makes known.
+# For commands that read a run's config.json: it may name a component that only this file registers.
 REGISTRATIONS = Flag(
     "config", "", "FILE.py[:ARG] that registers the runs' own router or dispatch path; it is run."
 )
 
 COMMANDS = {
     "train": Command(
-        "Train a config, or go on from the newest checkpoint of its workdir.",
+        "Train a config, or resume from the newest checkpoint of its workdir.",
         (
             Flag(
                 "init_from",
                 "",
-                "Start a new run from the weights of this other run's workdir.",
+                "Start a new run from the weights of the run in this workdir.",
                 path=True,
             ),
             *PROCESS_FLAGS,
@@ -95,41 +95,41 @@ COMMANDS = {
     "bench": Command(
         "Measure how fast a config trains on the devices at hand.",
         (
-            Flag("steps", 20, "Steps to time, after some that are not."),
-            Flag("gradients", False, "Also time forward and backward alone."),
+            Flag("steps", 20, "Steps to time, after a warm-up."),
+            Flag("gradients", False, "Also time the forward and backward pass alone."),
             Flag("random", False, "Train on random tokens instead of the config's text."),
-            Flag("profile", False, "Also show where the device's time goes, from a trace."),
+            Flag("profile", False, "Also show the device time by kind of kernel, from a trace."),
         ),
         workdir=False,
     ),
     "plan": Command(
-        "Say what fits a topology and how fast it can go, without the devices.",
+        "Predict the memory and speed of a config on a topology, without the devices.",
         (
-            Flag("topology", "", "What it would run on: v5p:8x8x16, v5e:4x4, h200:8."),
-            Flag("mesh", "", "data=1,fsdp=128,expert=8,tensor=1, instead of the config's."),
+            Flag("topology", "", "The devices to plan for: v5p:8x8x16, v5e:4x4, h200:8."),
+            Flag("mesh", "", "data=1,fsdp=128,expert=8,tensor=1, instead of the config's mesh."),
             Flag("tokens", 1e12, "Tokens of the whole training, for chip-hours."),
             Flag(
-                "save", "", "Write the compiled executable there; takes minutes longer.", path=True
+                "save", "", "Write the compiled executable here; takes minutes longer.", path=True
             ),
             Flag("search", False, "Rank every legal mesh, remat policy and batch size."),
-            Flag("scaling", False, "A table from 8 to 65,536 chips; takes no compilation."),
-            Flag("compile", True, "Compile; --nocompile gives the analytic estimate alone."),
+            Flag("scaling", False, "Print a table from 8 to 65,536 chips, without compiling."),
+            Flag("compile", True, "Compile; --nocompile prints the analytic estimate alone."),
         ),
         workdir=None,
     ),
     "doctor": Command(
         "Check a config on the devices at hand before chip-hours are spent on it.",
         (
-            Flag("conformance", False, "Instead: every router on every dispatch path and mesh."),
-            Flag("full", False, "With --conformance: all combinations, not a covering part."),
+            Flag("conformance", False, "Check every router, dispatch path and mesh instead."),
+            Flag("full", False, "With --conformance: all combinations, not only all pairs."),
             *PROCESS_FLAGS,
         ),
         workdir=False,
     ),
     "results": Command(
-        "Show a table, CSV and a plot of the runs below a folder.",
+        "Show a table, a CSV file and a plot of the runs below a folder.",
         (
-            Flag("csv", "", "Also write the table of runs here, numbers in full.", path=True),
+            Flag("csv", "", "Also write the table of runs here, with all digits.", path=True),
             Flag(
                 "plot",
                 "",
@@ -142,7 +142,7 @@ COMMANDS = {
         config=False,
     ),
     "goodput": Command(
-        "Show where the time of a run went, restarts and lost steps included.",
+        "Show how a run spent its time, including restarts and lost steps.",
         (
             Flag("json", False, "Print one line of JSON instead of tables."),
             Flag(
@@ -155,35 +155,33 @@ COMMANDS = {
         config=False,
     ),
     "ledger": Command(
-        "Show where the assignments of a run went, by layer, expert, position and source.",
+        "Show the outcomes of a run's assignments by layer, expert, position and source.",
         (
-            Flag("layer", -1, "Only this MoE layer, counted from 0; -1: all of them, added."),
+            Flag("layer", -1, "Only this MoE layer, counted from 0; -1: the sum of all layers."),
             Flag("from_step", 0, "Leave out earlier steps."),
             Flag(
                 "csv",
                 "",
-                "Also write every count here: axis, layer, name and the fates.",
+                "Also write every count here: axis, layer, name and the outcomes.",
                 path=True,
             ),
         ),
         config=False,
     ),
     "replay": Command(
-        "Take one step of a run again and compare it bit for bit with what was logged.",
+        "Repeat one step of a run and compare it bit for bit with the log.",
         (
             Flag("step", 0, "The step, counted from 1 as in metrics.jsonl."),
-            Flag("flight", True, "As its flight record has it; --noflight: as it went after that."),
-            Flag("from_beginning", False, "Where no checkpoint is early enough: from step 0."),
-            Flag(
-                "init_from", "", "With --from_beginning: what the run was started with.", path=True
-            ),
+            Flag("flight", True, "Use the flight record of the step; --noflight: the log."),
+            Flag("from_beginning", False, "Start at step 0 if no checkpoint is early enough."),
+            Flag("init_from", "", "With --from_beginning: the run's own --init_from.", path=True),
             REGISTRATIONS,
             *PROCESS_FLAGS,
         ),
         config=False,
     ),
     "check": Command(
-        "Check many runs at once: a JSON list of train's arguments a line on standard input.",
+        "Check many runs: each line of standard input is a JSON list of train's arguments.",
         config=False,
         workdir=None,
         listed=False,
@@ -192,15 +190,15 @@ COMMANDS = {
 TRAIN_BPE = Command(
     "Train a BPE tokenizer on a config's corpus.",
     (
-        Flag("vocab_size", 0, "Tokens of the new vocabulary, special ones included."),
-        Flag("output", "", "Where the tokenizer.json is written.", path=True),
+        Flag("vocab_size", 0, "Tokens in the new vocabulary, including special tokens."),
+        Flag("output", "", "The tokenizer.json to write.", path=True),
     ),
     workdir=None,
 )
 
 
 def run_command(name: str, arguments: Sequence[str]) -> NoReturn:
-    """Runs one command with the arguments after its name, and exits with its code."""
+    """Run one command with the arguments after its name, and exit with its code."""
     program = f"moe_jax {name}"
     if HELP & set(arguments):
         bpe = name == "data" and "train-bpe" in arguments
@@ -222,14 +220,14 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> No
 
 
 def script() -> NoReturn:
-    """The console commands: moe-train is `train`, and so on."""
+    """Entry point of the console commands: moe-train runs `train`, and so on."""
     streams.guard()
     name = os.path.basename(sys.argv[0]).removesuffix(".exe").removeprefix("moe-")
     run_command(name, sys.argv[1:])
 
 
 def main() -> NoReturn:
-    """python -m moe_jax NAME ARGUMENTS"""
+    """Entry point of `python -m moe_jax NAME ARGUMENTS`."""
     streams.guard()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
@@ -239,19 +237,19 @@ def main() -> NoReturn:
         near = suggest(name, [*shown, "data train-bpe"])
         error = UserError(f"{name!r} is not a command of moe_jax{near}.")
         if name.startswith("-"):
-            error = UserError(f"There is no command before {name}: name one of {', '.join(shown)}.")
+            error = UserError(f"There is no command before {name}: use one of {', '.join(shown)}.")
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
     run_command(name, arguments)
 
 
 def _main_of(name: str) -> Callable[..., int | None]:
-    """Imports the command when it runs: an interrupt meanwhile ends as one during the command."""
+    """Import the command only when it runs, so that an interrupt is handled as one during it."""
 
     def main(*given: Any) -> int | None:
         command = importlib.import_module(f"moe_jax.cli.{name}")
-        # What the imports made stays, so no garbage collection needs to search it.  Tracing and
-        # lowering bench_olmoe_half take 1.4 s of CPU time instead of 1.6 (2 cores, jax 0.10.2).
+        # Imported modules are never freed, so garbage collection need not search their objects.
+        # Tracing and lowering bench_olmoe_half: 1.6 -> 1.4 s of CPU time (2 cores, jax 0.10.2).
         gc.freeze()
         return command.main(*given)
 
@@ -259,7 +257,7 @@ def _main_of(name: str) -> Callable[..., int | None]:
 
 
 def _show(text: str) -> NoReturn:
-    """Prints a help text and exits."""
+    """Print a help text and exit."""
     try:
         print(text)
         streams.finish()
@@ -270,23 +268,23 @@ def _show(text: str) -> NoReturn:
 
 
 def overview() -> str:
-    """Every listed command with its summary."""
+    """The text of `python -m moe_jax --help`: every listed command with its summary."""
     lines = ["usage: python -m moe_jax COMMAND [--FLAG=VALUE ...]", ""]
     lines += [f"  {n:<11} {c.summary}" for n, c in COMMANDS.items() if c.listed]
     return "\n".join([*lines, "", "python -m moe_jax COMMAND --help lists a command's flags."])
 
 
 def help_text(name: str, command: Command) -> str:
-    """What a command does and its flags with their defaults."""
+    """The text of `python -m moe_jax NAME --help`: summary and flags with their defaults."""
     lines = [f"usage: python -m moe_jax {name} [--FLAG=VALUE ...]", "", command.summary, ""]
     if command.config:
         lines += [
             "  --config=FILE.py[:ARG]  config file",
-            "  --config.KEY=VALUE      override of one key of it, such as --config.train.steps=9",
+            "  --config.KEY=VALUE      override one key of the config: --config.train.steps=9",
         ]
     unused = {"workdir"} if command.workdir is None else set()
     flags = [flag for flag in (*COMMON_FLAGS, *command.flags) if flag.name not in unused]
     lines += [f"  --{f.name}={f.default!r}  {f.help}" for f in flags]
     if command.config:
-        lines += ["", "With --config=FILE, --help also lists the keys of that config."]
+        lines += ["", "With --config=FILE, --help also lists the keys of that config file."]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ SAMPLE_TOKENS = 64
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line above; raises UserError for what is wrong with it."""
+    """Run the command line above; raises UserError for a mistake in it."""
     if "train-bpe" in argv[1:]:
         arguments = [argument for argument in argv if argument != "train-bpe"]
         parsed = parse(arguments, TRAIN_BPE)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def describe(store: Store, tokenizer: Tokenizer) -> list[str]:
-    """Lines about a store: sizes, a table by source, and decoded samples of the training text."""
+    """Describe a store: sizes, a table by source, and decoded samples of the train split."""
     lines = [
         f"store        {store.path}",
         f"fingerprint  {store.fingerprint}",
@@ -52,7 +52,7 @@ def describe(store: Store, tokenizer: Tokenizer) -> list[str]:
         size = int(split.documents[:, BYTES].sum())
         lines.append(
             f"{name:<12} {split.num_tokens:,} tokens, {len(split.documents):,} documents, "
-            f"{size / split.num_tokens:.3f} bytes a token"
+            f"{size / split.num_tokens:.3f} bytes per token"
         )
     if len(store.streams) > 1:
         total = sum(store.weights)
@@ -64,7 +64,7 @@ def describe(store: Store, tokenizer: Tokenizer) -> list[str]:
     for i, source in enumerate(store.sources):
         row = (f"{counts[name][i]:>15,}" for name in SPLITS)
         lines.append(f"{source:<{width}} {' '.join(row)}")
-    lines += ["", f"{SAMPLES} samples of the training text:"]
+    lines += ["", f"{SAMPLES} samples of the train split:"]
     return lines + _samples(store, tokenizer)
 
 
@@ -75,7 +75,7 @@ def _tokens_by_source(split: Split, store: Store) -> np.ndarray:
 
 
 def _samples(store: Store, tokenizer: Tokenizer) -> list[str]:
-    """Texts at evenly spaced places, one line each."""
+    """Decode tokens at evenly spaced positions, one line each."""
     split = store.train
     starts = np.linspace(0, max(0, split.num_tokens - SAMPLE_TOKENS), SAMPLES).astype(int).tolist()
     ranges = [(start, min(start + SAMPLE_TOKENS, split.num_tokens)) for start in starts]
@@ -85,11 +85,11 @@ def _samples(store: Store, tokenizer: Tokenizer) -> list[str]:
 
 def _train_bpe(config: DataConfig, vocab_size: int, output: str) -> None:
     if not output:
-        raise UserError("--output is missing: name the tokenizer.json to write.")
+        raise UserError("--output is missing: set it to the tokenizer.json to write.")
     streams = find_streams(config)
     documents = (doc.text for stream in streams for doc in stream.documents())
     tokenizer = train_bpe(documents, vocab_size, output)
     left_out = sum(len(stream.bad) for stream in streams)
     if left_out:
-        print(f"{left_out:,} bad records left out: python -m moe_jax data lists them")
+        print(f"{left_out:,} bad records skipped: python -m moe_jax data lists them")
     print(f"{output}: {tokenizer.vocab_size:,} ids; use it with --config.data.tokenizer={output}")

@@ -1,4 +1,4 @@
-"""python -m moe_jax doctor --config=configs/tiny.py: proves a config on the devices at hand."""
+"""python -m moe_jax doctor --config=configs/tiny.py: check a config on the devices at hand."""
 
 import dataclasses
 import tempfile
@@ -29,7 +29,7 @@ _CONFORMANCE = ("conformance", "conformance=true", "conformance=True", "conforma
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints one line a check; returns 1 if any fails."""
+    """Print one line per check; return 1 if any check fails."""
     conformance = any(word.lstrip("-") in _CONFORMANCE for word in argv[1:])
     command = COMMANDS["doctor"]
     if conformance:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse(argv, command)
     given = parsed.flags
     keep_freed_memory()
-    # For the comparison of meshes, and for a mesh that a shrunk config keeps.
+    # The comparison of meshes needs them, and so does the mesh that a shrunk config keeps.
     if not (given.conformance and given.devices):
         jax.config.update("jax_num_cpu_devices", max(DEVICES, given.devices))
     if given.conformance:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
         return main_conformance(given.full, _say)
     if given.full:
-        raise UserError("--full belongs to --conformance: add it, or leave --full out.")
+        raise UserError("--full needs --conformance: add --conformance, or remove --full.")
     distributed.start(given.coordinator, given.process_count, given.process_id)
     config = from_config_dict(parsed.config)
     agree.check_start(config, {"devices": given.devices})
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     with _folder(given.workdir) as folder:
         try:
             subject = make_subject(config, given.devices, folder, _say)
-        except UserError as error:  # nothing else can run before this is changed
+        except UserError as error:  # no check can run with this config
             report(next(iter(CHECKS)), Finding(False, "0 checks can run", str(error)), _say)
             return 1
         failed = examine(subject, CHECKS, _say)
@@ -68,15 +68,15 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _folder(workdir: str) -> Iterator[Folder]:
-    """A folder for the run that is examined, gone afterwards: in `workdir`, or a temporary one."""
+    """A temporary folder for the examined run, removed afterwards: in `workdir` if it is set."""
     if not workdir:
         if jax.process_count() > 1:
-            raise UserError("--workdir is missing: several processes need a folder they all see.")
+            raise UserError("--workdir is missing: set it to a folder that all processes share.")
         with tempfile.TemporaryDirectory(prefix="moe_doctor_") as folder:
             yield Path(folder) / "run"
         return
     scratch = epath.Path(locate(workdir)) / "doctor"
-    _remove(scratch)  # of a doctor that was killed
+    _remove(scratch)  # a doctor that was killed leaves its folder behind
     try:
         yield scratch / "run"
     finally:
@@ -84,7 +84,7 @@ def _folder(workdir: str) -> Iterator[Folder]:
 
 
 def _remove(folder: epath.Path) -> None:
-    """By the lead process, while all others wait."""
+    """Remove `folder` on the lead process while all others wait."""
     if distributed.lead() and folder.exists():
         folder.rmtree()
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, one sentence for a user's mistake, a traceback for a bug."""
+"""Ends a command: its exit code, one sentence for a user's mistake, a traceback for a bug."""
 
 import logging
 import os
@@ -17,14 +17,16 @@ from moe_jax.parallel.distributed import AGAIN, FIX, INTERRUPTED, exit_code
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command's `main(argv)` and exits: its result (None: 0), or 1 after an exception.
+    """Run a command's `main(argv)` and exit with its result (None: 0), or 1 after an exception.
 
-    Without `argv` it gets the process's own arguments.
+    A UserError is printed as its one sentence, any other exception with its traceback.  The exit
+    code is 42 if the exception means that a peer process is gone, and 1 or 141 if standard output
+    is lost (streams.py).  Several processes end together: if one is lost before the shutdown
+    barrier, the others fail too, and all of them are restarted.
 
-    A UserError is printed as its one sentence, any other exception with its traceback.  42 where
-    an exception says that another process is gone.  1 or 141 where standard output is lost
-    (streams.py).  Several processes end together: one that is lost before that takes the others
-    with it, and all of them are run again.
+    Args:
+      main: the command; it takes the program's name and its arguments.
+      argv: None: the arguments of this process.
     """
     failed, together = True, False
     streams.guard()
@@ -35,7 +37,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         code = main(argv) or 0
         streams.finish()
         together = jax.distributed.is_initialized()
-        jax.distributed.shutdown()  # waits for the others; alone it does nothing
+        jax.distributed.shutdown()  # a barrier over the processes; does nothing with one process
         failed = False
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -53,22 +55,22 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     streams.abandon()
     waits = any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
     if together or (failed and (waits or jax.distributed.is_initialized())):
-        # Where all have met at the end, one that is killed while Python takes itself apart would be
-        # run again, and wait in vain for the others.  After a failure an orderly exit waits for the
-        # other processes, and they wait for this one: for minutes.  So do threads of Orbax for a
-        # save that could not begin.
+        # After the shutdown barrier: a process killed during interpreter shutdown would be
+        # restarted and wait for peers that are gone, so exit at once.  After a failure: a normal
+        # exit waits minutes for the other processes, which wait for this one, and for Orbax's
+        # threads, which wait for a save that could not begin.
         os._exit(code)
     sys.exit(code)
 
 
 def _quiet_libraries() -> None:
-    """Let this process print our sentence instead of tracebacks of what a library's thread raised.
+    """Suppress the tracebacks of library threads, because the command prints its own sentence.
 
-    Orbax logs what its threads raise, also in the middle of a training step.  And it closes its
-    event loop at the first leaf that cannot be read or written: what TensorStore then answers of
-    the others raises in threads where Python can only print it, and asyncio logs the errors of
-    those that nothing waits for any more.  Nothing is put back: those
-    threads may outlive `main`, and the process ends with this command.
+    Orbax logs the exceptions of its threads, also in the middle of a training step.  It closes its
+    event loop at the first leaf that cannot be read or written.  TensorStore's results for the
+    other leaves then raise in threads where Python can only print the exception, and asyncio logs
+    the errors of tasks that are no longer awaited.  The hooks are not restored: those threads may
+    outlive `main`, and the process ends with this command.
     """
     unraisable = sys.unraisablehook
 
@@ -90,7 +92,7 @@ def _quiet_libraries() -> None:
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """A full disk in a library's thread, such as TensorBoard's, is one line; the run says more."""
+    """Print an OSError of a library's thread (TensorBoard, full disk) as one line."""
     if isinstance(args.exc_value, OSError):
         print(
             f"{args.thread.name if args.thread else 'A thread'}: {args.exc_value}", file=sys.stderr

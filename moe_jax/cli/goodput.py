@@ -1,7 +1,7 @@
-"""Where the time of a run went: python -m moe_jax goodput --workdir=DIR
+"""Show how a run spent its time: python -m moe_jax goodput --workdir=DIR [--json] [--plot=FILE]
 
-[--json] [--plot=FILE].  Reads WORKDIR/goodput.jsonl, to which every attempt at the run adds, and
-prints the seconds of each category, restarts and lost steps included, and a line for each attempt.
+Reads WORKDIR/goodput.jsonl, to which every attempt appends, and prints the seconds of each category
+(including restarts and lost steps) and one line per attempt.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moe_jax.watch.timekeeper import GOODPUT
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the account; raises UserError where there is none."""
+    """Print the account; raises UserError if the run has none."""
     given = parse(argv, COMMANDS["goodput"]).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
     account = read(epath.Path(given.workdir) / GOODPUT)

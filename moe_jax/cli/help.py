@@ -1,4 +1,4 @@
-"""python -m moe_jax train --config=FILE --help: the keys of a config with the values it sets."""
+"""python -m moe_jax train --config=FILE --help: list the keys of a config and their values."""
 
 import sys
 import textwrap
@@ -14,18 +14,18 @@ from moe_jax.cli.parse import parse
 from moe_jax.config import from_config_dict, to_dict
 from moe_jax.keys import Key, sections
 
-COLUMNS = 110  # from this width on a key and its meaning stand side by side,
-LEFT = 50  # the meaning from this column on
-BELOW = 6  # its column where it stands below the key
+COLUMNS = 110  # terminals at least this wide show a key and its meaning on one line,
+LEFT = 50  # with the meaning in this column
+BELOW = 6  # column of the meaning on narrower terminals, on the line below the key
 
 
 def main(text: str, command: Command, argv: Sequence[str]) -> None:
-    """Prints the help text of a command, then the keys of the config that its arguments name.
+    """Print the help text of a command, then the keys of the config that its arguments name.
 
     Args:
-      text: what the command and its flags are.
-      command: as the table of commands has it, with --workdir optional.
-      argv: the program's name and its arguments, --help left out.
+      text: the help text of the command and its flags.
+      command: its entry in the table of commands, with --workdir optional.
+      argv: the program's name and its arguments, without --help.
 
     Raises:
       UserError: anything wrong with the arguments or with the config file.
@@ -47,11 +47,11 @@ def main(text: str, command: Command, argv: Sequence[str]) -> None:
 
 
 def _entry(key: Key, values: Mapping[str, Any]) -> tuple[str, str, str]:
-    """A key with its value; its default, where that differs; what else is to be said of it."""
+    """A key with its value, its default if the value differs, and its type and meaning."""
     value = _value(key, values)
     kind = f"{key.type}, {key.constraint}" if key.constraint else key.type
     text = f"{kind}. {key.meaning}".strip()
-    # Of a mapping of mappings the names alone: sections of their own have the rest.
+    # Show only the names of a mapping of mappings: each inner mapping has its own section.
     if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
         return f"{key.name}={{{', '.join(value)}}}", "", text
     default = "" if value == key.default else f"  (default {shown(key.default)})"
@@ -59,7 +59,7 @@ def _entry(key: Key, values: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _value(key: Key, values: Mapping[str, Any]) -> Any:
-    """What the config sets; the default where it leaves the key out."""
+    """The value that the config sets, or the default if it leaves the key out."""
     found: Any = values
     for name in key.name.split("."):
         if not isinstance(found, Mapping) or name not in found:
@@ -69,7 +69,7 @@ def _value(key: Key, values: Mapping[str, Any]) -> Any:
 
 
 def _lines(entries: Sequence[tuple[str, str, str]], width: int) -> Iterator[rich.text.Text]:
-    """The lines of a section on a terminal of `width` columns; 0: without wrapping, for a file."""
+    """The lines of a section on a terminal of `width` columns; 0: a file, so do not wrap."""
     indent = LEFT if width >= COLUMNS else BELOW
     for head, default, text in entries:
         first = rich.text.Text("  ").append(head, style="bold cyan").append(default, style="dim")

@@ -1,4 +1,4 @@
-"""python -m moe_jax.cli.keys > docs/configuration.md: the reference of every config key."""
+"""python -m moe_jax.cli.keys > docs/configuration.md: write the reference of every config key."""
 
 import json
 from typing import Any
@@ -8,47 +8,47 @@ from moe_jax.keys import Key, Section, sections
 HEAD = """\
 # Configuration
 
-Every key of a config, made from the dataclasses that hold them by
-`python -m moe_jax.cli.keys > docs/configuration.md`; edit the comments and bounds there.
-`python -m moe_jax train --config=FILE --help` prints the same with the values of a config file, and
-the knobs of the routers and dispatch paths that it registers.
+Every key of a config. This page is generated from the comments and bounds of the config
+dataclasses: edit those, then run `python -m moe_jax.cli.keys > docs/configuration.md`.
+`python -m moe_jax train --config=FILE --help` prints the same list with the values of a config
+file, and the knobs of the routers and dispatch paths that the file registers.
 
-A key is set
+Set a key
 
 - in a config file: `config.train.steps = 400` after `config = default_config()`
-  (`configs/tiny.py` is one);
-- on a command line, which wins over the file: `--config.train.steps=400`,
+  (`configs/tiny.py` is an example);
+- on a command line, which overrides the file: `--config.train.steps=400`,
   `--config.model.dense=true`; a mapping as JSON:
   `--config.data.mixture='{"web": {"files": "web/*.jsonl"}}'`;
 - in a program: `moe_jax.load_config("configs/tiny.py", {"train.steps": 400})`
   ([library.md](library.md));
 - for each run of a sweep: `hyper.sweep("config.train.steps", [200, 400])` (`configs/sweeps/`).
 
-A value keeps the type of its key; a whole number is welcome where a float is asked for, numbers are
-finite, and no whole number is larger than 2**40. What is unknown, of another type or out of bounds
-is refused in one sentence before anything is compiled.
+A value must have the type of its key, but an integer is accepted for a float. Numbers must be
+finite, and integers at most 2**40. A key that is unknown, or a value of the wrong type or out of
+bounds, is refused in one sentence before anything is compiled.
 
-The column *decides* says what a key changes: the **weights** (what the parameters compute, and
-their shapes), the **data** (the tokens that a step sees, and how they are grouped), the
-**training** (how a step changes the parameters), or only the **run** (places, speed, what is
-evaluated and kept). A run that resumes may change the last two and is told so; one that would
-change the first two is refused.
+The column *decides* says what a key changes: the **weights** (the function and the shapes of the
+parameters), the **data** (the tokens of each step, and how they are grouped), the **training** (how
+a step updates the parameters), or only the **run** (paths, speed, what is evaluated and kept). A
+resumed run may change keys of training and run, and lists those that it changed; it is refused if
+it changes keys of weights or data.
 """
 COLUMNS = ("key", "type", "default", "decides", "meaning", "constraint")
 
 
 def main() -> None:
-    """Prints the page."""
+    """Print the page."""
     print(page(), end="")
 
 
 def page() -> str:
-    """docs/configuration.md as it should be."""
+    """The text of docs/configuration.md."""
     return "\n".join([HEAD, *map(_section, sections())])
 
 
 def shown(value: Any) -> str:
-    """A value as a config file writes it."""
+    """Format a value as a config file writes it."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 

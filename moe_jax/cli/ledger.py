@@ -1,8 +1,8 @@
-"""Where a run's assignments went: python -m moe_jax ledger --workdir=DIR
+"""Show the outcomes of a run's assignments: python -m moe_jax ledger --workdir=DIR
 
 [--layer=N] [--from_step=N] [--csv=FILE].  Reads WORKDIR/ledger.jsonl, which holds the counts of
 every `train.ledger_every`-th step, and prints them by layer, expert, position in the row and data
-source; every share is of the line's own assignments.  Exits 1 where they do not add up.
+source.  Shares are fractions of the line's own assignments.  Exits 1 if the counts do not add up.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moe_jax.tools.ledger import discrepancy, read, report, write_csv
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the tables; returns 1 where the three ways of counting differ."""
+    """Print the tables; return 1 if the counts by expert, position and source differ."""
     given = parse(argv, COMMANDS["ledger"]).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the run
     if given.from_step < 0:

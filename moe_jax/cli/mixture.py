@@ -1,4 +1,4 @@
-"""Overrides of data.mixture on the command line, whose entries the config file may leave short."""
+"""Overrides of data.mixture on the command line, also of keys that the config file leaves out."""
 
 import re
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ _OVERRIDE = re.compile(r"--?config\.data\.mixture\.([^.=]+)\.([^.=]+)(?:=|$)")
 
 
 def add_mixture_keys(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Gives `config` the entries and keys of data.mixture that `argv` sets.
+    """Add to `config` the entries and keys of data.mixture that `argv` sets.
 
-    Flags exist for the keys of a config alone, and an entry may leave out those with a default; a
-    new entry has none at all.
+    ml_collections defines flags only for keys that a config has, but an entry may leave out keys
+    with a default, and a new entry has no keys.
 
     Args:
-      config: as the file made it; changed.
-      argv: --config.data.mixture.NAME.KEY=VALUE among others.
+      config: the config of the file; changed in place.
+      argv: the arguments, with any --config.data.mixture.NAME.KEY=VALUE.
 
     Raises:
-      UserError: KEY is none of an entry's, or no flag can have NAME.
+      UserError: KEY is not a key of an entry, or NAME cannot be part of a flag.
     """
     data = config.get("data")
     mixture = data.get("mixture") if isinstance(data, ConfigDict) else None
@@ -33,13 +33,13 @@ def add_mixture_keys(config: ConfigDict, argv: Sequence[str]) -> None:
         default = lookup(MIXTURE_KEYS, key, f"config.data.mixture.{name} key")
         if not name.isidentifier():
             raise UserError(
-                f"config.data.mixture.{name} has a name that no flag can have: set it in the "
-                f"config file, or rename it there to letters, digits and _."
+                f"config.data.mixture.{name} cannot be set by a flag: set it in the config file, "
+                f"or rename it there to letters, digits and _."
             )
         with config.unlocked(), config.ignore_type():
             if name not in mixture:
                 mixture[name] = ConfigDict()
             entry = mixture[name]
             if isinstance(entry, ConfigDict):
-                # A weight of 1 in the file does not make weights whole numbers.
+                # A weight of 1 in the file must not make the flag an integer flag.
                 entry[key] = type(default)(entry.get(key, default))

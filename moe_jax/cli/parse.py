@@ -1,4 +1,4 @@
-"""The command line of every console command: absl flags, a config file and its overrides."""
+"""Parses the command line of every console command: flags, a config file and its overrides."""
 
 import ast
 import contextlib
@@ -22,14 +22,14 @@ from moe_jax.registry import dotted_keys, suggest_key
 
 
 class Parsed(NamedTuple):
-    """What `parse` found."""
+    """A parsed command line."""
 
-    config: ConfigDict  # empty where none is named
+    config: ConfigDict  # empty if no config file is named
     overrides: dict[str, Any]  # {"train.steps": 200}, as given on the command line
-    flags: Any  # values by attribute: config (FILE.py[:ARG]), workdir, devices, the extra ones
+    flags: Any  # attributes: config (FILE.py[:ARG]), workdir, devices, and the command's own flags
 
 
-MOST_DEVICES = 1 << 16  # virtual ones: as many chips as the planner goes to
+MOST_DEVICES = 1 << 16  # virtual devices, as many as the planner's largest topology has
 _DEFINE = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
@@ -39,11 +39,11 @@ _DEFINE = {
 
 
 def parse(argv: Sequence[str], command: Command) -> Parsed:
-    """Reads a command line and applies --devices; call it before anything touches a device.
+    """Read a command line and apply --devices; call it before JAX initialises its devices.
 
     Args:
       argv: the program's name and its arguments.
-      command: what it takes.
+      command: the command, with the flags that it takes.
 
     Raises:
       UserError: anything wrong with the arguments or with the config file.
@@ -67,11 +67,10 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
         if flag.path:
             setattr(found, flag.name, _at_home(flag.name, getattr(found, flag.name)))
     if command.workdir and not found.workdir:
-        raise UserError("--workdir is missing: name the folder of the run.")
+        raise UserError("--workdir is missing: set it to the directory of the run.")
     if not 0 <= found.devices <= MOST_DEVICES:
         raise UserError(
-            f"--devices={found.devices}: give 1 or more and at most {MOST_DEVICES}, or 0 for the "
-            f"machine's own."
+            f"--devices={found.devices}: give 1 to {MOST_DEVICES}, or 0 for the real devices."
         )
     if found.devices:
         use_virtual_devices(found.devices)
@@ -90,9 +89,9 @@ def parse(argv: Sequence[str], command: Command) -> Parsed:
 
 
 def process_flags(argv: Sequence[str]) -> SimpleNamespace:
-    """The flags that say which process this is, of a command line that `parse` refuses.
+    """Read the flags of PROCESS_FLAGS from a command line that `parse` refuses.
 
-    What cannot be read of them is as if it were not given.
+    A flag that cannot be read has its default.
     """
     found = {flag.name: flag.default for flag in PROCESS_FLAGS}
     arguments = iter(argv[1:])
@@ -105,15 +104,15 @@ def process_flags(argv: Sequence[str]) -> SimpleNamespace:
 
 
 def _at_home(name: str, path: str) -> str:
-    """The path with `~` or `~user` in front as a home folder; raises UserError for no such user."""
+    """Expand a leading `~` or `~user`; raises UserError if there is no such user."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise UserError(f"--{name}={path}: no user has that name: write ./{path} for a file here.")
+        raise UserError(f"--{name}={path}: there is no such user. For a file, write ./{path}.")
     return found
 
 
 def _split_config(argv: Sequence[str], known: Iterable[str]) -> tuple[str, list[str]]:
-    """The value of --config and the arguments without it; `known` are the other flags' names."""
+    """The value of --config, and the other arguments; `known`: the names of the other flags."""
     path, rest = "", []
     arguments = iter(argv)
     for argument in arguments:
@@ -124,12 +123,12 @@ def _split_config(argv: Sequence[str], known: Iterable[str]) -> tuple[str, list[
             rest.append(argument)
     if not path:
         _check_names(rest[1:], ["config", *known])
-        raise UserError("--config is missing: name a config file, such as configs/tiny.py.")
+        raise UserError("--config is missing: set it to a config file, such as configs/tiny.py.")
     return path, rest
 
 
 def _check_names(argv: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError for the first flag whose name is not `known`: --config may be misspelt."""
+    """Raise UserError for the first flag not in `known`, because --config may be misspelt."""
     for argument in argv:
         match = re.match(r"--?([A-Za-z][^=.]*)", argument)
         if match and match[1] not in known and match[1].removeprefix("no") not in known:
@@ -137,11 +136,11 @@ def _check_names(argv: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _checked_overrides(config: ConfigDict, argv: Sequence[str]) -> Iterator[str]:
-    """The arguments, with JSON for a mapping as the Python literal that ml_collections reads.
+    """The arguments, with the JSON of a mapping as the Python literal that ml_collections reads.
 
     Raises:
-      UserError: an override of a key that `config` does not have or that is a group, or of a
-        mapping by something else than a JSON object.
+      UserError: a key that `config` does not have or that is a section, or a mapping whose value
+        is not a JSON object.
     """
     arguments = iter(argv)
     for argument in arguments:
@@ -155,7 +154,7 @@ def _checked_overrides(config: ConfigDict, argv: Sequence[str]) -> Iterator[str]
 
 
 def _mapping_literal(name: str, text: str) -> str:
-    """The mapping that a JSON object, or a Python literal, says, as a Python literal."""
+    """Convert a mapping, given as a JSON object or a Python literal, to a Python literal."""
     try:
         value = json_files.parse(text)
     except ValueError as error:
@@ -166,20 +165,20 @@ def _mapping_literal(name: str, text: str) -> str:
                 f"{name}={text} is not JSON ({error}): write it as '{{\"KEY\": VALUE}}'."
             ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{name}={text} is no JSON object: write it as '{{\"KEY\": VALUE}}'.")
+        raise UserError(f"{name}={text} is not a JSON object: write it as '{{\"KEY\": VALUE}}'.")
     literal = repr(value)
     try:
         ConfigDict(ast.literal_eval(literal))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise UserError(
-            f"{name}={text} cannot be part of a config: give texts without dots as names, finite "
+            f"{name}={text} cannot be part of a config: use strings without dots as keys, finite "
             f"numbers, and few levels."
         ) from None
     return literal
 
 
 def _expand_flag_files(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """The arguments, those that a --flagfile holds in its place."""
+    """The arguments, with each --flagfile replaced by the arguments in that file."""
     try:
         return values.read_flags_from_files(argv, force_gnu=False)
     except flags.Error as error:
@@ -187,7 +186,7 @@ def _expand_flag_files(values: flags.FlagValues, argv: Sequence[str]) -> list[st
 
 
 def _read(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) -> list[str]:
-    """Parses `argv` into `values` and `config`; returns what is no flag."""
+    """Parse `argv` into `values` and `config`; return the arguments that are not flags."""
     known = [*values, *(f"config.{key}" for key in dotted_keys(plain_dict(config or ConfigDict())))]
     try:
         if config is not None:
@@ -197,7 +196,7 @@ def _read(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) 
         near = suggest_key(error.flagname, known)
         raise UserError(f"--{error.flagname} is not a flag{near}.") from None
     except flags.IllegalFlagValueError as error:
-        # absl says: flag --NAME=VALUE: what its parser thought of it
+        # The message of absl is "flag --NAME=VALUE: REASON".
         given = str(error).removeprefix("flag ").split(": ")[0]
         name = given.removeprefix("--").split("=")[0]
         kind = values[name].flag_type() if name in values else "another type"

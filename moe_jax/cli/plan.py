@@ -1,4 +1,4 @@
-"""python -m moe_jax plan --config=... --topology=v5p:8x8x16: what fits, and how fast it can go."""
+"""python -m moe_jax plan --config=... --topology=v5p:8x8x16: predict memory and speed."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from moe_jax.tools.plan.search import anywhere, mesh_text, search
 from moe_jax.tools.plan.topology import Topology, compile_devices, parse_topology
 from moe_jax.tools.plan.work import executed_flops, moved_bytes, traffic
 
-_SHOWN, _COMPILED = 10, 3  # layouts of a search that are printed, and compiled
+_SHOWN, _COMPILED = 10, 3  # number of layouts of a search to print, and to compile
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse(argv, COMMANDS["plan"])
     given = parsed.flags
     if not given.topology:
-        raise UserError("--topology is missing: name one, such as v5p:8x8x16 or h200:8.")
+        raise UserError("--topology is missing: set one, such as v5p:8x8x16 or h200:8.")
     topology = parse_topology(given.topology)
     if topology.chip.torus:
-        jax.config.update("jax_platforms", "cpu")  # TPUs come from the topology alone
+        jax.config.update("jax_platforms", "cpu")  # the TPUs of the topology are not attached
     _check(given)
     if given.mesh:
         parsed.config.update({"mesh": _mesh(given.mesh)})
@@ -56,29 +56,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(given) -> None:
-    """Raises UserError for flags that exclude each other, or a file that cannot be written."""
+    """Raise UserError for flags that exclude each other, or a file that cannot be written."""
     if not 0 < given.tokens < math.inf:
-        raise UserError(f"--tokens={given.tokens:g}: give a number above 0, and a finite one.")
+        raise UserError(f"--tokens={given.tokens:g}: give a finite number above 0.")
     if given.mesh and (given.search or given.scaling):
-        raise UserError("--mesh says which layout, --search and --scaling try all: give one.")
+        raise UserError("--mesh fixes the layout, --search and --scaling try all: give one.")
     if given.save and (given.search or given.scaling or not given.compile):
-        raise UserError("--save writes the one plan that is compiled: leave the other flag out.")
+        raise UserError("--save needs one compiled plan: remove --search, --scaling, --nocompile.")
     if given.save:
         check_writable(given.save)
 
 
 def _search(config: Config, topology: Topology, given) -> int:
-    """The best layouts, the first few compiled too, and why the others are out."""
+    """Print the best layouts, compile the first few, and say why the others were rejected."""
     usable = usable_bytes(topology)
     began = time.perf_counter()
     _progress("ranking every mesh, remat policy and batch size")
     ranking = search(anywhere(config), topology, usable)
     print(f"{topology.name}: {len(ranking.found):,} layouts fit, {len(ranking.rejected):,} do not")
-    print(f"ranked in {time.perf_counter() - began:.0f} s by time a token, nothing overlapping:")
-    devices, how = compile_devices(topology)  # refuses a slice that does not exist
+    print(f"ranked in {time.perf_counter() - began:.0f} s by time per token, without overlap:")
+    devices, how = compile_devices(topology)  # raises UserError for a slice that does not exist
     if not given.compile:
         devices, how = [], "--nocompile"
-    verdicts: list[bool] = []  # of layouts that differ in more than the batch
+    verdicts: list[bool] = []  # of compiled layouts, which differ in mesh or remat
     seen: set[str] = set()
     for place, found in enumerate(ranking.found[:_SHOWN]):
         print(f"{place + 1:3}. {report.describe_found(found)}", flush=True)
@@ -98,20 +98,20 @@ def _search(config: Config, topology: Topology, given) -> int:
 
 
 def _mesh(text: str) -> dict[str, int]:
-    """Sizes written as data=2,expert=8; an axis that is not named has size 1."""
+    """Parse axis sizes such as data=2,expert=8; an axis that is not named has size 1."""
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in sizes or not re.fullmatch("-?[0-9]{1,12}", size):
             raise UserError(f"--mesh={text}: write AXIS=SIZE,... with {', '.join(sizes)}.")
         if text.count(f"{axis}=") > 1:
-            raise UserError(f"--mesh={text}: give {axis} once.")
+            raise UserError(f"--mesh={text}: {axis} is there twice. Give it once.")
         sizes[axis] = int(size)
     return sizes
 
 
 def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
-    """The compiled program, where there is to be one and XLA can make it."""
+    """Compile the plan; None if --nocompile is set or there are no devices to compile for."""
     if not given.compile:
         print("not compiled: every figure below is an analytic estimate")
         return None
@@ -124,7 +124,7 @@ def _compile(plan: Plan, topology: Topology, given) -> Compiled | None:
     if given.save:
         if not compiled.digest:
             raise UserError(
-                f"--save={given.save} was not written: XLA could not finish the program "
+                f"--save={given.save} was not written: XLA did not finish the program "
                 f"({compiled.error or 'its process ended early'})."
             )
         print(f"saved {given.save} (SHA-256 {compiled.digest})")
@@ -151,7 +151,7 @@ def _lines(plan: Plan, topology: Topology, compiled: Compiled | None, tokens: fl
 
 
 def usable_bytes(topology: Topology) -> float:
-    """Bytes of a device that XLA takes: of a GPU's, the share that JAX reserves."""
+    """The bytes of a device's memory that XLA can use: on a GPU, the share that JAX reserves."""
     if topology.chip.torus:
         return topology.chip.hbm
     return topology.chip.hbm * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))

@@ -1,11 +1,11 @@
-"""One step of a run again: python -m moe_jax replay --workdir=DIR --step=N
+"""Repeat one step of a run: python -m moe_jax replay --workdir=DIR --step=N
 
-Restores the newest good checkpoint before step N, takes the steps to N with the data they had, and
-prints loss, gradient norm, whether the step was refused, and each layer's routing.  Exits 0 where
-all of it equals, bit for bit, what the run wrote down, else 1 with one sentence.  A step that was
-not logged is judged by the next one that was.  Each step is taken with the config, the mesh and as
-many devices as it was then (settings.jsonl); on the CPU virtual devices are made for it.  Nothing
-in the workdir is moved or written.
+Restores the newest good checkpoint before step N, repeats the steps up to N on the same batches,
+and prints the loss, the gradient norm, whether the step was skipped, and each layer's routing.
+Exits 0 if all of these equal the run's log bit for bit, else 1 with one sentence.  If the step was
+not logged, the next logged step is compared.  Each step uses the config, the mesh and the number of
+devices that it had in the run (settings.jsonl); on the CPU, virtual devices.  Nothing in the
+workdir is moved or written.
 """
 
 from collections.abc import Sequence
@@ -40,16 +40,16 @@ from moe_jax.tools.replay import (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the step; returns 1 where it is not what was written down."""
+    """Print the repeated step; return 1 if it differs from the log."""
     given = parse(argv, COMMANDS["replay"]).flags
     workdir, step = epath.Path(given.workdir), given.step
     if step < 1:
         raise UserError(f"--step={step}: steps are counted from 1.")
-    # ---- what is known
+    # ---- the logs of the run
     past = read_log(workdir)
     if given.flight and record_path(workdir, step).exists():
         past = read_flight(workdir, step, past)
-    # ---- the machine as it was
+    # ---- the devices and the state of the run
     distributed.start(given.coordinator, given.process_count, given.process_id)
     asked = ("step", "flight", "from_beginning", "init_from")
     agree.check_start(None, {name: getattr(given, name) for name in asked})
@@ -63,15 +63,15 @@ def main(argv: Sequence[str]) -> int:
         check_rewinds(past.rewinds, start, checkpoints, workdir / REWINDS)
     judge = find_judge(past, start, step)
     legs = split_legs(past.settings, start, max(step, judge))
-    # ---- the steps, and what they are held against
+    # ---- repeat the steps and compare
     say(f"replaying steps {start + 1} to {max(step, judge)}")
     rows = replay(workdir, start, legs, past.rewinds, {step, judge}, given.init_from)
     say(describe(rows[step]))
     different = differences(rows[judge], past.rows[judge])
     if different:
         names, why = ", ".join(different), excuse(legs)
-        say(f"Step {judge} is not what {past.source} has: {names} differ{why}.")
+        say(f"Step {judge} differs from {past.source} in {names}{why}.")
         return 1
     unlogged = "" if judge == step else f" (step {step} is not in {past.source})"
-    say(f"Step {judge} is bit for bit what {past.source} has{unlogged}.")
+    say(f"Step {judge} equals {past.source} bit for bit{unlogged}.")
     return 0

@@ -1,8 +1,8 @@
-"""Table of the runs below a folder: python -m moe_jax results --workdir=DIR
+"""Print a table of the runs below a folder: python -m moe_jax results --workdir=DIR
 
-[--csv=FILE] [--plot=FILE] [--x=KEY].  Every run is listed; one that has not come to its end, or
-whose files are damaged, with what is wrong.  Means are over runs that differ in their seed alone.
-Configurations are ranked by held-out loss if all of them were evaluated on one sample.
+[--csv=FILE] [--plot=FILE] [--x=KEY].  Every run is listed; an unfinished or damaged run with what
+is wrong.  Means are over runs that differ only in the seed.  Configurations are ranked by held-out
+loss if all of them were evaluated on the same sample.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from moe_jax.tools.results.table import NOTE, groups_table, runs_table, write_cs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the tables and writes the files; raises UserError where there is no run."""
+    """Print the tables and write the files; raises UserError if there is no run."""
     given = parse(argv, COMMANDS["results"]).flags
     jax.config.update("jax_platforms", "cpu")  # the chips may be busy with the runs
     results = read_runs(Path(given.workdir))

@@ -1,8 +1,9 @@
-"""Standard output and error that may be closed, full, without a reader, or unable to hold a letter.
+"""Guards standard output and error: closed, disk full, broken pipe, characters it cannot encode.
 
-A command whose output is lost ends with one sentence on standard error and exit code 1; with none
-and 141, as after SIGPIPE, where only the reader went away (`| head`).  A training run goes on: what
-it is for stands in its workdir.  Characters that a stream's encoding lacks are printed as escapes.
+A command whose output is lost ends with one sentence on standard error and exit code 1, or without
+a sentence and with 141, as after SIGPIPE, if only the reader is gone (`| head`).  A training run
+continues, because its results are in its workdir.  Characters that a stream's encoding lacks are
+printed as escapes.
 """
 
 import contextlib
@@ -17,19 +18,19 @@ from typing import Any
 
 from moe_jax.errors import UserError
 
-READER_GONE = 128 + signal.SIGPIPE  # exit code of a program that a broken pipe has ended
+READER_GONE = 128 + signal.SIGPIPE  # exit code of a program ended by a broken pipe
 STDOUT, STDERR = 1, 2  # file descriptors
 
 
 class OutputLostError(Exception):
-    """Standard output takes no more; raised once, by what prints or flushes."""
+    """Standard output cannot be written; raised once, by the call that prints or flushes."""
 
     def __init__(self, error: OSError):
         super().__init__(str(error))
         self._error = error
 
     def tell(self) -> int:
-        """Says so on standard error if that is news; returns the exit code."""
+        """Print the reason on standard error, except for a broken pipe; return the exit code."""
         if self._error.errno == errno.EPIPE:
             return READER_GONE
         why = self._error.strerror or self._error
@@ -38,16 +39,16 @@ class OutputLostError(Exception):
 
 
 class _Stream(io.FileIO):
-    """The lowest layer of a stream: whatever is printed through any layer above ends here.
+    """The raw layer of a stream, through which all layers above it write.
 
     Args:
       descriptor: STDOUT or STDERR; it is never closed.
-      open_before: False where the process was started without it.
+      open_before: False: the process was started with this descriptor closed.
 
     Attributes:
-      lost: why it takes no more; None: it does.
-      needed: whether `OutputLostError` is raised then; False: what is printed vanishes.
-      farewell: a line for standard error once it is lost and not needed; empty: none.
+      lost: the error after which nothing more is written; None: the stream works.
+      needed: True: raise `OutputLostError` when it is lost; False: discard the output.
+      farewell: line for standard error when it is lost and not needed; empty: no line.
     """
 
     def __init__(self, descriptor: int, open_before: bool):
@@ -58,13 +59,13 @@ class _Stream(io.FileIO):
         self.farewell = ""
 
     def write(self, data: Any, /) -> int:
-        """Writes all of `data`, which may be a pipe's worth more than fits at once."""
+        """Write all of `data`, in parts if a pipe cannot take it at once."""
         left = memoryview(data).cast("B")
         size = left.nbytes
         while self.lost is None and left:
             try:
                 written = super().write(left)
-                if written is None:  # another program has made it non-blocking
+                if written is None:  # another program has made the descriptor non-blocking
                     select.select([], [self.fileno()], [])
                 left = left[written or 0 :]
             except OSError as error:
@@ -84,11 +85,12 @@ class _Stream(io.FileIO):
 
 
 def guard() -> None:
-    """Puts guarded streams in the place of this process's own; call it before anything is opened.
+    """Replace sys.stdout and sys.stderr by guarded streams; call it before any file is opened.
 
-    A stream that something else stands in for, such as a test's capture, is left alone.
+    A stream that is already replaced, such as by a test's capture, is left alone.
     """
-    # A file that is opened while 1 is free would be 1: what C++ libraries print would go into it.
+    # A file opened while descriptor 1 is closed would get descriptor 1 and receive what C++
+    # libraries print.
     were_open = []
     for descriptor in (0, STDOUT, STDERR):
         try:
@@ -120,7 +122,7 @@ def _guarded(stream: Any, descriptor: int, open_before: bool) -> Any:
 
 
 def _is_own(stream: Any, descriptor: int) -> bool:
-    """Whether Python made it for this descriptor, and nothing has guarded it yet."""
+    """True if Python made `stream` for this descriptor and it is not guarded yet."""
     try:
         return stream.fileno() == descriptor and not isinstance(_raw(stream), _Stream)
     except (OSError, ValueError, AttributeError):
@@ -133,18 +135,18 @@ def _raw(stream: Any) -> Any:
 
 
 def go_on_without_output() -> None:
-    """From here on losing standard output is one line on standard error and ends nothing."""
+    """From now on, report the loss of standard output in one line and do not end the process."""
     raw = _raw(sys.stdout)
     if isinstance(raw, _Stream):
         raw.needed = False
-        raw.farewell = "Standard output is lost ({why}): the run goes on, see its metrics.jsonl."
+        raw.farewell = "Standard output is lost ({why}): the run continues, see its metrics.jsonl."
 
 
 def finish() -> None:
-    """Prints what is held back, when a command has come to its end.
+    """Flush standard output at the end of a command.
 
     Raises:
-      OutputLostError: something that the command has printed is lost.
+      OutputLostError: some output of the command is lost.
     """
     sys.stdout.flush()
     raw = _raw(sys.stdout)
@@ -153,7 +155,7 @@ def finish() -> None:
 
 
 def abandon() -> None:
-    """The process is about to end for another reason: what is held back may be lost."""
+    """Flush both streams before the process ends for another reason; lost output is ignored."""
     raw = _raw(sys.stdout)
     if isinstance(raw, _Stream):
         raw.needed, raw.farewell = False, ""
@@ -162,19 +164,18 @@ def abandon() -> None:
 
 
 def check_names(arguments: Sequence[str]) -> None:
-    """Raises UserError for arguments that cannot be handed to libraries as they were typed.
+    """Raise UserError for arguments that libraries would not read as they were typed.
 
-    Python reads file names in the locale's encoding, libraries in UTF-8.  LANG=C is no obstacle:
-    Python then takes UTF-8.
+    Python reads file names in the locale's encoding, libraries in UTF-8.  LANG=C works, because
+    Python then uses UTF-8.
     """
     encoding, folder = sys.getfilesystemencoding(), ""
-    with contextlib.suppress(OSError):  # it may be removed
+    with contextlib.suppress(OSError):  # the folder may have been removed
         folder = os.getcwd()
     for text in (*arguments, folder):
         if encoding != "utf-8" and not text.isascii():
             raise UserError(
-                f"{text!r} holds more than ASCII and the locale's encoding is {encoding}: set "
-                f"PYTHONUTF8=1."
+                f"{text!r} is not ASCII, and the locale's encoding is {encoding}: set PYTHONUTF8=1."
             )
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{text!r} is not valid UTF-8: rename it.")

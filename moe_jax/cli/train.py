@@ -1,4 +1,4 @@
-"""python -m moe_jax train --config=configs/tiny.py --workdir=DIR: train, or go on training."""
+"""python -m moe_jax train --config=configs/tiny.py --workdir=DIR: train a model, or resume."""
 
 import contextlib
 import functools
@@ -48,13 +48,13 @@ from moe_jax.watch.timekeeper import Timekeeper
 from moe_jax.watch.waits import Waits
 from moe_jax.watch.watchdog import LEAD_GRACE, Watchdog
 
-# Seconds that a process with an error waits for the save it has a part in: after 30 all have ended.
+# Seconds that a failing process waits for its part of a save: after 30 s all processes have ended.
 SAVE_GRACE = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """One run of the command; returns its exit code."""
-    streams.go_on_without_output()  # the run is its workdir, not its screen
+    """Run the command; return its exit code."""
+    streams.go_on_without_output()  # the results of the run are in its workdir
     # ---- command line and processes
     parsed, config = _joined(argv)
     given = parsed.flags
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         held.callback(screen.close)
         waits, say = held.enter_context(Waits(screen.waiting)), screen.say
 
-        # ---- everything that can be wrong is found out here, before anything is compiled
+        # ---- check everything before anything is compiled
         with watchdog("start"), exchange.telling():
             agree.check_start(config, {"init_from": given.init_from})
             workdir = locate(given.workdir)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             notes = check_samples(config)
             if lead:
                 check_wandb(config)
-            # From here on the workdir belongs to this run: nothing that is read there changes.
+            # With the lock held, no other process changes the workdir that is read from here on.
             lock = held.enter_context(alone_in(workdir, say)) if lead else None
             exchange.gather("locked", "")
             alive = exchange.relayed(watchdog.alive)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         # ---- train
         with _closing(reporter, watch), _last_save(run, watch):
             preemption.defer()
-            # Process 0 holds the lock; where that is gone, all end.
+            # Process 0 holds the lock; if it loses the lock, all processes end.
             alone = functools.partial(lead_decides, lock.check if lock else lambda: None)
             trainer = Trainer(run, lowered, reporter, preemption, watch, rewinds, alone)
             code = trainer.train(state)
@@ -123,10 +123,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _joined(argv: Sequence[str]) -> tuple[Parsed, Config]:
-    """The command line and its config, once the processes of the run have met.
+    """Parse the command line and its config, and connect the processes of the run.
 
-    They meet also where either is wrong, as it may be on one of them alone: the others hear of it
-    then, instead of waiting for minutes.
+    The processes connect also if the command line or config is wrong: it may be wrong on one
+    process only, and the others are then told the error instead of waiting minutes for it.
     """
     given = None
     try:
@@ -134,7 +134,7 @@ def _joined(argv: Sequence[str]) -> tuple[Parsed, Config]:
         given = parsed.flags
         config = from_config_dict(parsed.config)
     except UserError as wrong:
-        with contextlib.suppress(UserError):  # what is wrong first is what is told
+        with contextlib.suppress(UserError):  # report the first error only
             _meet(given or process_flags(argv), WatchdogConfig().heartbeat)
         with exchange.telling():
             raise wrong
@@ -143,7 +143,7 @@ def _joined(argv: Sequence[str]) -> tuple[Parsed, Config]:
 
 
 def _building(waits: Waits) -> Callable[..., Store]:
-    """`build_store`, which may take hours, as a wait."""
+    """Wrap `build_store` as a wait, because it may take hours."""
 
     def build(*arguments: Any, **given: Any) -> Store:
         with waits("building the store"):
@@ -157,7 +157,7 @@ def _meet(given: Any, heartbeat: int) -> None:
 
 
 def _record(run: Run, parsed: Parsed, start: int, last: int, screen: Screen) -> Reporter:
-    """Writes down what the run is from step `start` on; returns what reports its steps."""
+    """Record the run's config and settings from step `start` on; return the step reporter."""
     write_run_record(
         str(run.workdir),
         to_json(run.config),
@@ -166,19 +166,19 @@ def _record(run: Run, parsed: Parsed, start: int, last: int, screen: Screen) -> 
         data_record(run.store),
     )
     reporter = Reporter(run.workdir, last, start or None, run.config, screen)
-    # After later rows are set aside.
+    # Only now, because the Reporter moves later rows aside first.
     record_settings(run.workdir, run.config, run.mesh, start)
     return reporter
 
 
 def _leave_as_it_is(run: Run, reached: str) -> None:
-    """Says that nothing is left to do, and with which other keys nothing was done."""
+    """Print that the run is finished, and which changed keys had no effect."""
     _say(reached)
     saved = saved_config(run.workdir)
     changed = [] if saved is None else changes(saved, run.config)
     keys = ", ".join(change.key for change in changed)
     without = f"; these keys had no effect: {keys}" if changed else ""
-    _say(f"nothing ran: the record in {run.workdir} stays as it was{without}")
+    _say(f"nothing to train: {run.workdir} is unchanged{without}")
     run.checkpoints.close()
     _say_results(run.workdir)
 
@@ -191,11 +191,11 @@ def _say_results(workdir: Folder) -> None:
 
 @contextlib.contextmanager
 def _last_save(run: Run, watch: Phases) -> Iterator[None]:
-    """Waits for the save under way, also where an error ends the run: its step is a good one.
+    """Wait for the save in progress, also if an error ends the run: the saved step is good.
 
-    Python ends without waiting, and Orbax then fails.  Of several processes the one with the error
-    waits a while only: the others finish a save that was begun everywhere, but may have no part in
-    this one.  Where another process is gone nobody waits.
+    Python's exit does not wait for the save, and Orbax then fails.  With several processes, the
+    failing one waits at most SAVE_GRACE seconds, because a save that the others never joined cannot
+    finish.  If a peer is gone, it does not wait.
     """
     try:
         yield
@@ -212,7 +212,7 @@ def _last_save(run: Run, watch: Phases) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _closing(reporter: Reporter | SilentReporter, watch: Phases) -> Iterator[None]:
-    """Files may hang when they are closed as well."""
+    """Close the reporter under the watchdog, because closing a file may hang too."""
     try:
         yield
     finally:
@@ -222,7 +222,7 @@ def _closing(reporter: Reporter | SilentReporter, watch: Phases) -> Iterator[Non
 
 def _wait_a_while(checkpoints: Checkpoints) -> None:
     def wait() -> None:
-        with contextlib.suppress(Exception):  # the error that ends the run is the one to be told
+        with contextlib.suppress(Exception):  # report only the error that ends the run
             checkpoints.wait()
 
     waits = threading.Thread(target=wait, daemon=True)
@@ -244,8 +244,8 @@ def _describe(run: Run) -> list[str]:
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {config.mesh}, "
         f"{config.precision}",
         f"{formats.count(counts.total, 2)} parameters, {formats.count(counts.active, 2)} active, "
-        f"{formats.count(flops)} model FLOPs a token",
-        f"{accumulation} x {rows} rows of {length} tokens a step, {config.train.steps} steps",
-        f"store {store.path}: {store.train.num_tokens:,} tokens to train on, "
-        f"{store.heldout.num_tokens:,} held out, vocabulary {store.vocab_size}",
+        f"{formats.count(flops)} model FLOPs per token",
+        f"{accumulation} x {rows} rows of {length} tokens per step, {config.train.steps} steps",
+        f"store {store.path}: {store.train.num_tokens:,} train tokens, "
+        f"{store.heldout.num_tokens:,} held-out tokens, vocabulary {store.vocab_size}",
     ]

@@ -77,7 +77,7 @@ def test_one_parse_leaves_nothing_to_the_next(config):
         (["--config.train.steps"], r"Missing value for flag --config\.train\.steps"),
         (["--devises=3"], r"--devises is not a flag \(did you mean 'devices'"),
         (["--devices=x"], r"--devices=x .* of type int"),
-        (["--devices=-1"], r"--devices=-1: give 1 or more"),
+        (["--devices=-1"], r"--devices=-1: give 1 to 65536"),
         (["train"], r"'train' is not a flag"),
         (["--workdir="], r"--workdir is missing"),
     ],

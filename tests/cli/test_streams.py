@@ -76,7 +76,7 @@ def test_what_goes_on_without_output_says_so_once(cli_env, redirect):
     _, why = BROKEN[redirect]
     done = broken(["-c", PROGRAM], ["flush", "20000", "go_on"], cli_env, redirect)
     assert done.returncode == 0
-    line = f"Standard output is lost ({why}): the run goes on, see its metrics.jsonl.\n"
+    line = f"Standard output is lost ({why}): the run continues, see its metrics.jsonl.\n"
     assert done.stderr.decode() == line
 
 

@@ -112,7 +112,7 @@ def test_a_step_is_replayed_with_the_file(config_file, workdir, monkeypatch, cap
     with pytest.raises(UserError, match=f"^settings.jsonl: model.moe.router 'sharp'.*{REGISTER}"):
         replay.main(command)
     assert replay.main([*command, f"--config={config_file}:4"]) == DONE
-    assert "Step 6 is bit for bit" in capsys.readouterr().out
+    assert "Step 6 equals metrics.jsonl" in capsys.readouterr().out
 
 
 def test_it_is_loaded_once_the_caller_has_registered_it(config_file, workdir, tmp_path):

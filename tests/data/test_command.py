@@ -36,7 +36,8 @@ def test_builds_and_describes_a_store_with_a_new_tokenizer(run_cli, corpus, tmp_
     assert path.startswith(str(tmp_path / "runs" / "stores"))
     (fingerprint,) = re.findall(r"^fingerprint +([0-9a-f]{64})$", done.out, re.M)
     assert path.endswith(fingerprint[:16])
-    assert re.search(r"^train +[\d,]+ tokens, \d+ documents, [\d.]+ bytes a token$", done.out, re.M)
+    pattern = r"^train +[\d,]+ tokens, \d+ documents, [\d.]+ bytes per token$"
+    assert re.search(pattern, done.out, re.M)
     assert re.search(r"^a/01 +[\d,]+ +[\d,]+$", done.out, re.M)
     assert len(done.out.split("10 samples")[1].splitlines()) == 11
 
@@ -61,7 +62,7 @@ def test_entries_of_a_mixture_are_set_on_the_command_line():
     }
     with pytest.raises(UserError, match=r"mixture\.web key 'wieght' is unknown .*'weight'"):
         mixture(web, "web.wieght=3")
-    with pytest.raises(UserError, match=r"mixture\.my-code has a name that no flag can have"):
+    with pytest.raises(UserError, match=r"mixture\.my-code cannot be set by a flag"):
         mixture(web, "my-code.weight=3")
 
 

@@ -233,9 +233,9 @@ def test_a_finished_run(tmp_path, corpus, straight, capsys):
         assert main(["train", *flags(workdir, corpus, **OVERRIDES | overrides)]) == DONE
         assert contents(workdir) == before
         said = capsys.readouterr().out
-        assert f"nothing ran: the record in {workdir} stays as it was" in said
+        assert f"nothing to train: {workdir} is unchanged" in said
         keys = "optimizer.learning_rate, train.steps, eval.every"
-        assert (f"stays as it was; these keys had no effect: {keys}\n" in said) == bool(overrides)
+        assert (f"is unchanged; these keys had no effect: {keys}\n" in said) == bool(overrides)
         for key in other:
             assert (f"{key} was " in said) == bool(overrides), said
 

@@ -80,7 +80,7 @@ def test_random_rows_are_a_function_of_seed_step_and_row():
 
 
 def test_no_steps(tmp_path):
-    with pytest.raises(UserError, match="--steps=0: time 1 step or more"):
+    with pytest.raises(UserError, match="--steps=0: give 1 or more"):
         main(["bench", *flags(tmp_path, ""), "--steps=0"])
 
 

@@ -87,14 +87,14 @@ def test_a_mistake_is_one_line(run_cli):
     [
         (["--topology=v5p:8x8"], "is not a size of v5p"),
         (["--topology=v5e:2x2", "--mesh=exprt=2"], "write AXIS=SIZE"),
-        (["--topology=v5e:2x2", "--mesh=expert=2,expert=4"], "give expert once"),
+        (["--topology=v5e:2x2", "--mesh=expert=2,expert=4"], "Give it once"),
         (["--topology=v5e:2x2", "--mesh=expert=4", "--search"], "give one"),
-        (["--topology=v5e:2x2", "--tokens=-1"], "give a number above 0"),
+        (["--topology=v5e:2x2", "--tokens=-1"], "give a finite number above 0"),
         (
             ["--topology=v5e:2x2", "--save=/nonexistent/x"],
             "--save=/nonexistent/x cannot be written",
         ),
-        (["--topology=v5e:2x2", "--save=x", "--nocompile"], "leave the other flag out"),
+        (["--topology=v5e:2x2", "--save=x", "--nocompile"], "--save needs one compiled plan"),
         (["--topology=v5e:2x2", "--mesh=expert=3"], "does not multiply to the 4 devices"),
     ],
 )
