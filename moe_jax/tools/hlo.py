@@ -1,8 +1,8 @@
-"""A compiled program, read from its text: its instructions, and what its collectives move.
+"""Reads the text of a compiled program: its instructions, and the bytes of its collectives.
 
-A loop's body is counted as often as the loop runs, which XLA writes beside it.  Bytes are what one
-device sends when n devices work together as well as they can: (n-1)/n of the whole for an
-all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce (reduce, then gather).
+A loop's body counts once per iteration; XLA writes the trip count into the text.  Bytes are those
+that one of n devices sends in an optimal algorithm: (n-1)/n of the whole array for an all-gather, a
+reduce-scatter or an all-to-all, twice that for an all-reduce (reduce, then gather).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """The scopes it was traced in and its primitive, such as `jit(f)/dispatch/dot_general`."""
+        """Its named scopes and its primitive, such as `jit(f)/dispatch/dot_general`."""
         found = _OP_NAME.search(self.rest)
         return found[1] if found else ""
 
@@ -44,12 +44,12 @@ class Collective:
     """One collective instruction."""
 
     op: str
-    bytes: float  # the whole: of the gathered, the reduced or the exchanged array on one device
-    group: tuple[int, ...]  # devices of the first group; empty: all of them
-    times: int  # a step
+    bytes: float  # size of the whole gathered, reduced or exchanged array on one device
+    group: tuple[int, ...]  # devices of the first group; empty: all devices
+    times: int  # executions per step
 
     def sent(self, devices: int) -> float:
-        """Bytes one device sends in a step of a program over `devices` devices."""
+        """The bytes per step that one device sends in a program over `devices` devices."""
         n = len(self.group) or devices
         if self.op == "collective-permute":
             return self.bytes * self.times
@@ -61,16 +61,16 @@ class Collectives(NamedTuple):
     """All of a program's collectives."""
 
     found: list[Collective]
-    unknown_loops: int  # loops of unknown length, counted as one turn
+    unknown_loops: int  # loops of unknown trip count, counted as one iteration
 
 
 def read_collectives(text: str) -> Collectives:
-    """Every collective of a compiled module, with the number of times a step runs it."""
+    """Find every collective of a compiled module, with the number of executions per step."""
     computations, entry = parse(text)
     times, unknown = _times(computations, entry)
     found = []
     for name, count in times.items():
-        # TPUs fuse a reduce-scatter as an all-reduce of which each device keeps its slice.
+        # On TPUs a fused reduce-scatter is an all-reduce of which each device keeps its slice.
         scatters = "all-reduce-scatter" in name
         for instruction in computations[name]:
             op = instruction.op.removesuffix("-start")
@@ -85,7 +85,7 @@ def read_collectives(text: str) -> Collectives:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, and the name of the entry computation."""
+    """Parse the text into instructions by computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, inside = "", None
     for line in text.splitlines():
@@ -108,7 +108,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Position after the parenthesis that closes the one `text` begins with."""
+    """The position after the parenthesis that closes the first character of `text`."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -118,14 +118,14 @@ def _closing(text: str) -> int:
 
 
 def _times(computations: dict[str, list[Instruction]], entry: str) -> tuple[Counter[str], int]:
-    """How often a step runs each computation, and how many loops are of unknown length."""
+    """Count executions per step of each computation, and the loops of unknown trip count."""
     edges: dict[str, Counter[str]] = {}
     unknown = 0
     for name, instructions in computations.items():
         called = edges[name] = Counter()
         for instruction in instructions:
             if instruction.op.endswith(("-update", "-done")):
-                continue  # names again what its start called
+                continue  # repeats the called computation of its -start instruction
             trips = 1
             if instruction.op == "while":
                 trips = _trip_count(instruction, computations)
@@ -146,7 +146,7 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _callers_first(edges: dict[str, Counter[str]], entry: str) -> list[str]:
-    """Computations reached from `entry`, each after everything that calls it."""
+    """The computations reached from `entry`, each after all of its callers."""
     order: list[str] = []
     seen: set[str] = set()
     stack = [(entry, False)]
@@ -162,7 +162,7 @@ def _callers_first(edges: dict[str, Counter[str]], entry: str) -> list[str]:
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """Turns of a while loop; 0 where neither XLA nor its condition says."""
+    """The trip count of a while loop; 0: neither XLA's text nor the loop condition gives it."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
@@ -175,7 +175,7 @@ def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -
 
 
 def _moved(op: str, instruction: Instruction, group: int) -> float:
-    """Bytes of the whole array of a collective."""
+    """The bytes of the whole array of a collective."""
     result = instruction.type
     if instruction.op.endswith("-start") and result.startswith("("):
         result = _last_element(result, op)
@@ -186,7 +186,7 @@ def _moved(op: str, instruction: Instruction, group: int) -> float:
 def _last_element(text: str, op: str) -> str:
     """The result inside the type of an asynchronous start: (operands, results, contexts...)."""
     if op == "all-reduce" and not text.startswith("(("):
-        return text  # its start has the result's type, but on GPUs
+        return text  # except on GPUs, all-reduce-start has the type of the result
     parts, depth, begin = [], 0, 1
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -197,7 +197,7 @@ def _last_element(text: str, op: str) -> str:
 
 
 def array_bytes(text: str) -> float:
-    """Bytes of every array in a type."""
+    """The bytes of all arrays in a type."""
     total = 0.0
     for dtype, dims in _ARRAY.findall(text):
         bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]))
@@ -212,7 +212,7 @@ def _first_group(rest: str) -> tuple[int, ...]:
 
 
 def replica_groups(line: str) -> np.ndarray:
-    """[groups, devices] of a collective, in each of the three notations of XLA."""
+    """The replica groups of a collective, [groups, devices], in any of XLA's three notations."""
     if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return np.array([_numbers(group) for group in match[1].split("},{")])
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -238,7 +238,7 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def mesh_axes(group: Sequence[int], shape: dict[str, int]) -> str:
-    """The mesh axes a group of partitions spans, such as "fsdp" or "data x fsdp"."""
+    """The mesh axes that a group of partitions spans, such as "fsdp" or "data x fsdp"."""
     if not group:
         return " x ".join(axis for axis, size in shape.items() if size > 1)
     places = np.array(np.unravel_index(list(group), tuple(shape.values())))

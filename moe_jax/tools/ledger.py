@@ -1,8 +1,8 @@
-"""Where a run's assignments went: python -m moe_jax ledger --workdir=DIR
+"""Adds up WORKDIR/ledger.jsonl, the outcomes of a run's assignments, and prints them as tables.
 
-[--layer=N] [--from_step=N] [--csv=FILE].  Reads WORKDIR/ledger.jsonl, which holds the counts of
-every `train.ledger_every`-th step, and prints them by layer, expert, position in the row and data
-source; every share is of the line's own assignments.  Exits 1 where they do not add up.
+The file has the counts of every `train.ledger_every`-th step by expert, position in the row and
+data source; shares are fractions of the line's own assignments.  L MoE layers, E experts, N (or n)
+entries of an axis: experts, position buckets or sources.
 """
 
 import csv
@@ -33,46 +33,47 @@ WORST = 16  # experts listed when there are more
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Counts of some steps of a run, added."""
+    """The summed counts of some steps of a run."""
 
     steps: list[int]
     sources: list[str]
-    assignments: np.ndarray  # [L], from the shapes of the choices
+    assignments: np.ndarray  # [L], from the shapes of the router's assignments
     ledger: Ledger  # Fates of int64 arrays [L, n]
 
 
 def read(path: Folder, from_step: int = 0) -> Totals:
-    """The counts of all rows from `from_step` on.
+    """Add up the counts of all rows from `from_step` on.
 
     Raises:
-      UserError: no such file, a damaged line, or no row.
+      UserError: there is no such file, a line is damaged, or there is no row.
     """
     try:
         lines = json_files.read_lines(path)
     except (FileNotFoundError, UserError) as error:
-        why = "there is none" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+        why = "no such file" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
         raise UserError(
-            f"{path} cannot be read ({why}): name the workdir of a run with experts and "
+            f"{path} cannot be read ({why}): set --workdir to a run with experts and "
             f"train.ledger_every above 0."
         ) from None
     steps, total, shapes = [], None, None
-    # A line without its end is still being written.
+    # A last line without a newline is still being written.
     finished = itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
     try:
         for number, row in enumerate(records.parse_lines(finished, _counts), 1):
             if shapes not in (None, row.shapes()):
-                raise records.LineError(number, "other shapes than the lines before")
+                raise records.LineError(number, "its shapes differ from the lines before")
             shapes = row.shapes()
             if row.step >= from_step:
                 steps.append(row.step)
                 total = row if total is None else row.after(total)
     except records.LineError as damaged:
         raise UserError(
-            f"{path}, line {damaged.number}, is damaged ({damaged}): remove that line to see the "
-            f"others."
+            f"{path}, line {damaged.number}, is damaged ({damaged}): remove this line."
         ) from None
     if total is None:
-        raise UserError(f"{path} has no step from {from_step} on: the run has not got that far.")
+        raise UserError(
+            f"{path} has no step from {from_step} on: wait for the run, or lower --from_step."
+        )
     return Totals(steps, total.sources, total.assignments, total.ledger)
 
 
@@ -88,13 +89,13 @@ class _Counts(NamedTuple):
         return [array.shape for array in jax.tree.leaves(self.ledger)]
 
     def after(self, other: "_Counts") -> "_Counts":
-        """The sum of both, with the names and the step of this one."""
+        """The sum of both rows, with the names and the step of this one."""
         ledger = jax.tree.map(np.add, other.ledger, self.ledger)
         return _Counts(self.step, self.sources, other.assignments + self.assignments, ledger)
 
 
 def _counts(value: Any) -> _Counts:
-    """A row's counts, zeros for the fates it leaves out; ValueError for what is no such row."""
+    """Parse a row, with zeros for the outcomes it leaves out; ValueError if it is not a row."""
     row = records.mapping(value)
     step, sources = records.count(row.get("step")), records.names(row.get("sources"))
     assignments = _whole(row.get("assignments"), 1)
@@ -110,25 +111,25 @@ def _counts(value: Any) -> _Counts:
         zeros = np.zeros(shapes.pop(), np.int64)
         axes[axis] = Fates(**{name: zeros for name in Fates._fields} | counts)
     if axes["source"].kept.shape[1] != len(sources):
-        raise ValueError("its counts by source are not those of its sources")
+        raise ValueError("its counts by source do not match its list of sources")
     return _Counts(step, sources, assignments, Ledger(**axes))
 
 
 def _whole(value: Any, ndim: int) -> np.ndarray:
-    """Counts of so many axes; ValueError for anything else."""
+    """Parse an array of counts with `ndim` axes; ValueError for anything else."""
     array = np.asarray(value)
     whole = array.ndim == ndim and array.dtype.kind == "i"
     if not whole or not 0 <= array.min() <= array.max() < records.LARGEST:
-        raise ValueError("something in it is no count")
+        raise ValueError("one of its values is not a count")
     return array.astype(np.int64)
 
 
 def discrepancy(totals: Totals) -> str | None:
-    """What does not add up: all fates to the assignments, each fate to the same on every axis."""
+    """Describe the first mismatch: outcomes must sum to the assignments, alike on every axis."""
     ledger = totals.ledger
     counted = ledger.expert.total().sum(1)
     if (counted != totals.assignments).any():
-        return f"NOT CONSERVED: {totals.assignments} assignments a layer, {counted} accounted for."
+        return f"NOT CONSERVED: {totals.assignments} assignments per layer, {counted} counted."
     for fate in Fates._fields:
         sums = {axis: getattr(fates, fate).sum(1) for axis, fates in ledger._asdict().items()}
         for axis, found in sums.items():
@@ -142,7 +143,7 @@ def discrepancy(totals: Totals) -> str | None:
 
 
 def report(totals: Totals, layer: int = -1) -> str:
-    """The tables as text."""
+    """Format the tables; `layer` -1 adds up all layers."""
     ledger = totals.ledger
     first, last = totals.steps[0], totals.steps[-1]
     per_layer = Fates(*(count_LE.sum(1) for count_LE in ledger.expert))
@@ -167,15 +168,15 @@ def report(totals: Totals, layer: int = -1) -> str:
 
 
 def _experts(which: str, names: list[str], expert: Fates) -> Iterator[str]:
-    """All experts, or those that dropped most and those that were chosen least."""
+    """A table of all experts, or of those with the most drops and the fewest assignments."""
     if len(names) <= WORST:
         yield f"{which}, by expert"
         yield _table("expert", names, expert)
         return
     dropped = expert.wanted() - expert.kept
     for title, order in (
-        ("the experts that dropped most", np.argsort(-dropped, kind="stable")),
-        ("the experts chosen least", np.argsort(expert.wanted(), kind="stable")),
+        ("the experts with the most drops", np.argsort(-dropped, kind="stable")),
+        ("the experts with the fewest assignments", np.argsort(expert.wanted(), kind="stable")),
     ):
         some = order[: WORST // 2]
         yield f"{which}, {title}, of {len(names)}"
@@ -197,7 +198,7 @@ def _table(heading: str, names: Sequence[str], fates: Fates) -> str:
 
 
 def write_csv(path: Path, totals: Totals) -> None:
-    """One line for each layer and expert, position bucket or source.
+    """Write one line per layer and expert, position bucket or source.
 
     Raises:
       UserError: the file cannot be written.

@@ -1,11 +1,8 @@
-"""One step of a run again: python -m moe_jax replay --workdir=DIR --step=N
+"""Repeats one step of a run and compares it bit for bit with the log; see cli/replay.py.
 
-Restores the newest good checkpoint before step N, takes the steps to N with the data they had, and
-prints loss, gradient norm, whether the step was refused, and each layer's routing.  Exits 0 where
-all of it equals, bit for bit, what the run wrote down, else 1 with one sentence.  A step that was
-not logged is judged by the next one that was.  Each step is taken with the config, the mesh and as
-many devices as it was then (settings.jsonl); on the CPU virtual devices are made for it.  Nothing
-in the workdir is moved or written.
+The newest good checkpoint before the step is restored, and the steps from there run on the same
+batches, each with the config, mesh and number of devices that it had (settings.jsonl).  Nothing in
+the workdir is moved or written.
 """
 
 import itertools
@@ -40,7 +37,7 @@ from moe_jax.train.state import TrainState
 
 Row = dict[str, Any]
 T = TypeVar("T")
-MOST_VIRTUAL = 1024  # devices that are made without being asked for
+MOST_VIRTUAL = 1024  # most virtual devices that are made without --devices
 
 _COLUMNS = {
     "load_max_over_mean": "load max/mean",
@@ -55,17 +52,17 @@ _COLUMNS = {
 
 
 class Past(NamedTuple):
-    """What was written down of a run, or of what it did before it went back."""
+    """The logged history of a run, or its history before a rewind."""
 
     rows: Mapping[int, Row]  # by step
-    source: str  # where they stand
-    rewinds: tuple[Rewind, ...]  # in force then
-    settings: tuple[Settings, ...]  # the same
-    usable: float  # the last checkpoint that is of this past
+    source: str  # the file that has the rows, relative to the workdir
+    rewinds: tuple[Rewind, ...]  # in force at that time
+    settings: tuple[Settings, ...]  # in force at that time
+    usable: float  # the last step whose checkpoint belongs to this history
 
 
 class Leg(NamedTuple):
-    """Steps in a row that were taken alike."""
+    """Consecutive steps with the same settings."""
 
     settings: Settings
     last: int
@@ -79,9 +76,15 @@ def replay(
     wanted: Collection[int],
     init_from: str = "",
 ) -> dict[int, Row]:
-    """Rows of the steps `wanted`, from the checkpoint of `start`, with the data of `rewinds`.
+    """Repeat the steps after `start` and return the rows of the steps `wanted`.
 
-    0 is no checkpoint: the steps then begin with `fresh_state(run, init_from)`.
+    Args:
+      workdir: of the run.
+      start: the step whose checkpoint is restored; 0: start with `fresh_state(run, init_from)`.
+      legs: the settings of the steps after `start`.
+      rewinds: the rewinds that decide which batches each step reads.
+      wanted: the steps, counted from 1, whose rows are returned.
+      init_from: the run's own --init_from; empty: none.
     """
     run = state = None
     found = {}
@@ -99,7 +102,7 @@ def replay(
 def _taken(
     run: Run, state: TrainState, rewinds: Sequence[Rewind], last: int, wanted: Collection[int]
 ) -> tuple[TrainState, dict[int, Row]]:
-    """`state`, which is used up, after step `last`, and the rows of steps `wanted` until then."""
+    """Run the steps up to `last` (donates `state`); return the new state and the wanted rows."""
     rows_fn, found, step_fn = ordered_rows(run.batches, rewinds), {}, None
     start = int(state.step)
     with DeviceFeed(rows_fn, run.microbatch, batch_shardings(run.mesh), start, last) as feed:
@@ -111,12 +114,12 @@ def _taken(
                 row = plain(step_row(metrics))
                 found[number + 1] = {"step": number + 1, "refused": refused, **row}
             else:
-                jax.block_until_ready(metrics)  # the device may not run far ahead of the data
+                jax.block_until_ready(metrics)  # keeps few batches on the device at a time
     return state, found
 
 
 def differences(new: Row, old: Row) -> list[str]:
-    """Names of the numbers that both rows have and that are not the same."""
+    """The names of the numbers that both rows have and that differ."""
     names = [name for name in new if name in old and name != "layers"]
     layers, before = new["layers"], old.get("layers")
     before = before if isinstance(before, dict) else {}
@@ -126,9 +129,9 @@ def differences(new: Row, old: Row) -> list[str]:
 
 
 def describe(row: Row) -> str:
-    """A step in lines: its numbers in full, then a table of its MoE layers."""
+    """Describe a step: its numbers with all digits, then a table of its MoE layers."""
     line = f"step {row['step']}  loss {row['loss']}  gradient norm {row['grad_norm']}  " + (
-        f"refused: {row['refused']}" if row["refused"] else "accepted"
+        f"skipped: {row['refused']}" if row["refused"] else "accepted"
     )
     columns = {title: row["layers"][name] for name, title in _COLUMNS.items() if row["layers"]}
     if not columns:
@@ -139,10 +142,10 @@ def describe(row: Row) -> str:
 
 
 def read_log(workdir: Folder) -> Past:
-    """The run as metrics.jsonl has it."""
+    """Read the history of a run from metrics.jsonl; raises UserError if there is no run."""
     settings = read_settings(workdir)
     if not settings:
-        raise UserError(f"There is no {workdir / SETTINGS}: name the workdir of a run.")
+        raise UserError(f"There is no {workdir / SETTINGS}: set --workdir to the one of a run.")
     path = workdir / METRICS
     rows = {}
     for line in json_files.read_lines(path) if path.exists() else []:
@@ -153,7 +156,7 @@ def read_log(workdir: Folder) -> Past:
 
 
 def read_flight(workdir: Folder, step: int, now: Past) -> Past:
-    """The run as the flight record of `step` has it, which may lie before it went back."""
+    """Read the history in the flight record of `step`, which may be from before a rewind."""
     path = record_path(workdir, step)
     try:
         record = json_files.load(path)
@@ -165,7 +168,7 @@ def read_flight(workdir: Folder, step: int, now: Past) -> Past:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is damaged or of an older version: add --noflight, or bring it back."
+            f"{path} is damaged or of an older version: restore the file, or add --noflight."
         ) from None
     later = [rewind.step for rewind in now.rewinds[len(rewinds) :]]
     later += [other.after for other in now.settings[len(settings) :]]
@@ -178,24 +181,25 @@ def _first(lines: tuple[T, ...], count: Any) -> tuple[T, ...]:
 
 
 def _prepared(settings: Settings, workdir: Folder) -> Run:
-    """The run as it was; raises UserError where this machine cannot be what it ran on."""
+    """Prepare the run with `settings`; raises UserError if this machine's devices differ."""
     here, needed, platform = jax.device_count(), settings.devices, jax.default_backend()
     if platform != settings.platform:
         raise UserError(
-            f"The run used {_devices(needed)} of kind {settings.platform} and this is "
-            f"{platform}, which rounds otherwise: replay it on such a machine."
+            f"The run used {_devices(needed)} of kind {settings.platform}, and {platform} rounds "
+            f"differently: replay it on {settings.platform}."
         )
-    # Not some of them either: XLA's threads on the CPU, and so its sums, follow the number of all.
+    # A subset of the devices would not do: on the CPU the number of XLA's threads, and with it the
+    # order of its sums, depends on the number of all devices.
     if here != needed:
         raise UserError(
-            f"The run used {_devices(needed)} and {_devices(here)} would round otherwise: use as "
-            f"many (--devices={needed} for virtual ones on the CPU)."
+            f"The run used {_devices(needed)}, and {_devices(here)} would round differently: use "
+            f"{needed} (--devices={needed} for virtual ones on the CPU)."
         )
     return prepare(settings.typed(), workdir, lambda line: None, text=_text)
 
 
 def _text(config: DataConfig, root: Folder, **reports: Any) -> Store:
-    """The store, which is not built where a file of the workdir says: only in its usual place."""
+    """Open the store; build it only in its default place, not where the run's config says."""
     return find(config, root) if config.store else build_store(config, root, **reports)
 
 
@@ -204,25 +208,25 @@ def _devices(count: int) -> str:
 
 
 def split_legs(history: Sequence[Settings], start: int, last: int) -> list[Leg]:
-    """With what the steps after `start` were taken, up to `last`.
+    """Group the steps after `start`, up to `last`, by their settings.
 
     Raises:
-      UserError: not with as many devices all the way, and one process has as many as it has.
+      UserError: the number of devices changed, which one process cannot repeat.
     """
     grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_of(history, step))
     legs = [Leg(settings, max(steps)) for settings, steps in grouped]
     for leg, after in itertools.pairwise(legs):
         if leg.settings.devices != after.settings.devices:
             raise UserError(
-                f"Step {leg.last} was taken with {_devices(leg.settings.devices)}, the next with "
-                f"{_devices(after.settings.devices)}, and no good checkpoint is left between step "
-                f"{leg.last} and step {last}: ask for another step."
+                f"Step {leg.last} used {_devices(leg.settings.devices)}, the next step used "
+                f"{_devices(after.settings.devices)}, and there is no good checkpoint between step "
+                f"{leg.last} and step {last}: set --step to a step near a checkpoint."
             )
     return legs
 
 
 def find_start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: bool) -> int:
-    """The newest good checkpoint to replay `step` from; 0: the beginning."""
+    """Find the newest good checkpoint before `step`; 0: start from the beginning."""
     saved = checkpoints.steps()
     reached = max([*past.rows, *saved], default=0)
     if step > reached:
@@ -231,14 +235,14 @@ def find_start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: 
     start = next((found for found in early if checkpoints.verify(found) is None), 0)
     if not start and not from_beginning:
         raise UserError(
-            f"No good checkpoint before step {step} is left in {checkpoints.root}: ask for a "
-            f"later step, or add --from_beginning."
+            f"There is no good checkpoint before step {step} in {checkpoints.root}: set --step to "
+            f"a later step, or add --from_beginning."
         )
     return start
 
 
 def find_judge(past: Past, start: int, step: int) -> int:
-    """The step to compare: `step`, else the next that was written down, else the one before."""
+    """Choose the step to compare: `step`, or the next logged step, or the last one before."""
     devices = settings_of(past.settings, step).devices
     there = [
         found
@@ -250,28 +254,28 @@ def find_judge(past: Past, start: int, step: int) -> int:
         return min(after)
     if not there:
         raise UserError(
-            f"{past.source} has no step after {start}, from which step {step} is replayed: there "
-            f"is nothing to hold it against."
+            f"{past.source} has no step after {start}, from which step {step} is replayed, so "
+            f"nothing can be compared: set --step to an earlier step."
         )
     return max(there)
 
 
 def excuse(legs: Sequence[Leg]) -> str:
-    """What makes a difference no surprise; empty where there is no such thing."""
+    """A known reason for a difference, in parentheses; empty: there is none."""
     for settings, last in legs:
         if settings.platform == "gpu" and not settings.typed().train.deterministic:
             return " (on NVIDIA only train.deterministic=true repeats bit for bit)"
         if settings.processes != jax.process_count():
             return (
-                f" (the run took step {last} with {settings.processes} processes, between which "
-                f"sums may be rounded otherwise: start as many, each with --coordinator, "
-                f"--process_count and --process_id)"
+                f" (the run had {settings.processes} processes at step {last}, and sums between "
+                f"processes may round differently: start {settings.processes} processes with "
+                f"--coordinator, --process_count and --process_id)"
             )
         here = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), **versions()}
         then = {"XLA_FLAGS": settings.xla_flags, **settings.versions}
         others = [n for n in ("packages", "git", "XLA_FLAGS") if then.get(n) != here[n]]
         if others:
-            return f" ({' and '.join(others)} are not those of {SETTINGS})"
+            return f" ({' and '.join(others)} differ from {SETTINGS})"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Wrong command lines, of every command: one sentence, nothing written."""
+"""Every wrong command line of every command gives one sentence, and nothing is written."""
 
 import importlib
 import io
@@ -18,13 +18,13 @@ GSHARD = f"--config={ROOT / 'configs' / 'gshard.py'}"
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    """A workdir with a record but no devices to start: `run/`."""
+    """Make `run/`, a workdir with the record of a run, without starting devices."""
     return unpack(tmp_path_factory.mktemp("old"))
 
 
 @pytest.fixture
 def place(tmp_path, old, monkeypatch):
-    """An empty folder, a file, and `run`, the workdir of a run; in the current folder."""
+    """Make an empty folder, a file, and the workdir `run` in the current folder."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "run").symlink_to(old / "run")
@@ -109,7 +109,7 @@ MISTAKES = [
     ("checkpoint --workdir=file", "has no checkpoints"),
     ("results --workdir=no", "is not a folder"),
     ("results --workdir=file", "is not a folder"),
-    ("results --workdir=folder", "holds no run"),
+    ("results --workdir=folder", "has no runs"),
     ("goodput --workdir=no", r"There is no no/goodput\.jsonl"),
     ("goodput --workdir=file", r"file/goodput\.jsonl cannot be read"),
     ("ledger --workdir=folder", r"ledger\.jsonl cannot be read \(no such file\)"),
@@ -214,7 +214,7 @@ def test_an_exit_in_the_config_file_is_not_ours(place, run_cli):
 
 
 def test_every_path_flag_knows_the_home_folder(place, monkeypatch):
-    """The shell leaves the `~` of --workdir=~/w as it is."""
+    """The shell does not expand the `~` of --workdir=~/w."""
     monkeypatch.setenv("HOME", str(place))
     main("results --workdir=~/run --csv=~/a.csv --plot=~/a.svg")
     main("ledger --workdir=~/run --csv=~/b.csv")

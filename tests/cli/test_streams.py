@@ -1,4 +1,4 @@
-"""Standard output that is closed, full or without a reader, and letters that it cannot hold."""
+"""Standard output that is closed, full or without a reader, or cannot encode a character."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from small_run import ONE_LAYER, flags, rows, write_corpus
 from moe_jax.cli import streams
 from moe_jax.errors import UserError
 
-# A command in small: what it prints, how, and whether it goes on without output.
+# A minimal command; its arguments set its output, the way of printing, and `go_on_without_output`.
 PROGRAM = """
 import sys
 from moe_jax.cli import streams
@@ -29,7 +29,7 @@ except streams.OutputLostError as lost:
 streams.abandon()
 sys.exit(code)
 """
-# redirection -> exit code of a command that needs its output, and why that is lost
+# redirection -> exit code of a command that needs its output, and the reason of the loss
 BROKEN = {
     "without a reader": (141, "Broken pipe"),
     "> /dev/full": (1, "No space left on device"),
@@ -38,7 +38,7 @@ BROKEN = {
 
 
 def shell(command, arguments, env, redirect="", **more):
-    """`python COMMAND ARGUMENTS REDIRECT` under bash; in a pipeline its own code counts."""
+    """Run `python COMMAND ARGUMENTS REDIRECT` in bash; in a pipeline, return its own exit code."""
     script = f'set -o pipefail; "$@" {redirect}'
     return subprocess.run(
         ["bash", "-c", script, "bash", sys.executable, *command, *arguments],
@@ -48,7 +48,7 @@ def shell(command, arguments, env, redirect="", **more):
 
 
 def broken(command, arguments, env, redirect):
-    """`shell` with one of BROKEN."""
+    """Run `shell` with one of BROKEN."""
     if redirect != "without a reader":
         return shell(command, arguments, env, redirect)
     read, write = os.pipe()
@@ -89,7 +89,7 @@ def test_standard_error_may_be_lost_too(cli_env, redirect, go_on):
 
 
 def test_a_closed_stream_is_no_file_that_is_opened_later(cli_env, tmp_path):
-    """Else what a C library prints would go into the first file that the run opens."""
+    """Otherwise the output of a C library would go into the first file that the run opens."""
     program = (
         "import os; from moe_jax.cli import streams; streams.guard()\n"
         "file = open('file', 'wb', buffering=0); os.write(1, b'x'); os.write(2, b'y')\n"
@@ -121,7 +121,7 @@ NARROW = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
 
 @pytest.mark.lifecycle
 def test_a_run_outlives_its_screen_and_any_locale(cli_env, tmp_path):
-    """Paths, prompt and samples beyond ASCII, and a reader that leaves after the first line."""
+    """Paths, prompt and samples are not ASCII, and the reader ends after the first line."""
     folder, workdir = tmp_path / "Größe ≈ 日本", tmp_path / "läuft"
     prompt = {"eval.sample_prompt": "é≈日", "eval.sample_tokens": 4, "train.steps": 3}
     given = flags(workdir, write_corpus(folder), **ONE_LAYER | prompt)

@@ -47,7 +47,7 @@ def test_a_step_of_each_part_bit_for_bit(replayed, step):
     """Nobody says how many devices: the command makes them."""
     done = replayed(step)
     assert done.code == DONE, done
-    assert f"Step {step} is bit for bit what metrics.jsonl has." in done.out
+    assert f"Step {step} equals metrics.jsonl bit for bit." in done.out
 
 
 def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
@@ -56,7 +56,7 @@ def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     done = replayed(9, workdir=workdir)  # another mesh of as many devices
     assert done.code == DONE, done
-    assert "replaying steps 7 to 9" in done.out and "Step 9 is bit for bit" in done.out
+    assert "replaying steps 7 to 9" in done.out and "Step 9 equals metrics.jsonl" in done.out
     done = replayed(5, workdir=workdir)
     assert done.code == FIX and "Traceback" not in done.err
     assert "Step 4 was taken with 8 devices, the next with 4 devices, and no good" in done.err
@@ -65,7 +65,7 @@ def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
 def test_too_few_devices_are_one_sentence(replayed):
     done = replayed(3, "--devices=4")
     assert done.code == FIX and "Traceback" not in done.err
-    assert "used 8 devices and 4 devices would round otherwise" in done.err
+    assert "used 8 devices, and 4 devices would round differently" in done.err
 
 
 def test_steps_of_two_processes(replayed, run, corpus, pair, tmp_path):
@@ -81,9 +81,9 @@ def test_steps_of_two_processes(replayed, run, corpus, pair, tmp_path):
         (one, *one.communicate(timeout=ENDS)) for one in pair(command, ("-m", "moe_jax", "replay"))
     ]
     assert [one.returncode for one, _, _ in ended] == [DONE] * 2, ended
-    assert "Step 14 is bit for bit what metrics.jsonl has." in ended[0][1]
+    assert "Step 14 equals metrics.jsonl bit for bit." in ended[0][1]
     for step in (8, 10, 12):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     alone = replayed(14, workdir=workdir)
-    differs = "took step 14 with 2 processes, between which sums may be rounded otherwise"
+    differs = "2 processes at step 14, and sums between processes may round differently"
     assert alone.code == (FIX if differs in alone.out else DONE), alone

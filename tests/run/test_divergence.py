@@ -133,8 +133,8 @@ def test_the_flight_record_names_the_batch(bad):
 @pytest.mark.parametrize(
     ("arguments", "judged", "refused"),
     [
-        (["--step=10"], "10 is bit for bit what flight/10/record.json", True),
-        (["--step=10", "--noflight"], "12 is bit for bit what metrics.jsonl has", False),
+        (["--step=10"], "10 equals flight/10/record.json bit for bit", True),
+        (["--step=10", "--noflight"], "12 equals metrics.jsonl bit for bit", False),
     ],
 )
 def test_replay(bad, capsys, arguments, judged, refused):
@@ -142,7 +142,7 @@ def test_replay(bad, capsys, arguments, judged, refused):
     before = contents(bad.workdir)
     assert replay_command(["replay", f"--workdir={bad.workdir}", *arguments]) == 0
     out = capsys.readouterr().out
-    assert f"Step {judged}" in out and ("refused: " in out) == refused
+    assert f"Step {judged}" in out and ("skipped: " in out) == refused
     assert contents(bad.workdir) == before
 
 
@@ -155,7 +155,7 @@ def test_replay_says_what_differs(bad, tmp_path, capsys):
     row["loss"] = float(np.nextafter(np.float32(row["loss"]), np.float32(9)))
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert replay_command(["replay", f"--workdir={tmp_path / 'run'}", "--step=14"]) == 1
-    assert capsys.readouterr().out.endswith("not what metrics.jsonl has: loss differ.\n")
+    assert capsys.readouterr().out.endswith("differs from metrics.jsonl in loss.\n")
 
 
 def test_replay_compares_every_number():
@@ -200,7 +200,9 @@ def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
     shutil.copy(bad.workdir / SETTINGS, tmp_path)
     (tmp_path / "flight" / "3").mkdir(parents=True)
     (tmp_path / "flight" / "3" / "record.json").write_text(text)
-    with pytest.raises(UserError, match=r"flight/3/record\.json is damaged or .*: add --noflight"):
+    with pytest.raises(
+        UserError, match=r"flight/3/record\.json is damaged or .*, or add --noflight"
+    ):
         replay_command(["replay", f"--workdir={tmp_path}", "--step=3"])
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's one line."""
+"""The line of JSON that the bench command prints."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def test_one_json_line(tmp_path, capsys):
     assert row["config"] == str(ROOT / "configs" / "tiny.py")
     assert (row["steps"], row["devices"]) == (2, 8)
     assert 0 < row["step_ms_p10"] <= row["step_ms"] <= row["step_ms_p90"]
-    # 32 rows of 32 tokens a step; both numbers are rounded for people.
+    # 32 rows of 32 tokens per step; both numbers are rounded for display.
     assert row["tokens_per_s"] * row["step_ms"] / 1e3 == pytest.approx(32 * 32, rel=0.05)
     assert row["first_step_seconds"] > row["compile_seconds"] > 0
     assert 0 < row["active_params"] < row["params"]
@@ -43,11 +43,11 @@ def test_one_json_line(tmp_path, capsys):
 
 
 def test_the_next_step_runs_while_one_is_read(monkeypatch):
-    """On the host alone: what is computed on the device waits for the step started since."""
+    """Metrics are read on the host, because a device computation would wait for the next step."""
     order = []
 
     class OnDevice(int):
-        """Metrics of a step; whatever is computed from them here is an AttributeError."""
+        """Metrics of a step, with which any computation raises AttributeError."""
 
     def step_fn(state, batch):
         order.append(f"start {state}")
@@ -87,8 +87,8 @@ def test_no_steps(tmp_path):
 def test_collectives_count_where_nothing_else_runs():
     events = [
         ("experts", 0.0, 10.0),
-        ("collectives", 8.0, 15.0),  # two beside the experts, five by itself
-        ("collectives", 20.0, 24.0),  # beside attention for three
+        ("collectives", 8.0, 15.0),  # two beside the experts, five exposed
+        ("collectives", 20.0, 24.0),  # three beside attention
         ("attention", 21.0, 30.0),
     ]
     parts, hidden = account(events, on_device=True)

@@ -1,4 +1,4 @@
-"""The doctor on a small run: all of it well once, then each check seen failing."""
+"""The doctor on a small run: all checks pass once, then each check fails once."""
 
 import dataclasses
 import re
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def patch():
-    """monkeypatch for a whole module."""
+    """A monkeypatch for the whole module."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
@@ -55,7 +55,7 @@ def subject_of(folder, corpus: str, **overrides) -> Subject:
 
 @pytest.fixture(scope="module")
 def well(tmp_path_factory, corpus, patch) -> tuple[Subject, dict[str, Finding], list[str]]:
-    """A healthy subject, what every check said of it, and the printed lines."""
+    """A healthy subject, the findings of all checks, and the printed lines."""
     patch.setattr(balance, "BALANCE_SCOPES", ("group",))  # each scope is compiled twice
     subject, lines = subject_of(tmp_path_factory.mktemp("well"), corpus), []
     found: dict[str, Finding] = {}
@@ -75,7 +75,7 @@ def well(tmp_path_factory, corpus, patch) -> tuple[Subject, dict[str, Finding], 
 
 @pytest.fixture(scope="module")
 def ill(tmp_path_factory, corpus) -> Subject:
-    """Several faults at once, so that the model is compiled once for all of them."""
+    """A subject with several faults, so that the model is compiled only once for all of them."""
     folder = tmp_path_factory.mktemp("ill")
     with pytest.MonkeyPatch.context() as patch:
         route = top_k.TopK.route
@@ -140,15 +140,15 @@ def test_balance_that_is_always_one_is_seen(monkeypatch):
         linear, "balance_loss", lambda *arrays, **knobs: Mean(np.float32(1), np.float32(1))
     )
     finding = balance.uniform_balance(components.make_router(MoEConfig()), MoEConfig())
-    assert not finding.ok and "1.00 where all tokens are alike" in finding.figure
+    assert not finding.ok and "1.00 if all tokens are equal" in finding.figure
 
 
 def test_a_table_that_cannot_be_even_is_no_fault_of_the_loss(monkeypatch):
-    """12 ids for 8 experts, one each: shares 2/12 and 1/12, 8 * (4 * 4 + 4) / 144 = 1.11."""
+    """12 ids over 8 experts give shares of 2/12 and 1/12: 8 * (4 * 4 + 4) / 144 = 1.11."""
     moe = MoEConfig(router="hash", top_k=1, options={"hash": {"table_size": 12}})
     router = components.make_router(moe)
     finding = balance.uniform_balance(router, moe)
-    assert finding.ok and "load the experts to 1.11" in finding.figure, finding
+    assert finding.ok and "load of its assignments gives 1.11" in finding.figure, finding
 
     whole = hash.balance_loss
 
@@ -204,7 +204,7 @@ def test_leaf_that_comes_back_changed_is_named(well, monkeypatch):
 
     monkeypatch.setattr(restore, "from_disk", off_by_one_bit)
     finding = fit.saves_bitwise(well[0])
-    assert not finding.ok and "params/embed_VD came back" in finding.fix
+    assert not finding.ok and "params/embed_VD changed" in finding.fix
 
 
 def test_accelerator_that_is_too_small_or_starved_is_seen(well, monkeypatch):

@@ -1,4 +1,4 @@
-"""Where the time of a run went: categories that add up to the whole, whatever the file holds."""
+"""Goodput: the categories sum to the whole time for any content of the file."""
 
 import json
 import math
@@ -30,8 +30,8 @@ def line(attempt, began, time, start=0, reached=0, end=None, /, **seconds):
     return json.dumps(row if end is None else row | {"end": end}).encode()
 
 
-# Killed at 100 s with 40 steps, of which 30 are in a checkpoint; restarted after 20 s; asked to
-# stop; started again 5 s later, which it did not outlive.
+# Killed at 100 s after 40 steps, of which 30 are in a checkpoint; restarted after 20 s; stopped by
+# request; started again 5 s later and killed.
 STORY = [
     line("a", 0, 10, 0, 0, init=10),
     line("a", 0, 50, 0, 10, init=10, compile=20, step=20),
@@ -68,7 +68,7 @@ def test_a_run_of_three_attempts():
 
 
 def test_steps_between_two_rows_count_in_proportion():
-    """The save is that of step 24: 6 of the 20 steps from 10 to 30 are lost, and all after them."""
+    """The checkpoint is of step 24: 6 of the 20 steps from 10 to 30 are lost, and all later."""
     lines = [*STORY[:4], line("b", 120, 121, 24, 24, init=1)]
     assert account(lines).seconds["lost"] == pytest.approx(30 * 6 / 20 + 10)
 
@@ -76,14 +76,14 @@ def test_steps_between_two_rows_count_in_proportion():
 def test_going_back_further_loses_what_two_attempts_did():
     lines = [*STORY[:6], line("c", 165, 168, 20, 20, init=3)]
     found = account(lines)
-    assert found.seconds["lost"] == pytest.approx(15 + 10 + 20)  # half of 10 to 30, the rest, all
+    assert found.seconds["lost"] == pytest.approx(15 + 10 + 20)  # 20 to 30, all later, all of b
     assert [attempt.kept for attempt in found.attempts] == [20, 20, 20]
 
 
 def test_a_step_that_was_under_way_at_the_kill_is_lost():
     lines = [*STORY[:3], line("a", 0, 97, 0, 30, init=10, compile=20, step=57), *STORY[4:6]]
     assert account(lines).seconds["lost"] == pytest.approx(7)
-    unfinished = account(lines[:4])  # nobody took it again: it may still be at work
+    unfinished = account(lines[:4])  # no later attempt: it may still be running
     assert unfinished.seconds["lost"] == 0
 
 
@@ -114,7 +114,7 @@ def test_a_clock_that_goes_back_makes_restarts_shorter_never_negative():
     assert found.seconds["restart"] == 0
     assert found.seconds["step"] == 55
     back = [line("a", 0, 100, 0, 5, init=10, step=90), line("a", 0, 20, 0, 7, init=10, step=130)]
-    assert account(back).whole == 140  # by the seconds counted, which no clock that is set can move
+    assert account(back).whole == 140  # by the counted seconds, which do not depend on the clock
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_line_that_is_no_row_is_left_out_and_said(garbage):
     found = account([*STORY[:3], garbage, *STORY[3:]])
     assert found.seconds == account(STORY).seconds
     assert found.unreadable == 1
-    assert "1 line could not be read" in report(found)
+    assert "1 unreadable line skipped" in report(found)
 
 
 time = st.floats(0, 1e9) | st.floats(0, 1e3) | st.integers(0, 1000)
@@ -180,7 +180,7 @@ def test_it_always_adds_up(lines):
     report(found)
 
 
-# A story in which nothing is wrong: from the first start to the last sign of life, all is told.
+# Rows without damage, from the first start to the last row.
 length = st.floats(0, 1e5)
 phases = st.fixed_dictionaries({name: length for name in ("step", "init", "data", "checkpoint")})
 
@@ -209,7 +209,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / GOODPUT).write_bytes(b"\n".join([*STORY, b'{"torn']))
     assert main(["goodput", f"--workdir={tmp_path}", f"--plot={tmp_path / 'p.png'}"]) == 0
     out = capsys.readouterr().out
-    assert "| lost       | steps taken again after a restart" in out
+    assert "| lost       | steps repeated after a restart" in out
     [whole] = [text for text in out.splitlines() if text.startswith("| all ")]
     assert whole.split("|")[3:5] == ["   168.0 ", " 100.0 "]
     killed, asked, last = [
@@ -220,8 +220,8 @@ def test_the_command(tmp_path, capsys):
     assert killed[2:] == ["killed", "0", "40", "10", "0.0s", "1m40s", "50.0"]
     assert asked[2:] == ["exit 42", "30", "50", "0", "20.0s", "40.0s", "50.0"]
     assert last[2:5] == ["killed or running", "50", "50"]
-    assert "goodput: 41.7% of 2m48s went into steps that the run still has\n" in out
-    assert "1 line could not be read" in out
+    assert "goodput: 41.7% of 2m48s went into steps that the run kept\n" in out
+    assert "1 unreadable line skipped" in out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(["goodput", f"--workdir={tmp_path}", "--json"]) == 0
@@ -232,7 +232,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_plot_has_slices_in_the_order_of_time_and_no_gap_of_days(tmp_path):
-    """Attempt 4 begins two days after a kill, attempt 5 a day after the end of the run."""
+    """Attempt 4 starts two days after a kill, attempt 5 one day after the end of the run."""
     later = [
         line("d", 200_000, 200_300, 50, 90, 0, init=3, step=280),
         line("e", 290_000, 290_100, 90, 99, 0, init=3, step=90),
@@ -255,5 +255,5 @@ def test_the_plot_has_slices_in_the_order_of_time_and_no_gap_of_days(tmp_path):
 def test_a_folder_without_rows_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / GOODPUT).write_bytes(content)
-    with pytest.raises(UserError, match=r"goodput\.jsonl.*name the workdir of a run"):
+    with pytest.raises(UserError, match=r"goodput\.jsonl.*set --workdir to"):
         main(["goodput", f"--workdir={tmp_path}"])

@@ -1,4 +1,4 @@
-"""Counting collectives in compiled programs: by hand on small texts, then on a real one."""
+"""Collectives of compiled programs: counted by hand in small texts, then in a real program."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_loops_multiply():
-    """Bytes by hand: the outer loop runs 3 times, the inner one 5 times in each of them."""
+    """Bytes by hand: the outer loop has 3 iterations, the inner loop 5 in each of them."""
     found, unknown = read_collectives(LOOPS)
     assert unknown == 0
     sent = {one.op: (one.times, one.sent(8)) for one in found}
@@ -70,7 +70,7 @@ def test_loops_multiply():
 
 
 def test_the_start_of_an_asynchronous_all_reduce_counts_once():
-    """CPUs and TPUs give it the result's type, GPUs a tuple of operands and results."""
+    """On CPUs and TPUs it has the result's type, on GPUs a tuple of operands and results."""
     for kind in ("bf16[16]{0}", "((bf16[16]{0}), bf16[16]{0})"):
         text = (
             "ENTRY %main (p: bf16[16]) -> bf16[16] {\n"
@@ -111,7 +111,7 @@ def test_groups_name_mesh_axes():
 
 
 def test_a_scan_compiled_here_is_counted(mesh_of):
-    """The same on a program of this XLA: 6 turns of one psum over 4 devices."""
+    """A program compiled by the installed XLA: 6 iterations of one psum over 4 devices."""
     mesh = mesh_of(data=4)
 
     def body(x, _):

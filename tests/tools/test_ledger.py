@@ -1,4 +1,4 @@
-"""The ledger against counting one assignment after the other, and the command that prints it."""
+"""The ledger against a count of single assignments, and the command that prints it."""
 
 import json
 
@@ -20,7 +20,7 @@ G, S = B // ROWS, ROWS * T
 
 
 def some(seed=0):
-    """A choice, what was kept of it, and the context of its tokens."""
+    """Draw assignments, which of them are kept, and the context of their tokens."""
     rng = np.random.default_rng(seed)
     choice = TokenChoice(
         jnp.asarray(rng.integers(0, E, (G, S, K)), jnp.int32),
@@ -44,7 +44,7 @@ def some(seed=0):
 
 
 def one_by_one(choice, kept_GSK, context, cause):
-    """{(axis, place, fate): count}."""
+    """Count assignments one by one: {(axis, place, outcome): count}."""
     counts = {}
     for g, s, k in np.ndindex(kept_GSK.shape):
         row, t = g * ROWS + s // T, s % T
@@ -104,7 +104,7 @@ def write(folder, rows):
 
 
 def rows():
-    """Two rows of one layer, as the trainer writes them."""
+    """Write two rows of one layer, as the trainer does."""
     found = []
     for seed in (0, 1):
         choice, kept_GSK, context = some(seed)
@@ -137,7 +137,7 @@ def test_a_count_that_is_off_is_reported(tmp_path, capsys):
     write(tmp_path, [first, second])
     assert main(["ledger", f"--workdir={tmp_path}"]) == 1
     assert "NOT CONSERVED: layer 0" in capsys.readouterr().out
-    for axis in ("expert", "position", "source"):  # the same one missing everywhere
+    for axis in ("expert", "position", "source"):  # the same assignment is missing on every axis
         second[axis]["kept"][0][0] -= 1
     write(tmp_path, [second])
     assert main(["ledger", f"--workdir={tmp_path}"]) == 1

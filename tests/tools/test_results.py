@@ -1,4 +1,4 @@
-"""Results of hand-made run folders, against numbers worked out by hand."""
+"""Results of hand-made workdirs, against numbers computed by hand."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def test_the_command_never_fails_for_a_damaged_run(tmp_path, capsys):
 
 
 def seeds(tmp_path: Path) -> None:
-    """dense with seeds 0 to 2 (best 2.0, 2.2, 2.4), 8 experts with one that is done, one not."""
+    """Write dense runs of seeds 0 to 2 (best 2.0, 2.2, 2.4), and two MoE runs, one unfinished."""
     for seed, best in enumerate((2.0, 2.2, 2.4)):
         rows = [train_row(8, best), {"step": 4, "eval_loss": 3.0}, {"step": 8, "eval_loss": best}]
         write_run(tmp_path / f"dense{seed}", config(model__dense=True, seed=seed), rows)
@@ -132,7 +132,7 @@ def held_out(step: int, loss: float, rows: int = 64, tokens: int | None = None) 
 
 
 def evaluated(folder: Path, *held: dict, text: str = "aa", **overrides: object) -> None:
-    """A finished run with these held-out rows, on a store of this fingerprint."""
+    """Write a finished run with these held-out rows, on a store of this fingerprint."""
     write_run(folder, config(**overrides), [train_row(8, 2.0), *held])
     (folder / "data.json").write_text(json.dumps({"fingerprint": text}))
 
@@ -150,7 +150,7 @@ def test_the_sample_and_the_loss_without_drops_have_columns(tmp_path, capsys):
 
 
 def test_a_best_loss_is_one_of_the_newest_sample(tmp_path):
-    """eval.rows was changed on resume: the earlier, lower loss is another sample's."""
+    """eval.rows was changed on resume, so the earlier, lower loss is of a different sample."""
     evaluated(tmp_path / "a", held_out(2, 1.0, rows=8), held_out(4, 2.5), held_out(8, 2.75))
     (run,) = read_runs(tmp_path)
     assert (run.heldout_rows, run.best_heldout, run.best_nodrop) == (64, 2.5, 2.375)
@@ -167,11 +167,11 @@ RANKED = {"eval.rows": 64, "model.moe.num_experts": 8}
         ({"rows": 32}, {"eval.rows": 32}, "size"),
         ({"tokens": 64 * T - 5}, {}, "size"),
         ({"text": "bb"}, {}, "text or tokenizer"),
-        # As many targets, cut into other rows of the same order: other text.
+        # The same number of targets in rows of a different length: a different sample.
         ({"rows": 32, "tokens": 64 * T}, {"eval.rows": 32, "data.sequence_length": 64}, "length"),
-        # The whole split, cut otherwise: the same targets.
+        # The whole split in rows of a different length: the same targets.
         ({"rows": 32, "tokens": 64 * T, "whole": True}, {"data.sequence_length": 64}, ""),
-        # All rows that there are, whether just as many were asked for or more.
+        # The whole split, whether eval.rows equals its number of rows or is larger.
         ({}, {"eval.rows": 512}, ""),
     ],
 )
@@ -199,7 +199,7 @@ def test_losses_on_different_samples_are_listed_but_not_ranked(
 
 
 def test_seeds_on_different_samples_are_not_averaged(tmp_path):
-    """One config, but the text behind it has changed from seed to seed."""
+    """The configs differ only in the seed, but the data changed between the runs."""
     evaluated(tmp_path / "a", held_out(8, 2.0), seed=0)
     evaluated(tmp_path / "b", held_out(8, 3.0), seed=1, text="bb")
     groups = group(read_runs(tmp_path))
@@ -221,24 +221,24 @@ REFUSED = {"skipped": 1}
 @pytest.mark.parametrize(
     ("rows", "state", "train_loss"),
     [
-        # The last step of a finished run was refused: not finite, or a spike.
+        # The last step of a finished run was skipped: not finite, or a spike.
         ([train_row(7, 2.0), train_row(8, math.nan) | REFUSED, held_out(8, 2.5)], DONE, 2.0),
         ([train_row(7, 2.0), train_row(8, 9e9) | REFUSED, held_out(8, 2.5)], DONE, 2.0),
-        # Stopped among refused steps: it goes on from there.
+        # Stopped during skipped steps: the run can continue.
         ([train_row(4, 2.0), train_row(5, math.nan) | REFUSED], "step 5 of 8", 2.0),
         (
             [train_row(4, 2.0), *[train_row(s, 9e9) | REFUSED for s in (5, 6, 7)]],
             "step 7 of 8",
             2.0,
         ),
-        # One more than train.max_skipped (3), finite or not, and none accepted at all.
+        # One more skipped step than train.max_skipped (3), finite or not; no step was accepted.
         (
             [train_row(1, 2.0), *[train_row(s, 9e9) | REFUSED for s in (2, 3, 4, 5)]],
             "diverged at step 5",
             2.0,
         ),
         ([train_row(s, math.nan) | REFUSED for s in (1, 2, 3, 4)], "diverged at step 4", None),
-        # Accepted again since, and further than the end of an earlier train.steps.
+        # Steps were accepted later, beyond the end of an earlier train.steps.
         (
             [train_row(4, 9e9) | REFUSED, train_row(5, 2.5) | {"skipped": 0}],
             "step 5 of 8",
@@ -285,7 +285,7 @@ def test_plots_are_written(tmp_path, x, capsys):
 
 
 def test_a_plot_shows_the_means_of_seeds(tmp_path):
-    """Read from the SVG's own text: labels and title, no pixel compared."""
+    """Labels and title are read from the text of the SVG; pixels are not compared."""
     seeds(tmp_path)
     groups = group(read_runs(tmp_path))
     import matplotlib
@@ -293,7 +293,7 @@ def test_a_plot_shows_the_means_of_seeds(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         write_plot(tmp_path / "plot.svg", groups)
     text = (tmp_path / "plot.svg").read_text()
-    assert "held-out loss (nats a token)" in text and "training compute (model FLOPs)" in text
+    assert "held-out loss (nats per token)" in text and "training compute (model FLOPs)" in text
     assert "2 configurations, means over 1 to 3 seeds" in text
     assert "configuration (parameters)" in text and f"1  dense  ({DENSE / 1e3:.2f}k)" in text
 
@@ -306,12 +306,12 @@ def test_x_names_a_varied_number(tmp_path, x):
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="has no runs"):
         main(["moe-results", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="is not a folder"):
         main(["moe-results", f"--workdir={tmp_path / 'none'}"])
     write_run(tmp_path / "a", config(), FINISHED[:1])
-    with pytest.raises(UserError, match="no run is at its end"):
+    with pytest.raises(UserError, match="no run is finished"):
         main(["moe-results", f"--workdir={tmp_path}", f"--plot={tmp_path / 'p.png'}"])
     with pytest.raises(UserError, match="cannot be written"):
         main(["moe-results", f"--workdir={tmp_path}", f"--csv={tmp_path / 'no' / 'a.csv'}"])

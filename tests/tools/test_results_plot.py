@@ -1,4 +1,4 @@
-"""What the plot of results says, read from the text of its SVG; no pixel is compared."""
+"""The text in the plot of results, read from its SVG; pixels are not compared."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from moe_jax.tools.results.read import DONE, Result, read_runs
 
 
 def legend(tmp_path: Path, groups: Sequence[Group]) -> tuple[list[str], str]:
-    """The lines of the plot's legend, and all of its SVG."""
+    """Return the lines of the plot's legend, and the whole SVG."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -29,7 +29,7 @@ def finished(name: str, **overrides: object) -> Result:
 
 
 def test_unrelated_runs_are_called_by_their_folders(tmp_path):
-    """Twenty of them: what tells them apart would fill lines."""
+    """Twenty runs, for which a label with all differing keys would be too long."""
     results = []
     for number in range(20):
         overrides = {
@@ -58,7 +58,7 @@ def test_short_differences_are_shown_whole(tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"data.sequence_length": 64, "train.batch_size": 16}])
 def test_a_mixture_is_said_by_its_shares(tmp_path, more):
-    """Of all its sources, also where two runs differ in the weight of one; `data.files` is not."""
+    """The label has the shares of all sources, even if one weight differs, but no `data.files`."""
     for name, weight in (("even", 1.0), ("code", 3.0)):
         blend = {"web": {"files": "w"}, "code": {"files": "c", "weight": weight}}
         with_files = config(**{"data.files": name}, **more)
@@ -81,7 +81,7 @@ def test_keys_with_the_same_last_part_are_told_apart(tmp_path):
 
 
 def test_rates_have_a_log_axis(tmp_path):
-    """Also two of them that are less than eight times apart."""
+    """Even if the largest is less than eight times the smallest."""
     for rate in (1e-3, 3e-3):
         write_run(tmp_path / f"{rate}", config(**{"optimizer.learning_rate": rate}), FINISHED)
     found = group(read_runs(tmp_path))

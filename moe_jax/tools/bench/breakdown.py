@@ -1,7 +1,7 @@
-"""Where the time of a train step goes, from a profiler trace.
+"""Divides the time of a train step into parts, from a profiler trace.
 
-Every kernel's event names the HLO instruction it runs; the compiled program's text says in which
-`jax.named_scope` that instruction was made, forward or backward.
+Every kernel event names the HLO instruction that it runs.  The compiled program's text has the
+`jax.named_scope` of each instruction, of the forward and of the backward pass.
 """
 
 import collections
@@ -16,8 +16,8 @@ import jax
 from moe_jax.files.formats import table
 from moe_jax.tools.hlo import COLLECTIVES, Instruction, parse
 
-STEPS = 3  # traced
-# Scopes of the model, the loss and the step; the innermost one of an instruction counts.
+STEPS = 3  # traced steps
+# Scopes of the model, the loss and the step.  An instruction belongs to its innermost scope.
 SCOPES = (
     "embedding",
     "attention",
@@ -34,17 +34,17 @@ OTHER, COLLECTIVE, IDLE = "other (norms, residuals)", "collectives", "idle"
 
 
 class Breakdown(NamedTuple):
-    """Milliseconds a step of the first device (on the CPU: of all threads together)."""
+    """Milliseconds per step on the first device (on the CPU: the sum over all threads)."""
 
-    parts: dict[str, float]  # of collectives, the time in which nothing else runs
-    hidden_ms: float  # of collectives beside other kernels, which the parts do not hold
+    parts: dict[str, float]  # by part; `collectives` is the time in which nothing else runs
+    hidden_ms: float  # collectives that ran beside other kernels; in no part
 
 
 def breakdown(run_steps: Callable[[int], Any], hlo: str) -> Breakdown:
-    """Where the time of a step goes.
+    """Trace STEPS steps and divide their time into parts.
 
     Args:
-      run_steps: runs so many steps to their end.
+      run_steps: runs the given number of steps and waits for them.
       hlo: text of the compiled program.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -61,9 +61,9 @@ def breakdown(run_steps: Callable[[int], Any], hlo: str) -> Breakdown:
 def account(
     events: Sequence[tuple[str, float, float]], on_device: bool
 ) -> tuple[dict[str, float], float]:
-    """Time by part, and that of collectives beside other kernels, from (part, start, end).
+    """Add up (part, start, end): time by part, and of collectives hidden beside other kernels.
 
-    On a device the parts, idle time among them, add up to the time from first to last.
+    With `on_device` the parts, idle time included, sum to the time from first start to last end.
     """
     total: dict[str, float] = collections.defaultdict(float)
     for part, start, stop in events:
@@ -83,7 +83,7 @@ def _by_time(item: tuple[str, float]) -> tuple[bool, float]:
 
 
 def breakdown_table(profile_ms: Mapping[str, float]) -> str:
-    """The parts with their shares, the largest first."""
+    """Format the parts with their shares, the largest first."""
     total = sum(profile_ms.values())
     rows = [["part of the step", "ms", "share"]]
     rows += [[part, f"{ms:.2f}", f"{ms / total:.1%}"] for part, ms in profile_ms.items()]
@@ -91,7 +91,7 @@ def breakdown_table(profile_ms: Mapping[str, float]) -> str:
 
 
 def instruction_parts(hlo: str) -> dict[str, str]:
-    """Part of the step of every instruction of a compiled program, by the instruction's name."""
+    """Map the name of every instruction of a compiled program to its part of the step."""
     computations, _ = parse(hlo)
     return {one.name: _part(one) for body in computations.values() for one in body}
 
@@ -99,13 +99,13 @@ def instruction_parts(hlo: str) -> dict[str, str]:
 def _part(instruction: Instruction) -> str:
     if instruction.op.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return COLLECTIVE
-    # Scopes stand in a path such as jit(train_step)/transpose(jvp(jit(block)))/dispatch/experts/dot
+    # Example: jit(train_step)/transpose(jvp(jit(block)))/dispatch/experts/dot
     words = [word for word in re.split(r"[/()]", instruction.op_name) if word in SCOPES]
     return words[-1] if words else OTHER
 
 
 def _device_plane(profile: Any) -> Any:
-    """The first device's, or the host's where programs run on its threads."""
+    """The plane of the first device; on the CPU the host's, whose threads run the program."""
     planes = sorted(profile.planes, key=lambda plane: plane.name)
     device = [plane for plane in planes if re.match(r"/device:(GPU|TPU)", plane.name)]
     return (device or [plane for plane in planes if plane.name.startswith("/host:CPU")])[0]
@@ -117,7 +117,7 @@ def _events(plane: Any, part_of: Mapping[str, str]) -> Iterator[tuple[str, float
         if line.name in ("XLA Modules", "Steps", "Framework Ops", "Framework Name Scope"):
             continue
         for event in line.events:
-            # NCCL's kernels name an instruction of before XLA's last passes.
+            # NCCL's kernels name an instruction from before XLA's last passes.
             nccl = COLLECTIVE if event.name.startswith("nccl") else None
             part = part_of.get(dict(event.stats).get("hlo_op", event.name), nccl)
             if part is not None:
@@ -125,7 +125,7 @@ def _events(plane: Any, part_of: Mapping[str, str]) -> Iterator[tuple[str, float
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> list[list[float]]:
-    """The same time as spans that do not overlap, in order."""
+    """Merge overlapping spans; the result is sorted."""
     union: list[list[float]] = []
     for start, stop in sorted(spans):
         if union and start <= union[-1][1]:

@@ -21,12 +21,12 @@ from moe_jax.tools.hlo import read_collectives
 from moe_jax.train.state import TrainState
 from moe_jax.train.step import StepMetrics, make_gradients
 
-WARMUP = 3  # steps that are run and not counted
+WARMUP = 3  # steps that run before the timed ones
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def peak_memory_bytes() -> int:
-    """Most memory one device has held so far; on the CPU, this process."""
+    """The peak memory of one device so far; on the CPU, of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
@@ -42,10 +42,10 @@ def measure(
     gradients: bool,
     profile: bool,
 ) -> dict[str, Any]:
-    """Speed of `steps` steps on batches of `rows`, after WARMUP that do not count.
+    """Time `steps` steps on batches of `rows`, after WARMUP steps; return one JSON line's numbers.
 
-    Returns the numbers of one JSON line; `gradients` adds forward and backward alone, `profile`
-    where the device's time goes (`breakdown`).
+    `gradients` also times the forward and backward pass alone; `profile` also divides the device's
+    time into parts (`breakdown`).
     """
     config = run.config
     with DeviceFeed(rows, run.microbatch, batch_shardings(run.mesh), 0) as feed:
@@ -76,7 +76,7 @@ def measure(
         text = step_fn.as_text() or ""
         if run.mesh.size > 1:
             sent = sum(one.sent(run.mesh.size) for one in read_collectives(text).found)
-            row["collectives_sent_mb"] = round(sent / 1e6, 3)  # by one device in a step
+            row["collectives_sent_mb"] = round(sent / 1e6, 3)  # per device and step
         if profile:
             found = breakdown(steps_run.run, text)
             row |= {"profile_ms": found.parts, "collectives_hidden_ms": found.hidden_ms}
@@ -108,7 +108,7 @@ def measure(
 
 
 class Steps:
-    """Runs steps as the trainer does: one is started before the one before it is waited for."""
+    """Runs steps as the trainer does: it starts a step before it waits for the previous one."""
 
     def __init__(self, step_fn: StepFn, state: TrainState, feed: DeviceFeed, batch: Batch):
         self.state = state
@@ -118,15 +118,15 @@ class Steps:
         self._running: list[StepMetrics] = []
 
     def start(self) -> None:
-        """Start a step, and have the next one's batch brought to the device meanwhile."""
+        """Start a step, and copy the next batch to the device while the step runs."""
         self.state, metrics = self._step_fn(self.state, self._batch)
         self._running.append(metrics)
         self._batch = next(self._feed)[1]
 
     def finish(self) -> None:
-        """Wait for the oldest step that is running, not for the one after it.
+        """Wait for the oldest running step, but not for the step after it.
 
-        So nothing may be computed on the device here: it would be queued behind that one.
+        Nothing may be computed on the device here, because it would wait behind the later step.
         """
         metrics = jax.device_get(self._running.pop(0))
         self.losses.append(float(metrics.loss.lm))
@@ -135,7 +135,7 @@ class Steps:
         self.dropped.append(1 - kept)
 
     def run(self, count: int) -> list[float]:
-        """Runs `count` steps; the moments at which they ended."""
+        """Run `count` steps; return the time at which each ended."""
         ends = []
         self.start()
         for left in reversed(range(count)):
@@ -146,7 +146,7 @@ class Steps:
         return ends
 
     def times(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps, after WARMUP that do not count."""
+        """The seconds of each of `count` steps, after WARMUP steps."""
         return np.diff(self.run(count + WARMUP))[-count:].tolist()
 
 

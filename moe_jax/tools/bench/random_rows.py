@@ -1,7 +1,8 @@
-"""Rows of uniformly random tokens: what other trainers' benchmarks measure on.
+"""Makes rows of uniformly random tokens, the data of other trainers' benchmarks.
 
-A router that has learnt nothing yet sends equal tokens to equal experts.  Text as bytes holds few
-different tokens, so it loads experts unevenly; random ids of the model's whole vocabulary do not.
+An untrained router sends equal tokens to equal experts.  Text as bytes has few distinct tokens, so
+it loads the experts unevenly; random ids from the model's whole vocabulary load them evenly.
+B rows, T tokens in a row, U = T + 1.
 """
 
 import numpy as np
@@ -12,14 +13,14 @@ from moe_jax.data.feed import RowsFn
 
 
 def random_rows(config: Config) -> RowsFn:
-    """Rows of one document each, a function of (seed, step, row) like those of a text.
+    """Make a function of (step, row ids), seeded by `config.seed`; each row is one document.
 
     `config` is resolved.
     """
     T, vocabulary, seed = config.data.sequence_length, config.model.vocab_size, config.seed
 
     def rows(step: int, row_ids: np.ndarray) -> Batch:
-        ids_BU = np.stack(  # U = T + 1
+        ids_BU = np.stack(
             [
                 np.random.default_rng((seed, step, int(row))).integers(
                     vocabulary, size=T + 1, dtype=np.int32

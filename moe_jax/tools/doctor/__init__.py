@@ -1,1 +1,1 @@
-"""Proves on the user's own devices that a config routes, learns and saves as it should."""
+"""Checks on the user's own devices that a config routes, learns and saves correctly."""

@@ -1,4 +1,8 @@
-"""Checks of the balance loss: its value at an even load, and its gradient on any mesh."""
+"""Checks the balance loss: its value at a balanced load, and its gradient on any mesh.
+
+B rows, T positions, G routing groups, S tokens per group, K experts per token, E experts, D width,
+R rows per group.
+"""
 
 import dataclasses
 import math
@@ -27,34 +31,34 @@ from moe_jax.tools.doctor.subject import Subject
 from moe_jax.train.state import everywhere, param_shardings
 from moe_jax.train.step import StepOptions, make_gradients
 
-UNIFORM_TOLERANCE = 1e-3  # of means in float32
-MESH_TOLERANCE = 1e-3  # of float32 gradients, summed in another order
+UNIFORM_TOLERANCE = 1e-3  # for means in float32
+MESH_TOLERANCE = 1e-3  # relative, for float32 gradients summed in a different order
 GROUP_ROWS, LENGTH = 2, 16
 IDS_PER_EXPERT = 256
 VOCABULARY = 256
 
 
 class Routed(NamedTuple):
-    """A router's balance loss on some tokens, and the same from the load of its choices alone."""
+    """A router's balance loss on some tokens, and the same value computed from the load alone."""
 
     balance: float
-    spread: float  # E times the sum of squared shares of the load: 1 when even, E at worst
+    spread: float  # E times the sum of squared shares of the load: 1 if balanced, E at worst
 
 
 def balance_at_uniform(subject: Subject) -> Finding:
-    """Tokens that prefer the experts in turn, through the router's own `route`; then all alike."""
+    """Check the balance loss of tokens that prefer the experts in turn, and of equal tokens."""
     if not subject.moe_layers:
         return NO_EXPERTS
     parts = subject.run.model.components
-    assert parts is not None  # it holds experts
+    assert parts is not None  # the model has MoE layers
     return uniform_balance(parts.router, subject.run.config.model.moe)
 
 
 def uniform_balance(router: Router, moe: MoEConfig) -> Finding:
-    """The balance loss of the router that `moe` names, against the load that it made.
+    """Compare the balance loss of the router that `moe` names with the load of its assignments.
 
-    A table of token ids may be unable to load its experts evenly: its size need not be a multiple
-    of E.  That is no fault of the loss.
+    A hash router may be unable to balance the load, because the size of its table need not be a
+    multiple of E.  That is not a fault of the loss.
     """
     even, alike = (routed(router, moe.num_experts, alike) for alike in (False, True))
     figure = f"{even.balance:.4f} with router {moe.router}, {moe.num_experts} experts"
@@ -63,24 +67,24 @@ def uniform_balance(router: Router, moe: MoEConfig) -> Finding:
         figure += ": balanced by construction, whatever the router learns"
         reacts = True
     else:
-        figure += f"; {alike.balance:.2f} where all tokens are alike"
+        figure += f"; {alike.balance:.2f} if all tokens are equal"
         reacts = alike.balance - 1 > UNIFORM_TOLERANCE
     if abs(even.spread - 1) > UNIFORM_TOLERANCE:
-        figure += f"; its choices load the experts to {even.spread:.4f}"
+        figure += f"; the load of its assignments gives {even.spread:.4f}"
     return Finding(
         reacts and abs(even.balance - even.spread) <= UNIFORM_TOLERANCE,
         figure,
-        f"Make the balance loss of router {moe.router} shares of the choices times mean "
-        f"probabilities times E, both of which sum to 1.",
+        f"Define the balance loss of router {moe.router} as E * sum(share of assignments * mean "
+        f"probability), where both sum to 1 over the experts.",
     )
 
 
 def routed(router: Router, num_experts: int, alike: bool = False) -> Routed:
-    """What the router makes of tokens of which each expert is the first choice equally often.
+    """Route tokens whose first choices are balanced over the experts.
 
-    Token s sees the unit matrix as its router, and its logits are one ramp turned by s, so that
-    every expert comes once at every rank.  A router without parameters sees many token ids.
-    `alike`: all tokens are the first one.
+    The router matrix is the identity, and the logits of token s are one ramp rotated by s, so that
+    every expert has every rank once.  A router without parameters gets many token ids.  `alike`:
+    all tokens equal the first one.
     """
     E = num_experts
     specs = router.param_specs(E, E)
@@ -107,11 +111,11 @@ def routed(router: Router, num_experts: int, alike: bool = False) -> Routed:
 
 
 def balance_gradient(subject: Subject) -> Finding:
-    """The balance loss alone, through one layer and the train step's own gradients.
+    """Compare the gradient of the balance loss alone on one device and on the run's mesh.
 
-    One device against the run's mesh (eight virtual devices where that has one), in every scope;
-    and two microbatches there in the scopes that promise to be free of them.  Rows are padded
-    unevenly: a mean of means would show.
+    It goes through one layer and the train step's own gradients, in every scope.  If the run has
+    one device, the mesh is eight virtual devices.  Scopes that do not depend on accumulation use
+    two microbatches on the mesh.  Rows are padded unevenly, so that a mean of means would differ.
     """
     if not subject.moe_layers:
         return NO_EXPERTS
@@ -125,7 +129,7 @@ def balance_gradient(subject: Subject) -> Finding:
     worst = (0.0, "")
     for scope in BALANCE_SCOPES:
         expected = gradient(first, scope)
-        # `global` is a product of means over the whole microbatch: it depends on accumulation.
+        # `global` is a product of means over the microbatch, so it depends on accumulation.
         found = gradient(spread if scope == "global" else halves, scope)
         size = _norm(expected)
         if not size:
@@ -137,14 +141,14 @@ def balance_gradient(subject: Subject) -> Finding:
     return Finding(
         worst[0] <= MESH_TOLERANCE,
         f"relative difference at most {worst[0]:.1e} (scope {worst[1] or 'any'}): 1 device against "
-        f"{axes or '1 device'}, in group and row with 2 microbatches there",
-        "Take the balance loss per logical group or row, as a sum and a count that devices and "
-        "microbatches add.",
+        f"{axes or '1 device'} (scopes group and row: with 2 microbatches)",
+        "Compute the balance loss per logical group or row, as a sum and a count that are added "
+        "over devices and microbatches.",
     )
 
 
 def _other_mesh(subject: Subject) -> tuple[MeshConfig, Sequence[Any]]:
-    """The run's mesh; where that has one device, all virtual CPU devices as data x expert."""
+    """The run's mesh, or data x expert over all virtual CPU devices if the run has one device."""
     if len(subject.devices) > 1:
         return subject.run.config.mesh, subject.devices
     devices = jax.devices("cpu")
@@ -153,14 +157,15 @@ def _other_mesh(subject: Subject) -> tuple[MeshConfig, Sequence[Any]]:
 
 
 def _first_here(devices: Sequence[Any]) -> list[Any]:
-    """One device of this process."""
+    """The first device of this process, in a list."""
     return [device for device in devices if device.process_index == jax.process_index()][:1]
 
 
 def one_layer(config: Config) -> Config:
-    """Its router in a model of one layer, whose only loss is the balance.
+    """Make a one-layer model with the config's router, whose only loss is the balance loss.
 
-    No dispatch path and no head has a part in that: the ones here compile fastest.
+    That loss does not depend on the dispatch path or the head, so those that compile fastest are
+    used.
     """
     model = config.model
     moe = dataclasses.replace(
@@ -187,10 +192,10 @@ def one_layer(config: Config) -> Config:
 
 
 class Rows:
-    """A one-layer model, its parameters and a batch, on a mesh and cut into microbatches."""
+    """A one-layer model, its parameters and a batch on a mesh, split into microbatches."""
 
     def __init__(self, config: Config, params: Params, mesh: Mesh, parts: int, rows: int):
-        """The same numbers whatever the mesh and the number of parts."""
+        """Make the same numbers for any mesh and any number of microbatches (`parts`)."""
         where = param_shardings(define(config.model, jnp.float32), mesh)
         self.config, self.mesh = config, mesh
         self.params = jax.tree.map(_place, params, where)
@@ -198,7 +203,7 @@ class Rows:
 
 
 def _first_params(config: Config) -> Params:
-    """NumPy arrays: every process makes the same."""
+    """Initialise parameters as NumPy arrays, which are equal on every process."""
     key = jax.random.key(config.seed, impl="threefry2x32")
     return jax.device_get(jax.jit(partial(init, define(config.model, jnp.float32)))(key))
 
@@ -208,14 +213,14 @@ def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
 
 
 def gradient(on: Rows, scope: str) -> list[np.ndarray]:
-    """Gradient of the balance loss in `scope` for every parameter, in float32."""
+    """Compute the gradient of the balance loss in `scope` for every parameter, in float32."""
     moe = dataclasses.replace(on.config.model.moe, balance_scope=scope)
     model = define(dataclasses.replace(on.config.model, moe=moe), jnp.float32)
     options = StepOptions(seed=on.config.seed)
     evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=everywhere(on.mesh))
-    assert model.components is not None  # its one layer holds experts
+    assert model.components is not None  # its one layer is an MoE layer
     state = router_state(model.components.router, moe.num_experts, 1, jnp.float32)
-    # At a lower precision rounding would move tokens between experts.
+    # At a lower precision, rounding would assign tokens to other experts.
     with jax.default_matmul_precision("highest"):
         grads = evaluate(on.params, state, on.batch, jnp.int32(0))[0]
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(jax.device_get(grads))]
@@ -226,7 +231,7 @@ def _norm(leaves: Sequence[np.ndarray]) -> float:
 
 
 def _batch(seed: int, rows: int, parts: int, mesh: Mesh) -> Batch:
-    """Random tokens, rows padded at random places; no target counts, so there is no other loss."""
+    """Make rows of random tokens and random length; no target counts, so no other loss exists."""
     draw = np.random.default_rng(seed)
     shape = (rows, LENGTH)
     tokens = draw.integers(VOCABULARY, size=shape, dtype=np.int32)

@@ -1,6 +1,6 @@
-"""THE table of checks: name -> function of a Subject.  A new check is a function and one line.
+"""Maps the name of every check to its function of a Subject; add a check here.
 
-Order matters in one way: checks of the initial parameters stand above those that take steps.
+Checks of the initial parameters must come before those that run steps.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Chooses what runs in a config's place, and makes every check of it."""
+"""Chooses the run that is checked for a config, and runs every check on it."""
 
 import dataclasses
 import textwrap
@@ -28,16 +28,16 @@ Checks = Mapping[str, Callable[[Subject], Finding]]
 
 
 def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> Subject:
-    """The config itself on accelerators; on CPUs a shrunk one, and a line that says what shrank.
+    """Prepare the config itself on accelerators, or a shrunk one on CPUs, and say what shrank.
 
     Args:
-      config: as asked for.
-      num_devices: virtual devices that were asked for; 0: the machine's own.
-      folder: for checkpoints and, beside it, tokenised text.
+      config: as the user wrote it.
+      num_devices: number of virtual devices; 0: the real devices.
+      folder: for checkpoints; tokenised text is stored next to it.
       say: called with lines for the report.
 
     Raises:
-      UserError: the config does not fit the devices, or its text cannot be read.
+      UserError: the config does not fit the devices, or its data cannot be read.
     """
     devices = jax.devices()
     shrunk = jax.default_backend() == "cpu"
@@ -55,7 +55,7 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         small = dataclasses.replace(config, data=data)
         say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
         if data != config.data:
-            say("its own text is not there or takes long to tokenise")
+            say("the config's own data is missing or too large to tokenise here")
             _say_changes(config, small, say)
     run = prepare(at_peak(small), folder, lambda line: None, devices)
     return Subject(plan, run, shrunk, devices)
@@ -68,7 +68,7 @@ def _say_changes(old: Config, new: Config, say: Say) -> None:
 
 
 def examine(subject: Subject, checks: Checks, say: Say) -> int:
-    """Makes every check, whatever the others found; returns how many failed."""
+    """Run every check, also after a failure; return the number of failed checks."""
     failed = 0
     for name, check in checks.items():
         finding = attempt(check, subject)
@@ -78,18 +78,18 @@ def examine(subject: Subject, checks: Checks, say: Say) -> int:
 
 
 def attempt(check: Callable[[Subject], Finding], subject: Subject) -> Finding:
-    """What the check found; an exception in it is its failure, and no other's."""
+    """Run a check; an exception in it is a failure of this check only."""
     try:
         return check(subject)
     except UserError as error:
         return Finding(False, "0 figures: refused", str(error))
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding(False, "0 figures: the check broke", f"Fix what raised {what}")
+        return Finding(False, "0 figures: the check raised an error", f"Fix the cause of {what}")
 
 
 def report(name: str, finding: Finding, say: Say) -> None:
-    """One line, and one more for a failure."""
+    """Print one line, and a second one for a failure."""
     say(f"{'ok  ' if finding.ok else 'FAIL'}  {name:<34}{finding.figure}")
     if not finding.ok:
         say(f"      {finding.fix}")

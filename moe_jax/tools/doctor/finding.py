@@ -1,11 +1,11 @@
-"""What a check says."""
+"""The result of one check."""
 
 from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """One line of the report, and what to do about it."""
+    """One line of the report, and how to fix a failure."""
 
     ok: bool
-    figure: str  # what was measured
-    fix: str = ""  # one sentence that says what to change; printed where `ok` is False
+    figure: str  # the measurement
+    fix: str = ""  # one sentence that says what to change; printed if `ok` is False

@@ -1,4 +1,4 @@
-"""Checks of what surrounds the model: mesh, memory, checkpoints, data."""
+"""Checks mesh, memory, checkpoints and data."""
 
 import dataclasses
 from typing import Any
@@ -13,16 +13,16 @@ from moe_jax.tools.doctor.subject import STEPS, Subject
 from moe_jax.tools.plan.analytic import estimate
 from moe_jax.train.state import TrainState, everywhere
 
-MOST_WAIT = 0.1  # of a step
+MOST_WAIT = 0.1  # as a share of a step
 
 
 def divides(subject: Subject) -> Finding:
-    """The config as asked for was resolved on its mesh, and what runs in its place as well."""
+    """Report the resolved mesh and batch; resolving them has already checked that they divide."""
     config = subject.plan.config
     rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
     sizes = dataclasses.asdict(config.mesh).items()
     mesh = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "1 device"
-    figure = f"{mesh}: {rows} rows a device and microbatch"
+    figure = f"{mesh}: {rows} rows per device and microbatch"
     if not config.model.dense:
         group = config.model.moe.group_rows
         tokens = group * config.data.sequence_length
@@ -31,11 +31,11 @@ def divides(subject: Subject) -> Finding:
 
 
 def memory(subject: Subject) -> Finding:
-    """The plan's analytic estimate for the config as asked for, whatever is run."""
+    """Compare the plan's analytic estimate for the config as written with the device's memory."""
     needed = estimate(subject.plan)
     state = needed.parameters + needed.gradients + needed.optimizer
     figure = (
-        f"{formats.size(needed.total)} a device of {subject.plan.mesh.size}: "
+        f"{formats.size(needed.total)} per device (mesh of {subject.plan.mesh.size}): "
         f"{formats.size(state)} of parameters, gradients and optimizer"
     )
     stats = None if subject.shrunk else subject.devices[0].memory_stats()
@@ -44,19 +44,19 @@ def memory(subject: Subject) -> Finding:
     limit = float(stats["bytes_limit"])
     return Finding(
         needed.total <= limit,
-        f"{figure}; it has {formats.size(limit)}",
+        f"{figure}; a device has {formats.size(limit)}",
         "Raise mesh.fsdp, mesh.expert or train.accumulation, or set model.remat: `python -m "
         "moe_jax plan --search` ranks them.",
     )
 
 
 def saves_bitwise(subject: Subject) -> Finding:
-    """Saves the state after some steps, restores it as a resumed run would, compares every leaf.
+    """Save the state after some steps, restore it as a resumed run does, and compare every leaf.
 
-    By checksums on the devices: two states at once may not fit.
+    The leaves are compared by checksums on the devices, because two states may not fit at once.
     """
     run = subject.run
-    subject.first_steps()  # moments and router state are then no longer what they began as
+    subject.first_steps()  # so that moments and router state differ from their initial values
     marks = jax.jit(_marks, out_shardings=everywhere(run.mesh))
     before = jax.device_get(marks(subject.state()))
     save(run, subject.state(), int(subject.state().step))
@@ -72,7 +72,7 @@ def saves_bitwise(subject: Subject) -> Finding:
     return Finding(
         not bad,
         f"{len(paths) - len(bad)} of {len(paths)} arrays are equal bit by bit",
-        f"Look at the disk and at moe_jax/checkpoint: {', '.join(bad[:4])} came back changed.",
+        f"Check the disk and moe_jax/checkpoint: {', '.join(bad[:4])} changed.",
     )
 
 
@@ -81,7 +81,7 @@ def _marks(state: TrainState) -> Any:
 
 
 def data_wait(subject: Subject) -> Finding:
-    """Mean time a step waits for its batch, as a share of the step."""
+    """Measure the mean time that a step waits for its batch, as a share of the step."""
     steps = subject.first_steps()
     share = steps.wait / steps.seconds
     figure = f"{share:.1%} of a step ({1e3 * steps.wait:.1f} of {1e3 * steps.seconds:.1f} ms)"

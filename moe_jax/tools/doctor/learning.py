@@ -1,4 +1,4 @@
-"""Checks that every parameter is told what to do, and does it."""
+"""Checks that every parameter gets a gradient and that a step changes it."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.start import NO_EXPERTS, layer_of
 from moe_jax.tools.doctor.subject import Subject
 
-# Of the norm over all parameters.  Where weights are constant in exact arithmetic, rounding leaves
-# some 1e-8 of it.
+# Share of the gradient norm of all parameters.  If the combine weights are constant in exact
+# arithmetic, rounding leaves about 1e-8.
 LEAST_SHARE = 1e-6
-NAMED = 4  # parameters that a line names
+NAMED = 4  # most parameters that a line names
 
 
 def router_gradient(subject: Subject) -> Finding:
-    """Norm of the language-model loss's gradient for the router, in the worst layer."""
+    """Check the norm of the router's language-model gradient, in the layer where it is least."""
     if not subject.moe_layers:
         return NO_EXPERTS
     moe, gradients = subject.config.model.moe, subject.probe.gradients
@@ -26,14 +26,14 @@ def router_gradient(subject: Subject) -> Finding:
     worst = min(norms, key=lambda name: norms[name])
     return Finding(
         norms[worst] > LEAST_SHARE * whole,
-        f"norm {norms[worst]:.3g} in layer {layer_of(worst)}, the worst; {whole:.3g} of the model",
-        "Let the combine weights carry the router's gradient: no softmax over one logit, no "
-        "renormalising at top_k=1, no stop_gradient on weights.",
+        f"least norm {norms[worst]:.3g} in layer {layer_of(worst)}; whole model {whole:.3g}",
+        "Let the router's gradient pass through the combine weights: no softmax over one logit, "
+        "no renormalising at top_k=1, no stop_gradient on weights.",
     )
 
 
 def gradients_arrive(subject: Subject) -> Finding:
-    """Every parameter, and of experts each one that a token reached."""
+    """Check that every parameter has a gradient, and every expert with kept assignments."""
     reached = {name: np.asarray(norm > 0) for name, norm in subject.probe.gradients.items()}
     return _all_of(
         subject, reached, "has a gradient", "Use every parameter in the loss, or remove it"
@@ -41,24 +41,24 @@ def gradients_arrive(subject: Subject) -> Finding:
 
 
 def step_changes(subject: Subject) -> Finding:
-    """One step at the peak learning rate."""
+    """Check that one step at the peak learning rate changes every parameter."""
     steps = subject.first_steps()
     if steps.skipped:
         return Finding(
             False,
             "0 parameters changed: the step was skipped",
-            "Find what is not finite: lower optimizer.learning_rate or use precision float32.",
+            "Lower optimizer.learning_rate or set precision to float32: a value is not finite.",
         )
     return _all_of(
         subject,
         steps.changed,
         "changes",
-        "Hand every parameter to the optimizer, or raise its rate",
+        "Pass every parameter to the optimizer, or raise its rate",
     )
 
 
 def _all_of(subject: Subject, good: dict[str, np.ndarray], verb: str, fix: str) -> Finding:
-    """Names what is not good, frozen routers and experts without a token aside."""
+    """List the parameters that fail, except frozen routers and experts without tokens."""
     frozen = subject.config.model.moe.freeze_router
     place = {str(layer): i for i, layer in enumerate(subject.moe_layers)}
     bad, idle = [], []
@@ -71,12 +71,12 @@ def _all_of(subject: Subject, good: dict[str, np.ndarray], verb: str, fix: str) 
             else:
                 bad.append(f"{name}[{expert}]" if value.ndim else name)
     total = sum(value.size for value in good.values())
-    figure = f"{total - len(bad) - len(idle)} of {total} parameters, experts counted singly"
+    figure = f"{total - len(bad) - len(idle)} of {total} parameters, each expert counted"
     if idle:
         figure += f"; no token reached {_some(sorted(set(idle)))}"
     if bad:
         figure += f"; not {_some(bad)}"
-    return Finding(not bad, figure, f"{fix}: not one of these {verb}: {_some(bad)}.")
+    return Finding(not bad, figure, f"{fix}: none of these {verb}: {_some(bad)}.")
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""A smaller config that still exercises every choice of the one that was asked for.
+"""Shrinks a config so that it runs on a CPU and still uses the same code paths.
 
-What it keeps: router, dispatch path, choices a token, activation, norms, tied head, the period of
-MoE layers, scopes, capacity factors, remat, scanning, dtype, optimizer.  What it caps: sizes.
+It keeps router, dispatch path, experts per token, activation, norms, tied head, the period of MoE
+layers, scopes, capacity factors, remat, scanning, dtype and optimizer.  It caps the sizes.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from moe_jax.moe.components import make_router
 from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig
 
-DEVICES = 8  # virtual ones, at most, unless --devices asks for more
+DEVICES = 8  # most virtual devices, unless --devices sets more
 WIDTH, FFN_WIDTH, HEAD_DIM, VOCABULARY, LENGTH, ROWS = 64, 128, 16, 2048, 64, 16
-SMALL_TEXT, TEXT = 16 * 2**20, 256 * 2**20  # bytes tokenised for a shrunk run, and for a real one
+SMALL_TEXT, TEXT = 16 * 2**20, 256 * 2**20  # most bytes to tokenise: shrunk run, real run
 
 
 def named_devices(mesh: MeshConfig) -> int:
-    """Devices that the sizes written in the config multiply to; -1 counts 1."""
+    """The product of the mesh sizes in the config, where -1 counts as 1."""
     return math.prod(abs(size) for size in dataclasses.astuple(mesh))
 
 
 def shrink_mesh(mesh: MeshConfig) -> MeshConfig:
-    """Halves the largest axis until DEVICES suffice; an axis of -1 takes what they leave."""
+    """Halve the largest axis until DEVICES suffice; an axis of -1 takes the remaining devices."""
     sizes = dataclasses.asdict(mesh)
     while math.prod(abs(size) for size in sizes.values()) > DEVICES:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -38,7 +38,7 @@ def shrink_mesh(mesh: MeshConfig) -> MeshConfig:
 
 
 def shrink(config: Config, mesh: MeshConfig) -> Config:
-    """`config` with its sizes capped, on a resolved mesh that its own sizes fit."""
+    """Cap the sizes of `config` for `mesh`, which is resolved and divides the config's sizes."""
     train, shards = config.train, mesh.batch_shards
     accumulation = min(train.accumulation, 2)
     group_rows = min(config.model.moe.group_rows, 2)
@@ -65,7 +65,7 @@ def _shrink_model(model: ModelConfig, mesh: MeshConfig, vocabulary: int) -> Mode
     tensor = mesh.tensor
     kv_heads = _cap(model.num_kv_heads, 2, tensor)
     width = _cap(model.width, WIDTH, mesh.fsdp)
-    # Two periods: layers that are scanned are scanned still.
+    # Two periods, so that scanned layers are still scanned.
     layers = 2 if model.dense else model.moe.first_dense + 2 * model.moe.every
     moe = model.moe
     if not model.dense:
@@ -91,24 +91,24 @@ def _shrink_model(model: ModelConfig, mesh: MeshConfig, vocabulary: int) -> Mode
 
 
 def _cap(value: int, most: int, multiple: int) -> int:
-    """`value`, or the smallest multiple that is `most` or more."""
+    """The smaller of `value` and the smallest multiple of `multiple` that is at least `most`."""
     return min(value, math.ceil(most / multiple) * multiple)
 
 
 def _experts(moe: MoEConfig, shards: int) -> int:
-    """The fewest experts, above K twice over, that the mesh divides and the router takes."""
+    """The fewest experts, at least 2K and 8, that the mesh divides and the router accepts."""
     least = math.ceil(max(2 * moe.top_k, 8) / shards) * shards
     for experts in range(least, moe.num_experts, shards):
         try:
             make_router(dataclasses.replace(moe, num_experts=experts))
-        except UserError:  # it asks for more, or for a multiple of its expert groups
+        except UserError:  # the router needs more, or a multiple of its expert groups
             continue
         return experts
     return moe.num_experts
 
 
 def affordable(data: DataConfig, most: int) -> DataConfig:
-    """The config's own text, unless it is absent or more than `most` bytes: then `stdlib`."""
+    """The config's own data, or `stdlib` if it is missing or larger than `most` bytes."""
     try:
         streams = find_streams(data)
         files = [f for stream in streams for f in (*stream.files, *stream.heldout_files)]
@@ -123,13 +123,13 @@ def affordable(data: DataConfig, most: int) -> DataConfig:
 
 
 def at_peak(config: Config) -> Config:
-    """The learning rate at its peak from step 0: in a warm-up the first step moves nothing."""
+    """Set the learning rate to its peak, because the first step of a warm-up changes nothing."""
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0)
     return dataclasses.replace(config, optimizer=optimizer)
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """Each key that differs, as `model.width 4096 -> 64`."""
+    """List each key that differs, as `model.width 4096 -> 64`."""
     before, after = to_flat_dict(old), to_flat_dict(new)
     keys = [key for key in after if before.get(key) != after[key]]
     keys += [key for key in before if key not in after]

@@ -1,4 +1,7 @@
-"""Checks of the initial parameters: their scale, what they make of a batch, what they drop."""
+"""Checks the initial parameters: their scale, their loss and activations, and their drops.
+
+E experts, D width, F expert width, U matrices into an expert, L layers, V vocabulary.
+"""
 
 import dataclasses
 import itertools
@@ -20,7 +23,7 @@ from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
 from moe_jax.train.state import everywhere
 from moe_jax.train.step import step_keys
 
-SIGMAS = 5  # of the estimate of a standard deviation
+SIGMAS = 5  # tolerance, in standard errors of the estimated standard deviation
 LOSS_TOLERANCE = 1.0  # nats
 MOST_GROWTH, LEAST_SCALE = 10.0, 0.01
 MOST_DROPPED = 0.5
@@ -29,9 +32,9 @@ NO_EXPERTS = Finding(True, "dense model: no experts")
 
 
 def expert_init(subject: Subject) -> Finding:
-    """Each expert's std against 1 / sqrt(fan-in of one expert), and of 2 L for the way back.
+    """Compare the std of each expert with 1 / sqrt(fan-in), for w_out with 1 / sqrt(2 L fan-in).
 
-    A sample of n numbers has a std that is off by 1 / sqrt(2 n), relatively.
+    The std of a sample of n numbers has a relative standard error of 1 / sqrt(2 n).
     """
     if not subject.moe_layers:
         return NO_EXPERTS
@@ -61,29 +64,32 @@ def expert_init(subject: Subject) -> Finding:
     return Finding(
         worst[0] <= 1,
         f"worst ratio to target {worst[1]:.4f} ({worst[2]}), within {worst[3]:.1%}",
-        "Initialise expert weights with the fan-in of one expert, not of the stack of them.",
+        "Initialise expert weights with the fan-in of one expert, not of all experts together.",
     )
 
 
 def layer_of(name: str) -> str:
-    """`3` of `blocks/3/ffn/w_in_EDUF`."""
+    """The layer in a parameter name: `3` for `blocks/3/ffn/w_in_EDUF`."""
     return name.split("/")[1]
 
 
 def first_loss(subject: Subject) -> Finding:
-    """Logits of about unit variance add half of it to log V; the rest of the tolerance is the
-    spread of a small batch."""
+    """Compare the initial loss with log V.
+
+    Logits of unit variance add 0.5 nats; the rest of the tolerance is for the noise of a small
+    batch.
+    """
     loss, uniform = subject.probe.loss, math.log(subject.run.config.model.vocab_size)
     return Finding(
         abs(loss - uniform) <= LOSS_TOLERANCE,
         f"{loss:.3f} against {uniform:.3f} nats, within {LOSS_TOLERANCE:g}",
-        "Initialise the output head (the embedding where it is tied) with variance 1 / width, and "
+        "Initialise the output head (or the tied embedding) with variance 1 / width, and "
         "check that targets are the next tokens.",
     )
 
 
 def activations(subject: Subject) -> Finding:
-    """Root mean square of the residual stream after each block, in evaluation mode."""
+    """Check the root mean square of the residual stream after each block, in evaluation mode."""
     rms = residual_scale(subject)
     growth = max((b / a for a, b in itertools.pairwise(rms)), default=1.0)
     ok = bool(np.isfinite(rms).all()) and growth <= MOST_GROWTH and min(rms) >= LEAST_SCALE
@@ -91,14 +97,14 @@ def activations(subject: Subject) -> Finding:
     return Finding(
         ok,
         f"rms {', '.join(f'{x:.3g}' for x in shown)} (first to last layer), grows at most "
-        f"{growth:.2f}x a layer",
-        f"Scale what a block adds to the stream by 1 / sqrt(2 L): rms has to stay above "
-        f"{LEAST_SCALE:g} and grow less than {MOST_GROWTH:g}x a layer.",
+        f"{growth:.2f}x per layer",
+        f"Scale the output of each block by 1 / sqrt(2 L): rms must stay above "
+        f"{LEAST_SCALE:g} and grow less than {MOST_GROWTH:g}x per layer.",
     )
 
 
 def residual_scale(subject: Subject) -> list[float]:
-    """rms after each block on the first microbatch; compiled once for each kind of block."""
+    """The rms after each block on the first microbatch; each kind of block is compiled once."""
     run, state = subject.run, subject.state()
     model, config = run.model, run.model.config
     batch = jax.tree.map(lambda leaf: leaf[0], subject.batch)
@@ -130,11 +136,11 @@ def residual_scale(subject: Subject) -> list[float]:
 
 
 def capacity(subject: Subject) -> Finding:
-    """Slots in tokens of an expert and group, and the share of assignments dropped at init."""
+    """Report the slots per expert and routing group, and check the share dropped at init."""
     if not subject.moe_layers:
         return NO_EXPERTS
     parts = subject.run.model.components
-    assert parts is not None  # it holds experts
+    assert parts is not None  # the model has MoE layers
     asked, run = (_slots(of.config, parts) for of in (subject.plan, subject.run))
     moe = subject.probe.moe
     assert moe is not None
@@ -147,7 +153,7 @@ def capacity(subject: Subject) -> Finding:
     if run != asked:
         figure += f" of a shrunk group ({run})"
     if not np.all(stats.conserved()):
-        return Finding(False, figure, "Count every assignment once: the ledger lost some.")
+        return Finding(False, figure, "Count every assignment once: the ledger misses some.")
     return Finding(
         bool(share_L[worst] <= MOST_DROPPED),
         figure,
@@ -165,4 +171,4 @@ def _slots(config: Config, components: Components) -> str:
     )
     if train is None:
         return "unbounded in train and eval"
-    return f"{train:,} slots an expert in train, {evaluate:,} in eval, for {tokens:,} tokens"
+    return f"{train:,} slots per expert in train, {evaluate:,} in eval, for {tokens:,} tokens"

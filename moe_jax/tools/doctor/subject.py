@@ -1,8 +1,7 @@
-"""What the checks look at: one prepared run, evaluated as seldom as possible.
+"""The prepared run that the checks examine; each value is computed once, when it is first read.
 
-Values are computed when they are first read; what changes the subject is a call.  A step consumes
-the state it starts from, so the checks of the initial parameters come before those of a step (see
-checks.py).
+Properties do not change the subject, methods may.  A step donates the state that it starts from, so
+the checks of the initial parameters come before those of a step (see checks.py).
 """
 
 import dataclasses
@@ -32,33 +31,33 @@ from moe_jax.train.losses import loss_values
 from moe_jax.train.state import TrainState, everywhere
 from moe_jax.train.step import StepMetrics, make_gradients
 
-STEPS = 5  # timed for the wait for data
+STEPS = 5  # steps in which the wait for data is timed
 
 
 class Probe(NamedTuple):
     """One evaluation of the language-model loss alone at the initial parameters."""
 
-    loss: float  # nats a target
-    gradients: dict[str, np.ndarray]  # name -> norm, or a norm for each expert
-    kept: np.ndarray  # [MoE layers, E], assignments that reached their expert
+    loss: float  # nats per target
+    gradients: dict[str, np.ndarray]  # name -> norm, or one norm per expert
+    kept: np.ndarray  # [MoE layers, E], kept assignments
     moe: MoEAux | None
 
 
 class Steps(NamedTuple):
-    """What the first steps did."""
+    """The effects and times of the first steps."""
 
-    changed: dict[str, np.ndarray]  # name -> whether it changed in the first one, by expert
-    skipped: bool
-    wait: float  # seconds a step waited for data, on average over the later ones
-    seconds: float  # that one of them took
+    changed: dict[str, np.ndarray]  # name -> True if the first step changed it, by expert
+    skipped: bool  # True: the first step was skipped
+    wait: float  # mean seconds that a later step waited for data
+    seconds: float  # mean seconds of a later step
 
 
 @dataclasses.dataclass
 class Subject:
-    """A config as asked for, and the run that is examined in its place."""
+    """The config as the user wrote it, and the run that is examined for it."""
 
-    plan: Plan  # of the config as asked for
-    run: Run  # of what is examined: the config shrunk, or the same
+    plan: Plan  # of the config as the user wrote it
+    run: Run  # of the shrunk config, or of the same config
     shrunk: bool
     devices: Sequence[Any]
     _state: TrainState | None = dataclasses.field(default=None, init=False)
@@ -71,13 +70,13 @@ class Subject:
 
     @property
     def moe_layers(self) -> list[int]:
-        """Numbers of the layers that hold experts."""
+        """The numbers of the MoE layers."""
         model = self.config.model
         return [layer for layer in range(model.num_layers) if model.is_moe(layer)]
 
     @cached_property
     def router_parameters(self) -> frozenset[str]:
-        """Names of the parameters that a router holds, as `by_layer` gives them."""
+        """The names of the routers' parameters, as `by_layer` returns them."""
         model = self.run.model
 
         def marks(rule: ParamRule, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -87,13 +86,13 @@ class Subject:
         return frozenset(name for name, mark in names.items() if mark)
 
     def state(self) -> TrainState:
-        """The state that the next step starts from."""
+        """Return the state that the next step starts from; restore or initialise it if needed."""
         if self._state is None:
             self._state = first_state(self.run, "", lambda line: None)
         return self._state
 
     def drop_state(self) -> None:
-        """Forget the state: the next one comes from the newest checkpoint."""
+        """Drop the state, so that the next one comes from the newest checkpoint."""
         self._state = None
 
     @cached_property
@@ -103,13 +102,13 @@ class Subject:
             return next(feed)[1]
 
     def feed(self, start: int, stop: int) -> DeviceFeed:
-        """The run's own batches."""
+        """Make a feed of the run's own batches."""
         where = batch_shardings(self.run.mesh)
         return DeviceFeed(self.run.batches.rows, self.run.microbatch, where, start, stop)
 
     @cached_property
     def probe(self) -> Probe:
-        """The language-model loss, its gradients' norms, and where tokens went in training."""
+        """The language-model loss, the norms of its gradients, and the routing in training."""
         model = language_model_only(self.run.model)
         gradients = make_gradients(model, self.run.step_options, self.run.mesh)
 
@@ -130,7 +129,7 @@ class Subject:
         return compile_step(self.run)
 
     def first_steps(self) -> Steps:
-        """Take the first steps, once; `state` is then the one after them."""
+        """Run the first steps once; `state` is then the state after them."""
         if self._steps is None:
             self._steps = self._take_steps()
         return self._steps
@@ -145,7 +144,7 @@ class Subject:
         waits, began = [], time.perf_counter()
         with self.feed(1, 1 + STEPS) as feed:
             for number, (_, batch) in enumerate(feed):
-                if number == 0:  # it waited for the feed to start
+                if number == 0:  # its wait includes the start of the feed
                     began = time.perf_counter()
                 else:
                     waits.append(feed.last_wait)
@@ -156,7 +155,7 @@ class Subject:
 
 
 def language_model_only(model: ModelDef) -> ModelDef:
-    """The same model, whose loss has no auxiliary terms."""
+    """Return the same model without auxiliary losses."""
     config = model.config
     moe = dataclasses.replace(config.moe, balance_weight=0.0, z_weight=0.0)
     config = dataclasses.replace(config, logits_z_weight=0.0, moe=moe)
@@ -164,7 +163,7 @@ def language_model_only(model: ModelDef) -> ModelDef:
 
 
 def reduce_leaves(model: ModelDef, tree: Any, reduce: Callable[[jax.Array, Any], Any]) -> Any:
-    """`reduce(leaf, axes)` of every parameter over all axes but those of layers and experts."""
+    """Apply `reduce(leaf, axes)` to every parameter over all axes except layers and experts."""
 
     def one(names, leaf):
         kept = sum(name in ("layers", "experts") for name in names)
@@ -174,7 +173,7 @@ def reduce_leaves(model: ModelDef, tree: Any, reduce: Callable[[jax.Array, Any],
 
 
 def by_layer(model: ModelDef, reduced: Any) -> dict[str, np.ndarray]:
-    """What `reduce_leaves` gave, by name: `blocks/3/ffn/w_in_EDUF` -> [E]."""
+    """Convert the result of `reduce_leaves` to a dict: `blocks/3/ffn/w_in_EDUF` -> [E]."""
     return {k: np.asarray(v) for k, v in named_leaves(to_layers(reduced, model.layout)).items()}
 
 

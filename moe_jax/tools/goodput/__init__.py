@@ -1,4 +1,5 @@
-"""Where the time of a run went, restarts included.
+"""Shows how a run spent its time, including restarts.
 
-account.py adds up the rows that watch/timekeeper.py writes, show.py prints and plot.py draws them.
+account.py adds up the rows that watch/timekeeper.py writes; show.py prints the sums, and plot.py
+draws them.
 """

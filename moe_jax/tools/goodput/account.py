@@ -1,4 +1,4 @@
-"""From rows of goodput.jsonl to seconds in each category, which add up to the whole."""
+"""Adds up the rows of goodput.jsonl to seconds per category, which sum to the whole time."""
 
 import dataclasses
 import itertools
@@ -11,56 +11,56 @@ from moe_jax.files import json_files, records
 from moe_jax.files.workdir import Folder
 from moe_jax.watch.timekeeper import GOODPUT, INIT
 
-# Category -> what it is.  Every moment from the first start to the last sign of life is in one.
+# Category -> its meaning.  Every moment from the first start to the last row is in one category.
 CATEGORIES = {
-    "step": "steps that the run still has",
-    "lost": "steps taken again after a restart",
+    "step": "steps that the run kept",
+    "lost": "steps repeated after a restart",
     "data": "devices idle, waiting for a batch",
     "compile": "compiling the train step",
     "checkpoint": "training blocked by a save",
     "evaluation": "held-out loss, samples",
     INIT: "from a process's start to its state on the devices",
-    "restart": "from the last sign of life to the next start",
-    "paused": "from an orderly end (exit 0) to the next start",
-    "other": "anything else, a suspended machine included",
+    "restart": "from the last row of an attempt to the next start",
+    "paused": "from an exit with code 0 to the next start",
+    "other": "anything else, including a suspended machine",
 }
 GAPS = ("restart", "paused")
 _MEASURED = ("step", "data", "compile", "checkpoint", "evaluation", INIT)
-_LATEST = 1e11  # seconds; a time beyond it, some 3000 years from 1970, is none
+_LATEST = 1e11  # seconds since 1970, about 3000 years; a later time is invalid
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One process of a run, and the time before it (`GAPS`) in which there was none."""
+    """One process of a run, and the gap before it (`GAPS`) in which no process ran."""
 
     began: float  # seconds since 1970
-    resumed: int  # the step it went on from
+    resumed: int  # the step it resumed from
     reached: int  # the last step it finished
-    kept: int  # the last of its steps that no later attempt took again
-    end: int | None  # exit code; None: it did not say (killed, or at work)
+    kept: int  # the last of its steps that no later attempt repeated
+    end: int | None  # exit code; None: not recorded (killed, or still running)
     seconds: dict[str, float]  # by category
 
     @property
     def gap(self) -> float:
-        """Seconds before it."""
+        """The seconds of the gap before it."""
         return math.fsum(self.seconds[name] for name in GAPS)
 
     @property
     def own(self) -> float:
-        """Seconds from its start to its last sign of life."""
+        """The seconds from its start to its last row."""
         return math.fsum(time for name, time in self.seconds.items() if name not in GAPS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A run: its attempts in order."""
+    """The attempts of a run, in order."""
 
     attempts: list[Attempt]
-    unreadable: int  # lines that are no rows
+    unreadable: int  # lines that are not rows
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By category, over all attempts."""
+        """The seconds per category, summed over all attempts."""
         return {
             name: math.fsum(attempt.seconds[name] for attempt in self.attempts)
             for name in CATEGORIES
@@ -68,12 +68,12 @@ class Account:
 
     @property
     def whole(self) -> float:
-        """Seconds from the first start to the last sign of life."""
+        """The seconds from the first start to the last row."""
         return math.fsum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
-        """Share that went into steps which the run still has, of all time but pauses."""
+        """The share of the time, without pauses, that went into steps that the run kept."""
         seconds = self.seconds
         meant = math.fsum(time for name, time in seconds.items() if name != "paused")
         return seconds["step"] / meant if meant else 0.0
@@ -90,7 +90,7 @@ class _Row(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """What an attempt says of itself; `taken`: (steps done, seconds of steps so far), in order."""
+    """The rows of one attempt; `taken`: (last step, seconds of steps so far) of each row."""
 
     began: float
     resumed: int
@@ -101,28 +101,28 @@ class _Span(NamedTuple):
 
 
 def read(path: Folder) -> Account:
-    """The account in WORKDIR/goodput.jsonl.
+    """Read the account from WORKDIR/goodput.jsonl.
 
     Raises:
-      UserError: no such file, or no row in it.
+      UserError: there is no such file, or it has no row.
     """
     try:
         lines = json_files.read_lines(path)
     except FileNotFoundError:
-        raise UserError(f"There is no {path}: name the workdir of a run.") from None
+        raise UserError(f"There is no {path}: set --workdir to the one of a run.") from None
     found = account(lines)
     if not found.attempts:
-        raise UserError(f"{path} holds no row of {GOODPUT}: name the workdir of a run.")
+        raise UserError(f"{path} has no row of {GOODPUT}: set --workdir to the one of a run.")
     return found
 
 
 def account(lines: Sequence[bytes]) -> Account:
-    """Adds up `lines`; what is not a row is left out and counted.
+    """Add up `lines`; lines that are not rows are skipped and counted.
 
-    An attempt lasts from its start to its last row.  What a killed one did after that (`BEAT`
-    seconds or a `SHARE` of its age at most) and the time until the next start are `restart`;
-    after an attempt that was done, or that a STOP file ended, the time is `paused`.
-    Clocks that go backwards make both shorter, never negative.
+    An attempt lasts from its start to its last row.  The time from there to the next start is
+    `restart`, which includes what a killed attempt did after its last row (at most `BEAT` seconds
+    or a `SHARE` of its age).  After an attempt that finished, or that a STOP file ended, the time
+    is `paused`.  A clock that goes backwards makes both shorter, never negative.
     """
     rows = [records.parse_line(line, _row) for line in lines]
     by_attempt: dict[str, list[_Row]] = {}
@@ -136,8 +136,8 @@ def account(lines: Sequence[bytes]) -> Account:
     for span, (lost, last) in zip(spans, kept, strict=True):
         seconds = dict.fromkeys(CATEGORIES, 0.0) | span.seconds
         gap = span.began - ended
-        # Where the clock was set back, or one process makes several runs, an attempt began before
-        # the last one ended: that time is counted there.
+        # An attempt starts before the last one ended if the clock was set back, or if one process
+        # makes several runs.  The overlap is counted in the earlier attempt.
         seconds[INIT] = max(0.0, seconds[INIT] + min(0.0, gap))
         seconds[gap_name] = max(0.0, gap)
         seconds["lost"] = min(lost, seconds["step"])
@@ -150,7 +150,7 @@ def account(lines: Sequence[bytes]) -> Account:
 
 
 def _span(rows: Sequence[_Row]) -> _Span:
-    """The rows of one attempt, each of which counts from its start."""
+    """Summarise the rows of one attempt; the seconds of each row count from its start."""
     first, last = rows[0], rows[-1]
     measured = math.fsum(last.seconds.values())
     taken = [(row.step, row.seconds.get("step", 0.0)) for row in rows]
@@ -159,19 +159,19 @@ def _span(rows: Sequence[_Row]) -> _Span:
 
 
 def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int]]:
-    """For each attempt: seconds of steps that were lost, and the last step that was not."""
+    """For each attempt: the seconds of its lost steps, and its last step that was kept."""
     found = []
-    limit = math.inf  # later attempts took every step beyond it again
+    limit = math.inf  # later attempts repeated every step after this one
     for span in reversed(spans):
         before, lost = limit, 0.0
         for (start, since), (stop, until) in reversed(list(itertools.pairwise(span.taken))):
             seconds = max(0.0, until - since)
-            if stop < start:  # went back within one attempt
+            if stop < start:  # a rewind within the attempt
                 lost += seconds
                 limit = min(limit, stop)
             elif stop > start:
                 lost += seconds * min(1.0, max(0.0, stop - max(start, limit)) / (stop - start))
-            elif stop >= limit:  # at work on the step after `stop`
+            elif stop >= limit:  # running the step after `stop`
                 lost += seconds
         found.append((lost, int(min(span.taken[-1][0], before))))
         limit = min(limit, span.resumed)
@@ -179,7 +179,7 @@ def _kept(spans: Sequence[_Span]) -> Iterator[tuple[float, int]]:
 
 
 def _row(value: Any) -> _Row:
-    """Raises ValueError for a row that no attempt wrote."""
+    """Parse a row; ValueError if an attempt cannot have written it."""
     row = records.mapping(value)
     seconds, end = records.mapping(row.get("seconds")), row.get("end")
     return _Row(

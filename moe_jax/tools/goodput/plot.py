@@ -1,7 +1,8 @@
-"""A bar for each attempt, divided by category.
+"""Draws a bar per attempt, divided by category.
 
-A pause is in no bar, as it is in no goodput, and a gap longer than the longest attempt is cut:
-days without a process would press all others together.  The names beside the bars tell them.
+A pause is not drawn, because goodput does not count it, and a gap longer than the longest attempt
+is cut, because days without a process would shrink all other bars.  The labels beside the bars give
+the length of both.
 """
 
 import math
@@ -13,8 +14,7 @@ from moe_jax.files.formats import duration
 from moe_jax.tools.goodput.account import GAPS, INIT, Account, Attempt
 from moe_jax.tools.goodput.show import ending
 
-# Category -> colour, in the order of an attempt's time.  Useful time is green, lost time red; what
-# is in between has its own colours.
+# Category -> colour, in the order of an attempt's time.  Useful time is green, lost time is red.
 _COLOURS = {
     "restart": "silver",
     INIT: "C5",
@@ -26,13 +26,13 @@ _COLOURS = {
     "evaluation": "C9",
     "other": "C7",
 }
-_MAX_NAMED = 36  # attempts; of more, every n-th has its name beside it
+_MAX_NAMED = 36  # most labels; with more attempts, only every n-th has one
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0))
 _HIGHEST, _LOWEST = 10.0, 1.2  # inches
 
 
 def write_plot(path: Path, account: Account) -> None:
-    """The length of each attempt, the gap before it included.
+    """Plot the length of each attempt, including the gap before it.
 
     Raises:
       UserError: matplotlib is missing, or the file cannot be written.
@@ -62,7 +62,7 @@ def write_plot(path: Path, account: Account) -> None:
     axes.set_yticks(named, [_name(attempts, place, longest) for place in named], fontsize="small")
     axes.set_ylim(len(attempts) + 0.6, 0.4)
     axes.set_xlabel(unit)
-    axes.set_title(f"goodput {account.goodput:.1%}: where the time of each attempt went")
+    axes.set_title(f"goodput {account.goodput:.1%}: time of each attempt by category")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(
         loc="outside right upper",
@@ -72,14 +72,17 @@ def write_plot(path: Path, account: Account) -> None:
         fontsize="small",
     )
     try:
-        # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
+        # With an explicit format, matplotlib does not append a suffix to the path.
         figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot={path} cannot be written ({error}).") from None
 
 
 def _name(attempts: Sequence[Attempt], place: int, longest: float) -> str:
-    """Such as `3 (2d later): exit 42` after a gap that is in no bar; places count from 1."""
+    """A label such as `3 (2d later): exit 42`, with the gap if its bar does not show it.
+
+    `place` counts from 1.
+    """
     attempt = attempts[place - 1]
     seconds = attempt.seconds["paused"]
     if attempt.seconds["restart"] > longest:

@@ -1,4 +1,4 @@
-"""An account as a table and as JSON."""
+"""Formats an account as tables and as JSON."""
 
 import datetime
 import json
@@ -10,7 +10,7 @@ from moe_jax.tools.goodput.account import CATEGORIES, Account, Attempt
 
 
 def report(account: Account) -> str:
-    """The tables as text; seconds and per cents each add up to the last digit shown."""
+    """Format the tables; seconds and percentages each add up to the last digit shown."""
     seconds = account.seconds
     tenths = apportion(list(seconds.values()), round(10 * account.whole))
     shares = apportion(list(seconds.values()), 1000)
@@ -22,17 +22,17 @@ def report(account: Account) -> str:
     parts = [
         table(rows, left=2),
         _attempts(account.attempts),
-        f"goodput: {account.goodput:.1%} of {meant} went into steps that the run still has"
-        + (", pauses left out" if seconds["paused"] else ""),
+        f"goodput: {account.goodput:.1%} of {meant} went into steps that the run kept"
+        + (" (without pauses)" if seconds["paused"] else ""),
     ]
     if account.unreadable:
         many = account.unreadable > 1
-        parts.append(f"{account.unreadable} line{'s' * many} could not be read and left out")
+        parts.append(f"{account.unreadable} unreadable line{'s' * many} skipped")
     return "\n\n".join(parts)
 
 
 def as_json(account: Account) -> str:
-    """The same numbers, in full."""
+    """Format the same numbers as JSON, with all digits."""
     return json.dumps(
         {
             "whole_seconds": account.whole,
@@ -76,21 +76,21 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
 
 
 def ending(attempt: Attempt, last: bool) -> str:
-    """How an attempt ended."""
+    """Describe how an attempt ended."""
     if attempt.end is None:
         return "killed or running" if last else "killed"
     return f"exit {attempt.end}"
 
 
 def lost_steps(attempt: Attempt) -> int:
-    """Steps that it finished and that a later attempt took again."""
+    """The number of steps that it finished and that a later attempt repeated."""
     return max(0, attempt.reached - max(attempt.kept, attempt.resumed))
 
 
 def apportion(parts: Sequence[float], units: int) -> list[int]:
-    """Whole units in proportion to `parts`, adding up to `units`: the largest remainders round up.
+    """Divide `units` in proportion to `parts`, in integers: the largest remainders round up.
 
-    All 0 where there is nothing to divide.
+    All are 0 if the sum of `parts` is 0.
     """
     whole = math.fsum(parts)
     if not whole:

@@ -1,8 +1,8 @@
-"""Bytes a device holds at its fullest, from first principles.
+"""Estimates the peak memory of one device from first principles.
 
-Axes as everywhere: N tokens of one device in a microbatch, M rows in a dispatch buffer, D width, F
-expert width, U matrices into an expert, E experts, K choices, L layers, H and J heads, A head
-width, V vocabulary.  All sizes here are those of one device.
+N tokens of one device in a microbatch, M rows of a dispatch buffer, D width, F expert width, U
+matrices into an expert, E experts, K experts per token, L layers, H query and J key/value heads, A
+head width, V vocabulary.  All sizes are per device.
 """
 
 import dataclasses
@@ -20,28 +20,28 @@ from moe_jax.tools.plan.lowering import Leaf, Plan, split_ways
 
 
 class Memory(NamedTuple):
-    """Bytes a device holds at the fullest moment of a step, by what they are for."""
+    """The bytes of one device at the peak of a step, by purpose."""
 
-    parameters: float  # and their copies in the compute dtype
+    parameters: float  # with their compute-dtype copies
     optimizer: float
     gradients: float
     activations: float
     dispatch: float
-    collectives: float  # weights as the layer sees them, and what all-to-alls write into
+    collectives: float  # gathered weights of a layer, and receive buffers of all-to-alls
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all purposes."""
         return sum(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Sizes of one device's share of the model and of a microbatch."""
+    """The sizes of one device's share of the model and of a microbatch."""
 
     model: ModelConfig
-    sizes: dict[str, int]  # of the mesh axes
-    c: float  # bytes of a computed number
+    sizes: dict[str, int]  # mesh axis -> its size
+    c: float  # bytes per element in the compute dtype
     N: int
     M: int  # 0 without experts
     U: int
@@ -50,28 +50,28 @@ class Local:
 
     @property
     def vocab(self) -> int:
-        """Columns of the head."""
+        """The columns of the output head."""
         return self.model.vocab_size // self.sizes["tensor"]
 
     @property
     def ffn(self) -> int:
-        """Columns of the experts' hidden layer."""
+        """The columns of the experts' hidden layer."""
         return self.model.moe.expert_width // self.sizes["tensor"]
 
     @property
     def dense_ffn(self) -> int:
-        """Columns of a dense hidden layer."""
+        """The columns of a dense hidden layer."""
         return self.model.ffn_width // self.sizes["tensor"]
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Query and key/value heads."""
+        """The number of query heads and of key/value heads."""
         tensor = self.sizes["tensor"]
         return self.model.num_heads // tensor, self.model.num_kv_heads // tensor
 
 
 def local_sizes(plan: Plan) -> Local:
-    """Sizes of one device's share."""
+    """Compute the sizes of one device's share."""
     config, model = plan.config, plan.config.model
     sizes = dataclasses.asdict(config.mesh)
     rows = config.train.batch_size // config.train.accumulation // config.mesh.batch_shards
@@ -85,19 +85,19 @@ def local_sizes(plan: Plan) -> Local:
 
 
 def estimate(plan: Plan) -> Memory:
-    """The fullest moment of the step: at the loss, or while a layer goes back.
+    """Estimate the peak of a step: at the loss, or in the backward pass of a layer.
 
-    Scanned layers write their gradients into stacks that exist from the first layer that goes back
-    to the last; unrolled ones make them one by one, in the compute dtype, while what was saved
-    for them is given up.
+    Scanned layers write their gradients into stacked arrays, which exist during the whole backward
+    pass.  Unrolled layers make their gradients one by one, in the compute dtype, and free their
+    saved activations on the way.
     """
     parameters, copies, optimizer = state_bytes(plan)
     local = local_sizes(plan)
     model, c = local.model, local.c
-    # With several microbatches there are the sum of the gradients and those of one.
+    # With several microbatches, memory has the summed gradients and those of one microbatch.
     summed = parameters if plan.config.train.accumulation > 1 else 0.0
     saved, layer = saved_bytes(plan, local), layer_bytes(local)
-    # The head's gradient is there whole from the loss on (ops/cross_entropy.py), the head with it.
+    # From the loss on, memory has the whole head and its whole gradient (ops/cross_entropy.py).
     head = local.vocab * model.width
     logits = min(model.loss_chunk, local.N) * local.vocab * (4 + c)
     gathered = gathered_bytes(plan, local)
@@ -122,7 +122,7 @@ def estimate(plan: Plan) -> Memory:
 
 
 def state_bytes(plan: Plan) -> tuple[float, float, float]:
-    """Parameters, their copies in the compute dtype and optimizer state, exact."""
+    """The exact bytes of parameters, of their compute-dtype copies, and of optimizer state."""
     parameters = copies = optimizer = 0.0
     for leaf in plan.leaves:
         ways = split_ways(leaf.axes, plan.mesh.shape)
@@ -133,38 +133,38 @@ def state_bytes(plan: Plan) -> tuple[float, float, float]:
 
 
 def _matrix_ways(leaf: Leaf, plan: Plan) -> int:
-    """Into how many parts the mesh splits what is kept of each matrix."""
+    """The number of parts into which the mesh splits optimizer state kept per matrix."""
     axes = on_mesh(leaf.axes, leaf.shape, plan.mesh.shape)
     return split_ways([axes[axis] for axis in leaf.leading], plan.mesh.shape)
 
 
 def _gradient_bytes(plan: Plan) -> float:
-    """Of one microbatch: a parameter with a copy has its gradient in the copy's dtype."""
+    """The gradient bytes of one microbatch; with a copy, a gradient has the copy's dtype."""
     return sum(
         (leaf.copy or leaf.bytes) / split_ways(leaf.axes, plan.mesh.shape) for leaf in plan.leaves
     )
 
 
 def moe_layers(model: ModelConfig) -> int:
-    """Layers that hold experts."""
+    """The number of MoE layers."""
     return sum(model.is_moe(layer) for layer in range(model.num_layers))
 
 
 def saved_bytes(plan: Plan, local: Local) -> float:
-    """What all layers keep of the forward pass for the backward pass."""
+    """The bytes that all layers save in the forward pass for the backward pass."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
     D, A = model.width, model.head_dim
     H, J = local.heads
     layers, sparse = model.num_layers, moe_layers(model)
-    stream = layers * N * D * c  # where each block begins
+    stream = layers * N * D * c  # the input of each block
     projections = layers * N * (H + 2 * J) * A * c
     attention = layers * N * H * A * c
     dense = (layers - sparse) * N * local.dense_ffn * c
     wide = sparse * M * local.ffn * c
-    # The routers' logits, and tokens and their weights where their experts are.
+    # The routers' logits, and the dispatched tokens with their combine weights.
     dispatched = sparse * (N * model.moe.num_experts * 4 + M * (D * c + 4))
     if local.dispatch is not None and not local.dispatch.weighs_hidden:
-        dispatched += sparse * M * D * c  # and back
+        dispatched += sparse * M * D * c  # the experts' outputs
     if model.remat == "save_dispatch":
         return stream + dispatched
     if model.remat == "save_hidden":
@@ -176,46 +176,47 @@ def saved_bytes(plan: Plan, local: Local) -> float:
     kept = 4 * stream + projections + attention + layers * N * H * 4 + dispatched
     if not plan.model.layout.repeats:
         return stream + kept + (U + 1) * (dense + wide)
-    # A scan keeps every operand of every derivative: float32 inside the norms, each factor of the
-    # activation, and the weights in the compute dtype as the layer saw them.
+    # A scan saves every operand of every backward rule: float32 inside the norms, each factor of
+    # the activation, and the layer's gathered weights in the compute dtype.
     weights = layers * gathered_bytes(plan, local)
     return stream + kept + 3 * layers * N * D * 4 + (2 * U + 2) * (dense + wide) + weights
 
 
 class Working(NamedTuple):
-    """What one layer holds while it goes back."""
+    """The bytes of one layer's backward pass, beside what was saved."""
 
     activations: float
     dispatch: float
 
 
 def layer_bytes(local: Local) -> Working:
-    """The fullest moment of one layer's backward pass, beside what was saved."""
+    """Estimate the peak of one layer's backward pass, beside what was saved."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
     stream = 4 * N * model.width * c
     if not moe_layers(model):
         return Working(stream + N * local.dense_ffn * c * 2 * (U + 1), 0.0)
     wide, narrow = M * local.ffn * c, M * model.width * c
-    if model.remat == "none":  # nothing is computed again: gradients alone
+    if model.remat == "none":  # nothing is recomputed: only the gradients
         return Working(stream, (U + 1) * wide + 2 * narrow)
     if local.dispatch is not None and local.dispatch.grouped:
-        # Before the activation and its gradient, and what lies between them; or the hidden layer
-        # forward again, with tokens sent, received and sorted, there and back.
+        # Either the inputs of the activation, their gradients and the arrays between them; or the
+        # recomputed hidden layer, with tokens sent, received and sorted for dispatch and combine.
         here = model.moe.num_experts // local.sizes["expert"]
-        mask = M * here * 128 if here > 1 else 0  # ragged_dot's, a byte a lane
+        mask = M * here * 128 if here > 1 else 0  # of ragged_dot, one byte per lane
         return Working(
             stream, max((2 * U + 3) * wide + 4 * narrow, (U + 2) * wide + 5 * narrow + mask)
         )
-    # A batched product computes the activation as it reads, and its gradient as it writes.
+    # A batched matmul computes the activation when it reads its operand, and the activation's
+    # gradient when it writes its result.
     return Working(stream, 2 * U * wide + 3 * narrow)
 
 
 def passes_to_experts(local: Local) -> tuple[int, int]:
-    """How often one MoE layer's tokens travel in a step: to their experts, and from them back.
+    """Count the exchanges of one MoE layer per step: (dispatches, combines).
 
-    Forward and backward each once, and again what a remat policy forgets.  Where the combine weighs
-    what experts made, that is in a derivative, and no policy knows its tensors by name: all of it
-    travels again.  Elsewhere tokens alone do, under the policies that do not keep them.
+    Each happens once forward and once backward, and once more if remat repeats it.  If the combine
+    weighs the experts' outputs, the backward pass needs them, and no remat policy saves them by
+    name: both are repeated.  Else only the dispatch is, under policies that do not save its tokens.
     """
     assert local.dispatch is not None
     if not local.dispatch.weighs_hidden:
@@ -225,8 +226,10 @@ def passes_to_experts(local: Local) -> tuple[int, int]:
 
 
 def all_to_alls(plan: Plan, local: Local) -> int:
-    """All-to-alls in the program; a scan's body stands there once.  Each has a buffer of its own
-    in which it lands (see compiled.py)."""
+    """Count the all-to-alls in the program, where a scan's body appears once.
+
+    Each has its own receive buffer (see compiled.py).
+    """
     model, layout = plan.config.model, plan.model.layout
     if local.exchange is None or local.exchange.dispatch != "all-to-all":
         return 0
@@ -236,7 +239,7 @@ def all_to_alls(plan: Plan, local: Local) -> int:
 
 
 def gathered_bytes(plan: Plan, local: Local) -> float:
-    """One layer's weights in the compute dtype, without their fsdp split."""
+    """The bytes of one layer's weights in the compute dtype, gathered over fsdp."""
     sizes = plan.mesh.shape
     if sizes["fsdp"] == 1 and plan.config.model.remat != "none":
         return 0.0

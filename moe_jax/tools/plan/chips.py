@@ -1,4 +1,4 @@
-"""Published figures of the chips a plan can be made for; parallel/chips.py has the peak rates."""
+"""Published figures of the chips that a plan can use; parallel/chips.py has the peak rates."""
 
 import dataclasses
 
@@ -7,26 +7,26 @@ from moe_jax.parallel.chips import peak_tflops
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device of a kind, and how such devices hang together.
+    """One JAX device of a kind, and the network that connects such devices.
 
-    Bandwidths are bytes a second one way.  `link` is one link of the torus for TPUs (an axis of it
-    has one in each direction) and all of NVLink for GPUs; `network` is what lies between slices
-    or hosts.  `island` is how many devices `link` reaches.
+    Bandwidths are in bytes per second, one way.  `link` is one link of the torus for TPUs (which
+    has one per axis and direction) and all of NVLink for GPUs; `network` connects slices or hosts.
+    `island` is the number of devices that `link` connects.
     """
 
-    kind: str  # as jax.Device.device_kind has it
+    kind: str  # jax.Device.device_kind
     hbm: float  # bytes that a program may use
     hbm_bandwidth: float
     link: float
     network: float
     island: int
     torus: int  # axes of the torus; 0: a switch
-    per_chip: int = 1  # JAX devices a chip
+    per_chip: int = 1  # JAX devices per chip
     source: str = ""
 
     @property
     def peak_flops(self) -> float:
-        """Dense bfloat16 FLOPs a second."""
+        """The dense bfloat16 FLOPs per second."""
         peak = peak_tflops(self.kind)
         assert peak is not None, self.kind
         return peak * 1e12
@@ -36,9 +36,9 @@ _GIB = 2**30
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 
-# TPUs: HBM is the capacity that XLA's own out-of-memory message names; a link is the page's
-# bidirectional bandwidth a chip, over two directions and the links of a chip, which the two devices
-# of a tpu7x chip share; an island is the largest slice.
+# TPUs: `hbm` is the capacity in XLA's out-of-memory message.  `link` is the page's bidirectional
+# bandwidth per chip, divided by two directions and the links of a chip, which the two devices of a
+# tpu7x chip share.  `island` is the largest slice.
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 15.75 * _GIB, 819e9, 50e9, 3.125e9, 256, 2, source=_TPU + "v5e"),
     "v5p": Chip("TPU v5", 95.74 * _GIB, 2765e9, 100e9, 6.25e9, 6144, 3, source=_TPU + "v5p"),

@@ -1,8 +1,8 @@
-"""What XLA makes of a plan: read from a compilation in a process of its own.
+"""Compiles a plan in a separate process, and reads XLA's dumps.
 
-XLA first optimises the program and lays out its memory, which takes seconds, and then generates
-machine code, which takes minutes and tells nothing more.  Both parts of what a plan needs are
-dumped in between, so the process is ended there, unless the executable itself is wanted.
+XLA first optimises the program and assigns its memory, which takes seconds, and then generates
+machine code, which takes minutes.  The dumps that a plan needs are written in between, so the
+process is killed there, unless the executable itself is wanted.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class Compiled:
     """XLA's program for one device."""
 
     seconds: float
-    peak: int  # bytes at the fullest moment: arguments, results, temporaries, landing buffers
+    peak: int  # peak bytes: arguments, results, temporaries, receive buffers
     arguments: int  # bytes of state and batch
-    collectives: Collectives | None  # None where the program is too large to exist
-    error: str = ""  # XLA's reason where it does not fit
+    collectives: Collectives | None  # None: XLA made no program, because it does not fit
+    error: str = ""  # XLA's message if the program does not fit
     digest: str = ""  # SHA-256 of the saved executable
 
 
@@ -53,12 +53,12 @@ def compile_plan(
       plan: resolved for the topology's devices.
       topology: what to compile for.
       say: called with a line every ten seconds.
-      config_file: FILE.py[:ARG] that registers the plan's own router or dispatch path, which the
-        other process has to know as well; empty: the plan has none.
-      save: path for the executable; it takes minutes longer.
+      config_file: FILE.py[:ARG] that registers the plan's own router or dispatch path in the other
+        process; empty: the plan has none.
+      save: path for the executable, which takes minutes longer; empty: do not save.
 
     Raises:
-      UserError: XLA refuses the program for another reason than its size.
+      UserError: XLA refuses the program for a reason other than its size.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="moe_jax_plan_") as name:
@@ -79,7 +79,7 @@ def compile_plan(
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The worker's: it imports what we import, and dumps what it knows of the train step."""
+    """The worker's environment: our import path, and XLA's dumps of the train step."""
     dump = f"--xla_dump_to={folder} --xla_dump_hlo_module_re={_MODULE}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -88,15 +88,15 @@ def _environment(folder: Path) -> dict[str, str]:
 def _wait(
     worker: subprocess.Popen, folder: Path, began: float, say: Callable[[str], None], whole: bool
 ) -> None:
-    """Until the worker ends, or memory is laid out where that suffices."""
+    """Wait until the worker ends or, without `whole`, until XLA has assigned the memory."""
     told = began
     while worker.poll() is None:
-        # Written after the two that are read below, which are whole by then.
+        # XLA writes this dump after those that _read needs, which are then complete.
         if not whole and _dump(folder, "_after_buffer_assignment"):
             return
         if time.perf_counter() - told >= _TELL:
             told = time.perf_counter()
-            say(f"compiling: {told - began:.0f} s")
+            say(f"compiling: {told - began:.0f} s so far")
         time.sleep(_POLL)
 
 
@@ -105,7 +105,7 @@ def _dump(folder: Path, stage: str) -> Path | None:
 
 
 def _read(folder: Path, seconds: float) -> Compiled:
-    """The dumps, or why there are none."""
+    """Read the dumps; raises UserError if there are none."""
     log = (folder / "log").read_text(errors="replace")
     program = _dump(folder, "")
     memory = _dump(folder, "-memory-usage-report")
@@ -117,8 +117,8 @@ def _read(folder: Path, seconds: float) -> Compiled:
     if program is None or memory is None or buffers is None:
         raise UserError(f"XLA cannot compile this plan: {_reason(log)}.")
     collectives = read_collectives(program.read_text())
-    # The first total is that of the device's main memory; newer libtpus add to it what computations
-    # called by others keep for themselves, which lies in their callers' temporaries.
+    # The first total is of the device's main memory.  Newer versions of libtpu add the buffers of
+    # called computations, which are inside the temporaries of their callers.
     total = int(re.findall(r"^Total bytes: (\d+)", memory.read_text(), re.M)[0])
     found = re.findall(
         r"^allocation \d+: size (\d+), (?:page \d+, )?(thread-local|parameter)",
@@ -129,8 +129,8 @@ def _read(folder: Path, seconds: float) -> Compiled:
         sum(int(size) for size, kind in found if kind == one)
         for one in ("thread-local", "parameter")
     )
-    # Every all-to-all has a landing buffer of its own, which no layout of memory shows:
-    # finished executables ask for that much more (docs/planning.md).
+    # Every all-to-all has its own receive buffer, which the memory assignment leaves out: finished
+    # executables need that much more (docs/planning.md).
     landing = sum(one.bytes for one in collectives.found if one.op == "all-to-all")
     return Compiled(
         seconds,
@@ -142,12 +142,12 @@ def _read(folder: Path, seconds: float) -> Compiled:
 
 
 def _needed(log: str) -> int:
-    """Bytes that XLA says a too large program needs; 0 where it says nothing of the kind."""
+    """The bytes that a program needs by XLA's out-of-memory message; 0: no such message."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", log)
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else 0
 
 
 def _reason(log: str) -> str:
-    """The last line of the worker's log that says something."""
+    """The last line of the worker's log with an error, or its last line."""
     lines = [line.strip() for line in log.splitlines() if "Error" in line or "EXHAUSTED" in line]
-    return (lines or log.strip().splitlines() or ["it ended without a word"])[-1].rstrip(".")
+    return (lines or log.strip().splitlines() or ["it ended without a message"])[-1].rstrip(".")

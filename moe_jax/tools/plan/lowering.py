@@ -1,4 +1,4 @@
-"""The train step of a config, resolved and lowered for devices that need not be here."""
+"""Resolves a config and lowers its train step for devices that need not be attached."""
 
 import dataclasses
 import math
@@ -24,44 +24,44 @@ from moe_jax.train.step import abstract_batch, jit_train_step
 
 
 class Leaf(NamedTuple):
-    """One parameter (of scanned layers: all of them stacked) and its optimizer state."""
+    """One parameter (of scanned layers: one stack of all layers) and its optimizer state."""
 
     name: str
     axes: tuple[str | None, ...]  # logical
     shape: tuple[int, ...]
-    size: int  # numbers
+    size: int  # number of elements
     bytes: int
-    copy: int  # bytes of its copy in the computation's dtype
-    beside: int  # bytes of optimizer state of its shape, split as it is
-    by_matrix: int  # bytes of optimizer state of each of its matrices, split as these are
-    leading: tuple[int, ...]  # the axes by which that is split
-    whole: int  # bytes of other optimizer state, whole on every device
+    copy: int  # bytes of its compute-dtype copy; 0: none
+    beside: int  # bytes of optimizer state of the same shape, split in the same way
+    by_matrix: int  # bytes of optimizer state kept per matrix, split over the matrices
+    leading: tuple[int, ...]  # the axes over which `by_matrix` is split
+    whole: int  # bytes of other optimizer state, replicated on every device
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A config resolved for a number of devices."""
 
-    asked: Config  # as written
-    config: Config  # as run
+    asked: Config  # as the user wrote it
+    config: Config  # resolved
     model: ModelDef
     optimizer: Optimizer
     mesh: AbstractMesh  # its axes, without devices
     leaves: tuple[Leaf, ...]
-    flops: float  # of the model, forward and backward, for one token
+    flops: float  # model FLOPs per token, forward and backward
     notes: list[str]
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """The tokens per step."""
         return self.config.train.batch_size * self.config.data.sequence_length
 
 
 def make_plan(config: Config, num_devices: int) -> Plan:
-    """What `python -m moe_jax train` would run on so many devices.
+    """Make the plan of what `python -m moe_jax train` would run on `num_devices` devices.
 
     Raises:
-      UserError: what the trainer refuses before it compiles.
+      UserError: the trainer would refuse the config before it compiles.
     """
     vocabulary = config.model.vocab_size or config_tokenizer(config.data).vocab_size
     asked = config
@@ -109,7 +109,13 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
 def split_ways(
     axes: Sequence[str | None], sizes: Mapping[str, int], over: Sequence[str] = AXES
 ) -> int:
-    """Into how many parts the mesh axes `over` split a parameter with these logical axes."""
+    """The number of parts into which the mesh axes `over` split a parameter.
+
+    Args:
+      axes: logical axes of the parameter.
+      sizes: mesh axis -> its size.
+      over: the mesh axes that count.
+    """
     ways = 1
     for entry in spec(axes):
         for axis in entry if isinstance(entry, tuple) else (entry,):
@@ -118,10 +124,17 @@ def split_ways(
 
 
 def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulation: int) -> Plan:
-    """The same model on another mesh, under another policy, with another batch.
+    """Plan the same model with another mesh, remat policy and batch.
+
+    Args:
+      plan: the plan to change.
+      mesh: the new mesh.
+      remat: name of the new remat policy.
+      batch_size: rows per step.
+      accumulation: microbatches per step.
 
     Raises:
-      UserError: as `make_plan`.
+      UserError: the trainer would refuse the config before it compiles.
     """
     config = dataclasses.replace(
         plan.asked,
@@ -142,12 +155,12 @@ def replan(plan: Plan, mesh: MeshConfig, remat: str, batch_size: int, accumulati
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
-    """A mesh of these sizes without devices."""
+    """Make a mesh of these sizes without devices."""
     return AbstractMesh(dataclasses.astuple(mesh), AXES)
 
 
 def lower(plan: Plan, devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The train step, lowered for these devices."""
+    """Lower the train step for these devices."""
     config, model, optimizer = plan.config, plan.model, plan.optimizer
     mesh = make_mesh(config.mesh, devices)
     state = placed_state(model, optimizer, mesh)

@@ -1,4 +1,4 @@
-"""A plan as lines of text."""
+"""Formats a plan as lines of text."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _DAY = 86_400
 
 
 def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
-    """What is planned."""
+    """Describe the topology, the model and the batch of a plan."""
     config = plan.config
     counts = param_counts(plan.model)
     rows, parts = config.train.batch_size, config.train.accumulation
@@ -38,8 +38,8 @@ def describe_plan(plan: Plan, topology: Topology) -> Iterator[str]:
 
 
 def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float) -> Iterator[str]:
-    """Bytes of one device: by purpose from the analytic model, beside the compiled program's."""
-    yield "bytes per device at the fullest moment (analytic):"
+    """Describe the peak bytes of one device: analytic by purpose, and compiled in total."""
+    yield "peak bytes per device (analytic):"
     for name, size in memory._asdict().items():
         yield f"  {name:<12} {formats.size(size):>10}"
     yield f"  {'total':<12} {formats.size(memory.total):>10} of {formats.size(chip_bytes)} usable"
@@ -52,8 +52,8 @@ def describe_memory(memory: Memory, compiled: Compiled | None, chip_bytes: float
 
 
 def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:
-    """Bytes one device sends in a step."""
-    yield f"collectives, bytes one device sends a step ({how}){':' if found else ': none'}"
+    """Describe the bytes that one device sends per step."""
+    yield f"collectives, bytes sent per device and step ({how}){':' if found else ': none'}"
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for one in found:
         sums[one.op, one.axes] += one.bytes
@@ -67,7 +67,7 @@ def describe_traffic(found: list[Traffic], how: str) -> Iterator[str]:
 
 
 def read_traffic(collectives: Collectives, plan: Plan) -> list[Traffic]:
-    """The traffic that a compiled program's collectives make."""
+    """Compute the traffic of a compiled program's collectives."""
     shape, devices = dict(plan.mesh.shape), plan.mesh.size
     return [
         Traffic(one.op, mesh_axes(one.group, shape), one.sent(devices)) for one in collectives.found
@@ -77,13 +77,13 @@ def read_traffic(collectives: Collectives, plan: Plan) -> list[Traffic]:
 def describe_speed(
     plan: Plan, topology: Topology, roof: Roofline, executed: float, budget: float
 ) -> Iterator[str]:
-    """Step time, rates and costs, all of them bounds."""
+    """Describe step time, rates and costs, all of which are bounds."""
     yield (
-        f"FLOPs a step: {plan.flops * plan.tokens:.4g} of the model, "
-        f"{executed * topology.num_devices:.4g} executed (recomputation and empty slots)"
+        f"FLOPs per step: {plan.flops * plan.tokens:.4g} of the model, "
+        f"{executed * topology.num_devices:.4g} executed (with recomputation and empty slots)"
     )
     busy = ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in roof.limits.items())
-    yield f"roofline: {1e3 * roof.seconds:,.1f} ms a step, limited by {roof.limit} ({busy})"
+    yield f"roofline: {1e3 * roof.seconds:,.1f} ms per step, limited by {roof.limit} ({busy})"
     yield (
         f"MFU bound: {roof.mfu(roof.seconds):.1%}, and {roof.mfu(roof.exposed):.1%} "
         f"({1e3 * roof.exposed:,.1f} ms) if no communication is hidden"
@@ -91,13 +91,13 @@ def describe_speed(
     disk = checkpoint_bytes(plan.model, plan.optimizer)
     yield f"checkpoint: {formats.size(disk)}"
     rate = plan.tokens / roof.seconds
-    yield f"tokens a day, at most: {rate * _DAY:.4g}"
+    yield f"tokens per day, at most: {rate * _DAY:.4g}"
     hours = budget / rate / 3600 * topology.num_chips
     yield f"chip-hours for {budget:.3g} tokens, at least: {hours:,.0f}"
 
 
 def describe_found(found: Found) -> str:
-    """One layout of a search."""
+    """Describe one layout of a search."""
     config, roof = found.plan.config, found.roof
     return (
         f"{mesh_text(config.mesh)}, remat {config.model.remat}, batch {config.train.batch_size:,} "
@@ -109,6 +109,6 @@ def describe_found(found: Found) -> str:
 
 
 def describe_rejected(rejected: list[Rejected]) -> Iterator[str]:
-    """Why each layout is out; at the end those for memory, the least above it last."""
+    """Describe why each layout was rejected; layouts that need least memory come last."""
     for one in sorted(rejected, key=lambda one: (one.needs > 0, -one.needs)):
         yield f"rejected: {one.layout}: {one.why}"

@@ -1,6 +1,7 @@
-"""A lower bound of the step time: the busiest of compute, memory and links.
+"""Computes a lower bound of the step time: the time of the busiest of compute, HBM and links.
 
-Nothing is slower than its resource is busy, and everything may overlap: real steps take longer.
+The bound assumes that every resource runs at its peak rate and that all overlap, so a real step
+takes longer.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from moe_jax.tools.plan.topology import Topology
 
 
 class Traffic(NamedTuple):
-    """What one device sends in a step over some mesh axes with one kind of collective."""
+    """The bytes that one device sends per step over some mesh axes with one kind of collective."""
 
     op: str
     axes: str  # such as "fsdp" or "data x fsdp"
@@ -25,7 +26,7 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each resource of a device is busy in a step."""
+    """The seconds per step that each resource of a device is busy."""
 
     compute: float
     memory: float
@@ -35,7 +36,7 @@ class Roofline:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Every resource by name."""
+        """The busy seconds of every resource, by name."""
         return {"compute": self.compute, "HBM": self.memory, **self.links}
 
     @property
@@ -45,30 +46,30 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The bound."""
+        """The lower bound of the step time: the time of the busiest resource."""
         return self.limits[self.limit]
 
     @property
     def exposed(self) -> float:
-        """Seconds of a step in which nothing is sent while something is computed."""
+        """The seconds of a step without overlap of communication and computation."""
         return max(self.compute, self.memory) + sum(self.links.values())
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs over what the chips could do in a step of so many seconds."""
+        """The model FLOPs utilisation (MFU) of a step that takes `seconds`."""
         return self.model_flops / self.peak_flops / seconds
 
 
 def roofline(
     plan: Plan, topology: Topology, executed_flops: float, moved: float, traffic: Iterable[Traffic]
 ) -> Roofline:
-    """The bound for one device.
+    """Compute the bound for one device.
 
     Args:
       plan: model and mesh.
       topology: chips and their links.
-      executed_flops: of one device, recomputation and empty slots included.
-      moved: bytes between one device and its HBM.
-      traffic: what one device sends.
+      executed_flops: FLOPs per step of one device, with recomputation and empty slots.
+      moved: bytes per step between one device and its HBM.
+      traffic: bytes per step that one device sends.
     """
     chip, links = topology.chip, defaultdict(float)
     sizes = dataclasses.asdict(plan.config.mesh)
@@ -84,13 +85,13 @@ def roofline(
 
 
 def _seconds(traffic: Traffic, sizes: Mapping[str, int], topology: Topology) -> float:
-    """Time on the links for what one device sends."""
+    """The seconds that `traffic` takes on the links."""
     chip = topology.chip
     axes = [axis for axis in AXES if axis in traffic.axes.split(" x ")]
     devices = math.prod(sizes[axis] for axis in axes)
     inside, outside = _reach(axes, sizes, chip)
     seconds = 0.0
-    if outside > 1:  # every device of an island carries its part of what leaves it
+    if outside > 1:  # each device of an island sends its share of the traffic between islands
         share = 1 - 1 / outside if traffic.op == "all-to-all" else 1 / inside
         seconds = share * traffic.bytes / chip.network
     if inside == 1 or devices == 1:
@@ -101,13 +102,13 @@ def _seconds(traffic: Traffic, sizes: Mapping[str, int], topology: Topology) -> 
     sides = [side for axis in axes for side in rings[axis]] or [inside]
     sides = sides[: chip.torus]
     if traffic.op == "all-to-all":
-        # On a ring of s devices the average way is s/4 links, and there are two directions.
+        # On a ring of s devices the average path is s/4 links, and there are two directions.
         return max(seconds, traffic.bytes * max(sides) / 8 / chip.link)
     return max(seconds, traffic.bytes / (2 * len(sides) * chip.link))
 
 
 def _reach(axes: list[str], sizes: Mapping[str, int], chip: Chip) -> tuple[int, int]:
-    """Devices of a group on one island, and islands it spans; inner mesh axes lie closest."""
+    """(Devices of a group on one island, islands that the group spans); inner axes come first."""
     inner, inside, outside = 1, 1, 1
     for axis in reversed(AXES):
         size = sizes[axis]
@@ -121,7 +122,7 @@ def _reach(axes: list[str], sizes: Mapping[str, int], chip: Chip) -> tuple[int, 
 
 
 def torus_rings(sizes: Mapping[str, int], topology: Topology) -> dict[str, list[int]]:
-    """Sides of the torus that each mesh axis takes, inner axes first: whole ones where they fit."""
+    """Assign sides of the torus to mesh axes, inner axes first; whole sides where they fit."""
     free = list(topology.grid)
     rings: dict[str, list[int]] = {}
     for axis in reversed(AXES):

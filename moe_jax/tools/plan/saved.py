@@ -1,8 +1,8 @@
-"""A compiled train step in a file: made here, run on the pod.
+"""Saves a compiled train step to a file, and loads it on the pod.
 
-The file is what `jax.experimental.serialize_executable` gives, which is a pickle inside and machine
-code in any case: loading one is running a program.  So `load_step` asks for the SHA-256 that
-`save_step` printed and refuses any other file.
+The file is the output of `jax.experimental.serialize_executable`, which contains a pickle and
+machine code: loading it runs its content.  So `load_step` takes the SHA-256 that `save_step`
+returned and refuses any other file.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from moe_jax.tools.plan.lowering import Plan, lower
 
 
 def check_writable(path: str) -> None:
-    """Raises UserError where no file can be made: before minutes of compiling, not after."""
+    """Raise UserError if the file cannot be written; called before minutes of compiling."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"--save={path} cannot be written: name a file in a folder that is there.")
+        raise UserError(f"--save={path} cannot be written: use a folder that is there.")
 
 
 def save_step(executable: Any, path: str) -> str:
-    """Writes a compiled step; returns the SHA-256 of the file."""
+    """Write a compiled step; return the SHA-256 of the file."""
     payload, _, _ = serialize_executable.serialize(executable)
     partial = f"{path}.partial"
     try:
@@ -37,16 +37,16 @@ def save_step(executable: Any, path: str) -> str:
 
 
 def load_step(path: str, digest: str, plan: Plan, devices: Sequence[Any]) -> Any:
-    """The compiled step of `plan`, ready to be called as (state, batch).
+    """Load the compiled step of `plan`, which is called as (state, batch).
 
     Args:
       path: a file of `save_step`.
-      digest: the SHA-256 that was printed when it was written.
+      digest: the SHA-256 that `save_step` returned.
       plan: of the same config and number of devices.
-      devices: to run on, of the kind it was compiled for.
+      devices: to run on, of the kind that the step was compiled for.
 
     Raises:
-      UserError: the file cannot be read, or is another one than was written.
+      UserError: the file cannot be read, or its SHA-256 is not `digest`.
     """
     try:
         with open(path, "rb") as file:
@@ -56,10 +56,10 @@ def load_step(path: str, digest: str, plan: Plan, devices: Sequence[Any]) -> Any
     found = hashlib.sha256(payload).hexdigest()
     if found != digest:
         raise UserError(
-            f"{path} has SHA-256 {found}, not {digest}: it is not the file that was saved, and "
-            f"loading it would run whatever is in it."
+            f"{path} has SHA-256 {found}, not {digest}: it is not the saved file, and loading it "
+            f"would run its content. Save the plan again."
         )
-    lowered = lower(plan, devices)  # traced only for the structure of what goes in and out
+    lowered = lower(plan, devices)  # needed only for the structure of arguments and results
     return serialize_executable.deserialize_and_load(
         payload,
         lowered.in_tree,

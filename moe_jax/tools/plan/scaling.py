@@ -1,4 +1,4 @@
-"""One model from 8 to 65,536 chips: the best layout at each size, and what limits it."""
+"""Scales one model from 8 to 65,536 chips: the best layout at each size, and its bottleneck."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,24 @@ from moe_jax.files import formats
 from moe_jax.tools.plan.search import Found, anywhere, mesh_text, search
 from moe_jax.tools.plan.topology import Topology, parse_topology
 
-LARGEST_BATCH = 32 * 2**20  # tokens a step; more is marked impractical
+LARGEST_BATCH = 32 * 2**20  # tokens per step; more is marked impractical
 _CHIPS = tuple(2**n for n in range(3, 17))
 
 
 def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
-    """Rows of a Markdown table: at each size the best layout for each way to split over tensor.
+    """Make a Markdown table: per number of chips and size of axis `tensor`, the best layout.
 
-    The batch is the config's own, or the smallest legal one where that is larger: one row for each
-    part of the batch.  Analytic throughout.
+    The batch is the config's own, or the smallest legal one if that is larger: one row for each
+    part of the batch.  All figures are analytic.
+
+    Args:
+      config: the model.
+      chip: key of CHIPS.
+      usable: bytes of a device that a program may use.
     """
     yield (
         "| chips | mesh | remat, microbatches | smallest legal batch, tokens | batch, tokens | "
-        "GiB a device | all overlaps, ms | nothing overlaps, ms | MFU between | limit | note |"
+        "GiB per device | full overlap, ms | no overlap, ms | MFU between | limit | note |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     plan = anywhere(config)
@@ -29,7 +34,7 @@ def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
         best: dict[int, Found] = {}
         reasons: dict[int, str] = {}
         for tensor in (1, 2, 4, 8):
-            # Doubled until every device has a row, or more than anyone would train with.
+            # At least one row for every device that splits the batch.
             batch = max(rows, chips // tensor)
             ranking = search(plan, topology, usable, batches=(batch,), tensor=(tensor,))
             if ranking.found:
@@ -45,19 +50,19 @@ def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
 
 
 def cube(chips: int) -> tuple[int, int, int]:
-    """The sides of a torus of so many chips (a power of two), as equal as can be."""
+    """The most equal sides of a torus of `chips` chips, which is a power of two."""
     exponent = chips.bit_length() - 1
     sides = [2 ** ((exponent + extra) // 3) for extra in range(3)]
     return sides[0], sides[1], sides[2]
 
 
 def smallest_batch(found: Found) -> int:
-    """Tokens a step when every part of the batch is one row."""
+    """The tokens per step if every part of the batch is one row."""
     return found.plan.config.mesh.batch_shards * found.plan.config.data.sequence_length
 
 
 def num_slices(topology: Topology) -> int:
-    """The fewest equal slices, none larger than the largest that exists."""
+    """The smallest number of equal slices, none larger than the largest that exists."""
     devices = topology.num_devices
     least = -(-devices // topology.chip.island)
     return next(n for n in range(least, devices + 1) if devices % n == 0)
@@ -69,7 +74,7 @@ def _row(chips: int, topology: Topology, found: Found, fastest: bool) -> str:
     smallest = smallest_batch(found)
     slowest = max(roof.links, key=lambda axes: roof.links[axes], default="")
     limit = roof.limit if roof.limit != "compute" else f"compute, then {slowest or 'HBM'}"
-    notes = ["impractical: over 32M tokens a batch"] if smallest > LARGEST_BATCH else []
+    notes = ["impractical: over 32M tokens per batch"] if smallest > LARGEST_BATCH else []
     notes += ["best"] if fastest else []
     slices = num_slices(topology)
     notes += [f"{slices} slices"] * (slices > 1)

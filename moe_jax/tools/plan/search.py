@@ -1,4 +1,4 @@
-"""Every legal layout of a model on a topology, ranked by the analytic bound."""
+"""Ranks every legal layout of a model on a topology by the analytic bound."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from moe_jax.tools.plan.roofline import Roofline, roofline
 from moe_jax.tools.plan.topology import Topology
 from moe_jax.tools.plan.work import executed_flops, moved_bytes, traffic
 
-TENSOR = (1, 2, 4, 8)  # more ways leave matrices too narrow for any chip's matrix unit
+TENSOR = (1, 2, 4, 8)  # with more, matrices are too narrow for any chip's matrix unit
 
 
 class Found(NamedTuple):
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
     @property
     def seconds_per_token(self) -> float:
-        """What is ranked: the step without hidden communication, over its tokens."""
+        """The ranking key: seconds of a step without hidden communication, per token."""
         return self.roof.exposed / self.plan.tokens
 
 
@@ -36,24 +36,30 @@ class Rejected(NamedTuple):
 
     layout: str
     why: str
-    needs: float = 0.0  # bytes, where memory is the reason
+    needs: float = 0.0  # bytes that it needs; 0: memory is not the reason
 
 
 class Ranking(NamedTuple):
-    """Fastest first."""
+    """The layouts of a search, fastest first."""
 
     found: list[Found]
     rejected: list[Rejected]
 
 
 def anywhere(config: Config) -> Plan:
-    """The model of a config without its mesh: on one device, where any batch is legal."""
+    """Plan the model of a config on one device, where any batch is legal."""
     train = dataclasses.replace(config.train, accumulation=1)
     return make_plan(dataclasses.replace(config, mesh=MeshConfig(), train=train), 1)
 
 
 def meshes(devices: int, experts: int, tensors: Iterable[int] = TENSOR) -> Iterator[MeshConfig]:
-    """Every way to split `devices` over the mesh axes with up to `experts` ways over expert."""
+    """List all meshes of `devices` devices whose axis `expert` is at most `experts`.
+
+    Args:
+      devices: product of the axes.
+      experts: largest size of axis `expert`.
+      tensors: sizes of axis `tensor` to try.
+    """
     for tensor in tensors:
         if devices % tensor:
             continue
@@ -66,7 +72,7 @@ def meshes(devices: int, experts: int, tensors: Iterable[int] = TENSOR) -> Itera
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, smallest first."""
+    """List all divisors, smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -78,15 +84,15 @@ def search(
     policies: Iterable[str] = tuple(REMAT),
     tensor: Iterable[int] = TENSOR,
 ) -> Ranking:
-    """Rank meshes x remat policies x batch sizes; accumulation is the least that fits.
+    """Rank meshes x remat policies x batch sizes, each with the least accumulation that fits.
 
     Args:
       plan: the model (`anywhere`); its mesh, remat and accumulation do not matter.
-      topology: what it runs on.
-      usable: bytes of a device.
-      batches: rows a step to try; none: the plan's own, half and twice that.
+      topology: the devices.
+      usable: bytes of a device that a program may use.
+      batches: rows per step to try; empty: the plan's own, half and twice that.
       policies: names of remat policies to try.
-      tensor: ways to split over tensor to try.
+      tensor: sizes of axis `tensor` to try.
     """
     rows = plan.config.train.batch_size
     found: list[Found] = []
@@ -103,7 +109,7 @@ def search(
 def _least_accumulation(
     plan: Plan, topology: Topology, usable: float, mesh: MeshConfig, remat: str, batch: int
 ) -> Found | Rejected:
-    """The layout with the fewest microbatches that fits."""
+    """Find the fewest microbatches with which the layout fits."""
     layout = f"{mesh_text(mesh)}, remat {remat}, batch {batch:,}"
     accumulation, why, needs = 1, "", 0.0
     while accumulation * mesh.batch_shards <= batch or not why:
@@ -115,17 +121,17 @@ def _least_accumulation(
         if memory.total <= usable:
             return Found(variant, memory, analytic_roofline(variant, topology))
         needs = memory.total
-        why = f"needs {formats.size(memory.total, 1)} of {formats.size(usable, 1)} a device"
+        why = f"needs {formats.size(memory.total, 1)} of {formats.size(usable, 1)} per device"
         accumulation *= 2
     return Rejected(layout, why, needs)
 
 
 def analytic_roofline(plan: Plan, topology: Topology) -> Roofline:
-    """The bound without a compiled program."""
+    """Compute the roofline bound without compiling the program."""
     return roofline(plan, topology, executed_flops(plan), moved_bytes(plan), traffic(plan))
 
 
 def mesh_text(mesh: MeshConfig) -> str:
-    """A mesh as --mesh takes it, without axes of size 1."""
+    """Format a mesh as --mesh takes it, without axes of size 1."""
     sizes = dataclasses.asdict(mesh).items()
     return ",".join(f"{name}={size}" for name, size in sizes if size > 1) or "data=1"

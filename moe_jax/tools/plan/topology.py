@@ -1,4 +1,4 @@
-"""What --topology names, and devices of it that XLA can compile for without having them."""
+"""Parses --topology, and makes devices of it for which XLA can compile without the hardware."""
 
 import dataclasses
 import importlib.util
@@ -14,44 +14,44 @@ from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 from moe_jax.tools.plan.chips import CHIPS, Chip
 
-MOST_CHIPS = 1 << 20  # a search tries every mesh that their number allows
+MOST_CHIPS = 1 << 20  # because a search tries every mesh of this number of chips
 
-# libtpu asks the machine for a TPU unless it is told not to; and it logs that it found none.
+# By default libtpu looks for a TPU and logs that it found none.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: two plans may compile at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so two plans may compile at once
 }
-# Accelerator types of Cloud TPU, such as v5p-1024 and v5litepod-16, end in a number of TensorCores
-# or of chips.  Generation -> TensorCores per chip, where those are counted.
+# Accelerator types of Cloud TPU, such as v5p-1024 and v5litepod-16, end in the number of either
+# TensorCores or chips.  Generation -> TensorCores per chip, for types that count TensorCores.
 _TENSOR_CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}
 _OTHER_NAMES = {"v5litepod": "v5e"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many devices of one kind."""
+    """A number of devices of one kind, and the shape of their torus."""
 
-    name: str  # as asked for
+    name: str  # the value of --topology
     chip: Chip
     grid: tuple[int, ...]  # chips along each axis of the torus; one number for GPUs
 
     @property
     def num_chips(self) -> int:
-        """Chips, which is what one pays for."""
+        """The number of chips, which decides the price."""
         return math.prod(self.grid)
 
     @property
     def num_devices(self) -> int:
-        """JAX devices."""
+        """The number of JAX devices."""
         return self.num_chips * self.chip.per_chip
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5p:8x8x16`, `v5e:4x4`, `h200:8`; raises UserError for anything else."""
+    """Parse `v5p:8x8x16`, `v5e:4x4` or `h200:8`; raises UserError for anything else."""
     _refuse_accelerator_type(name)
     chip, _, sizes = name.partition(":")
     known = lookup(CHIPS, chip, "--topology")
@@ -68,38 +68,38 @@ def parse_topology(name: str) -> Topology:
 
 
 def _refuse_accelerator_type(name: str) -> None:
-    """Raises UserError for names such as v5p-1024: one of them may have several shapes."""
+    """Raise UserError for names such as v5p-1024, which may have several shapes."""
     found = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]{0,8})", name.lower())
     if found is None:
         return
     generation, number = found[1], int(found[2])
     if generation in _TENSOR_CORES and generation not in CHIPS:
         known = ", ".join(CHIPS)
-        raise UserError(f"--topology={name}: no figures of {generation} are known here ({known}).")
+        raise UserError(f"--topology={name}: {generation} is not known. Use one of {known}.")
     chip, cores = _OTHER_NAMES.get(generation, generation), _TENSOR_CORES.get(generation, 1)
     if chip not in CHIPS:
         return
-    counted = f"{number} TensorCores, {cores} a chip" if cores > 1 else f"{number} chips"
+    counted = f"{number} TensorCores, {cores} per chip" if cores > 1 else f"{number} chips"
     if number % cores:
         raise UserError(
-            f"--topology={name} would be {counted}: name the chips along the torus, such as "
+            f"--topology={name} would be {counted}: write the shape of the torus, such as "
             f"{chip}:4x4x4."
         )
     shape = _slice_of(number // cores, CHIPS[chip])
-    if not shape or CHIPS[chip].per_chip > 1:  # what a number of those counts is not defined
+    if not shape or CHIPS[chip].per_chip > 1:  # it is not defined what such a number counts
         example = "x".join(["4"] * (CHIPS[chip].torus or 1))
         raise UserError(
-            f"--topology={name} is not a slice of {chip} that can be told by its number: name the "
-            f"chips along the torus, such as {chip}:{example}."
+            f"--topology={name} does not define a slice of {chip}: write the shape of the torus, "
+            f"such as {chip}:{example}."
         )
-    raise UserError(f"--topology={name} stands for {counted}: write their shape, {chip}:{shape}.")
+    raise UserError(f"--topology={name} means {counted}: write the shape, {chip}:{shape}.")
 
 
 def _slice_of(chips: int, chip: Chip) -> str:
-    """The slice of so many chips with the most equal sides, as 8x8x16; empty where there is none.
+    """The slice of `chips` chips with the most equal sides, as 8x8x16; empty: there is none.
 
-    Reference: the tables of shapes in chips.py's sources.  From 64 chips on a slice of a 3-D torus
-    is made of cubes of 4x4x4.
+    Reference: the tables of shapes in chips.py's sources.  From 64 chips on, a slice of a 3-D torus
+    consists of cubes of 4x4x4.
     """
     if not chip.torus or not chips or chips > chip.island:
         return str(chips) if chips and not chip.torus else ""
@@ -114,10 +114,10 @@ def _slice_of(chips: int, chip: Chip) -> str:
 
 
 def compile_devices(topology: Topology) -> tuple[list[Any], str]:
-    """Devices to compile for, and what they are; none, and why, where XLA cannot.
+    """Make devices to compile for, and describe them; no devices and a reason if XLA cannot.
 
-    TPUs come from libtpu, which needs none.  GPUs have to be in this machine: XLA picks kernels
-    for them by running some.
+    libtpu makes TPU devices without a TPU.  GPUs must be in this machine, because XLA chooses their
+    kernels by running candidates.
 
     Raises:
       UserError: a slice of that shape does not exist.
@@ -126,13 +126,13 @@ def compile_devices(topology: Topology) -> tuple[list[Any], str]:
         same = [d for d in _gpus() if topology.chip.kind in d.device_kind]
         if len(same) < topology.num_devices:
             return [], (
-                f"XLA compiles for GPUs only where they are: {len(same)} of "
-                f"{topology.num_devices} {topology.chip.kind} here"
+                f"XLA compiles only for GPUs of this machine, which has {len(same)} of "
+                f"{topology.num_devices} {topology.chip.kind}"
             )
         return same[: topology.num_devices], f"compiled on this machine's {topology.chip.kind}"
     for key, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from jax.experimental import topologies  # after the environment it is read from
+    from jax.experimental import topologies  # reads the environment variables set above
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
@@ -145,7 +145,7 @@ def compile_devices(topology: Topology) -> tuple[list[Any], str]:
 
 
 def _gpus() -> list[Any]:
-    """GPUs of this machine, none of their memory reserved."""
+    """The GPUs of this machine, without reserving their memory."""
     if importlib.util.find_spec("jax_plugins") is None:
         return []
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

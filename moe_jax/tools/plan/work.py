@@ -1,6 +1,8 @@
-"""What one device computes, moves to and from memory, and sends in a step, from first principles.
+"""Estimates what one device computes, moves to and from HBM, and sends per step.
 
-Used where a program is not compiled; a compiled one's collectives are read from it (hlo.py).
+Used if the program is not compiled; the collectives of a compiled program are read from its text
+(hlo.py).  D width, F expert width, U matrices into an expert, E experts, H query and J key/value
+heads, A head width, T positions in a row.
 """
 
 from moe_jax.parallel.mesh import AXES
@@ -15,9 +17,9 @@ from moe_jax.tools.plan.analytic import (
 from moe_jax.tools.plan.lowering import Plan, split_ways
 from moe_jax.tools.plan.roofline import Traffic
 
-# Matrix products of a block that the backward pass computes again, by remat policy: those whose
-# results it needs and the policy does not keep.  An attention kernel always runs again, and what
-# experts made where the combine weighs it.
+# By remat policy, the weights of a block whose matmuls the backward pass recomputes, because it
+# needs their results and the policy does not save them.  An attention kernel is always recomputed,
+# and so are the experts' outputs if the combine weighs them.
 _AGAIN = {
     "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
@@ -28,12 +30,12 @@ _AGAIN = {
 
 
 def executed_flops(plan: Plan) -> float:
-    """FLOPs of one device's matrix products: recomputation and empty slots included."""
+    """The FLOPs per step of one device's matmuls, with recomputation and empty slots."""
     config, model = plan.config, plan.config.model
     moe, T = model.moe, config.data.sequence_length
     again = _AGAIN[model.remat]
     flops = plan.flops
-    slots = 1.0  # places in the experts' buffers for each assignment
+    slots = 1.0  # slots per assignment
     parts = plan.model.components
     if parts is not None:
         if model.remat != "none" and not parts.dispatch.weighs_hidden:
@@ -57,8 +59,11 @@ def executed_flops(plan: Plan) -> float:
 
 
 def moved_bytes(plan: Plan) -> float:
-    """Bytes between one device and its memory that no fusion avoids: the state once in and out,
-    and every weight in the compute dtype for each pass of each microbatch."""
+    """The bytes per step between one device and its HBM that no fusion avoids.
+
+    These are the state, read and written once, and every weight in the compute dtype for each pass
+    of each microbatch.
+    """
     parameters, copies, optimizer = state_bytes(plan)
     passes = 3 + (plan.config.model.remat != "none")
     c = local_sizes(plan).c
@@ -71,15 +76,15 @@ def moved_bytes(plan: Plan) -> float:
 
 
 def traffic(plan: Plan) -> list[Traffic]:
-    """What one device sends in a step."""
+    """Estimate the bytes that one device sends per step."""
     local = local_sizes(plan)
     return [*_weights(plan, local), *_tokens(plan, local), *_tensor(plan, local)]
 
 
 def _weights(plan: Plan, local: Local) -> list[Traffic]:
-    """Gathering what fsdp splits, and reducing gradients."""
+    """The traffic of gathering weights over fsdp, and of reducing gradients."""
     sizes, again = local.sizes, plan.config.train.accumulation
-    gathers = 2  # forward, and again when the layer goes back
+    gathers = 2  # in the forward and in the backward pass of the layer
     found = []
     for leaf in plan.leaves:
         used = {axis for axis in AXES if split_ways(leaf.axes, dict.fromkeys(AXES, 2), (axis,)) > 1}
@@ -98,14 +103,14 @@ def _weights(plan: Plan, local: Local) -> list[Traffic]:
 
 
 def _tokens(plan: Plan, local: Local) -> list[Traffic]:
-    """Tokens to the experts and back, forward and backward."""
+    """The traffic of dispatch and combine, forward and backward."""
     model, exchange, n = local.model, local.exchange, local.sizes["expert"]
     if exchange is None or local.dispatch is None:
         return []
     there, back = passes_to_experts(local)
     again = moe_layers(model) * plan.config.train.accumulation
     a_row = model.width * local.c
-    weights = there * 4 if local.dispatch.weighs_hidden else 0  # beside the tokens of a row
+    weights = there * 4 if local.dispatch.weighs_hidden else 0  # bytes sent with each token
     if exchange.dispatch == "all-gather":
         sent = again * (n - 1) * exchange.rows
         return [
@@ -117,11 +122,12 @@ def _tokens(plan: Plan, local: Local) -> list[Traffic]:
 
 
 def _tensor(plan: Plan, local: Local) -> list[Traffic]:
-    """Sums over tensor: after attention and after the FFN, forward and backward."""
+    """The traffic of sums over tensor, after attention and FFN, forward and backward."""
     n, model = local.sizes["tensor"], local.model
     if n == 1:
         return []
-    times = 4 + (model.remat != "none")  # attention's again; the FFN's is in no one's derivative
+    # Remat repeats the sum of attention only, because no backward rule needs the FFN's output.
+    times = 4 + (model.remat != "none")
     stream = local.N * model.width * local.c
     again = plan.config.train.accumulation
     bytes_ = again * model.num_layers * times * 2 * stream * (n - 1) / n

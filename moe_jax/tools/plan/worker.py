@@ -1,9 +1,8 @@
-"""Compiles the plan in FOLDER/config.json.
+"""Compiles the plan in FOLDER/config.json; compiled.py starts it.
 
 python -m moe_jax.tools.plan.worker FOLDER TOPOLOGY SAVE CONFIG
-CONFIG is the file of the command that asked, run for the routers and dispatch paths that it
-registers; empty: none.
-A process of its own, because XLA can be stopped in no other way.  See compiled.py, which starts it.
+CONFIG is the command's config file, which registers its routers and dispatch paths; empty: none.
+It is a separate process, because XLA can be stopped only by killing its process.
 """
 
 import json
@@ -20,8 +19,8 @@ from moe_jax.tools.plan.topology import compile_devices, parse_topology
 
 
 def main(folder: str, name: str, save: str, config_file: str) -> None:
-    """Writes FOLDER/result.json, if it is let live so long."""
-    # What comes from the cache has no dumps, and may not be saved again.
+    """Compile and write FOLDER/result.json, unless compiled.py kills the process before."""
+    # A program from the compilation cache has no dumps and may not be saved again.
     jax.config.update("jax_enable_compilation_cache", False)
     topology = parse_topology(name)
     if topology.chip.torus:

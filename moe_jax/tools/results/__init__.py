@@ -1,4 +1,4 @@
-"""What the runs below a folder came to: a table, CSV, a plot.
+"""Compares the runs below a folder in a table, a CSV file and a plot.
 
-read.py reads run folders, group.py puts seeds together, table.py and plot.py show them.
+read.py reads workdirs, group.py groups runs over seeds, table.py and plot.py show them.
 """

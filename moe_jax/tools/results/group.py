@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, put together; and which may be ranked at all."""
+"""Groups runs that differ only in the seed, and decides whether groups can be ranked."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from moe_jax.tools.results.read import DONE, Result, Sample
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation (None for a single value)."""
+    """The mean and the sample standard deviation (None: there is a single value)."""
 
     mean: float
     deviation: float | None
@@ -20,13 +20,13 @@ class Spread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of one configuration at their end; `settings` are what tells groups apart."""
+    """The finished runs of one configuration; `settings` has the keys that differ by group."""
 
     settings: dict[str, Any]  # dotted config key -> value
     runs: tuple[Result, ...]
 
     def spread(self, name: str) -> Spread | None:
-        """Of one number of `Result` over the runs that have it."""
+        """The spread of one number of `Result` over the runs that have it; None: no run has it."""
         values = [getattr(run, name) for run in self.runs]
         values = [value for value in values if value is not None]
         if not values:
@@ -35,14 +35,15 @@ class Group:
         return Spread(statistics.mean(values), deviation)
 
     def label(self, without: str = "") -> str:
-        """Such as `num_experts=8 router=switch`; "base" where nothing tells groups apart."""
+        """A label such as `num_experts=8 router=switch`; "base" if no key differs by group."""
         return label({key: value for key, value in self.settings.items() if key != without})
 
 
 def group(results: Sequence[Result]) -> list[Group]:
-    """The runs that are done, by all of their config but the seed, in order of appearance.
+    """Group the finished runs by their config without the seed, in order of appearance.
 
-    Runs of one config that were evaluated on different samples are apart: their text has changed.
+    Runs of one config that were evaluated on different samples are in different groups, because
+    their data has changed.
     """
     settings = _telling(results)
     members: dict[tuple[str, Sample | None], list[Result]] = {}
@@ -54,7 +55,7 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 
 def sample_fault(groups: Sequence[Group]) -> str:
-    """Why the held-out losses of the groups do not compare, in one sentence; empty if they do."""
+    """Say in one sentence why the held-out losses are not comparable; empty: they are."""
     runs = [run for each in groups for run in each.runs if run.sample is not None]
     samples = [run.sample for run in runs if run.sample is not None]
     lengths = {sample.sequence_length for sample in samples}
@@ -80,9 +81,9 @@ def sample_fault(groups: Sequence[Group]) -> str:
 
 
 def ranks(groups: Sequence[Group]) -> list[int | None]:
-    """Place of each group by its mean best held-out loss, 1 the lowest; None where it has none.
+    """Rank the groups by mean best held-out loss, 1 for the lowest; None: no loss.
 
-    Equal losses share a place.  No group has a place where `sample_fault` is not empty.
+    Equal losses share a rank.  All ranks are None if `sample_fault` is not empty.
     """
     spreads = [each.spread("best_heldout") for each in groups]
     means = [None if spread is None else spread.mean for spread in spreads]
@@ -93,7 +94,7 @@ def ranks(groups: Sequence[Group]) -> list[int | None]:
 
 
 def _size(run: Result) -> str:
-    """`512 rows, 65,536 tokens`, as far as the run's folder tells it."""
+    """The size of a run's sample, such as `512 rows, 65,536 tokens`, as far as it is known."""
     assert run.sample is not None
     rows = [] if run.heldout_rows is None else [f"{run.heldout_rows:,} rows"]
     tokens = [] if run.sample.tokens is None else [f"{run.sample.tokens:,} tokens"]
@@ -101,12 +102,12 @@ def _size(run: Result) -> str:
 
 
 def labels(results: Sequence[Result]) -> dict[str, str]:
-    """Run name -> label of its configuration; runs without a config are left out."""
+    """Map run name -> label of its configuration; runs without a config are left out."""
     return {name: label(settings) for name, settings in _telling(results).items()}
 
 
 def _telling(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Run name -> the keys in which the configs that have them differ."""
+    """Map run name -> its values of the keys in which the runs' configs differ."""
     flat = {run.name: _flat(run.config) for run in results if run.config is not None}
     seen: dict[str, set[str]] = {}
     for config in flat.values():
@@ -119,7 +120,7 @@ def _telling(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """Dotted keys of all that shapes a run; what its other keys replace is left out."""
+    """The dotted keys that affect a run, without those that other keys make unused."""
     unused = ["wandb."]
     if config.model.dense:
         unused.append("model.moe.")

@@ -1,4 +1,4 @@
-"""What runs are called: the keys in which their configs differ, short enough for a plot."""
+"""Labels runs by the keys in which their configs differ, short enough for a plot."""
 
 import itertools
 import json
@@ -8,23 +8,23 @@ from typing import Any
 from moe_jax.config import Config
 
 MAX_LABEL = 44  # characters of a label in a plot; a mixture may be longer
-MAX_SOURCES = 4  # of a mixture that are named
+MAX_SOURCES = 4  # sources of a mixture that a label names
 MIXTURE = "data.mixture"
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """Such as `num_experts=8 router=switch`; "base" where `settings` is empty.
+    """Make a label such as `num_experts=8 router=switch`; "base" if `settings` is empty.
 
     Args:
-      settings: key -> value, of the keys that tell runs apart: dotted keys of the config, and
-        MIXTURE with what `mixture` says.
+      settings: key -> value of the keys that differ between runs: dotted keys of the config, and
+        MIXTURE with the text of `mixture`.
     """
     words, names = [], _names(settings)
     for key, value in settings.items():
         if key == MIXTURE:
             words += [value] if value else []
         elif key.startswith(f"{MIXTURE}.") and key.endswith(".weight"):
-            continue  # the shares say it
+            continue  # the mixture's shares show the weights
         elif value is True:
             words.append(names[key])
         elif value is not False or len(settings) == 1:
@@ -33,7 +33,7 @@ def label(settings: Mapping[str, Any]) -> str:
 
 
 def mixture(config: Config) -> str:
-    """Such as `mixture code 70% prose 30%`, largest first; empty where there is one source."""
+    """Describe the mixture: `mixture code 70% prose 30%`, largest first; empty: one source."""
     entries = config.data.entries
     whole = sum(entry.weight for entry in entries.values())
     order = sorted(entries, key=lambda name: -entries[name].weight)
@@ -44,13 +44,13 @@ def mixture(config: Config) -> str:
 
 
 def short_labels(settings: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """A label for each of several runs.
+    """Make a short label for each run.
 
-    All keys in which they differ, where that is short.  Runs that have little in common are called
-    by their folders, with the fewest keys that tell all of them apart where there is room.
+    If it is short enough, a label has all keys in which the runs differ.  Otherwise runs are
+    labelled by their folders and, if there is room, by few keys that distinguish all runs.
 
     Args:
-      settings: of each run, as `label` takes them.
+      settings: for each run, the argument of `label`.
       names: folders of the runs.
     """
     full = [label(each) for each in settings]
@@ -69,7 +69,7 @@ def short_labels(settings: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Few keys that tell all runs apart; that with the most values is chosen first."""
+    """Choose few keys that distinguish all runs (greedy, the key with the most values first)."""
     rest = dict.fromkeys(itertools.chain.from_iterable(settings))
     chosen: list[str] = []
 
@@ -86,7 +86,7 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _names(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Each dotted key by its last part, or by as many as no other of them ends with."""
+    """Shorten each dotted key to its last parts, as many as make it unique."""
     found = {}
     for key in keys:
         parts = key.split(".")
@@ -97,7 +97,7 @@ def _names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(value: Any) -> str:
-    """`value` with at most four digits, and a path by its end."""
+    """Format a number with at most four digits, and a long path by its end."""
     return f"{value:.4g}" if isinstance(value, float) else _end(str(value))
 
 

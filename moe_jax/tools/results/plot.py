@@ -1,4 +1,4 @@
-"""Held-out loss against compute, and the best of each configuration, seeds as error bars."""
+"""Plots held-out loss against compute, and the best loss of each configuration over seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from moe_jax.files.formats import count
 from moe_jax.tools.results.group import Group, sample_fault
 from moe_jax.tools.results.label import short_labels
 
-_LOSS = "held-out loss (nats a token)"
-_RATE = "learning_rate"  # a key that ends so is one: people vary it by factors
-_LINES = ("solid", "dashed", "dotted", "dashdot")  # one for each ten colours
+_LOSS = "held-out loss (nats per token)"
+_RATE = "learning_rate"  # keys with this ending are usually varied by factors: logarithmic axis
+_LINES = ("solid", "dashed", "dotted", "dashdot")  # the next style after every ten colours
 _HIGHEST = 30.0  # inches
 
 
 def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
-    """Two panels: loss curves, and best losses over config key `x` (empty: by configuration).
+    """Draw loss curves, and best losses over config key `x` (empty: by configuration).
 
-    Lines and points are means over seeds, bands and bars one sample standard deviation.  Runs
-    that were evaluated on different samples are drawn as well, and the title says so.
+    Lines and points are means over seeds, bands and bars are one sample standard deviation.  If
+    runs were evaluated on different samples, the title says so.
 
     Raises:
       UserError: matplotlib is missing, there is nothing to plot, or the file cannot be written.
@@ -30,7 +30,7 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install 'moe_jax[plots]'.") from None
     if not groups:
-        raise UserError("--plot has nothing to show: no run is at its end yet.")
+        raise UserError("--plot has nothing to show: no run is finished. Leave --plot out.")
     if x:
         _check_key(x, groups)
     names = short_labels(
@@ -59,7 +59,7 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
     )
     figure.suptitle(_title(groups), x=0.01, horizontalalignment="left")
     try:
-        # With a format matplotlib adds no suffix, so a folder or a bare name is what it says.
+        # With an explicit format, matplotlib does not append a suffix to the path.
         figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot={path} cannot be written ({error}).") from None
@@ -88,7 +88,7 @@ def _draw_curves(
         for run in each.runs:
             for flops, loss in run.curve:
                 points.setdefault(flops, []).append(loss)
-        # Only where every seed was evaluated: elsewhere the mean would jump.
+        # Use only points at which every seed was evaluated, because else the mean would jump.
         whole = sorted(flops for flops in points if len(points[flops]) == len(each.runs))
         mean = [statistics.mean(points[flops]) for flops in whole]
         spread = [statistics.stdev(points[f]) if len(points[f]) > 1 else 0.0 for f in whole]
@@ -111,7 +111,7 @@ def _draw_curves(
 
 
 def _draw_best(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, str]]) -> None:
-    """A row for each configuration, numbered as in the legend."""
+    """Draw a row per configuration, numbered as in the legend."""
     for place, (each, style) in enumerate(zip(groups, styles, strict=True)):
         mean, deviation = each.spread("best_heldout") or (float("nan"), None)
         colour = style["color"]
@@ -161,7 +161,7 @@ def _draw_over(axes: Any, groups: Sequence[Group], x: str) -> None:
 
 
 def _is_wide(values: Sequence[float]) -> bool:
-    """Whether a linear axis would press the smaller of `values` together."""
+    """True if `values` need a logarithmic axis: positive, and largest at least 8 x smallest."""
     return bool(values) and min(values) > 0 and max(values) >= 8 * min(values)
 
 

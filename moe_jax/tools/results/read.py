@@ -1,4 +1,4 @@
-"""One run's folder as numbers; whatever is missing or broken there becomes its state."""
+"""Reads the numbers of a run from its workdir; missing or damaged files become its state."""
 
 import dataclasses
 import itertools
@@ -20,57 +20,57 @@ from moe_jax.record.report import METRICS, is_last, read_row
 
 DONE = "done"
 _NO_RUNS_BELOW = {"checkpoints", "stores", "tensorboard", "profile"}
-_SWEEP_RECORD = "sweep.json"  # of launch/sweep.py: run name -> overrides
-_RUN_NAME = re.compile("[a-z0-9-]+")  # as launch/runs.py makes them: no path to anywhere else
+_SWEEP_RECORD = "sweep.json"  # written by launch/sweep.py: run name -> overrides
+_RUN_NAME = re.compile("[a-z0-9-]+")  # names made by launch/runs.py, so never a path out of here
 
 
 class Sample(NamedTuple):
-    """The held-out text of an evaluation: losses compare only on the same one."""
+    """The held-out sample of an evaluation; only losses on the same sample are comparable."""
 
-    tokens: int | None  # targets of the loss; None: the row does not say
-    text: str  # fingerprint of the token store; empty: the folder does not tell it
-    sequence_length: int  # T, which cuts the split into rows
-    whole: bool  # the whole split: the same targets, however it is cut
+    tokens: int | None  # targets of the loss; None: not recorded
+    text: str  # fingerprint of the token store; empty: not recorded
+    sequence_length: int  # T, which splits the text into rows
+    whole: bool  # True: the whole split, whose targets do not depend on sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One run.  A number is None where the folder does not tell it."""
+    """One run.  A number is None if the workdir does not have it."""
 
-    name: str  # its folder, below the one that was asked about
-    state: str  # DONE, or what it is instead
+    name: str  # its folder, relative to --workdir
+    state: str  # DONE, or why it is not done
     config: Config | None = None
-    sample: Sample | None = None  # of the newest evaluation; the losses below are all on it
-    heldout_rows: int | None = None  # of that sample
-    best_heldout: float | None = None  # nats a token
-    best_nodrop: float | None = None  # the same without drops, of its own best evaluation
-    train_loss: float | None = None  # language-model loss of the last accepted step, nats a token
+    sample: Sample | None = None  # of the newest evaluation; the losses below are on this sample
+    heldout_rows: int | None = None  # rows of that sample
+    best_heldout: float | None = None  # nats per token
+    best_nodrop: float | None = None  # the best loss without drops, nats per token
+    train_loss: float | None = None  # language-model loss of the last accepted step, nats per token
     tokens_per_second: float | None = None  # median of the log steps
     drop_fraction: float | None = None  # median of the log steps
     parameters: int | None = None
     active: int | None = None
     flops_per_token: float | None = None  # model FLOPs, forward and backward
-    flops: float | None = None  # of all steps so far
+    flops: float | None = None  # model FLOPs of all steps so far
     curve: tuple[tuple[float, float], ...] = ()  # (model FLOPs so far, held-out loss)
 
 
 def read_runs(folder: Path) -> list[Result]:
-    """Every run at or below `folder`, and every run that a sweep there has planned.
+    """Read every run at or below `folder`, and every planned run of a sweep there.
 
     Raises:
       UserError: there is none.
     """
-    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
-        raise UserError(f"--workdir={folder} is not a folder: name one with runs below it.")
+    if not os.path.isdir(folder):  # also False for an invalid path
+        raise UserError(f"--workdir={folder} is not a folder: use a folder with runs below it.")
     results = [read_run(path, os.path.relpath(path, folder)) for path in _run_folders(folder)]
     if not results:
-        raise UserError(f"--workdir={folder} holds no run: name a folder with runs below it.")
+        raise UserError(f"--workdir={folder} has no runs: use a folder with runs below it.")
     return results
 
 
 def read_run(folder: Path, name: str) -> Result:
-    """The run in `folder`; never raises for what it finds there."""
-    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
+    """Read the run in `folder`; damaged files there never raise, they become its state."""
+    if not os.path.isdir(folder):  # also False for an invalid path
         return Result(name, "not started")
     try:
         config = read_config(folder / "config.json")
@@ -79,7 +79,7 @@ def read_run(folder: Path, name: str) -> Result:
         per_token = flops_per_token(model, config.data.sequence_length)
     except FileNotFoundError:
         return Result(name, "no config.json")
-    except (UserError, ValueError) as error:  # of a vocabulary that was never resolved
+    except (UserError, ValueError) as error:  # ValueError: the vocabulary was never resolved
         return Result(name, str(error).removeprefix(f"{folder}/"))
     known: dict[str, Any] = {
         "config": config,
@@ -120,7 +120,7 @@ def read_run(folder: Path, name: str) -> Result:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Planned runs in their sweep's order, whether their folders are there or not; then others."""
+    """List planned runs in their sweep's order, even without a folder; then all other runs."""
     planned: dict[Path, None] = {}
     found = []
     for here, below, files in os.walk(folder):
@@ -144,7 +144,7 @@ def _planned(path: Path) -> list[str]:
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(rows, lines that are none); a torn last line is what a kill leaves and does not count."""
+    """Read (rows, number of broken lines); a truncated last line, left by a kill, is ignored."""
     rows, broken = [], 0
     lines = json_files.read_lines(path)
     for line in lines:
@@ -160,12 +160,13 @@ def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], br
     steps = config.train.steps
     if broken:
         return f"{METRICS}: {broken} broken line{'s' * (broken > 1)}"
-    # First: the last step of a finished run may have been refused, which changed nothing.
+    # Check this first, because the last step of a finished run may have been skipped.
     if any("eval_loss" in row and row["step"] >= steps for row in rows):
         return DONE
     if any(is_last(row, steps, config.data.max_epochs) for row in rows):
         return DONE
-    # Every refused step has a row.  A few are no end: the run goes on, or was stopped among them.
+    # Every skipped step has a row.  A few at the end are not divergence: the run continues, or was
+    # stopped there.
     last = list(itertools.takewhile(_refused, reversed(train)))
     if len(last) > config.train.max_skipped or (last and "skipped" not in last[0]):
         return f"diverged at step {last[0]['step']}"
@@ -173,7 +174,7 @@ def _state(config: Config, rows: Sequence[Mapping], train: Sequence[Mapping], br
 
 
 def _refused(row: Mapping[str, Any]) -> bool:
-    """Whether the guard refused a step; rows older than the guard tell it by their numbers."""
+    """True if the step was skipped; in rows from before the step guard, if it is not finite."""
     if "skipped" in row:
         return bool(_number(row, "skipped"))
     numbers = [_number(row, name, keep=True) for name in ("loss", "grad_norm")]
@@ -181,14 +182,14 @@ def _refused(row: Mapping[str, Any]) -> bool:
 
 
 def _sample(row: Mapping[str, Any], config: Config, text: str) -> Sample:
-    """What a row of held-out numbers was evaluated on; its config is the run's present one."""
+    """The sample of an evaluation row; `config` is the run's current one."""
     rows = _count(row, "eval_rows")
     whole = rows is not None and (config.eval.rows == 0 or rows < config.eval.rows)
     return Sample(_count(row, "eval_tokens"), text, config.data.sequence_length, whole)
 
 
 def _text_of(folder: Path) -> str:
-    """The fingerprint of a run's token store; empty where the folder does not tell it."""
+    """The fingerprint of a run's token store; empty: not recorded."""
     try:
         record = json_files.read(folder / DATA_RECORD)
     except (FileNotFoundError, UserError):
@@ -212,7 +213,7 @@ def _count(row: Mapping[str, Any], key: str) -> int | None:
 
 
 def _number(row: Mapping[str, Any], key: str, keep: bool = False) -> float | None:
-    """row[key] as a number; None if there is none, or it is not finite (unless `keep`)."""
+    """row[key] as a number; None: there is none, or it is not finite (unless `keep`)."""
     try:
         number = float(row.get(key, ""))
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Results as text (a Markdown table) and as CSV."""
+"""Formats results as Markdown tables, and writes them as CSV."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from moe_jax.tools.results.group import Group, Spread, labels, ranks
 from moe_jax.tools.results.read import Result
 
 _short = partial(count, digits=2)
-# attribute of Result -> (heading, how a number is written)
+# attribute of Result -> (heading, format of a number)
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "best_heldout": ("held-out loss", "{:.4f}".format),
     "best_nodrop": ("without drops", "{:.4f}".format),
@@ -26,14 +26,15 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 _WITH_DEVIATION = ("best_heldout", "best_nodrop", "train_loss")
 NOTE = (
-    "Losses are nats a token: the best held-out ones, dropping by the eval capacity and without "
-    "drops, and that of the last accepted training step without auxiliary losses; held-out rows "
-    "are their sample; tokens/s and dropped are medians of the log steps; FLOPs are the model's."
+    "Losses in nats per token. Held-out loss: best evaluation at the eval capacity. Without drops: "
+    "best evaluation without drops. Train loss: last accepted step, without auxiliary losses. "
+    "Held-out rows: size of the evaluation sample. Tokens/s and dropped: medians of the log steps. "
+    "FLOPs: model FLOPs."
 )
 
 
 def runs_table(results: Sequence[Result]) -> str:
-    """One line a run; `-` where a number is missing."""
+    """Format one line per run, with `-` for a missing number."""
     label = labels(results)
     rows = [["run", "config", "seed", "state", *(heading for heading, _ in _COLUMNS.values())]]
     for run in results:
@@ -44,9 +45,9 @@ def runs_table(results: Sequence[Result]) -> str:
 
 
 def groups_table(groups: Sequence[Group]) -> str:
-    """One line a configuration: means over its seeds, `±` one sample standard deviation.
+    """Format one line per configuration: means over seeds, `±` one sample standard deviation.
 
-    `rank` is the place by held-out loss; `-` where the samples differ (`sample_fault` says how).
+    `rank` is by held-out loss, or `-` if the samples differ (`sample_fault` says how).
     """
     rows = [["config", "rank", "runs", *(heading for heading, _ in _COLUMNS.values())]]
     for each, rank in zip(groups, ranks(groups), strict=True):
@@ -56,7 +57,7 @@ def groups_table(groups: Sequence[Group]) -> str:
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """One line a run, numbers in full; an empty cell where one is missing.
+    """Write one line per run, numbers with all digits; a missing number is an empty cell.
 
     Raises:
       UserError: the file cannot be written.

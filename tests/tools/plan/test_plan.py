@@ -1,4 +1,4 @@
-"""The planner: numbers by hand, refusals, and a real compilation for a TPU that is not here."""
+"""The planner's analytic model against numbers by hand, and its refusals."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ MESH = MeshConfig(data=1, fsdp=2, expert=4)
 
 
 def small(mesh: MeshConfig = MESH, batch: int = 16, **model) -> Config:
-    """Rows of 128 tokens in bfloat16."""
+    """Make a config of rows of 128 tokens in bfloat16."""
     config = Config(precision="bfloat16", mesh=mesh, model=dataclasses.replace(MODEL, **model))
     return dataclasses.replace(
         config,
@@ -50,7 +50,7 @@ def small(mesh: MeshConfig = MESH, batch: int = 16, **model) -> Config:
 
 
 def test_state_is_what_the_trainer_holds(mesh_of):
-    """Exactly the bytes of the shards that the trainer's own shardings give, for each optimizer."""
+    """The bytes equal those of the shards under the trainer's own shardings, per optimizer."""
     factored = {"width": 128, "moe": dataclasses.replace(MODEL.moe, expert_width=256)}
     few = dataclasses.replace(factored["moe"], num_experts=4)  # fsdp splits their width
     for name, model in (
@@ -82,10 +82,10 @@ def test_state_is_what_the_trainer_holds(mesh_of):
 
 
 def test_memory_of_a_small_model_by_hand():
-    """fsdp 2 x expert 4, 2 rows a device, capacity 2: every size written out."""
+    """fsdp 2 x expert 4, 2 rows per device, capacity factor 2: every size written out."""
     plan = make_plan(small(), 8)
     N, D, V, L = 2 * 128, 64, 512, 4
-    M = 8 * (2 * N * 2 // 8)  # 8 experts; a group's 512 choices, doubled, over 8
+    M = 8 * (2 * N * 2 // 8)  # 8 experts; a group's 512 assignments, doubled, over 8
     F, wide = 128, M * 128 * 2
     assert analytic.local_sizes(plan).M == M
     memory = analytic.estimate(plan)
@@ -104,7 +104,7 @@ def test_memory_of_a_small_model_by_hand():
 
 
 def test_a_transformation_with_one_moment_needs_half_of_adams_two():
-    """But for the counters, one per parameter of one layer."""
+    """Except the counters, of which there is one per parameter of one layer."""
     sizes = {}
     for name in ("adamw", "optax.scale_by_lion"):
         config = dataclasses.replace(small(), optimizer=OptimizerConfig(name))
@@ -121,7 +121,7 @@ def test_flops_and_traffic_by_hand():
     active = 4 * (D * 16 * 12 + D * 8 + 2 * 3 * D * F) + D * 512
     model = 6 * (active + 4 * 128 * 64)
     assert plan.flops == model
-    slots = 6 * 4 * 2 * 3 * D * F  # as many empty ones as full ones
+    slots = 6 * 4 * 2 * 3 * D * F  # half of the slots are empty
     again = 2 * 4 * (D * 16 * 12 + 2 * 2 * 2 * D * F) + 2 * 4 * 128 * 64
     assert work.executed_flops(plan) == (model + slots + again) * tokens / 8
     sent = {(one.op, one.axes): one.bytes for one in work._tokens(plan, analytic.local_sizes(plan))}
@@ -130,7 +130,7 @@ def test_flops_and_traffic_by_hand():
 
 
 def test_dropless_without_a_bound_sends_each_token_once_to_every_other_shard():
-    """And has room for all tokens of the axis at each expert it holds, at most K of them."""
+    """Its buffer has rows for all tokens of the axis at up to K of its experts."""
     moe = MoEConfig(num_experts=8, expert_width=128, dispatch="dropless")
     plan = make_plan(small(moe=moe), 8)
     local = analytic.local_sizes(plan)
@@ -144,9 +144,9 @@ def test_dropless_without_a_bound_sends_each_token_once_to_every_other_shard():
 
 
 def test_less_is_kept_and_more_computed_down_the_policies():
-    """none, save_hidden, save_dispatch, full: memory falls and work rises.
+    """From none to save_hidden, save_dispatch and full, memory falls and work rises.
 
-    Between the last two it is the dispatch that is done again, all-to-all included.
+    Between the last two, full also repeats the dispatch with its all-to-all.
     """
     order = ("none", "save_hidden", "save_dispatch", "full")
     assert set(order) < set(REMAT)
@@ -162,7 +162,7 @@ def test_less_is_kept_and_more_computed_down_the_policies():
 def test_every_chip_has_believable_figures():
     for name, chip in CHIPS.items():
         assert chip.peak_flops > 1e14, name
-        # A chip needs between 100 and 1,000 FLOPs for every byte it reads to be busy.
+        # To be compute-bound, a chip needs 100 to 1,000 FLOPs per byte that it reads.
         assert 100 < chip.peak_flops / chip.hbm_bandwidth < 1000, name
         assert chip.network < chip.link < chip.hbm_bandwidth, name
         assert chip.source.startswith("https://"), name
@@ -176,10 +176,10 @@ def test_roofline_of_one_resource_at_a_time():
     assert (one.limit, one.seconds) == ("compute", 1.0)
     one = roofline(plan, topology, 0.0, 2 * 2765e9, [])
     assert (one.limit, one.seconds) == ("HBM", 2.0)
-    # A ring of 4: a byte goes one link on average, of which there is one each way.
+    # In a ring of 4 a byte crosses one link on average, and there is one link per direction.
     one = roofline(plan, topology, 0.0, 0.0, [Traffic("all-to-all", "expert", 200e9)])
     assert (one.limit, one.seconds) == ("expert", 1.0)
-    # fsdp has the other two sides of the torus: four links a chip.
+    # fsdp has the other two sides of the torus: four links per chip.
     one = roofline(plan, topology, 0.0, 0.0, [Traffic("all-gather", "fsdp", 400e9)])
     assert (one.limit, one.seconds) == ("fsdp", 1.0)
 
@@ -194,21 +194,21 @@ def test_a_wrong_topology_is_one_sentence(name):
     ("name", "answer"),
     [
         # Sides as in the vendor's tables of v5p, v5e and v6e.
-        ("v5p-1024", "1024 TensorCores, 2 a chip: write their shape, v5p:8x8x8."),
+        ("v5p-1024", "1024 TensorCores, 2 per chip: write the shape, v5p:8x8x8."),
         ("v5p-8", "v5p:2x2x1."),
         ("v5p-32", "v5p:2x2x4."),
         ("v5p-64", "v5p:2x4x4."),
         ("v5p-384", "v5p:4x4x12."),
         ("V5P-4096", "v5p:8x16x16."),
         ("v5p-12288", "v5p:16x16x24."),
-        ("v5litepod-16", "16 chips: write their shape, v5e:4x4."),
+        ("v5litepod-16", "16 chips: write the shape, v5e:4x4."),
         ("v5e-8", "v5e:2x4."),
         ("v6e-256", "v6e:16x16."),
         ("h200-8", "h200:8."),
         ("v5p:512", "not a size of v5p: write v5p:8x8x8."),
         ("v5e:128", "write v5e:8x16."),
-        ("v4-8", "no figures of v4 are known here (v5e, v5p, "),
-        # No such slice: an odd core, more chips than a pod has, sides that are no cubes.
+        ("v4-8", "v4 is not known. Use one of v5e, v5p, "),
+        # No such slice: an odd core, more chips than a pod, sides that are not made of cubes.
         ("v5p-7", "such as v5p:4x4x4."),
         ("v5p-999999", "such as v5p:4x4x4."),
         ("v5p-200", "such as v5p:4x4x4."),
@@ -222,13 +222,13 @@ def test_names_that_count_cores_or_chips_get_their_shape(name, answer):
     with pytest.raises(UserError) as error:
         parse_topology(name)
     assert answer in str(error.value) and "\n" not in str(error.value)
-    suggested = re.search(r"write (?:their shape, )?(\S+)\.$", str(error.value))
+    suggested = re.search(r"write (?:the shape, )?(\S+)\.$", str(error.value))
     if suggested:
         parse_topology(suggested[1])
 
 
 def test_search_says_why():
-    """Fits are ranked; an indivisible head count and too little memory are both told."""
+    """Layouts that fit are ranked; an indivisible head count and too little memory are named."""
     topology = parse_topology("v5e:2x4")
     plan = anywhere(small())
     everything = search(plan, topology, 1e12, batches=(16,))
@@ -238,7 +238,7 @@ def test_search_says_why():
     nothing = search(plan, topology, 1e5, batches=(16,))
     assert nothing.found == []
     assert any(
-        re.fullmatch(r"needs .* MiB of 0\.1 MiB a device", one.why) for one in nothing.rejected
+        re.fullmatch(r"needs .* MiB of 0\.1 MiB per device", one.why) for one in nothing.rejected
     )
     assert {one.layout for one in everything.rejected} < {one.layout for one in nothing.rejected}
 

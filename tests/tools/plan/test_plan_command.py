@@ -1,4 +1,4 @@
-"""`python -m moe_jax plan`: a real compilation for TPUs in a process of its own, and refusals."""
+"""`python -m moe_jax plan`: a real compilation for TPUs in a separate process, and refusals."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ SMALL = (
 
 @pytest.mark.lifecycle
 def test_a_step_is_compiled_for_a_tpu_that_is_not_here(run_cli):
-    """Four chips of v5e: figures of XLA beside ours, and an all-to-all of the size it must have."""
+    """Four v5e chips: XLA's figures against ours, and the bytes of the all-to-all."""
     done = run_cli(
         ["moe_jax", "plan", CONFIG, *SMALL, "--topology=v5e:2x2", "--mesh=fsdp=2,expert=2"],
         timeout=120,
@@ -29,7 +29,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_here(run_cli):
     lines = done.out.splitlines()
     assert lines[-1] == "fits: yes"
     assert "compiled for this topology by libtpu" in done.out
-    # What XLA takes in is what we count: parameters, moments and the batch.
+    # The arguments of XLA are what we count: parameters, moments and the batch.
     sizes = dict(re.findall(r"^  (parameters|optimizer) +([\d.]+) MiB", done.out, re.M))
     given = re.search(r"state and batch ([\d.]+) MiB", done.out)
     batch = (7 * 4 + 1) * 32 * 128 / 4 / 2**20
@@ -44,7 +44,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_here(run_cli):
 
 @pytest.mark.full
 def test_mixtral_on_1024_chips(run_cli):
-    """In a few seconds, and the analytic memory within a tenth of XLA's."""
+    """It takes a few seconds, and the analytic memory is within a tenth of XLA's."""
     config = f"--config={ROOT / 'configs' / 'mixtral_8x7b.py'}"
     done = run_cli(["moe_jax", "plan", config, "--topology=v5p:8x8x16"], timeout=180)
     assert done.code == 0, done.err
@@ -56,7 +56,7 @@ def test_mixtral_on_1024_chips(run_cli):
 def test_gpus_that_are_not_here_are_estimated(run_cli):
     done = run_cli(["moe_jax", "plan", CONFIG, "--topology=h200:8", "--tokens=1e9"])
     assert done.code == 0, done.err
-    assert "not compiled (XLA compiles for GPUs only where they are" in done.out
+    assert "not compiled (XLA compiles only for GPUs of this machine" in done.out
     assert "chip-hours for 1e+09 tokens" in done.out
     assert done.out.endswith("fits: yes\n")
 

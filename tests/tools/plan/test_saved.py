@@ -1,4 +1,4 @@
-"""A saved executable is the one that was compiled, and no other file is loaded."""
+"""A saved executable equals the compiled one, and any other file is refused."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture
 def no_cache():
-    """XLA's CPU backend cannot save a program again that it read from the compilation cache."""
+    """XLA's CPU backend cannot save a program that it loaded from the compilation cache."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()

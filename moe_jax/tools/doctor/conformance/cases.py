@@ -1,8 +1,9 @@
-"""What is put through a layer: its sizes and knobs, and the arrays of five scenarios.
+"""The inputs of the conformance tests: sizes and knobs of a layer, and arrays of five scenarios.
 
-All numbers are rounded here, to bfloat16 where a layer in bfloat16 would round them, so that every
-dtype sees the same ones and only the arithmetic differs.  Competing scores lie far enough apart for
-float32 to choose as float64 does.
+All numbers are rounded here, to bfloat16 if a layer in bfloat16 would round them, so that every
+dtype gets the same inputs and only the arithmetic differs.  Competing scores differ enough for
+float32 to choose the same experts as float64.  B rows, T positions, D width, E experts, F expert
+width.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from moe_jax.moe.config import MoEConfig
 from moe_jax.parallel.mesh import MeshConfig
 
 B, T, D, E, F = 16, 8, 16, 8, 12
-ROWS = 2  # rows in a routing group: the most that a device holds on every mesh below
-SOURCES = 3  # of the data
+ROWS = 2  # rows per routing group, the most that fit on a device of every mesh below
+SOURCES = 3  # number of data sources
 
 MESHES = {
     "one_device": MeshConfig(data=1),
@@ -28,7 +29,7 @@ MESHES = {
     "expert2_tensor2": MeshConfig(data=1, expert=2, tensor=2),
     "fsdp2_expert4": MeshConfig(data=1, fsdp=2, expert=4),
 }
-# Knobs that a plain run leaves at their neutral value; a router not listed keeps its own.
+# Values of knobs whose defaults have no effect; other routers keep their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"logit_cap": 20.0},
     "sigmoid_bias": {"expert_groups": 4, "top_groups": 2, "routed_scale": 2.5},
@@ -38,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One MoE layer as it is compiled."""
+    """The settings that one MoE layer is compiled with."""
 
     model: ModelConfig  # its width, experts and remat
     mesh: MeshConfig
@@ -48,12 +49,12 @@ class Layer:
 
     @property
     def components(self) -> Components:
-        """Its router and dispatch path."""
+        """The layer's router and dispatch path."""
         return make_components(self.model.moe)
 
 
 class Case(NamedTuple):
-    """One batch and one set of weights, in NumPy; rows come first in all but the weights."""
+    """One batch and one set of weights as NumPy arrays; batch arrays begin with the row axis."""
 
     params: Any  # by the MoE module's names
     state: Any
@@ -66,9 +67,9 @@ class Case(NamedTuple):
 
 
 def layer(router: str, dispatch: str, mesh: str, dtype: str, remat: bool) -> Layer:
-    """A layer of the sizes above, so tight that bounded paths drop.
+    """Make a layer of the sizes above, with a capacity at which bounded paths drop.
 
-    Three choices where a router has no number of its own, so that K is 1, 2, 3 and E in turn.
+    K is 3 if the router does not fix it, so that over all routers K is 1, 2, 3 and E.
     """
     moe = MoEConfig(
         num_experts=E,
@@ -85,14 +86,20 @@ def layer(router: str, dispatch: str, mesh: str, dtype: str, remat: bool) -> Lay
 
 
 def rounded(array: Any) -> np.ndarray:
-    """float64 of the nearest bfloat16 numbers."""
+    """Round to bfloat16 and return float64."""
     return np.asarray(array, np.float32).astype(jnp.bfloat16).astype(np.float64)
 
 
 def draw(seed: int, model: ModelConfig, rows: int, positions: int) -> Case:
-    """Random tokens, none of them padding, and random weights.
+    """Draw random tokens without padding, and random weights.
 
     Feature 0 of every token is 1, so that row 0 of a router matrix is a bias.
+
+    Args:
+      seed: of the random numbers.
+      model: the sizes of the layer.
+      rows: number of rows.
+      positions: tokens per row.
     """
     rng = np.random.default_rng(seed)
     moe, width = model.moe, model.width
@@ -100,7 +107,8 @@ def draw(seed: int, model: ModelConfig, rows: int, positions: int) -> Case:
     router = make_router(moe)
     x_BTD = rng.normal(size=(rows, positions, width))
     x_BTD[..., 0] = 1
-    # The main matrix decides clearly; another one, of noise, keeps its softplus away from zero.
+    # Large weights in the main matrix separate the scores; small ones in a noise matrix keep its
+    # softplus away from zero.
     params = {
         f"router_{name}": rng.normal(size=spec.shape)
         * ((1.6 if name == "kernel" else 0.5) / np.sqrt(width))
@@ -109,13 +117,13 @@ def draw(seed: int, model: ModelConfig, rows: int, positions: int) -> Case:
     gates = 1 if model.activation == "gelu" else 2
     params["w_in_EDUF"] = rng.normal(size=(experts, width, gates, F)) / np.sqrt(width)
     params["w_out_EFD"] = rng.normal(size=(experts, F, width)) / np.sqrt(F)
-    # Distinct and too small to decide alone.
+    # Distinct values, too small to decide the routing alone.
     state = {
         name: (rng.permutation(np.prod(spec.shape)).reshape(spec.shape) + 1) / 32
         for name, spec in router.state_specs(experts).items()
     }
     return Case(
-        # Routers compute in float32 whatever the dtype, and must not lose what bfloat16 would.
+        # Routers compute in float32 in every dtype, so their weights keep float32's digits.
         {
             name: np.float32(value).astype(np.float64) if "router" in name else rounded(value)
             for name, value in params.items()
@@ -131,7 +139,7 @@ def draw(seed: int, model: ModelConfig, rows: int, positions: int) -> Case:
 
 
 def _biased(case: Case, bias_E: Any) -> Case:
-    """Row 0 of the router's main matrix, where it has one, set to `bias_E`."""
+    """Set row 0 of the router's main matrix, if it has one, to `bias_E`."""
     if "router_kernel" not in case.params:
         return case
     kernel = case.params["router_kernel"].copy()
@@ -140,7 +148,7 @@ def _biased(case: Case, bias_E: Any) -> Case:
 
 
 def even(case: Case) -> Case:
-    """Token n prefers expert n, then n + 1, then n + 2, modulo E."""
+    """Let token n prefer expert n, then n + 1, then n + 2, modulo E."""
     number = np.arange(B * T).reshape(B, T)
     rng = np.random.default_rng(0)
     x_BTD = case.x_BTD.copy()
@@ -156,23 +164,23 @@ def even(case: Case) -> Case:
 
 
 def skewed(case: Case) -> Case:
-    """Expert 0 is popular and expert 7 is not."""
+    """Make the load fall from expert 0 to expert 7."""
     return _biased(case, np.linspace(2, -2, E))._replace(token_ids_BT=case.token_ids_BT % 5)
 
 
 def empty(case: Case) -> Case:
-    """Nothing for experts 2 to 5."""
+    """Leave experts 2 to 5 without tokens."""
     bias_E = np.where((np.arange(E) < 2) | (np.arange(E) > 5), 0.0, -60.0)
     return _biased(case, bias_E)._replace(token_ids_BT=case.token_ids_BT % 2)
 
 
 def one_expert(case: Case) -> Case:
-    """Expert 5 is everyone's first choice."""
+    """Make expert 5 the first choice of every token."""
     return _biased(case, 9.0 * (np.arange(E) == 5))._replace(token_ids_BT=case.token_ids_BT * 0)
 
 
 def padded(case: Case) -> Case:
-    """Rows of all lengths, and whole rows, groups and devices of padding."""
+    """Use rows of all lengths, and whole rows, groups and devices of padding."""
     lengths = np.array([8, 3, 0, 0, 1, 8, 7, 5, 8, 8, 0, 2, 6, 8, 4, 0])
     return case._replace(mask_BT=np.arange(T) < lengths[:, None])
 
@@ -187,7 +195,7 @@ SCENARIOS = {
 
 
 def scenarios(model: ModelConfig) -> dict[str, Case]:
-    """Name -> arrays, for a layer of the sizes above."""
+    """Make the arrays of every scenario for a layer of the sizes above, by name."""
     return {
         name: change(draw(seed, model, B, T))
         for seed, (name, change) in enumerate(SCENARIOS.items())

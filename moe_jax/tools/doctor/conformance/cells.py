@@ -1,4 +1,4 @@
-"""The matrix, and the part of it that covers every pair of values."""
+"""Lists all combinations (cells), and a subset of them that covers every pair of values."""
 
 import collections
 import itertools
@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Cell(NamedTuple):
-    """One layer, which sees every scenario; fields are in the order of its name."""
+    """One combination, which runs every scenario; its name has the fields in this order."""
 
     router: str
     dispatch: str
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """How many it needs."""
+        """The number of devices that it needs."""
         sizes = MESHES[self.mesh]
         return sizes.batch_shards * sizes.tensor
 
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
 
 
 def all_cells() -> list[Cell]:
-    """The whole matrix."""
+    """List all combinations."""
     return [
         Cell(*values)
         for values in itertools.product(ROUTERS, DISPATCH, MESHES, DTYPES, (False, True))
@@ -41,10 +41,10 @@ def all_cells() -> list[Cell]:
 
 
 def pairwise(cells: Sequence[Cell]) -> list[Cell]:
-    """Few of `cells` in which every pair of values that stands in one of them stands together.
+    """Choose a small subset of `cells` that covers every pair of values (greedy).
 
-    Greedy: always the cell with most pairs that are still missing, and among those the one whose
-    pairs were seen least.
+    Each step takes the cell with the most uncovered pairs, and among equals the one whose pairs are
+    covered least often.
     """
     pairs = {cell: set(itertools.combinations(enumerate(cell), 2)) for cell in cells}
     seen = collections.Counter()

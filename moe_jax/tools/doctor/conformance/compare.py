@@ -1,4 +1,4 @@
-"""How far a layer is from the oracle, quantity by quantity."""
+"""Compares a layer's results with the oracle's, quantity by quantity."""
 
 import math
 from collections.abc import Iterator
@@ -8,36 +8,37 @@ import numpy as np
 
 from moe_jax.tools.doctor.conformance.oracle import Outcome
 
-# Below it a quantity counts as zero: an expert that nobody chose has no gradient at all.
+# A quantity whose largest element is smaller is compared with this scale: an expert without tokens
+# has gradient zero.
 LEAST_SCALE = 1e-4
 
 # (platform, dtype of the layer) -> largest error allowed, relative to a quantity's largest
-# element.  Weights and tokens are the same numbers in every dtype, so this is arithmetic alone.
+# element.  Weights and tokens are equal in every dtype, so only the arithmetic differs.
 TOLERANCES = {
-    # Measured over a covering part of the matrix: at most 1.6e-6 (in two cells
+    # Measured over a pairwise covering subset: at most 1.6e-6 (in two cells
     # under JAX 0.12, 2.1e-6).
     ("cpu", "float32"): 1e-5,
-    # Eight bits of mantissa, rounded after each expert's part of a sum: at most 1.5e-2.
+    # Eight bits of mantissa, rounded after each expert's term of a sum: at most 1.5e-2.
     ("cpu", "bfloat16"): 6e-2,
-    # XLA multiplies float32 experts in TF32, which has ten bits; routers ask for all 24.  Measured
+    # XLA multiplies float32 experts in TF32, which has ten bits; routers use all 24.  Measured
     # on an H200, 32 cells on one device: at most 1.2e-3, and 1.5e-2 in bfloat16.
     ("gpu", "float32"): 5e-3,
     ("gpu", "bfloat16"): 6e-2,
-    # Not measured.  Float32 experts are multiplied in bfloat16.
+    # Not measured.  XLA multiplies float32 experts in bfloat16.
     ("tpu", "float32"): 6e-2,
     ("tpu", "bfloat16"): 6e-2,
 }
 
 
 class Error(NamedTuple):
-    """The distance of one quantity."""
+    """The error of one quantity."""
 
     quantity: str
-    relative: float  # of its largest element; infinite for a count that differs
+    relative: float  # to its largest element; infinite for a count that differs
 
 
 def errors(found: Outcome, right: Outcome) -> Iterator[Error]:
-    """Every quantity; each expert apart, so that a large one hides no other."""
+    """Compare every quantity, each expert separately, so that large values hide no small ones."""
     yield _close("output", found.y_BTD, right.y_BTD)
     yield _close("gradient of tokens", found.x_BTD, right.x_BTD)
     for name, gradient in right.params.items():
@@ -58,7 +59,7 @@ def errors(found: Outcome, right: Outcome) -> Iterator[Error]:
 
 
 def worst(found: Outcome, right: Outcome) -> Error:
-    """The largest of `errors`; what is not a number is worst of all."""
+    """The largest of `errors`; a value that is not finite counts as infinite."""
     return max(errors(found, right), key=lambda error: error.relative)
 
 

@@ -1,4 +1,9 @@
-"""One layer in float64 on the CPU: the router's formulas, slots one by one, a loop over experts."""
+"""Computes one MoE layer in float64 on the CPU, as simply as possible.
+
+It uses the routers' formulas, assigns slots one by one, and loops over the experts.  B rows, T
+positions, G routing groups, S tokens per group, K experts per token, E experts, D width, F expert
+width, U matrices into an expert, R rows per group.
+"""
 
 import dataclasses
 import functools
@@ -18,33 +23,36 @@ from moe_jax.moe.types import ExpertChoice, Fates, RouterIn
 from moe_jax.tools.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.tools.doctor.conformance.reference import REFERENCE, Routed, Tokens
 
-# Of both auxiliary losses in the scalar that is differentiated, so that their gradients are not
-# lost beside the output's.
+# Weight of both auxiliary losses in the differentiated scalar, so that their gradients are not lost
+# beside the output's gradient.
 AUX_WEIGHT = 8.0
 POSITION_BUCKETS = 8
-# It runs for milliseconds, so compiling it is what costs.  At level 0 the older kernels of XLA's
-# CPU backend (jax 0.10 has both) were seen to make NaN of float64.
+# The oracle runs for milliseconds, so compilation dominates its cost.  At level 0 the older kernels
+# of XLA's CPU backend (jax 0.10 has both) produced NaN in float64.
 _OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 class Outcome(NamedTuple):
-    """What a forward and a backward pass gave, as NumPy; of the layer and of the oracle alike."""
+    """The results of a forward and a backward pass, of the layer or the oracle, as NumPy."""
 
     y_BTD: Any
     x_BTD: Any  # gradient
     params: Mapping[str, Any]  # gradients
-    losses: Mapping[str, Any]  # balance, z and entropy: sums
-    tokens: Any  # that they count
-    fates: Mapping[str, Fates]  # total, expert, position, source
+    losses: Mapping[str, Any]  # sums of balance, z and entropy
+    tokens: Any  # number of tokens in those sums
+    fates: Mapping[str, Fates]  # axis (total, expert, position, source) -> counts
     assignments: Any
     lost_tokens: Any
 
 
 def expected(layer: Layer, case: Case, keep: Callable | None = None) -> Outcome:
-    """What the layer should give for the whole batch, however it is split.
+    """Compute the expected results for the whole batch, which do not depend on how it is split.
 
-    `keep(wanted_GSK, ids_GSK) -> kept_GSK` says who reaches an expert where the capacity alone
-    does not.
+    Args:
+      layer: the layer.
+      case: its inputs.
+      keep: `keep(wanted_GSK, ids_GSK) -> kept_GSK` overrides which assignments are kept, for drops
+        that capacity does not explain; None: the capacity decides.
     """
     moe = layer.model.moe
     routed = route(layer.model, case, layer.train)
@@ -65,7 +73,7 @@ def expected(layer: Layer, case: Case, keep: Callable | None = None) -> Outcome:
 
 
 def route(model: ModelConfig, case: Case, train: bool = True) -> Routed:
-    """What the router should answer."""
+    """Compute the expected routing."""
     rows, positions = case.mask_BT.shape
     groups = rows // model.moe.group_rows
     nothing = np.zeros((groups, rows * positions // groups, model.moe.num_experts), bool)
@@ -73,7 +81,7 @@ def route(model: ModelConfig, case: Case, train: bool = True) -> Routed:
 
 
 def _run(model: ModelConfig, case: Case, train: bool, kept_GSE) -> Any:
-    """((loss, (y_BTD, Routed)), (gradients of the parameters, gradient of the tokens))."""
+    """Run the oracle: ((loss, (y_BTD, Routed)), (parameter gradients, token gradient))."""
     with jax.enable_x64(True), jax.default_device(_cpu()):
         return jax.device_get(_compiled(model, train)(case.params, case.x_BTD, case, kept_GSE))
 
@@ -83,12 +91,12 @@ def _cpu() -> Any:
         return jax.devices("cpu")[0]
     except RuntimeError:
         raise UserError(
-            "The float64 oracle runs on the CPU, which JAX_PLATFORMS leaves out: add ,cpu to it."
+            "The float64 oracle needs the CPU, which JAX_PLATFORMS excludes: add ,cpu to it."
         ) from None
 
 
 class _Key(NamedTuple):
-    """Of the cache: a config's options, a mapping, have no hash."""
+    """A hashable cache key, because a config's options are a mapping and have no hash."""
 
     model: ModelConfig
 
@@ -97,7 +105,7 @@ class _Key(NamedTuple):
 
 
 def _compiled(model: ModelConfig, train: bool) -> Callable:
-    """The loss with gradients; one for all layers that differ only in what is no part of it."""
+    """The compiled loss with gradients, shared by layers that differ only in unused settings."""
     moe = dataclasses.replace(
         model.moe, dispatch="dense", priority="token", capacity_factor=1.0, eval_capacity_factor=1.0
     )
@@ -139,7 +147,7 @@ def _route(model: ModelConfig, train: bool, params, x_BTD, case: Case) -> Routed
 
 
 def _by_itself(router: Any, tokens: Tokens, params: Any, state: Any) -> Routed:
-    """The router's own answer."""
+    """The result of the router's own `route`."""
     choice, aux = router.route(RouterIn(*tokens), params, state)
     made, slots = jnp.ones((), bool), None
     if isinstance(choice, ExpertChoice):
@@ -151,7 +159,7 @@ def _by_itself(router: Any, tokens: Tokens, params: Any, state: Any) -> Routed:
 
 
 def _experts(model: ModelConfig, params, x_BTD, routed: Routed, kept_GSE):
-    """Every expert on every token, one after the other."""
+    """Apply every expert to every token, one expert after the other."""
     x_GSD = x_BTD.reshape(*kept_GSE.shape[:2], -1)
     y_GSD = jnp.zeros_like(x_GSD)
     for e in range(model.moe.num_experts):
@@ -159,7 +167,7 @@ def _experts(model: ModelConfig, params, x_BTD, routed: Routed, kept_GSE):
         gate = jnp.tensordot(x_GSD, w_DUF[:, 0], 1)
         if model.activation == "swiglu":
             hidden = gate / (1 + jnp.exp(-gate)) * jnp.tensordot(x_GSD, w_DUF[:, 1], 1)
-        else:  # GELU in its tanh form (arXiv 1606.08415)
+        else:  # the tanh approximation of GELU (arXiv 1606.08415)
             hidden = gate / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         weight_GS = jnp.where(routed.ids_GSK == e, routed.weights_GSK, 0).sum(-1)
         y_GSD += jnp.where(kept_GSE[..., e], weight_GS, 0)[..., None] * jnp.tensordot(
@@ -169,7 +177,7 @@ def _experts(model: ModelConfig, params, x_BTD, routed: Routed, kept_GSE):
 
 
 def capacity(layer: Layer, routed: Routed) -> int:
-    """ceil(S * K * factor / E) in exact arithmetic, between 1 and S; or the router's own bound."""
+    """The capacity ceil(S * K * factor / E), at least 1 and at most S; or the router's own."""
     if routed.slots is not None:
         return int(routed.slots)
     moe = layer.model.moe
@@ -180,7 +188,7 @@ def capacity(layer: Layer, routed: Routed) -> int:
 
 
 def slots_one_by_one(wanted_GSK, routed: Routed, rows: int, slots: int, priority: str):
-    """Which assignments get a slot: each asks in turn."""
+    """Assign slots one assignment at a time, in priority order; return which were kept."""
     groups, tokens, choices = wanted_GSK.shape
     positions = tokens // rows
     kept_GSK = np.zeros(wanted_GSK.shape, bool)
@@ -202,7 +210,7 @@ def slots_one_by_one(wanted_GSK, routed: Routed, rows: int, slots: int, priority
 
 
 def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
-    """(fates by axis, assignments, lost tokens), counted with NumPy."""
+    """Count (outcomes by axis, assignments, lost tokens) with NumPy."""
     real_GSK = np.broadcast_to(case.mask_BT.reshape(*kept_GSK.shape[:2], 1), kept_GSK.shape)
     made, valid = routed.made_GSK, routed.valid_GSK
     masks: dict[str, Any] = dict.fromkeys(Fates._fields, np.zeros_like(kept_GSK)) | {

@@ -1,7 +1,8 @@
-"""The routers again, from their papers' formulas in float64, sharing no code with the real ones.
+"""Reimplements the routers in float64 from their papers' formulas, without the package's code.
 
-A router that has no entry in REFERENCE is compared with its own `route` in float64 on one device:
-that holds its gradient, mesh, dtype and dispatch, but not its formulas.
+A router without an entry in REFERENCE is compared with its own `route` in float64 on one device,
+which checks its gradient, mesh, dtype and dispatch, but not its formulas.  G routing groups, S
+tokens per group, K experts per token, E experts, D width, R rows per group.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The purposes of noise, as moe/noise.py numbers them: part of what makes a run reproducible.
+# The purposes of noise, numbered as in moe/noise.py; reproducible runs depend on these numbers.
 JITTER, SECOND_EXPERT, NOISY_LOGITS = 0, 1, 2
 
 
 class Tokens(NamedTuple):
-    """What a router is given; S tokens a group, row after row."""
+    """A router's inputs; the S tokens of a group are its rows, one after the other."""
 
     x_GSD: Any
     ids_GS: Any
@@ -26,13 +27,13 @@ class Tokens(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What it answers; sums over real tokens."""
+    """A router's results; losses are sums over tokens that are not padding."""
 
     ids_GSK: Any
     weights_GSK: Any
     valid_GSK: Any  # sampled
-    made_GSK: Any  # assignments at all: where experts choose, most pairs are none
-    slots: int | None  # of an expert in a group, where the router bounds them itself
+    made_GSK: Any  # True: an assignment; with expert choice most pairs are not
+    slots: int | None  # slots per expert per group; None: the router does not bound them
     balance: Any
     z: Any
     entropy: Any
@@ -65,7 +66,7 @@ def _softmax(a: Any) -> Any:
 
 
 def _best(scores: Any, choices: int) -> Any:
-    """Numbers of the largest scores, largest first, ties to the lower number."""
+    """The indices of the largest scores, largest first; ties go to the lower index."""
     return jnp.argsort(-jax.lax.stop_gradient(scores), axis=-1, stable=True)[..., :choices]
 
 
@@ -74,7 +75,7 @@ def _at(a: Any, ids: Any) -> Any:
 
 
 def _over_parts(t: Tokens, scope: str, loss: Callable) -> Any:
-    """Sum over what is balanced together of loss(mask [G, S, 1], tokens) * its real tokens."""
+    """Sum loss(mask [G, S, 1], tokens) * tokens over the parts that `scope` balances together."""
     G, S = t.mask_GS.shape
     R = t.keys_GR.shape[1]
     number = np.arange(G * S).reshape(G, S)
@@ -88,7 +89,7 @@ def _over_parts(t: Tokens, scope: str, loss: Callable) -> Any:
 
 
 def _switch_balance(t: Tokens, probs: Any, ids: Any, scope: str) -> Any:
-    """E * sum_e (share of choices) * (mean probability): arXiv 2101.03961, equations 4 to 6."""
+    """E * sum_e (share of assignments) * (mean probability): arXiv 2101.03961, eq. 4 to 6."""
     E, K = probs.shape[-1], ids.shape[-1]
     picked = sum(ids[..., k, None] == np.arange(E) for k in range(K))
 
@@ -104,7 +105,7 @@ def _squared_cv(sums_E: Any) -> Any:
 
 
 def _routed(t: Tokens, logits: Any, probs: Any, ids: Any, weights: Any, balance: Any) -> Routed:
-    """Everything sampled; z-loss and entropy of what is given."""
+    """Make a result in which every assignment is sampled, with its z-loss and entropy."""
     highest = logits.max(-1)
     z_GS = (highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(-1))) ** 2
     entropy_GS = -jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1)), 0).sum(-1)
@@ -114,7 +115,7 @@ def _routed(t: Tokens, logits: Any, probs: Any, ids: Any, weights: Any, balance:
 
 
 def switch(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2101.03961: the most probable expert, weighted by its probability."""
+    """Choose the most probable expert, weighted by its probability (arXiv 2101.03961)."""
     logits = _logits(t, params["kernel"], knobs)
     probs = _softmax(logits)
     ids = _best(probs, 1)
@@ -123,7 +124,7 @@ def switch(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def top_k(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2401.04088, 2409.02060: the most probable ones."""
+    """Choose the K most probable experts (arXiv 2401.04088, 2409.02060)."""
     logits = _logits(t, params["kernel"], knobs)
     probs = _softmax(logits)
     ids = _best(probs, knobs["top_k"])
@@ -135,7 +136,10 @@ def top_k(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def gshard(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2006.16668: two, the second sampled with twice its weight; balance of the first."""
+    """Choose two experts, the second with probability twice its weight (arXiv 2006.16668).
+
+    The balance loss counts only the first.
+    """
     logits = _logits(t, params["kernel"], knobs)
     probs = _softmax(logits)
     ids = _best(probs, 2)
@@ -150,7 +154,7 @@ def gshard(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def noisy_top_k(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 1701.06538, equations 3 to 11."""
+    """Choose the K largest noisy logits (arXiv 1701.06538, equations 3 to 11)."""
     clean = _logits(t, params["kernel"], knobs)
     E, K = clean.shape[-1], knobs["top_k"]
     noisy, std = clean, None
@@ -177,7 +181,7 @@ def noisy_top_k(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def sigmoid_bias(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2412.19437, equations 12 to 20."""
+    """Choose by sigmoid scores plus a bias, within groups (arXiv 2412.19437, eq. 12 to 20)."""
     logits = _logits(t, params["kernel"], knobs)
     scores = 1 / (1 + jnp.exp(-logits))
     biased, n = scores + state["bias"], knobs["expert_groups"]
@@ -195,7 +199,10 @@ def sigmoid_bias(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def expert_choice(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2202.09368: the top C tokens of each column; padding last, earlier padding first."""
+    """Let each expert choose its top C tokens (arXiv 2202.09368).
+
+    Padding comes last, earlier padding first.
+    """
     logits = _logits(t, params["kernel"], knobs)
     probs = _softmax(logits)
     G, S, E = probs.shape
@@ -209,7 +216,7 @@ def expert_choice(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def soft(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """Every expert, weighted by the softmax."""
+    """Use every expert, weighted by the softmax."""
     logits = _logits(t, params["kernel"], knobs)
     probs = _softmax(logits)
     ids = jnp.broadcast_to(np.arange(probs.shape[-1]), probs.shape)
@@ -217,7 +224,10 @@ def soft(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
 
 
 def hash_table(t: Tokens, params: Any, state: Any, knobs: Any) -> Routed:
-    """arXiv 2106.04426 with a balanced table; nothing to learn, so z and entropy are 0."""
+    """Look up experts by token id in a balanced table (arXiv 2106.04426).
+
+    There are no parameters, so z and entropy are 0.
+    """
     E, K, size = knobs["num_experts"], knobs["top_k"], knobs["table_size"]
     bits = np.random.PCG64(knobs["seed"])
     draws = [int(bits.random_raw()) for _ in range(size)]

@@ -1,4 +1,4 @@
-"""Runs cells of the matrix and prints what was found."""
+"""Runs the cells and prints their errors."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from moe_jax.tools.doctor.conformance.subject import compiled
 
 
 class Verdict(NamedTuple):
-    """The worst of a cell."""
+    """The largest error of a cell."""
 
     cell: Cell
     error: Error
@@ -26,12 +26,12 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether its worst error is allowed."""
+        """True if the error is within the tolerance."""
         return self.error.relative <= self.tolerance
 
 
 def run_cell(cell: Cell) -> Verdict:
-    """All scenarios through one layer."""
+    """Run all scenarios through one layer."""
     layer = cases.layer(*cell)
     step = compiled(layer)
     found = {
@@ -43,14 +43,14 @@ def run_cell(cell: Cell) -> Verdict:
 
 
 def main_conformance(full: bool, say: Callable[[str], None]) -> int:
-    """Run every pair of values, or with `full` every cell, and print a table; 1 where one fails.
+    """Run cells that cover every pair of values, or all with `full`; return 1 if any fails.
 
-    Each cell is one line when it is done, and another in the table, which ends with what failed.
+    Prints a line when a cell is done, and at the end a table of all cells.
     """
     cells = present(all_cells(), jax.device_count(), say)
     cells = cells if full else pairwise(cells)
     for name in sorted({cell.router for cell in cells} - set(REFERENCE)):
-        say(f"router {name} has no formulas in the oracle: compared with its own in float64")
+        say(f"router {name} has no reference formulas: compared with its own route in float64")
     say(f"{len(cells)} cells of {len(cases.SCENARIOS)} scenarios on {jax.default_backend()}")
     verdicts = []
     for number, cell in enumerate(cells, 1):
@@ -65,18 +65,18 @@ def main_conformance(full: bool, say: Callable[[str], None]) -> int:
 
 
 def present(cells: Sequence[Cell], devices: int, say: Callable[[str], None]) -> list[Cell]:
-    """The cells that the devices are enough for; says which meshes are left out."""
+    """The cells that need at most `devices` devices; `say` gets a line per mesh left out."""
     for mesh in dict.fromkeys(cell.mesh for cell in cells if cell.devices > devices):
         needed = next(cell.devices for cell in cells if cell.mesh == mesh)
         say(
-            f"left out: mesh {mesh} needs {needed} devices and there are {devices} "
+            f"mesh {mesh} left out: it needs {needed} devices and there are {devices} "
             f"(--devices={needed} makes virtual ones)"
         )
     return [cell for cell in cells if cell.devices <= devices]
 
 
 def table(verdicts: Sequence[Verdict]) -> list[str]:
-    """One line a cell: its values, its worst error, where that is, what is allowed."""
+    """Format one line per cell: values, worst error, tolerance, quantity and scenario."""
     head = ("", *Cell._fields, "worst error", "allowed", "quantity", "scenario")
     rows: list[tuple[str, ...]] = [head]
     for verdict in verdicts:
@@ -91,7 +91,7 @@ def table(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _run_or_fail(cell: Cell) -> Verdict:
-    """A cell that cannot be run fails, and the others go on."""
+    """Run a cell; an exception is a failure of this cell only."""
     try:
         return run_cell(cell)
     except UserError:

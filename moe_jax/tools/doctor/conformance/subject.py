@@ -1,4 +1,7 @@
-"""The real MoE layer, on a mesh as the trainer places it, with remat as the stack applies it."""
+"""Runs the package's MoE layer on a mesh, placed as in the trainer, with remat as in the model.
+
+B rows, T positions, D width.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +23,7 @@ from moe_jax.tools.doctor.conformance.oracle import AUX_WEIGHT, Outcome
 
 
 def compiled(layer: Layer) -> Callable[[Case], Outcome]:
-    """A function of any batch of one shape: compiled once, at the first call."""
+    """Make a function of a batch; it is compiled at the first call, for one shape."""
     function, shardings = forward_backward(layer, mesh_of(layer))
     step = jax.jit(function, in_shardings=shardings)
 
@@ -35,13 +38,13 @@ def compiled(layer: Layer) -> Callable[[Case], Outcome]:
 
 
 def mesh_of(layer: Layer) -> Mesh:
-    """Its mesh on the first so many devices."""
+    """Make the layer's mesh on the first devices of this machine."""
     sizes = layer.mesh
     return make_mesh(sizes, jax.devices()[: sizes.batch_shards * sizes.tensor])
 
 
 def forward_backward(layer: Layer, mesh: Mesh) -> tuple[Callable, tuple]:
-    """A function of `arguments` to be compiled, and where they lie.
+    """Make the function to compile, and the shardings of its `arguments`.
 
     It returns ((loss, (y_BTD, aux)), (gradients of the parameters, gradient of the tokens)).
     """
@@ -60,7 +63,7 @@ def forward_backward(layer: Layer, mesh: Mesh) -> tuple[Callable, tuple]:
         context = _context(layer, case, mesh)
         y_BTD, aux = remat(run, layer.model.remat, scanned=False)(params, x_BTD, context)
         total = (y_BTD.astype(case.cotangent_BTD.dtype) * case.cotangent_BTD).sum()
-        # Divided by the whole batch's tokens, what microbatches give can be added.
+        # Divide by the whole batch's tokens, so that the results of microbatches can be added.
         total += AUX_WEIGHT * (aux.router.balance.sum + aux.router.z.sum) / tokens
         return total, (y_BTD, aux)
 
@@ -77,7 +80,13 @@ def forward_backward(layer: Layer, mesh: Mesh) -> tuple[Callable, tuple]:
 
 
 def arguments(layer: Layer, case: Case, tokens: int) -> tuple:
-    """What the function of `forward_backward` takes; `tokens` are the whole batch's real ones."""
+    """The arguments of the function of `forward_backward`.
+
+    Args:
+      layer: the layer.
+      case: its inputs, of a batch or a microbatch.
+      tokens: tokens of the whole batch that are not padding.
+    """
     dtype = jnp.dtype(layer.dtype)
     wide = param_dtype(dtype)
     params = {name: value.astype(wide) for name, value in case.params.items()}
@@ -104,14 +113,14 @@ def _context(layer: Layer, case: Case, mesh: Mesh) -> MoEContext:
 
 
 def _microbatches(case: Case, count: int) -> list[Case]:
-    """Equal parts of the rows."""
+    """Split the rows into `count` equal parts."""
     by_rows = [field for field in Case._fields if field not in ("params", "state")]
     pieces = {field: np.split(getattr(case, field), count) for field in by_rows}
     return [case._replace(**{f: pieces[f][n] for f in by_rows}) for n in range(count)]
 
 
 def _joined(parts: list[Any]) -> Outcome:
-    """Rows after each other, sums added."""
+    """Join the results of microbatches: concatenate rows, add sums."""
     auxes = [aux for (_, (_, aux)), _ in parts]
     router, stats, ledger = jax.tree.map(lambda *leaves: sum(leaves), *auxes)
     return Outcome(
