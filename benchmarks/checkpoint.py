@@ -1,17 +1,17 @@
-"""What saving, hashing and restoring cost, and for how long a save keeps a run from its next step.
+"""Times saving, hashing and restoring, and how long a save blocks the next step of a run.
 
     python -m benchmarks.checkpoint [--folder=DIR] [--gib=1,4] [--configs=configs/tiny.py,...]
 
-Two tables.  The first saves and restores states of so many GiB of float32, leaves of 64 MiB, in
-DIR (the system's temporary folder; everything is removed again):
+Prints two tables.  The first is for states of --gib GiB of float32, in leaves of 64 MiB, in DIR
+(default: the system's temporary folder; all files are removed):
 
-    save         MiB/s until the step is committed, with the SHA-256 manifest and without
-    blocks s     how long the call keeps its caller
-    restore      MiB/s into arrays, hashed while loaded as a run does it; hashed and then loaded;
+    save         MiB/s until the step is committed, with and without the SHA-256 manifest
+    blocks s     seconds until the call returns
+    restore      MiB/s into arrays: hashed while loaded, as in a run; hashed and then loaded;
                  unverified.  The files are dropped from the page cache before each.
 
-The second trains 40 steps of each config, saving every 10 of them, and compares the longest save's
-call with the median step.
+The second trains 40 steps of each config with a checkpoint every 10 steps, and compares the longest
+save call with the median step.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def bandwidth(folder: Path, gib: int) -> list[str]:
-    """One row of the first table."""
+    """Measure one row of the first table."""
     mib = gib * 1024
     make = jax.jit(lambda key: jax.random.normal(key, LEAF))
     keys = jax.random.split(jax.random.key(gib), gib * LEAVES_PER_GIB)
@@ -74,7 +74,7 @@ def bandwidth(folder: Path, gib: int) -> list[str]:
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
-    # ---- save; once for nothing, as the first of all waits for fresh memory
+    # ---- save; the first save is not timed, because it waits for fresh memory
     saved(folder / "first", tree)
     Checkpoints(folder / "first").restore_latest(lambda _: like)
     shutil.rmtree(folder / "first")
@@ -106,7 +106,7 @@ def bandwidth(folder: Path, gib: int) -> list[str]:
 
 
 def saved(root: Path, tree: Any) -> tuple[float, float]:
-    """Seconds until it is committed, and until the call returns."""
+    """Save; return the seconds until the step is committed, and until the call returns."""
     checkpoints = Checkpoints(root)
     began = time.perf_counter()
     checkpoints.save(1, tree)
@@ -116,7 +116,7 @@ def saved(root: Path, tree: Any) -> tuple[float, float]:
 
 
 def cold(folder: Path, read: Callable[[], Any]) -> float:
-    """Seconds of `read` with none of the files in the page cache (a tmpfs is nothing else)."""
+    """The seconds of `read` without the files in the page cache (except on a tmpfs)."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -128,7 +128,7 @@ def cold(folder: Path, read: Callable[[], Any]) -> float:
 
 
 def blocked(folder: Path, config: str) -> list[str]:
-    """One row of the second table."""
+    """Measure one row of the second table."""
     workdir = folder / "run"
     seconds = []
 

@@ -1,18 +1,18 @@
-"""Is a resumed run bitwise the run that was never stopped, and what does that cost?
+"""Checks that a resumed run is bitwise equal to an uninterrupted one, and times determinism.
 
     python -m benchmarks.deterministic [--variants=off,deterministic] [--steps=40]
         [--bench=configs/bench_mixtral_2b.py] [--config.model.attention=xla ...]
 
-Each variant trains configs/tiny.py in bfloat16, dropless (its widths are multiples of 128: on a
-Hopper GPU the grouped matmuls are the Mosaic kernels), with a checkpoint halfway:
+Each variant trains configs/tiny.py in bfloat16, dropless, with a checkpoint halfway.  The widths
+are multiples of 128, so on a Hopper GPU the grouped matmuls are the Mosaic kernels.  The first run
+is compared with two others, in every number of every step and the SHA-256 of the last parameters:
 
-    resumed   a copy of the workdir without its last checkpoint, run again by the same command in
-              a new process, against the first run: every number of every step from there on, and
-              the SHA-256 of the last parameters
-    again     the same run in a workdir of its own, likewise, from the first step
+    resumed   the same command in a new process, on a copy of the workdir without its last
+              checkpoint; compared from the resumed step on
+    again     the same run in a new workdir; compared from the first step on
 
-and then times `python -m moe_jax bench` on --bench (empty: not).  Further arguments go to the
-training runs.  JAX's compile cache is off, so that a new process does choose its kernels.
+Then `python -m moe_jax bench` is timed on --bench (empty: not timed).  Further arguments go to the
+training runs.  JAX's compile cache is off, so that a new process chooses its kernels itself.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def bitwise(folder: Path, variant: tuple[bool, str], steps: int, rest: list[str]) -> list[str]:
-    """Cells: resumed, again."""
+    """Make the cells `resumed` and `again`."""
     first, copy, again = folder / "first", folder / "copy", folder / "again"
     train(first, variant, steps, rest)
     shutil.copytree(first, copy)
@@ -107,7 +107,7 @@ def train(workdir: Path, variant: tuple[bool, str], steps: int, rest: list[str])
 
 
 def difference(first: Path, second: Path, steps: int) -> str:
-    """ "bitwise", or the first step that differs and by how much the last losses do."""
+    """Return "bitwise", or the first step that differs and the difference of the last losses."""
     ours, theirs = numbers(first), numbers(second)
     differ = [step for step in sorted(ours.keys() | theirs.keys()) if ours[step] != theirs[step]]
     same = digest(first, steps) == digest(second, steps)
@@ -118,20 +118,20 @@ def difference(first: Path, second: Path, steps: int) -> str:
 
 
 def numbers(workdir: Path) -> dict[int, list[float]]:
-    """What each step logged; of a resumed run, of all its steps."""
+    """The logged numbers of each step; of a resumed run, also those before the resume."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: [row[name] for name in NUMBERS] for row in rows if "loss" in row}
 
 
 def digest(workdir: Path, step: int) -> str:
-    """SHA-256 of the parameters of a checkpoint."""
+    """The SHA-256 of the parameters of a checkpoint."""
     command = ["-m", "moe_jax", "checkpoint", f"--workdir={workdir}", "--verify"]
     lines = python(command, "").splitlines()
     return next(line.split()[-1] for line in lines if line.startswith(f"step {step} "))
 
 
 def cost(folder: Path, variant: tuple[bool, str], config: str, steps: int) -> list[str]:
-    """Cells: milliseconds a step, model TFLOP/s, seconds to compile."""
+    """Make the cells: milliseconds per step, model TFLOP/s, seconds to compile."""
     deterministic, xla_flags = variant
     arguments = [
         *("-m", "moe_jax", "bench", f"--config={config}", f"--workdir={folder / 'bench'}"),
@@ -145,7 +145,7 @@ def cost(folder: Path, variant: tuple[bool, str], config: str, steps: int) -> li
 
 
 def python(arguments: list[str], xla_flags: str) -> str:
-    """What a new Python prints; ends this one, with its last lines, where it fails."""
+    """Run a new Python and return its output; exit with its last lines if it fails."""
     env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {xla_flags}".strip()
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))

@@ -1,11 +1,11 @@
-"""Times every dispatch path at several numbers of experts; prints a Markdown table.
+"""Times every dispatch path at several numbers of experts, and prints a Markdown table.
 
     python benchmarks/dispatch.py [--steps=5]
 
 Each cell is a process of `python -m moe_jax bench` on configs/cpu_small.py with 16 rows of 128
-bytes: the same active FLOPs at every E, and routing groups of 16 E tokens, so that an expert
-has 32 tokens of a group on average whatever E is.  Run it on an otherwise idle machine; `dense` at
-128 experts takes minutes.
+bytes.  The active FLOPs are the same at every number of experts E, and routing groups have 16 E
+tokens, so that an expert has 32 tokens per group on average at every E.  Run it on an otherwise
+idle machine; `dense` at 128 experts takes minutes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def time_one(path: str, experts: int, steps: int) -> str:
-    """Milliseconds of the whole step, and of forward and backward alone."""
+    """The milliseconds of the whole step, and of the forward and backward pass alone."""
     command = [
         *(sys.executable, "-m", "moe_jax", "bench", f"--config={CONFIG}:{experts}"),
         f"--steps={steps}",

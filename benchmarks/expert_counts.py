@@ -1,17 +1,17 @@
-"""What a layer costs against its number of experts, at the same active FLOPs.
+"""Benchmarks a layer at several numbers of experts E, at the same active FLOPs.
 
     python -m benchmarks.expert_counts [--shapes=fine] [--experts=8,64,256] [--dispatch=capacity]
 
-One MoE layer, its tokens, width and chosen experts fixed, while E grows: `fine` has 8 experts of
-width 1024 a token (at E = 8 that is all of them, a dense layer), `middle` 4 of width 2048.  At
-E = 256 they hold 1.6 and 3.2 billion weights.  Three times, each by itself:
+One MoE layer with fixed tokens, width and experts per token, while E grows: `fine` has 8 experts of
+width 1024 per token (at E = 8 that is all of them, a dense layer), `middle` 4 of width 2048.  At
+E = 256 they have 1.6 and 3.2 billion weights.  Three parts are timed separately:
 
   forward + backward  as in moe_layer.py: weights and gradients in bfloat16
-  cast                the bfloat16 copy of the float32 weights, once a step
+  cast                the bfloat16 copy of the float32 weights, once per step
   AdamW               clipping by the global norm, float32 weights and moments
 
-The last two grow with the weights whatever is routed.  The columns `/ E=8` say how many times the
-time at the first E each takes.
+The last two depend only on the number of weights, not on the routing.  The columns `/ E=8` are
+ratios to the time at the first E.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHAPES = {
     "middle": Shape(8, 4096, 2048, 2048, 8, 4),
     "small": Shape(4, 128, 64, 64, 8, 2),
 }
-STEPS = 1000  # of the schedule; any number that no benchmark reaches
+STEPS = 1000  # length of the schedule; more steps than any benchmark runs
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
 def costs(
     shape: Shape, dispatch: str, load: str, rest: float
 ) -> tuple[int, float, tuple[float, float, float]]:
-    """(weights, share of assignments kept, seconds of forward + backward, of cast, of AdamW)."""
+    """Measure (weights, kept share, (seconds of forward + backward, of cast, of AdamW))."""
     step, arguments = layer(shape, dispatch)
     arguments = LOADS[load](shape, arguments)
     (_, stats), (gradients, _) = step(*arguments)
@@ -86,14 +86,14 @@ def costs(
     both = timed(lambda: step(*arguments), rest)
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), arguments[0])
     size = sum(leaf.size for leaf in jax.tree.leaves(weights))
-    del arguments, stats  # the optimizer's memory is not to stand beside the tokens'
+    del arguments, stats  # free the tokens' memory before the optimizer needs memory
     copy = jax.jit(lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree))
     cast = timed(lambda: copy(weights), rest)
     return size, kept, (both, cast, timed(update(weights, gradients), rest))
 
 
 def update(weights: Any, gradients: Any) -> Callable[[], Any]:
-    """A step of AdamW on its own last result; `weights` are given away."""
+    """Make a function that applies AdamW to its last result; `weights` are donated."""
     config = OptimizerConfig()
     rules = jax.tree.map(lambda w: ParamRule("experts", (None,) * w.ndim), weights)
     optimizer = Optimizer(config, STEPS)

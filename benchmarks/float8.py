@@ -1,10 +1,11 @@
-"""Float8 products beside bfloat16 ones, and what rounding to float8 costs; a Markdown table.
+"""Times float8 matmuls beside bfloat16 ones, and rounding to float8; prints a Markdown table.
 
     python -m benchmarks.float8 [--rest=0.25] [--small]
 
-TFLOP/s of the grouped matmul's forward product at its shapes (benchmarks/grouped_matmul.py), with
-operands that are rounded already, and milliseconds for rounding the rows and the experts.  --small
-takes a shape that a CPU can do, on which float8 gains nothing.
+The table has the TFLOP/s of the grouped matmul's forward pass at the shapes of
+benchmarks/grouped_matmul.py, with operands that are already rounded, and the milliseconds of
+rounding the rows and the experts.  --small uses a shape for a CPU, where float8 gains nothing.
+N rows, D inputs, F outputs, E experts.
 """
 
 import argparse
@@ -35,13 +36,13 @@ def main() -> None:
 
 
 def figures(shape: tuple[int, int, int, int], load, rest: float) -> list[str]:
-    """The last four cells of a row."""
+    """Measure the last four cells of a row."""
     N, D, F, E = shape
     x_ND = jax.random.normal(jax.random.key(0), (N, D), jnp.bfloat16)
     w_EDF = jax.random.normal(jax.random.key(1), (E, D, F), jnp.bfloat16)
     sizes_E = jnp.asarray(load(N, E), jnp.int32)
     (x8_ND, _), (w8_EDF, _) = float8.round_rows(x_ND), float8.round_experts(w_EDF)
-    w8_EFD = w8_EDF.swapaxes(1, 2) + 0  # laid out so
+    w8_EFD = w8_EDF.swapaxes(1, 2) + 0  # the addition materialises this layout
 
     def seconds(function, *operands) -> float:
         compiled = jax.jit(function)

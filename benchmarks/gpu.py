@@ -1,12 +1,11 @@
-"""Checks and times everything of docs/performance.md in one go, with tables at the end.
+"""Checks and times everything in docs/performance.md, and prints tables at the end.
 
     python -m benchmarks.gpu --logs=FOLDER [--only=grouped_matmul,step] [--batches=4,8,16]
 
-Each measurement is a process of its own with a time limit; one that fails leaves the others alone.
-With several GPUs those that need one run side by side, one GPU each, and those bound by the host,
-such as compile times, by themselves.  FOLDER keeps what every process printed, and report.md,
-which grows with every job and is what this prints at its end.  `--small` is the whole script on a
-CPU with a tiny model.
+Each measurement is a separate process with a time limit, so a failure does not affect the others.
+With several GPUs, jobs that need one GPU run side by side, and jobs bound by the host, such as
+compile times, run alone.  FOLDER keeps the output of every process and report.md, which is updated
+after every job and printed at the end.  `--small` runs the whole script on a CPU with a tiny model.
 """
 
 import argparse
@@ -34,10 +33,10 @@ SMALL = tuple(
         "data.sequence_length=64",
     )
 )
-# Compiling is nearly all that the small form does.
+# With --small nearly all time is compilation.
 SMALL_ENV = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COUNT = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
-# Of a step, too, but not parts of its time.
+# Other figures of a step, which are not parts of its time.
 BESIDE = {
     "collectives_hidden_ms": "collectives beside other kernels",
     "collectives_sent_mb": "sent, MB",
@@ -79,14 +78,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--logs", default="gpu_logs", help="folder for what the processes print")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
-    parser.add_argument("--list", action="store_true", help="name the parts and end")
+    parser.add_argument("--logs", default="gpu_logs", help="folder for the processes' output")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--configs", default=",".join(CONFIGS))
-    parser.add_argument("--batches", default="4,8,16", help="rows a GPU, in parts with several")
-    parser.add_argument("--batch", type=int, default=8, help="rows a GPU, in the other parts")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed in a process")
-    parser.add_argument("--limit", type=float, default=400, help="seconds of a job")
+    parser.add_argument("--batches", default="4,8,16", help="rows per GPU, in parts with several")
+    parser.add_argument("--batch", type=int, default=8, help="rows per GPU, in the other parts")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per process")
+    parser.add_argument("--limit", type=float, default=400, help="time limit of a job, in seconds")
     parser.add_argument("--one-at-a-time", action="store_true", help="leave other GPUs idle")
     parser.add_argument("--small", action="store_true", help="a tiny model on a CPU")
     given = parser.parse_args()
@@ -97,7 +96,7 @@ def parse() -> argparse.Namespace:
 
 
 def settings(given: argparse.Namespace, scratch: Path) -> Given:
-    """The parts' settings from the command line."""
+    """Make the settings of the parts from the command line."""
     return Given(
         configs=(f"{ROOT}/configs/tiny.py",) if given.small else tuple(given.configs.split(",")),
         batches=(4,) if given.small else tuple(int(batch) for batch in given.batches.split(",")),
@@ -110,10 +109,10 @@ def settings(given: argparse.Namespace, scratch: Path) -> Given:
 
 
 def environment(small: bool) -> dict[str, str]:
-    """Of every process; what the user has set stays."""
+    """The environment of every process; the user's own variables take precedence."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     defaults = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # of a GPU that nobody else uses
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # no other process uses the GPU
         "NCCL_NVLS_ENABLE": "0",
         **(SMALL_ENV if small else {}),
     }
@@ -121,22 +120,22 @@ def environment(small: bool) -> dict[str, str]:
 
 
 def visible(env: Mapping[str, str], small: bool) -> list[str]:
-    """The GPUs, as CUDA_VISIBLE_DEVICES names them; a CPU counts as two devices."""
+    """List the GPUs as CUDA_VISIBLE_DEVICES names them; with `small` the CPU is two devices."""
     if small:
         return ["0", "1"]
-    # Another process asks: one that has used a GPU keeps some of its memory.
+    # Ask in another process, because a process that has used a GPU keeps some of its memory.
     done = subprocess.run(
         [sys.executable, "-c", COUNT], env={**env}, stdout=subprocess.PIPE, text=True, check=False
     )
     count = 0 if done.returncode else int(done.stdout.split()[-1])
     if not count:
-        sys.exit("Error: JAX finds no GPU here: use one, or --small for a try on a CPU.")
+        sys.exit("Error: JAX finds no GPU: add --small to run on a CPU.")
     named = env.get("CUDA_VISIBLE_DEVICES") or ",".join(str(number) for number in range(count))
     return named.split(",")[:count]
 
 
 def report(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> str:
-    """Everything that was found so far, in Markdown."""
+    """Format all results so far in Markdown."""
     jobs, parts = [job for job in jobs if job.name in outcomes], []
     for job in jobs:
         found = "".join(outcomes[job.name].outputs)
@@ -161,7 +160,7 @@ def report(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> str:
 
 
 def step_rows(jobs: Sequence[Step], rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Speed of every job of whole steps; `ratio` is of tokens a second to those of `against`."""
+    """Format the speed of every job of whole steps; `ratio`: tokens/s over those of `against`."""
     found = [["job", "ms", "TFLOP/s", "tokens/s", "GiB", "loss", "dropped", "ratio", "against"]]
     for job in jobs:
         row, unit = rows.get(job.name), rows.get(job.against)
@@ -186,7 +185,7 @@ def step_rows(jobs: Sequence[Step], rows: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def profile_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Where each job's time goes, the part that takes most in all of them first."""
+    """Format each job's time by part, the part with the largest total first."""
     profiles = {name: row["profile_ms"] for name, row in rows.items() if "profile_ms" in row}
     total: dict[str, float] = {}
     for profile in profiles.values():
@@ -205,7 +204,7 @@ def profile_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def start_rows(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> list[list[str]]:
-    """Cold and warm first steps: jobs of the same command twice."""
+    """Format cold and warm first steps, from jobs that run the same command twice."""
     found = [["job", "cold", "of it compiling", "warm", "of it compiling"]]
     for job in jobs:
         if len(job.commands) == 2:

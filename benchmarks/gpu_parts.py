@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: one function a part, which makes its jobs."""
+"""The parts of benchmarks/gpu.py: one function per part, which makes its jobs."""
 
 import dataclasses
 import os
@@ -9,33 +9,33 @@ from pathlib import Path
 from benchmarks.jobs import Job
 
 AXES = ("data", "fsdp", "expert")
-# A fixed table from token ids to experts, on random ids: no GPU gets 1% more than another.
+# A fixed table from token ids to experts, on random ids: the GPUs' loads differ by less than 1%.
 EVEN = ("--config.model.moe.router=hash", "--random")
 EXPERTS_SMALL = ("--shapes=small", "--experts=8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the parts are made with."""
+    """The settings of the parts."""
 
     configs: tuple[str, ...]
-    batches: tuple[int, ...]  # rows a GPU
-    batch: int  # of the parts that compare one thing
+    batches: tuple[int, ...]  # rows per GPU
+    batch: int  # rows per GPU in parts that use one batch size
     steps: int
-    overrides: tuple[str, ...]  # of every config
+    overrides: tuple[str, ...]  # for every config
     small: bool
-    scratch: Path  # for the text and for compiled programs; was empty when this began
+    scratch: Path  # for tokenised text and compiled programs; empty at the start
 
 
 @dataclasses.dataclass(frozen=True)
 class Step(Job):
-    """Whole steps by `moe_jax bench`; `against` names the job whose tokens/s are the unit."""
+    """Whole steps by `moe_jax bench`; `against` names the job to compare tokens/s with."""
 
     against: str = ""
 
 
 def jobs_of(names: Iterable[str], given: Given) -> list[Job]:
-    """Jobs of the parts, those that two of them share once."""
+    """Make the jobs of the parts; a job that two parts share runs once."""
     return list({job.name: job for name in names for job in PARTS[name](given)}.values())
 
 
@@ -44,24 +44,24 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def text(given: Given) -> Job:
-    """Tokenises the corpus, so that nobody's first step waits for it."""
+    """Tokenises the corpus, so that no job's first step waits for it."""
     return Job("text", (module("moe_jax", "data", *_config(given, given.configs[0])),))
 
 
 def conformance(given: Given) -> list[Job]:
-    """Every router on every dispatch path, against the float64 oracle."""
-    if given.small:  # minutes on a CPU; the tests run it there
+    """Compares every router on every dispatch path with the float64 oracle."""
+    if given.small:  # it takes minutes on a CPU, and the tests cover it
         return []
     return [Job("conformance", (module("moe_jax", "doctor", "--conformance"),))]
 
 
 def numerics(given: Given) -> list[Job]:
-    """Training in bfloat16 beside float32."""
+    """Compares training in bfloat16 with float32."""
     return [] if given.small else [Job("numerics", (module("benchmarks.numerics"),))]
 
 
 def float8(given: Given) -> list[Job]:
-    """Products and rounding, steps beside those in bfloat16, and the losses of 300 steps."""
+    """Times float8 matmuls, rounding and steps beside bfloat16, and compares 300 steps' losses."""
     if given.small:
         return [Job("float8", (module("benchmarks.float8", "--small"),))]
     jobs = [
@@ -77,26 +77,26 @@ def float8(given: Given) -> list[Job]:
 
 
 def bitwise(given: Given) -> list[Job]:
-    """Whether a resumed run is the one that was never stopped, bit for bit."""
+    """Checks that a resumed run equals an uninterrupted one bit for bit."""
     if given.small:
         return []
     return [Job("bitwise", (module("benchmarks.deterministic", "--bench="),))]
 
 
 def grouped_matmul(given: Given) -> list[Job]:
-    """Checks every leg of the grouped matmuls, then times them."""
+    """Checks the three matmuls of the grouped matmul, then times them."""
     small = ("--rest=0", "--implementations=tiled") if given.small else ()
     return [Job("grouped_matmul", (module("benchmarks.grouped_matmul", *small),))]
 
 
 def moe_layer(given: Given) -> list[Job]:
-    """One layer, forward and backward."""
+    """Times one layer, forward and backward."""
     small = ("--shapes=small", "--dispatch=dropless") if given.small else ()
     return [Job("moe_layer", (module("benchmarks.moe_layer", *small),))]
 
 
 def expert_counts(given: Given) -> list[Job]:
-    """One layer at 8 to 256 experts, with the optimizer beside."""
+    """Times one layer and its optimizer at 8 to 256 experts."""
     small = EXPERTS_SMALL if given.small else ()
     return [
         Job(
@@ -108,18 +108,18 @@ def expert_counts(given: Given) -> list[Job]:
 
 
 def step(given: Given) -> list[Job]:
-    """Both dispatch paths at every batch."""
+    """Times whole steps of both dispatch paths at every batch."""
     return _both_paths(given)
 
 
 def even(given: Given) -> list[Job]:
-    """The same with an even load, of which capacity 1.25 drops nothing."""
+    """The same with a balanced load, at which capacity factor 1.25 drops nothing."""
     return _both_paths(given, *EVEN, also="even")
 
 
 def peers(given: Given) -> list[Job]:
-    """Hugging Face's step and ours in turn (needs torch and transformers)."""
-    if given.small:  # on a CPU our own environment holds no torch
+    """Times Hugging Face's step and ours in turn (needs torch and transformers)."""
+    if given.small:  # our own environment on a CPU has no torch
         return []
     return [
         Job(f"peers-{_stem(config)}-{batch}", (_peer(config, batch, given.steps),))
@@ -134,20 +134,21 @@ def _peer(config: str, batch: int, steps: int) -> tuple[str, ...]:
 
 
 def deterministic(given: Given) -> list[Job]:
-    """Kernels that repeat bit for bit, beside those that need not."""
+    """Times deterministic kernels beside the default ones."""
     return _variant(given, "deterministic", "--config.train.deterministic=true")
 
 
 def confined(given: Given) -> list[Job]:
-    """Attention that stops at document borders, beside plain causal."""
+    """Times attention confined to documents beside plain causal attention."""
     return _variant(given, "confined", "--config.model.confine_attention=true")
 
 
 def two(given: Given) -> list[Job]:
-    """Two GPUs in each way beside one with as many rows, and one with all rows, for its loss.
+    """Times two GPUs per mesh axis beside one GPU with the same rows per GPU.
 
-    On random tokens, whose load is more even than that of text.  An untrained router's own load
-    still makes one GPU wait for the other, so experts have a line with an even load, too.
+    One GPU with all rows gives the loss to compare.  Random tokens are used, because they load the
+    experts more evenly than text.  The load of an untrained router still makes one GPU wait for the
+    other, so the expert axis is also timed with a balanced load.
     """
     jobs = []
     for config in given.configs:
@@ -164,7 +165,7 @@ def two(given: Given) -> list[Job]:
 
 
 def start(given: Given) -> list[Job]:
-    """The first step, cold and then with the compile cache that the cold one has written."""
+    """Times the first step, cold and then with the compile cache that the cold run wrote."""
     jobs = []
     for config in given.configs:
         name = f"start-{_stem(config)}"
@@ -176,7 +177,7 @@ def start(given: Given) -> list[Job]:
 
 
 def olmoe(given: Given) -> list[Job]:
-    """The whole OLMoE-1B-7B on one GPU: batches and remat policies that fit 141 GB."""
+    """Times the whole OLMoE-1B-7B on one GPU: batches and remat policies that fit 141 GB."""
     if given.small:
         return []
     config = "configs/olmoe_1b_7b.py"
@@ -222,7 +223,7 @@ def bench(
     devices: int = 1,
     against: str = "",
 ) -> Step:
-    """A job of whole steps with `batch` rows a GPU; `also` tells its name from others'."""
+    """Make a job of whole steps with `batch` rows per GPU; `also` makes its name unique."""
     each = f"{batch}x{devices}" if devices > 1 else f"{batch}"
     name = "-".join(filter(None, (_stem(config), dispatch, each, also)))
     virtual = (f"--devices={devices}",) if given.small and devices > 1 else ()
@@ -253,7 +254,7 @@ def _both_paths(given: Given, *own: str, also: str = "") -> list[Job]:
 
 
 def _variant(given: Given, also: str, override: str) -> list[Job]:
-    """One thing changed, beside the same step without."""
+    """Make jobs of the default step and of the step with one override."""
     jobs = []
     for config in given.configs:
         plain = bench(given, config, given.batch)

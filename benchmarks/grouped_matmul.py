@@ -1,11 +1,13 @@
-"""Checks the grouped matmuls against the reference, then times each leg; prints Markdown tables.
+"""Checks the grouped matmuls against the reference and times them; prints Markdown tables.
 
     python -m benchmarks.grouped_matmul [--implementations=mosaic,ragged] [--rest=0.25]
 
-The check runs on a small shape whose unused rows hold NaN.  Speeds are TFLOP/s of the rows that
-belong to a group, beside a plain matmul of 8192^3 in bfloat16 (1024^3 in float32 on a CPU).  A
-pause of `--rest` seconds before each short burst keeps a GPU from being throttled by its power
-limit; with `--rest=0` the figures are those of a chip that never pauses, the plain matmul's too.
+The three legs of a grouped matmul are the forward pass, the input gradient (dx) and the weight
+gradient (dw).  The check runs on a small shape whose padding rows are NaN.  Speeds are TFLOP/s of
+the rows that belong to an expert, beside a plain matmul of 8192^3 in bfloat16 (1024^3 in float32 on
+a CPU).  A pause of `--rest` seconds before each short burst keeps a GPU below its power limit; with
+`--rest=0` all figures, also of the plain matmul, are those of a chip without pauses.
+N rows, D inputs, F outputs, E experts.
 """
 
 import argparse
@@ -29,17 +31,17 @@ GPU_SHAPES = {
 CPU_SHAPES = {"small": (2048, 256, 512, 8)}
 CHECKED = (2048, 512, 768, 8)
 LEGS = ("forward", "input_gradient", "weight_gradient")
-ROUNDS, BURST = 3, 0.02  # seconds of work in a burst
+ROUNDS, BURST = 3, 0.02  # bursts per leg; seconds of work per burst
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}  # relative; a GPU rounds float32 operands to tf32
 
 
 def even(rows: int, experts: int) -> np.ndarray:
-    """As many rows for each."""
+    """Give each expert the same number of rows."""
     return np.full(experts, rows // experts)
 
 
 def zipf(rows: int, experts: int) -> np.ndarray:
-    """Shares of 1, 1/2, 1/3, ... in a shuffled order; sizes off any tile's border."""
+    """Use shares 1, 1/2, 1/3, ... in a shuffled order; the sizes are not multiples of a tile."""
     shares = np.random.default_rng(0).permutation(1 / np.arange(1, experts + 1))
     sizes = np.floor(rows * shares / shares.sum()).astype(int)
     sizes[0] += rows - sizes.sum()
@@ -47,12 +49,12 @@ def zipf(rows: int, experts: int) -> np.ndarray:
 
 
 def half_empty(rows: int, experts: int) -> np.ndarray:
-    """Every second expert has nothing."""
+    """Leave every second expert without rows."""
     return np.where(np.arange(experts) % 2, 2 * rows // experts, 0)
 
 
 def padded(rows: int, experts: int) -> np.ndarray:
-    """A quarter of the rows belongs to nobody."""
+    """Make a quarter of the rows padding."""
     return zipf(rows * 3 // 4, experts)
 
 
@@ -83,7 +85,7 @@ def main() -> None:
 
 
 def arrays(shape: tuple[int, ...], dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x, w and dy, random."""
+    """Draw random x, w and dy."""
     N, D, F, E = shape
     keys = jax.random.split(jax.random.key(0), 3)
     x_ND, dy_NF = (
@@ -94,7 +96,7 @@ def arrays(shape: tuple[int, ...], dtype) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def pick(leg: str, x_ND, w_EDF, dy_NF):
-    """The two operands of a leg."""
+    """Pick the two operands of a leg."""
     return {
         "forward": (x_ND, w_EDF),
         "input_gradient": (dy_NF, w_EDF),
@@ -103,14 +105,14 @@ def pick(leg: str, x_ND, w_EDF, dy_NF):
 
 
 def compiled(name: str, leg: str, operands, experts: int) -> Callable:
-    """The leg, ready to run."""
+    """Compile a leg."""
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
     function = getattr(IMPLEMENTATIONS[name], leg)
     return jax.jit(function).lower(*pick(leg, *operands), sizes).compile()
 
 
 def check(name: str, dtype) -> None:
-    """Every load on the small shape, every leg; NaN in the rows of nobody."""
+    """Check every leg at every load on the small shape, with NaN in padding rows."""
     N, E = CHECKED[0], CHECKED[3]
     x, w, dy = arrays(CHECKED, dtype)
     legs = {leg: compiled(name, leg, (x, w, dy), E) for leg in LEGS}
@@ -128,19 +130,19 @@ def check(name: str, dtype) -> None:
             error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected[leg]))
             print(f"{name} {leg} {load}: relative error {error:.1e}", flush=True)
             if not error < TOLERANCE[jnp.dtype(dtype).name]:
-                raise SystemExit(f"{name} {leg} is wrong where the load is {load}.")
+                raise SystemExit(f"{name} {leg} is wrong at load {load}.")
 
 
 @jax.jit
 def oracle(x_ND, w_EDF, dy_NF, sizes_E) -> dict[str, jax.Array]:
-    """The three legs by automatic differentiation of the reference."""
+    """Compute the three legs by automatic differentiation of the reference."""
     y_NF, pullback = jax.vjp(lambda x, w: reference(x, w, sizes_E), x_ND, w_EDF)
     dx_ND, dw_EDF = pullback(dy_NF)
     return {"forward": y_NF, "input_gradient": dx_ND, "weight_gradient": dw_EDF}
 
 
 def timed(legs: dict[str, Callable], operands, sizes: np.ndarray, rest: float) -> str:
-    """Table cells: TFLOP/s of each leg, of the three together, and of the plain matmul."""
+    """Make the cells: TFLOP/s of each leg, of the three together, and of the plain matmul."""
     x_ND, w_EDF, _ = operands
     sizes_E = jnp.asarray(sizes, jnp.int32)
     tflop = 2 * int(sizes.sum()) * x_ND.shape[1] * w_EDF.shape[2] / 1e12
@@ -158,7 +160,7 @@ def timed(legs: dict[str, Callable], operands, sizes: np.ndarray, rest: float) -
 
 
 def plain_matmul(dtype) -> tuple[Callable, jax.Array, float]:
-    """(function, operand, TFLOP) of a square product."""
+    """Make (function, operand, TFLOP) of a square matmul."""
     side = 8192 if dtype == jnp.bfloat16 else 1024
     return SQUARED, jax.random.normal(jax.random.key(1), (side, side), dtype), 2 * side**3 / 1e12
 
@@ -167,7 +169,7 @@ SQUARED = jax.jit(lambda a: a @ a)
 
 
 def burst(call: Callable[[], jax.Array], rest: float) -> float:
-    """Seconds a call, over as many as take BURST seconds, after a pause and two calls."""
+    """The seconds per call, over about BURST seconds of calls, after a pause and two calls."""
     time.sleep(rest)
     jax.block_until_ready(call())
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Commands as processes of their own, with a time limit and logs, side by side on devices."""
+"""Runs commands as separate processes side by side on devices, with time limits and logs."""
 
 import contextlib
 import dataclasses
@@ -12,36 +12,36 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-GRACE = 10  # seconds in which a process that is over its time may end its children
+GRACE = 10  # seconds that a process has to end its children after its time limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Commands that run one after another; what follows a failed one is left out."""
+    """Commands that run one after another, up to the first that fails."""
 
-    name: str  # of its logs, too
+    name: str  # also the name of its logs
     commands: tuple[tuple[str, ...], ...]
     devices: int = 1
-    alone: bool = False  # beside no other job: for what is bound by the host
+    alone: bool = False  # True: no other job runs beside it, because it is bound by the host
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Outcome(NamedTuple):
-    """How a job ended."""
+    """The result of a job."""
 
-    error: str  # empty: well
+    error: str  # empty: success
     seconds: float
-    outputs: tuple[str, ...]  # standard output of each command that was run
+    outputs: tuple[str, ...]  # standard output of each command that ran
 
 
 Work = Callable[[Job, Sequence[str]], Outcome]
 
 
 def run(command: Sequence[str], env: Mapping[str, str], limit: float, log: Path) -> tuple[str, str]:
-    """(what went wrong or nothing, standard output) of a process that has `limit` seconds.
+    """Run a process for at most `limit` seconds; return (error or "", standard output).
 
-    Standard output goes to `log`.out, standard error to `log`.err; both are there while it runs.
-    A process that has processes of its own calls `end_with_children`.
+    Standard output goes to `log`.out and standard error to `log`.err while it runs.  A process that
+    starts processes itself calls `end_with_children`.
     """
     out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
     error = ""
@@ -62,7 +62,7 @@ def run(command: Sequence[str], env: Mapping[str, str], limit: float, log: Path)
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:
-    """Its exit code; None, and it is ended, if it runs longer."""
+    """Wait for the exit code; after `limit` seconds end the process and return None."""
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -71,16 +71,16 @@ def _wait(process: subprocess.Popen, limit: float) -> int | None:
             process.wait(GRACE)
         return None
     finally:
-        process.kill()  # of no effect on one that has ended
+        process.kill()  # has no effect if the process has ended
 
 
 def end_with_children() -> None:
-    """SIGTERM becomes an exception, so that what this process waits for ends with it."""
+    """Turn SIGTERM into an exception, so that the process this one waits for is ended too."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def run_job(job: Job, env: Mapping[str, str], limit: float, folder: Path) -> Outcome:
-    """The commands of a job in turn; `limit` holds for all of them together."""
+    """Run the commands of a job one after another; `limit` is for all of them together."""
     began, outputs, error = time.monotonic(), [], ""
     for number, command in enumerate(job.commands):
         log = folder / (job.name if len(job.commands) == 1 else f"{job.name}-{number}")
@@ -99,11 +99,10 @@ def schedule(
     say: Callable[[str], None],
     keep: Callable[[Mapping[str, Outcome]], None] = lambda outcomes: None,
 ) -> dict[str, Outcome]:
-    """Runs every job as soon as as many devices as it asks for are free; outcomes by name.
+    """Run every job when enough devices are free; return the outcomes by name.
 
-    After each job `keep` is given all outcomes so far.
-
-    A job that asks for more than there are fails at once.  Whatever `work` raises ends all.
+    After each job, `keep` gets all outcomes so far.  A job that needs more devices than there are
+    fails at once.  An exception of `work` ends all jobs.
     """
     outcomes = {
         job.name: Outcome(f"needs {job.devices} devices, here are {len(devices)}", 0.0, ())
@@ -111,7 +110,7 @@ def schedule(
         if job.devices > len(devices)
     }
     waiting = [job for job in jobs if job.name not in outcomes]
-    # What runs alone comes last: the devices would stand idle until all others have ended.
+    # Jobs that run alone come last, because devices would be idle until all other jobs ended.
     waiting.sort(key=lambda job: job.alone)
     free, running = list(devices), dict[Future[Outcome], tuple[Job, list[str]]]()
     with ThreadPoolExecutor(max_workers=max(1, len(devices))) as pool:
@@ -133,13 +132,13 @@ def schedule(
 
 
 def last_json(text: str) -> dict[str, Any] | None:
-    """The last line that holds a JSON object, None without one."""
+    """Parse the last line that is a JSON object; None: there is none."""
     lines = [line for line in text.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else None
 
 
 def last_table(text: str) -> str:
-    """The last Markdown table."""
+    """Return the last Markdown table."""
     lines = text.splitlines()
     end = max((i + 1 for i, line in enumerate(lines) if line.startswith("|")), default=0)
     start = end

@@ -1,4 +1,7 @@
-"""One MoE layer by itself, with its arguments: what the benchmarks of layers time."""
+"""Makes one MoE layer and its arguments, for the benchmarks of layers.
+
+B rows, T positions, D width, F expert width, E experts, K experts per token.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 class Shape(NamedTuple):
-    """Sizes of a layer and of its batch."""
+    """The sizes of a layer and of its batch."""
 
     rows: int  # B
     length: int  # T
@@ -25,15 +28,15 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Forward and backward: the products of the K chosen experts and of the router."""
+        """The FLOPs, forward and backward, of the matmuls of K experts per token and the router."""
         experts = 3 * self.width * self.expert_width * self.top_k
         return 6 * self.rows * self.length * (experts + self.width * self.experts)
 
 
 def layer(shape: Shape, dispatch: str) -> tuple[Callable, Any]:
-    """(compiled (weights, x, dy) -> ((loss, stats), gradients), its arguments).
+    """Make (compiled (weights, x, dy) -> ((loss, stats), gradients), its arguments).
 
-    The experts' weights are in bfloat16, and so are the gradients that come back.
+    The experts' weights and their gradients are in bfloat16.
     """
     B, T, D, F, E, K = shape
     moe = MoEConfig(num_experts=E, expert_width=F, top_k=K, dispatch=dispatch)
@@ -63,7 +66,7 @@ def layer(shape: Shape, dispatch: str) -> tuple[Callable, Any]:
 
 
 def even(shape: Shape, arguments: Any) -> Any:
-    """Tokens whose largest features are K experts in turn, and a router that reads those."""
+    """Make tokens whose largest features are K experts in turn, and a router that reads them."""
     B, T, D, _, E, K = shape
     weights, x, dy = arguments
     first = jnp.arange(B * T)[:, None] * K % E

@@ -1,10 +1,10 @@
-"""Trains the same model on several meshes and prints the loss curves beside each other.
+"""Trains the same model on several meshes and prints a table that compares their losses.
 
     python benchmarks/mesh_curves.py [--precision=float32] [--steps=20]
         [--config.model.moe.router=gshard ...]
 
-Each row is a run of `python -m moe_jax train --config=configs/tiny.py` on one device or on eight
-virtual ones, free-running from the same seed.  Further arguments go to every run.
+Each row is an independent run of `python -m moe_jax train --config=configs/tiny.py` from the same
+seed, on one device or on eight virtual ones.  Further arguments go to every run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def train(folder: Path, mesh: dict[str, int], arguments: list[str]) -> list[dict]:
-    """Rows of metrics.jsonl of one run."""
+    """Train one run and return its rows of metrics.jsonl."""
     workdir = Path(tempfile.mkdtemp(dir=folder))
     axes = {"data": 1} | mesh
     command = [
@@ -70,7 +70,7 @@ def train(folder: Path, mesh: dict[str, int], arguments: list[str]) -> list[dict
 
 
 def line(name: str, accumulation: int, rows: list[dict], reference: list[dict]) -> str:
-    """One row of the table; differences are to the first run, over all steps."""
+    """Format one row of the table; differences are to the first run, over all steps."""
     pairs = list(zip(rows, reference, strict=True))
     apart = max(abs(row["loss"] - other["loss"]) for row, other in pairs)
     counts = ("assignments", "kept", "dropped", "unsampled", "padding")

@@ -1,12 +1,12 @@
-"""One MoE layer, forward and backward: TFLOP/s of router and experts beside a plain matmul.
+"""Times one MoE layer, forward and backward: TFLOP/s of router and experts.
 
     python -m benchmarks.moe_layer [--shapes=mixtral,olmoe] [--dispatch=dropless] [--rest=0]
 
-Router, gathers, activation and combine are in the time; counted are the products of the K chosen
-experts and of the router, forward and backward, and nothing that was padded, recomputed or (under
-`capacity`) given to a slot without a token.  The optimizer is not part of it: weights are already
-in bfloat16, gradients come back in bfloat16.  `load` says how even the router is: `even` sends as
-many tokens to each expert, `natural` is a random router on random tokens.
+The time includes router, gathers, activation and combine.  The FLOPs are those of the matmuls of K
+experts per token and of the router, forward and backward, without padding, recomputation and, under
+`capacity`, empty slots.  The optimizer is not included: weights and gradients are in bfloat16.
+`load` is the balance of the router: `even` assigns equally many tokens to each expert, `natural` is
+a random router on random tokens.
 """
 
 import argparse

@@ -1,16 +1,15 @@
-"""Does training in bfloat16 follow float32?  Two runs from one seed, and a third as yardstick.
+"""Compares training in bfloat16 with float32 from one seed, and with another seed as a scale.
 
     python -m benchmarks.numerics [--float8] [--config=configs/tiny.py] [--steps=300] [--seeds=1]
         [--config.model.moe.dispatch=dropless ...]
 
-Each run is `python -m moe_jax train` in a process of its own; further arguments go to all of them.
-The language-model loss is smoothed over 20 steps, and each run is compared with the first, in
-float32: largest and mean relative difference of the smoothed losses, and that of the last.  A run
-like the first from another seed (other weights, other order of the data) shows how far apart losses
-are that nobody would tell apart; --seeds= leaves it out.  On a GPU or TPU float32 is meant in full:
-products at the highest precision.
+Each run is `python -m moe_jax train` in a separate process; further arguments go to all runs.  The
+language-model loss is smoothed over 20 steps, and each run is compared with the first, in float32:
+largest and mean relative difference of the smoothed losses, and the last one.  A run like the first
+with another seed (other weights, other order of the data) shows differences that do not matter in
+practice; --seeds= leaves it out.  On a GPU or TPU float32 matmuls use the highest precision.
 
---float8 asks instead whether float8 experts follow bfloat16 ones, dropless.
+--float8 compares float8 experts with bfloat16 ones instead, dropless.
 """
 
 import argparse
@@ -34,7 +33,7 @@ QUIET = ("eval.every=0", "eval.rows=32", "eval.samples=0", "checkpoint.every_ste
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one run differs in."""
+    """The settings in which the runs differ."""
 
     name: str
     precision: str
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--float8", action="store_true", help="float8 experts beside bfloat16")
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.py"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", default="1", help="of further runs like the first")
+    parser.add_argument("--seeds", default="1", help="seeds of further runs like the first")
     given, rest = parser.parse_known_args()
     end_with_children()
     shared = [f"--config={given.config}", f"--config.train.steps={given.steps}", *rest]
@@ -65,13 +64,13 @@ def main() -> None:
 
 
 def precision_runs(seeds: list[str]) -> list[Run]:
-    """The first is what the others are compared with."""
+    """List the runs; the others are compared with the first."""
     others = [Run(f"float32, seed {seed}", "float32", seed) for seed in seeds]
     return [Run("float32", "float32"), Run("bfloat16", "bfloat16"), *others]
 
 
 def float8_runs(seeds: list[str]) -> list[Run]:
-    """Likewise, all dropless in bfloat16, the second with float8 experts."""
+    """List the runs with --float8: all dropless in bfloat16, the second with float8 experts."""
     plain = Run("bfloat16", "bfloat16", overrides=("model.moe.dispatch=dropless",))
     narrow = dataclasses.replace(
         plain, name="float8", overrides=(*plain.overrides, "model.moe.matmul=float8")
@@ -83,7 +82,7 @@ def float8_runs(seeds: list[str]) -> list[Run]:
 
 
 def differences(reference: list[float], found: list[float]) -> list[str]:
-    """Largest, its step, mean, and that at the end."""
+    """Format the largest relative difference, its step, the mean, and the last difference."""
     far = [abs(b - a) / a for a, b in zip(reference, found, strict=True)]
     worst = far.index(max(far))
     mean = statistics.mean(far)
@@ -91,7 +90,7 @@ def differences(reference: list[float], found: list[float]) -> list[str]:
 
 
 def train(workdir: Path, run: Run, arguments: list[str]) -> list[float]:
-    """The language-model loss of each step of one run."""
+    """Train one run and return the language-model loss of each step."""
     own = (f"precision={run.precision}", f"seed={run.seed}", *run.overrides)
     command = [
         *(sys.executable, "-m", "moe_jax", "train"),
@@ -111,7 +110,7 @@ def train(workdir: Path, run: Run, arguments: list[str]) -> list[float]:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Means of each WINDOW losses in a row."""
+    """The moving average of the losses over WINDOW steps."""
     sums = [0.0, *itertools.accumulate(losses)]
     return [(b - a) / WINDOW for a, b in zip(sums, sums[WINDOW:], strict=False)]
 

@@ -1,9 +1,9 @@
-"""One GPU: what a step takes, measured, beside what the planner says of it.
+"""Compares the measured memory and step time of one GPU with the planner's.
 
     python benchmarks/plan_h200.py [--topology=h200:1] [--steps=20]
 
-Prints two rows of the table in docs/planning.md.  Each measurement and each plan is a process of
-its own, so that the peak memory of one is not that of another.
+Prints two rows of the table in docs/planning.md.  Each measurement and each plan is a separate
+process, because the peak memory is counted per process.
 """
 
 import json
@@ -17,13 +17,13 @@ CONFIGS = ("bench_mixtral_2b", "bench_olmoe_half")
 
 
 def output(*arguments: str) -> str:
-    """What `python -m ARGUMENTS` prints; its progress goes through."""
+    """Run `python -m ARGUMENTS` and return its standard output; its progress stays on stderr."""
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def gib(text: str, name: str) -> float | None:
-    """The figure of a line of the plan, in GiB."""
+    """The figure in a line of the plan, in GiB; None: there is no such line."""
     found = re.search(rf"^  {name} +([\d.]+) (MiB|GiB)", text, re.M)
     return float(found[1]) / (1024 if found[2] == "MiB" else 1) if found else None
 

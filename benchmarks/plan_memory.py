@@ -1,9 +1,10 @@
-"""The planner's analytic memory beside XLA's, for many configs and topologies: a Markdown table.
+"""Compares the planner's analytic memory with XLA's for many configs and topologies.
 
     python benchmarks/plan_memory.py [--cache=FILE]
 
-Needs libtpu (the extra `plan`) and no TPU; each row takes about ten seconds.  With --cache the
-compiled figures are kept in FILE (JSON) and only missing ones are compiled.
+Prints a Markdown table.  It needs libtpu (the extra `plan`) but no TPU; each row takes about ten
+seconds.  With --cache the compiled figures are kept in FILE (JSON), and only missing ones are
+compiled.
 """
 
 import json

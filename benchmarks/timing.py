@@ -1,8 +1,8 @@
-"""Seconds of a call, and the plain matmul that every speed stands beside.
+"""Times a call, and a plain matmul, which shows the chip's current speed beside other figures.
 
     python -m benchmarks.timing
 
-prints the TFLOP/s of an 8192^3 product in bfloat16 (1024^3 on a CPU), as one line of JSON.
+prints the TFLOP/s of an 8192^3 matmul in bfloat16 (1024^3 on a CPU), as one line of JSON.
 """
 
 import json
@@ -18,7 +18,7 @@ ROUNDS, CALLS = 5, 10
 
 
 def timed(call: Callable[[], Any], rest: float) -> float:
-    """Seconds of a call: the median of ROUNDS bursts of CALLS, each after `rest` seconds."""
+    """The seconds per call: the median of ROUNDS bursts of CALLS, each after `rest` seconds."""
     jax.block_until_ready(call())
     times = []
     for _ in range(ROUNDS):
@@ -32,7 +32,7 @@ def timed(call: Callable[[], Any], rest: float) -> float:
 
 
 def plain(rest: float) -> float:
-    """TFLOP/s of an 8192^3 product in bfloat16 (1024^3 on a CPU)."""
+    """The TFLOP/s of an 8192^3 matmul in bfloat16 (1024^3 on a CPU)."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     matmul = jax.jit(jnp.matmul)

@@ -1,1 +1,1 @@
-"""Other frameworks' training steps, timed in turn with ours."""
+"""Times the training steps of other frameworks in turn with ours."""

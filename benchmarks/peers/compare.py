@@ -1,12 +1,12 @@
-"""The Hugging Face peer and ours in turn, process by process, and the ratio of their best batches.
+"""Times the Hugging Face peer and ours in turn, and prints the ratio of their best batches.
 
     python -m benchmarks.peers.compare [--batches=4,8,16] [--rounds=3] [--gpus=1]
         [--python-peer=.../bin/python] [--config.KEY=VALUE]
 
-Peer and ours alternate at every batch, and each measurement is a process of its own.  Before and
-after each round stands a plain 8192^3 matmul, which says how fast the chip was just then.  Figures
-are the medians over the rounds of the medians over steps; `ratio` is in model TFLOP/s, counted by
-`moe_jax.model.flops` on both sides.  `--narrow` repeats only what was best in the first round.
+Peer and ours alternate at every batch, and each measurement is a separate process.  Before and
+after each round a plain 8192^3 matmul is timed, to show the chip's speed at that time.  Figures are
+medians over the rounds of the medians over steps; `ratio` is of model TFLOP/s, counted by
+`moe_jax.model.flops` on both sides.  `--narrow` repeats only the best batches of the first round.
 """
 
 import argparse
@@ -29,12 +29,12 @@ SIDES = ("peer", "ours")
 
 
 class Result(NamedTuple):
-    """What one process found."""
+    """The result of one process."""
 
     config: str
     side: str
-    batch: int  # rows a GPU
-    row: Mapping[str, Any] | None  # None: it failed
+    batch: int  # rows per GPU
+    row: Mapping[str, Any] | None  # None: the process failed
 
 
 def main() -> None:
@@ -51,22 +51,22 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and overrides of the configs for both sides."""
+    """Parse our flags, and the config overrides for both sides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--configs", type=lambda text: text.split(","), default=[*CONFIGS])
-    parser.add_argument("--batches", type=numbers, default=[4, 8], help="rows a GPU: 4,8,16")
+    parser.add_argument("--batches", type=numbers, default=[4, 8], help="rows per GPU: 4,8,16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--narrow", action="store_true", help="later rounds: the best batches only")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed in a process")
-    parser.add_argument("--gpus", type=int, default=1, help="data parallel over so many")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per process")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, data parallel")
     parser.add_argument("--dispatch", default="dropless", help="ours: dropless or capacity")
     parser.add_argument("--python-peer", default=sys.executable, help="has torch and transformers")
     parser.add_argument("--python-ours", default=sys.executable, help="has what moe_jax needs")
-    parser.add_argument("--limit", type=float, default=400, help="seconds of a process")
-    parser.add_argument("--logs", default="", help="folder to keep what the processes print")
-    parser.add_argument("--small", action="store_true", help="a tiny model, for a try on a CPU")
+    parser.add_argument("--limit", type=float, default=400, help="time limit in seconds")
+    parser.add_argument("--logs", default="", help="folder for the processes' output")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to run on a CPU")
     given, overrides = parser.parse_known_args(argv)
     stray = [argument for argument in overrides if not argument.startswith("--config.")]
     if stray:
@@ -80,12 +80,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def numbers(text: str) -> list[int]:
-    """Of a flag such as 4,8,16."""
+    """Parse the numbers of a flag such as 4,8,16."""
     return [int(part) for part in text.split(",")]
 
 
 def environment(gpus: int, scratch: str) -> dict[str, str]:
-    """Of every process: the first GPUs only; our second round finds its programs compiled."""
+    """The environment of every process: the first `gpus` GPUs, and one compile cache."""
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": f"{scratch}/cache",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # JAX leaves a quarter unused, torch nothing
@@ -104,7 +104,7 @@ def environment(gpus: int, scratch: str) -> dict[str, str]:
 def measure(
     given: argparse.Namespace, overrides: Sequence[str], env: Mapping[str, str], folder: Path
 ) -> tuple[list[Result], list[str]]:
-    """Every process's result, and the matmuls before, between and after the rounds."""
+    """Measure: every process's result, and the matmuls before, between and after the rounds."""
     results: list[Result] = []
     matmuls = [matmul(given, env, folder)]
     for number in range(given.rounds):
@@ -121,7 +121,7 @@ def measure(
 
 
 def plan(results: Sequence[Result], config: str, batches: Sequence[int]) -> list[tuple[str, int]]:
-    """(side, batch) of a round, the sides in turn: the best that are known, else every batch."""
+    """List (side, batch) of a round, sides in turn: the best batches if known, else all."""
     known = {side: best(results, config, side) for side in SIDES}
     if any(known.values()):
         return [(side, found[0]) for side, found in known.items() if found]
@@ -131,7 +131,7 @@ def plan(results: Sequence[Result], config: str, batches: Sequence[int]) -> list
 def commands(
     given: argparse.Namespace, config: str, batch: int, overrides: Sequence[str]
 ) -> dict[str, list[str]]:
-    """What measures each side."""
+    """The command that measures each side."""
     shared = [f"--config={config}", f"--steps={given.steps}", *overrides]
     start = ["-m"]
     if given.gpus > 1:
@@ -149,7 +149,7 @@ def commands(
 
 
 def matmul(given: argparse.Namespace, env: Mapping[str, str], folder: Path) -> str:
-    """The chip's speed just now."""
+    """Measure the chip's current speed with a plain matmul."""
     command = [given.python_ours, "-m", "benchmarks.timing"]
     error, output = run(command, env, given.limit, folder / "matmul")
     found = None if error else last_json(output)
@@ -159,7 +159,7 @@ def matmul(given: argparse.Namespace, env: Mapping[str, str], folder: Path) -> s
 
 
 def speeds(results: Sequence[Result], config: str, side: str) -> dict[int, float]:
-    """Batch -> median TFLOP/s over the rounds."""
+    """Map batch -> median TFLOP/s over the rounds."""
     found: dict[int, list[float]] = {}
     for result in results:
         if (result.config, result.side) == (config, side) and result.row:
@@ -168,13 +168,13 @@ def speeds(results: Sequence[Result], config: str, side: str) -> dict[int, float
 
 
 def best(results: Sequence[Result], config: str, side: str) -> tuple[int, float] | None:
-    """(batch, TFLOP/s) of the fastest batch; None where all failed."""
+    """The (batch, TFLOP/s) of the fastest batch; None: all failed."""
     found = speeds(results, config, side)
     return max(found.items(), key=lambda item: item[1]) if found else None
 
 
 def summary(results: Sequence[Result]) -> list[list[str]]:
-    """Rows of the table: each config's batches, then its best ones."""
+    """Make the rows of the table: each config's batches, then its best ones."""
     rows = [
         ["config", "batch", "peer, ms", "TFLOP/s", "GiB", "ours, ms", "TFLOP/s", "GiB", "ratio"]
     ]

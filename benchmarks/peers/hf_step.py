@@ -1,11 +1,11 @@
-"""Hugging Face transformers: one MoE training step of a config, as one line of JSON.
+"""Times one MoE training step of a config in Hugging Face transformers; prints a line of JSON.
 
     python -m benchmarks.peers.hf_step --config=configs/bench_mixtral_2b.py [--batch=8]
     torchrun --nproc_per_node=2 -m benchmarks.peers.hf_step --config=... --batch=8
 
-Forward, backward and AdamW of the model that `shape.py` makes of the config: experts by
+The step is forward, backward and AdamW of the model that `shape.py` makes of the config: experts by
 `torch._grouped_mm`, scaled-dot-product attention, torch.compile, weights and both moments in the
-config's precision, random tokens.  Under torchrun it is data parallel, `--batch` rows a GPU.
+config's precision, random tokens.  Under torchrun it is data parallel, `--batch` rows per GPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ except ImportError as error:
         f"transformers, there or where --python-peer of compare.py points."
     )
 
-WARMUP = 3  # steps that are run and not counted; the first compiles
+WARMUP = 3  # steps before the timed ones; the first compiles
 
 
 def main() -> None:
@@ -54,13 +54,13 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and overrides of the config."""
+    """Parse our flags, and the overrides of the config."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="FILE.py[:ARG]; --config.KEY=VALUE goes")
-    parser.add_argument("--batch", type=int, default=4, help="rows a GPU")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--config", required=True, help="FILE.py[:ARG]; also --config.KEY=VALUE")
+    parser.add_argument("--batch", type=int, default=4, help="rows per GPU")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--experts", default="grouped_mm", help="experts_implementation")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--python-ours", default=sys.executable, help="where moe_jax is installed")
@@ -72,17 +72,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_shape(python: str, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What shape.py says; in a process of its own, so that JAX takes no memory of the GPU."""
+    """Run shape.py in a separate process, so that JAX reserves no GPU memory in this one."""
     command = [python, "-m", "benchmarks.peers.shape", f"--config={config}", *overrides]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # shape.py has printed the reason
     return json.loads(done.stdout)
 
 
 def make_model(shape: dict[str, Any], experts: str, device: torch.device) -> Any:
-    """The model with random weights; its size has to be ours."""
+    """Make the model with random weights; exit unless its number of parameters equals ours."""
     config = getattr(transformers, f"{shape['class']}Config")(**shape["model"])
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
@@ -100,7 +100,7 @@ def make_model(shape: dict[str, Any], experts: str, device: torch.device) -> Any
 def make_step(
     model: Any, shape: dict[str, Any], given: argparse.Namespace, device: torch.device, ranks: int
 ) -> Callable[[], Any]:
-    """A training step on one batch of random tokens; returns the loss."""
+    """Make a training step on one batch of random tokens, which returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **shape["optimizer"])
     if ranks > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -123,7 +123,7 @@ def make_step(
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[float, list[float]]:
-    """(last loss, seconds of each of `steps` steps, on the GPU's own clock)."""
+    """Measure (last loss, seconds of each of `steps` steps by the GPU's clock)."""
     if device.type == "cpu":
         return _timed_on_cpu(step, steps)
     for _ in range(WARMUP):
@@ -155,7 +155,7 @@ def row(
     device: torch.device,
     ranks: int,
 ) -> dict[str, Any]:
-    """The line, with the names of `python -m moe_jax bench`."""
+    """Make the line of JSON, with the field names of `python -m moe_jax bench`."""
     cuda, seconds = device.type == "cuda", statistics.median(times)
     tokens = given.batch * shape["sequence_length"] * ranks
     return {

@@ -1,8 +1,9 @@
-"""A config as the Hugging Face model that is the same: one line of JSON, made without torch.
+"""Converts a config to the equal Hugging Face model: prints one line of JSON, without torch.
 
     python -m benchmarks.peers.shape --config=configs/bench_mixtral_2b.py [--config.KEY=VALUE]
 
-What the peer's models do not have is refused, so that both sides always train the same one.
+A config with a feature that the peer's models lack is refused, so that both sides always train the
+same model.
 """
 
 import dataclasses
@@ -29,10 +30,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def peer_shape(config: Config) -> dict[str, Any]:
-    """What hf_step.py needs: the peer's model and optimizer, and our count of its FLOPs.
+    """Make the input of hf_step.py: the peer's model and optimizer, and our count of its FLOPs.
 
     Raises:
-      UserError: the config asks for something that the peer's models do not have.
+      UserError: the config has a feature that the peer's models lack.
     """
     vocabulary = config.model.vocab_size or config_tokenizer(config.data).vocab_size
     model = dataclasses.replace(config.model, vocab_size=vocabulary)
@@ -40,7 +41,7 @@ def peer_shape(config: Config) -> dict[str, Any]:
     for key, value, wanted in _demands(model):
         if value != wanted:
             raise UserError(
-                f"The peer cannot train this config: set config.model.{key}, now {value!r}, to "
+                f"config.model.{key} is {value!r}: the peer's models do not have it. Set "
                 f"{wanted!r}."
             )
     optimizer, defined = config.optimizer, define(model, config.precision)
@@ -61,7 +62,7 @@ def peer_shape(config: Config) -> dict[str, Any]:
 
 
 def _demands(model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, the only one that the peer's models have)."""
+    """List (key, value, the only value that the peer's models support)."""
     yield from (
         ("dense", model.dense, False),
         ("activation", model.activation, "swiglu"),
@@ -80,7 +81,7 @@ def _demands(model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _arguments(model: ModelConfig, length: int) -> dict[str, Any]:
-    """Of the peer's configuration class."""
+    """The arguments of the peer's configuration class."""
     moe = model.moe
     shared = {
         "vocab_size": model.vocab_size,
@@ -94,7 +95,7 @@ def _arguments(model: ModelConfig, length: int) -> dict[str, Any]:
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tied_head,
-        "output_router_logits": True,  # which makes it add the balance loss
+        "output_router_logits": True,  # adds the balance loss
         "router_aux_loss_coef": moe.balance_weight,
         "use_cache": False,
         "pad_token_id": None,

@@ -1,1 +1,1 @@
-"""Kills a run of two processes at random moments and compares it with one that was left alone."""
+"""Kills a run of two processes at random moments and compares it with an uninterrupted run."""

@@ -1,16 +1,16 @@
-"""Kills a run of two processes at random moments, in every phase, until it has come to its end.
+"""Kills a run of two processes at random moments, in every phase, until the run is finished.
 
     python -m benchmarks.soak --workdir=DIR [--kills=40] [--seed=0]
 
 Two processes on CPUs, each under launch/supervise.py, train a small model on a small corpus twice:
-once left alone and once with so many kills.  For each kill the seed draws the phase to hit, the
-moment in it, the signal (SIGKILL, SIGTERM, or SIGSTOP and later SIGCONT) and whether one process or
-both get it.  The second run must end with the bits of the first: every leaf of the last
-checkpoint, every logged loss and count, the held-out results, the samples and the store.  Exits
-with 1, naming each difference, if it does not, and if a process hangs or ends for good.
+once uninterrupted and once with --kills kills.  For each kill the seed decides the phase, the
+moment in it, the signal (SIGKILL, SIGTERM, or SIGSTOP and later SIGCONT), and whether one process
+or both get it.  The second run must equal the first bit for bit: every leaf of the last checkpoint,
+every logged loss and count, the held-out results, the samples and the store.  The exit code is 1 if
+they differ, with a line per difference, or if a process hangs or its supervisor gives up.
 
-Takes about 15 s a kill on two cores.  Linux only.  DIR must be new; it keeps both runs and the
-output of all processes.
+It takes about 15 s per kill on two cores and needs Linux.  DIR must be new; it keeps both runs and
+the output of all processes.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from benchmarks.soak.pair import (
 )
 from moe_jax.files.formats import table
 
-LIMIT = 400.0  # seconds: beyond what JAX waits for a process that does not come (300)
-POLL = 0.002  # seconds; a save takes some ten times as long
-UNMET = (START, STORE)  # phases in which a process may not have met the other yet
+LIMIT = 400.0  # seconds; longer than JAX waits for a missing process (300)
+POLL = 0.002  # seconds; a save takes about ten times as long
+UNMET = (START, STORE)  # phases in which the processes may not be connected yet
 SAVE_EVERY, EVAL_EVERY = 7, 15
-STEPS_A_KILL = 20  # at most so many steps pass before a kill finds its phase
-FIRST = 8  # of every so many kills one hits the store build, as long as there is one, one the end
+STEPS_A_KILL = 20  # most steps that pass before a kill reaches its phase
+FIRST = 8  # of FIRST kills, one hits the store build while there is one, and one hits the end
 WORDS = ("the", "model", "reads", "a", "small", "text", "and", "learns", "which", "word", "follows")
 MODEL = {
     "model.num_layers": 1,
@@ -55,7 +55,7 @@ MODEL = {
     "model.head_dim": 16,
     "model.ffn_width": 64,
     "model.moe.expert_width": 32,
-    # Its bias is state that only the router has.
+    # Its bias is state of the router, which the checkpoint must restore.
     "model.moe.router": "sigmoid_bias",
     "model.moe.options.sigmoid_bias.update_rate": 0.01,
     "mesh.data": 1,
@@ -82,7 +82,8 @@ MODEL = {
 }
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",
-    # Only process 0 writes to the compile cache and process 1 misses there: it compiles each time.
+    # Process 0 alone writes to the compile cache and process 1 finds nothing in it, so process 1
+    # compiles each time.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -91,18 +92,18 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """What was drawn for one kill."""
+    """The random choices of one kill."""
 
     phase: str
-    moment: float  # share of how long the phase took when it last came to its end
-    steps: int  # to let pass first, where the phase is STEPS
+    moment: float  # as a share of the phase's last complete duration
+    steps: int  # steps to wait first, if the phase is STEPS
     targets: tuple[int, ...]
     signal: int
     stopped: float  # seconds between SIGSTOP and SIGCONT
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +113,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=float, default=80.0, help="megabytes (default: 80)")
     given = parser.parse_args()
     if given.workdir.exists():
-        parser.error(f"{given.workdir} is there already: name a new folder")
+        parser.error(f"--workdir={given.workdir} exists: use a new folder")
     problems = soak(given.workdir.absolute(), given.kills, given.seed, given.corpus)
     for problem in problems:
         print(f"DIFFERENT: {problem}")
@@ -121,7 +122,7 @@ def main() -> int:
 
 
 def soak(folder: Path, kills: int, seed: int, megabytes: float) -> list[str]:
-    """Both runs; what differs between them, or went wrong."""
+    """Make both runs; return their differences, or errors."""
     files = write_corpus(folder / "text", megabytes, random.Random(seed))
     steps = STEPS_A_KILL * (kills + 1)
     values = MODEL | {"train.steps": steps, "data.files": files}
@@ -136,9 +137,9 @@ def soak(folder: Path, kills: int, seed: int, megabytes: float) -> list[str]:
     with Pair(folder / "alone", arguments, EVAL_EVERY, env) as alone:
         problem = until_the_end(alone)
         if problem:
-            return [f"the run that was left alone: {problem}\n{alone.tail()}"]
+            return [f"the uninterrupted run: {problem}\n{alone.tail()}"]
     took = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in alone.seconds.items())
-    print(f"left alone: {steps} steps in {time.monotonic() - began:.0f} s ({took})", flush=True)
+    print(f"uninterrupted: {steps} steps in {time.monotonic() - began:.0f} s ({took})", flush=True)
 
     began = time.monotonic()
     with Pair(folder / "killed", arguments, EVAL_EVERY, env) as killed:
@@ -147,14 +148,14 @@ def soak(folder: Path, kills: int, seed: int, megabytes: float) -> list[str]:
         problem = problem or until_the_end(killed)
         print(summary(done, killed, time.monotonic() - began), flush=True)
         if problem:
-            return [f"the run that was killed: {problem}\n{killed.tail()}"]
+            return [f"the killed run: {problem}\n{killed.tail()}"]
     if len(done) < kills:
-        return [f"the run came to its end after {len(done)} of {kills} kills"]
+        return [f"the killed run finished after {len(done)} of {kills} kills"]
     return differences(alone.workdir, killed.workdir, steps)
 
 
 def write_corpus(folder: Path, megabytes: float, draw: random.Random) -> str:
-    """Text files of half a megabyte; returns their glob."""
+    """Write text files of half a megabyte; return their glob."""
     folder.mkdir(parents=True)
     for number in range(max(2, round(2 * megabytes))):
         (folder / f"{number:04d}.txt").write_text(" ".join(draw.choices(WORDS, k=100_000)) + "\n")
@@ -162,14 +163,14 @@ def write_corpus(folder: Path, megabytes: float, draw: random.Random) -> str:
 
 
 def plan(kills: int, draw: random.Random) -> list[Kill]:
-    """Kills in the order in which their phases can come: builds first, the end last."""
+    """Choose the kills, in the order in which their phases occur: builds first, the end last."""
     ends = -(-kills // FIRST)
     middle = draw.sample([p for p in PHASES if p not in (STORE, END)], len(PHASES) - 2)
     between = [middle[number % len(middle)] for number in range(kills - 2 * ends)]
     draw.shuffle(between)
     phases = [STORE] * ends + between + [END] * ends
     drawn = [draw_kill(phase, draw) for phase in phases]
-    # Each goes on with the build of the one before: the first kills must leave something to build.
+    # Each attempt continues the previous build, so the first kills must leave something to build.
     return [
         dataclasses.replace(kill, moment=kill.moment / (ends + 1)) if kill.phase == STORE else kill
         for kill in drawn
@@ -177,20 +178,20 @@ def plan(kills: int, draw: random.Random) -> list[Kill]:
 
 
 def draw_kill(phase: str, draw: random.Random) -> Kill:
-    """Everything about a kill but its phase."""
+    """Choose everything about a kill except its phase."""
     targets = draw.choices([(0,), (1,), (0, 1)], [2, 2, 1])[0]
     number = draw.choices([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], [7, 2, 1])[0]
-    # Either short enough for nobody to notice, or long enough to be given up.
+    # Either too short to be detected, or long enough for the heartbeat to fail.
     stopped = draw.choice([1.0, HEARTBEAT + 4.0])
     return Kill(phase, draw.random(), draw.randrange(10), targets, number, stopped)
 
 
 def carry_out(pair: Pair, kills: list[Kill]) -> tuple[list[tuple[str, Kill]], str]:
-    """(each kill with the phase it really hit, what went wrong or nothing)."""
+    """Carry out the kills; return (each kill with the phase that it hit, error or "")."""
     done: list[tuple[str, Kill]] = []
     for kill in kills:
         hits: list[int] = []
-        while not hits:  # one that has just ended by itself is waited for again
+        while not hits:  # if the target has just ended by itself, wait for the next one
             problem = wait_for_moment(pair, kill)
             if problem or None not in pair.codes():
                 return done, problem
@@ -210,11 +211,11 @@ def carry_out(pair: Pair, kills: list[Kill]) -> tuple[list[tuple[str, Kill]], st
 
 
 def wait_for_moment(pair: Pair, kill: Kill) -> str:
-    """Until both processes are there and the run is where the kill wants it; or what went wrong."""
+    """Wait until both processes run and the run is in the kill's phase; return an error or ""."""
     wish = kill.phase
     if wish == STORE and pair.built():
         wish = START
-    if wish == START and pair.phase() != START:  # a stop so short that nothing started again
+    if wish == START and pair.phase() != START:  # a short stop caused no restart
         wish = STEPS
 
     def there() -> bool:
@@ -226,14 +227,14 @@ def wait_for_moment(pair: Pair, kill: Kill) -> str:
         later = pair.step + kill.steps
         if problem := until(pair, lambda: pair.step >= later or pair.phase() in (START, END)):
             return problem
-    # After the last step comes an evaluation: killed before its end, it comes once more.
+    # The last step is followed by an evaluation, which is repeated if it is killed.
     span = EVALUATION if pair.phase() == END else pair.phase()
     time.sleep(kill.moment * pair.seconds.get(span, 0.0))
     return ""
 
 
 def wait_for_others(pair: Pair, before: list[int | None], who: tuple[int, ...]) -> str:
-    """Until other processes run in place of those before; or what went wrong."""
+    """Wait until new processes have replaced those in `before`; return an error or ""."""
 
     def replaced() -> bool:
         now, codes = pair.pids(), pair.codes()
@@ -243,12 +244,12 @@ def wait_for_others(pair: Pair, before: list[int | None], who: tuple[int, ...]) 
 
 
 def until_the_end(pair: Pair) -> str:
-    """Until both supervisors have ended; or what went wrong."""
+    """Wait until both supervisors have ended; return an error or ""."""
     return until(pair, lambda: False)
 
 
 def until(pair: Pair, condition: Callable[[], bool]) -> str:
-    """Until the condition holds or both processes have come to their end; or what went wrong."""
+    """Wait until the condition holds or both processes have ended; return an error or ""."""
     began = time.monotonic()
     while not condition():
         pair.phase()
@@ -264,7 +265,7 @@ def until(pair: Pair, condition: Callable[[], bool]) -> str:
 
 
 def summary(done: list[tuple[str, Kill]], pair: Pair, seconds: float) -> str:
-    """Kills by phase and signal, and what became of the processes."""
+    """Format the kills by phase and signal, and the restarts."""
     numbers = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
     counts = collections.Counter((hit, kill.signal) for hit, kill in done)
     rows = [["phase", *(number.name for number in numbers), "kills"]]

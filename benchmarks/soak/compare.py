@@ -1,4 +1,4 @@
-"""What differs between two runs that should be one and the same."""
+"""Lists the differences between two runs that should be equal."""
 
 import hashlib
 import itertools
@@ -11,17 +11,17 @@ import numpy as np
 
 from moe_jax.checkpoint import Checkpoints
 
-_TIMES = ("_seconds", "_per_second")  # how the names of clocks' readings end
+_TIMES = ("_seconds", "_per_second")  # endings of keys that depend on time
 _ROWS = ("metrics.jsonl", "ledger.jsonl")
 
 
 def differences(expected: Path, found: Path, steps: int) -> list[str]:
-    """One line for each thing in which the run in `found` is not the one in `expected`.
+    """List the differences between the runs in `found` and `expected`, one line each.
 
-    Every leaf of the checkpoint of step `steps`, bit by bit; every row of both logs, clocks aside;
-    the sample texts; every byte of the stores beside the two workdirs.
+    Compares every leaf of the checkpoint of step `steps` bit by bit, every row of both logs without
+    times, the sample texts, and every byte of the stores next to the two workdirs.
     """
-    jax.config.update("jax_platforms", "cpu")  # where the runs were
+    jax.config.update("jax_platforms", "cpu")  # the platform of the runs
     return [
         *_of_checkpoints(expected / "checkpoints", found / "checkpoints", steps),
         *itertools.chain.from_iterable(_of_rows(expected, found, name) for name in _ROWS),
@@ -36,7 +36,7 @@ def differences(expected: Path, found: Path, steps: int) -> list[str]:
 
 def _of_checkpoints(expected: Path, found: Path, step: int) -> list[str]:
     ours, theirs = Checkpoints(expected), Checkpoints(found)
-    lines = [f"checkpoint {name} was set aside as bad" for name in theirs.quarantined()]
+    lines = [f"checkpoint {name} was quarantined" for name in theirs.quarantined()]
     for checkpoints in (ours, theirs):
         if step not in checkpoints.steps():
             return [*lines, f"{checkpoints.root} has no step {step}"]
@@ -45,7 +45,7 @@ def _of_checkpoints(expected: Path, found: Path, step: int) -> list[str]:
             return [*lines, f"{checkpoints.root / str(step)} is bad: {reason}"]
     shapes = ours.describe(step)
     if shapes != theirs.describe(step):
-        return [*lines, f"the checkpoints of step {step} hold other leaves"]
+        return [*lines, f"the checkpoints of step {step} have different leaves"]
     pairs = ours.restore(step, shapes), theirs.restore(step, shapes)
     for name in shapes:
         a, b = (np.asarray(leaves[name]) for leaves in pairs)

@@ -1,4 +1,4 @@
-"""Two supervised processes of one run, and what an onlooker sees of where the run stands."""
+"""Starts two supervised processes of one run, and observes its phase from outside."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ START, STORE, RESTORE, COMPILE = "start", "store build", "restore", "compile"
 STEPS, SAVE, EVALUATION, END = "steps", "save", "evaluation", "after the last step"
 PHASES = (START, STORE, RESTORE, COMPILE, STEPS, SAVE, EVALUATION, END)
 RESTART = re.compile(r"\S+ restart \d+: (.*), goes on from \d+, (-?\d+) steps lost")
-HEARTBEAT = 6  # seconds: with the 100 of a config each silent process would cost minutes
+HEARTBEAT = 6  # seconds; with a config's default of 100 each silent process would cost minutes
 _STEP = re.compile(r"step (\d+)/(\d+)  (loss|eval_loss) ")
 _SIGNS = (
     (RESTART, START),
@@ -29,13 +29,13 @@ _SIGNS = (
 
 
 class Pair:
-    """Starts both processes; a context manager that leaves none behind.  Linux only.
+    """Starts both processes; a context manager that ends them.  Linux only.
 
     Args:
-      folder: of the run, the store and the logs.
-      arguments: of `python -m moe_jax train`, beside the workdir and what makes two processes.
-      eval_every: steps between two evaluations, which are seen by nothing else.
-      env: of the processes.
+      folder: for the run, the store and the logs.
+      arguments: of `python -m moe_jax train`, without the workdir and the flags of two processes.
+      eval_every: steps between two evaluations, by which this class detects an evaluation.
+      env: environment of the processes.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Pair:
         self._lines = (folder / "process-0.out").open()
         self._begun, self._torn = START, ""
         self._pids: list[int | None] = [None, None]
-        self._since = time.time()  # when the younger of the two was first seen
+        self._since = time.time()  # time at which the younger process was first seen
         self._last = (START, time.monotonic())
-        self.step = 0  # the last that was logged
-        self.heard = time.monotonic()  # when the lead last said something
-        self.seconds: dict[str, float] = {}  # how long a phase that came to its end last took
+        self.step = 0  # the last logged step
+        self.heard = time.monotonic()  # time of the last output of the lead process
+        self.seconds: dict[str, float] = {}  # the last complete duration of each phase
 
     def __enter__(self) -> "Pair":
         return self
@@ -88,7 +88,7 @@ class Pair:
         self._lines.close()
 
     def pids(self) -> list[int | None]:
-        """Of the two trainers; None where none runs just now."""
+        """The process ids of the two trainers; None: it does not run now."""
         found = [_child(supervisor.pid) for supervisor in self._supervisors]
         if any(new != old for new, old in zip(found, self._pids, strict=True) if new is not None):
             self._since = time.time()
@@ -96,11 +96,11 @@ class Pair:
         return found
 
     def codes(self) -> list[int | None]:
-        """Exit codes of the supervisors; None where one still runs."""
+        """The exit codes of the supervisors; None: it still runs."""
         return [supervisor.poll() for supervisor in self._supervisors]
 
     def phase(self) -> str:
-        """One of PHASES; the other process may be a moment ahead or behind."""
+        """The phase of the lead process, of PHASES; the other may be slightly ahead or behind."""
         restarted = self._read()
         now = self._begun
         if now in (START, STORE):
@@ -109,7 +109,7 @@ class Pair:
             now = SAVE
         before, at = self._last
         if now == START and before != START and not restarted:
-            now = RESTORE  # the other process has built the store, and the lead is about to say so
+            now = RESTORE  # the other process has built the store; the lead has not printed it yet
         if restarted:
             self._last = (now, time.monotonic())
         elif now != before:
@@ -118,21 +118,21 @@ class Pair:
         return now
 
     def built(self) -> bool:
-        """Whether the store is there."""
+        """True if the store exists."""
         return any(self._store.glob("*/manifest.json"))
 
     def said(self, index: int) -> list[re.Match[str]]:
-        """The lines in which a supervisor told of a restart."""
+        """The lines in which a supervisor reported a restart."""
         lines = (self._folder / f"process-{index}.out").read_text().splitlines()
         return [match for match in map(RESTART.match, lines) if match]
 
     def tail(self) -> str:
-        """The ends of all logs, for a person."""
+        """The last lines of all logs, for the error report."""
         logs = sorted(self._folder.glob("process-*.*"))
         return "\n".join(f"--- {log}\n{log.read_text()[-1500:]}" for log in logs)
 
     def _read(self) -> bool:
-        """Follows the lead's output; whether it was restarted meanwhile."""
+        """Read the new output of the lead process; return True if it was restarted."""
         restarted = False
         while chunk := self._lines.readline():
             self._torn += chunk
@@ -145,11 +145,11 @@ class Pair:
         return restarted
 
     def _building(self) -> bool:
-        """Whether one of these processes has asked for the store, which is not there yet."""
+        """True if one of these processes is building the store."""
         return not self.built() and self._younger(self._store.glob("*.lock"))
 
     def _saving(self) -> bool:
-        """Whether a save of these processes, and not of killed ones, is on disk unfinished."""
+        """True if an unfinished save of these processes, not of killed ones, is on disk."""
         return self._younger(self._checkpoints.glob("*.orbax-checkpoint-tmp*"))
 
     def _younger(self, paths: Iterable[Path]) -> bool:
@@ -157,13 +157,13 @@ class Pair:
             try:
                 if path.stat().st_mtime > self._since:
                     return True
-            except FileNotFoundError:  # just finished
+            except FileNotFoundError:  # finished a moment ago
                 pass
         return False
 
 
 def after_line(line: str, phase: str, step: int, eval_every: int) -> tuple[str, int]:
-    """(phase, last logged step) once the lead has said `line`, from those before it."""
+    """Update (phase, last logged step) with an output line of the lead process."""
     if logged := _STEP.match(line):
         step, total = int(logged[1]), int(logged[2])
         if step == total:
@@ -172,8 +172,8 @@ def after_line(line: str, phase: str, step: int, eval_every: int) -> tuple[str, 
     return next((begun for sign, begun in _SIGNS if sign.match(line)), phase), step
 
 
-# The waits between restarts are no part of what is tried, and kills that come in a row before there
-# is anything to keep must not end the run.
+# Waits between restarts are not tested here, so they are short.  Several kills before the first
+# checkpoint must not end the run, so --max_stuck is large.
 _SUPERVISE = (
     *(sys.executable, "-m", "launch.supervise"),
     *("--wait=0.1", "--max_wait=0.5", "--max_stuck=1000000", "--"),
@@ -181,7 +181,7 @@ _SUPERVISE = (
 
 
 def send(pids: Iterable[int], number: int) -> None:
-    """A signal to processes, those that are still there."""
+    """Send a signal to the processes that still exist."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -196,9 +196,12 @@ def _child(pid: int) -> int | None:
 
 
 def _free_port() -> int:
-    """Below Linux's ephemeral ports: an outgoing connection could take one of those between a
-    death and a restart, even that of the other process which tries to connect."""
-    first = 20_000 + os.getpid() % 10_000  # not that of another soak that starts just now
+    """Find a free port below Linux's ephemeral ports.
+
+    Between a death and a restart, an outgoing connection could take an ephemeral port, even the
+    connection of the other process.
+    """
+    first = 20_000 + os.getpid() % 10_000  # differs from a soak that starts at the same time
     for port in range(first, 32_000):
         with socket.socket() as probe:
             try:

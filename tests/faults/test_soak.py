@@ -116,7 +116,7 @@ def bad_step_aside(workdir: Path) -> None:
         (other_row, ["metrics.jsonl:2: loss is 2.2500000000000004, should be 2.25"]),
         (row_twice, ["metrics.jsonl:2: loss is 2.5, should be 2.25"]),
         (other_store, ["store: 0123/manifest.json differs"]),
-        (bad_step_aside, ["checkpoint 1 was set aside as bad"]),
+        (bad_step_aside, ["checkpoint 1 was quarantined"]),
     ],
 )
 def test_a_difference_is_named(tmp_path, change, named):
