@@ -1,4 +1,4 @@
-"""What a person can get wrong: one sentence, exit 1, nothing written and nothing lost."""
+"""Every mistake of a user gives one sentence and exit code 1; nothing is written or lost."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ from moe_jax.run.setup import prepare
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a case may use: good text files, the folder of stores, an empty folder, a saved run."""
+    """Files of a test case: good text files, the store folder, an empty folder, a saved run."""
 
     files: str
     stores: Path
@@ -51,14 +51,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """The trainer takes SIGTERM for the life of its process."""
+    """Restore the SIGTERM handler, which the trainer replaces until its process ends."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below `folder` with the SHA-256 of its bytes, but the lock of a live run.
+    """The SHA-256 of every file below `folder`, except the lock of a running run.
 
     That is taken before any checkpoint is touched, and stays.
     """
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_a_source_that_may_be_read_too_seldom_for_one_batch(place, tmp_path):
-    """The whole text would do; the mixture asks more of one part than it has."""
+    """All sources together have enough text, but the mixture needs more of one than it has."""
     short = write_corpus(tmp_path / "short", 4)
     mixture = {"long": {"files": place.files}, "short": {"files": short, "weight": 3.0}}
     config = small_config("", **{"data.max_epochs": 1, "data.heldout_fraction": 0.3})
@@ -87,7 +87,7 @@ def arguments(place: Place, workdir: Path, overrides: dict[str, object]) -> list
     return flags(workdir, place.files, **{"data.store": str(place.stores)} | overrides)
 
 
-# overrides of the small run on 8 devices -> what the sentence must say
+# overrides of the small run on 8 devices -> pattern of the sentence
 CONFIGS = {
     "unknown key": ({"train.stepz": 5}, r"config\.train\.stepz .*did you mean 'train.steps'"),
     "wrong type": ({"train.steps": "many"}, r"--config\.train\.steps=many .*type int"),
@@ -220,7 +220,7 @@ def test_stray_argument(place, tmp_path):
 
 @pytest.mark.parametrize("below", ["file", "file/deeper/run"])
 def test_workdir_is_not_writable(place, tmp_path, below):
-    """As root every folder can be written, but not one in the place of a file."""
+    """Root can write to every folder, so a file is in the place of the workdir."""
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, tmp_path / below, {})])
@@ -260,7 +260,7 @@ def test_workdir_of_another_run(place, overrides, pattern):
 
 @pytest.mark.parametrize("damage", [None, b"\xff\xfe", b"{"])
 def test_without_its_config_a_run_is_not_resumed(place, damage):
-    """It could not be told whether the data and the groups are still the same."""
+    """Without the config, changes of the data and the routing groups cannot be detected."""
     path = place.saved / "config.json"
     good = path.read_bytes()
     path.unlink()
@@ -301,7 +301,7 @@ def test_init_from_a_folder_without_checkpoint(place, tmp_path):
     ],
 )
 def test_weights_of_another_function(place, tmp_path, overrides, pattern):
-    """Found before the text is read, which has not been tokenised for this run."""
+    """The error comes before the text is tokenised for this run."""
     given = arguments(place, tmp_path / "run", overrides | {"data.store": str(tmp_path / "stores")})
     with pytest.raises(UserError) as error:
         main(["train", *given, f"--init_from={place.saved}"])
@@ -321,7 +321,7 @@ def test_the_command_prints_one_line(place, tmp_path, run_cli):
 
 
 def test_the_good_run_is_good(place, tmp_path):
-    """The control: without an override nothing is refused."""
+    """The control: a run without overrides is accepted."""
     run = prepare(
         small_config(place.files, **{"data.store": str(place.stores)}),
         tmp_path / "run",
@@ -356,7 +356,7 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
 def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
     place, tmp_path, monkeypatch
 ):
-    """What the second checks is what lies there once the workdir is its own."""
+    """The second run checks the files of the workdir only after it holds the lock."""
     workdir = tmp_path / "run"
 
     def after_the_first_run(folder: Path, say: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""What is found out about a run before any text is read."""
+"""The checks of a run that come before any data is read."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def test_what_is_found(place, arguments, sentence):
 
 
 def test_the_check_knows_what_a_resumed_run_keeps(place):
-    """Another seed in a workdir with a checkpoint: refused as the trainer would."""
+    """A new seed in a workdir with a checkpoint is refused, as in the trainer."""
     workdir = place / "run"
     (workdir / "checkpoints").mkdir(parents=True)
     config = resolve(from_config_dict(read_config_file("configs/tiny.py")), 1, 258).config
@@ -68,7 +68,7 @@ def test_the_check_knows_what_a_resumed_run_keeps(place):
 
 
 def test_a_router_that_a_resumed_run_turns_is_named(place):
-    """Its shapes agree, so nothing else would notice."""
+    """The shapes agree, so no other check would find the change."""
     (place / "run" / "checkpoints").mkdir(parents=True)
     config = read_config_file("configs/tiny.py")
     resolved = resolve(from_config_dict(config), 1, 258).config
@@ -96,7 +96,7 @@ def test_finished_is_the_last_evaluation_of_these_steps(place):
 
 
 def test_a_run_whose_text_was_used_up_is_finished(place):
-    """As long as it may not read more of it."""
+    """It is finished as long as data.max_epochs does not allow more epochs."""
     (place / "run").mkdir()
     metrics = place / "run" / "metrics.jsonl"
     metrics.write_text('{"step": 4, "eval_loss": 2.0}\n')
@@ -147,7 +147,7 @@ def get_config():
 
 @pytest.mark.parametrize("imported", [False, True])
 def test_a_line_knows_only_what_its_own_file_registers(place, monkeypatch, capsys, imported):
-    """Also where the file imports the one that registers, and where another line did so before."""
+    """Also if the file imports the one that registers, or an earlier line registered it."""
     monkeypatch.syspath_prepend(place)
     (place / "own").mkdir()  # a package without __init__.py
     (place / "own" / "router.py").write_text(SHARP)
@@ -164,7 +164,7 @@ def test_a_line_knows_only_what_its_own_file_registers(place, monkeypatch, capsy
 
 
 def test_many_in_one_process(place, cli_env):
-    """One answer a line, in order, whatever a config file prints."""
+    """The command prints one answer per line, in order, even if a config file prints."""
     (place / "loud.py").write_text(
         "from moe_jax.config import default_config\n"
         "def get_config():\n  print('hello')\n  return default_config()\n"

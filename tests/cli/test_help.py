@@ -1,4 +1,4 @@
-"""COMMAND --config=FILE --help: the keys of that config, what it sets and what they mean."""
+"""COMMAND --config=FILE --help lists the keys of that config, their values and meanings."""
 
 import re
 
@@ -54,7 +54,7 @@ def own(tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What a command line prints, run in this process up to the exit."""
+    """Run a command line in this process up to the exit; return its output."""
 
     def ended(main, argv):
         main(argv)
@@ -66,7 +66,7 @@ def shown(monkeypatch, capsys):
         return capsys.readouterr().out
 
     monkeypatch.setattr(commands, "_run", ended)
-    monkeypatch.setattr("gc.freeze", lambda: None)  # it would last beyond the test
+    monkeypatch.setattr("gc.freeze", lambda: None)  # its effect would outlast the test
     return show
 
 
@@ -82,14 +82,14 @@ def test_every_command_that_takes_a_config(name, own, shown):
 
 def test_the_values_of_a_config_file_and_the_flags_beside_it(own, shown):
     text = shown("train", "-h", own, "--config.model.moe.options.sharp.temperature=0.5")
-    assert not CONTROL.search(text)  # it is no terminal
+    assert not CONTROL.search(text)  # the output is not a terminal
     knob = "  model.moe.options.sharp.temperature=0.5  (default 1.0)\n"
     assert f"{knob}      float, in (0, 10]. Divides the logits.\n" in text
     assert "  model.moe.options.sharp.mute=False\n      bool.\n" in text
     assert "hash, soft, sharp. Which router" in text
     assert "  data.mixture={web}\n" in text
     assert "  data.mixture.web.weight=3.0  (default 1.0)\n" in text
-    assert "  train.log_every=10\n" in text  # its default, so that is not said again
+    assert "  train.log_every=10\n" in text  # the value is the default
     assert ".NAME" not in text.split("Keys of")[1].replace("of the user", "")
     assert "data train-bpe" in shown("data", "train-bpe", own, "--help")
 
@@ -128,7 +128,7 @@ def test_a_mistake_beside_it_is_one_sentence(own, shown, words, sentence):
 
 
 def test_it_asks_for_no_device(run_cli, cli_env, monkeypatch):
-    """As a user types it, on a machine whose devices cannot be had."""
+    """Run the command line of a user, with devices that cannot be initialised."""
     monkeypatch.setitem(cli_env, "JAX_PLATFORMS", "nowhere")
     words = ["moe_jax", "train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--help"]
     done = run_cli(words)

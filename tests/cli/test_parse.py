@@ -1,4 +1,4 @@
-"""The command line: what it takes, and one sentence for everything it does not."""
+"""The command line: accepted arguments, and one sentence for every other."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A platform that is not there is one sentence, whichever command meets it."""
+"""A platform that is not available gives one sentence in every command."""
 
 import json
 import subprocess

@@ -75,7 +75,7 @@ def config_file(tmp_path_factory) -> str:
 
 
 def started(config: str, workdir: Path) -> None:
-    """Trains in this process, which forgets the router afterwards."""
+    """Train in this process, and unregister the router afterwards."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert train.main(["train", f"--config={config}", f"--workdir={workdir}"]) == DONE
@@ -86,7 +86,7 @@ def started(config: str, workdir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workdir(config_file, tmp_path_factory) -> Path:
-    """Trained for four steps, and resumed for two more."""
+    """The workdir of a run of four steps, resumed for two more."""
     folder = tmp_path_factory.mktemp("trial_runs") / "run"
     started(f"{config_file}:4", folder)
     started(f"{config_file}:6", folder)
@@ -107,7 +107,7 @@ def test_another_command_line_resumes_only_what_it_registers(workdir):
 
 
 def test_a_step_is_replayed_with_the_file(config_file, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(replay, "use_virtual_devices", lambda count: None)  # they are there
+    monkeypatch.setattr(replay, "use_virtual_devices", lambda count: None)  # they exist already
     command = ["replay", f"--workdir={workdir}", "--step=6"]
     with pytest.raises(UserError, match=f"^settings.jsonl: model.moe.router 'sharp'.*{REGISTER}"):
         replay.main(command)
@@ -137,7 +137,7 @@ def test_results_shows_the_run_with_the_file(config_file, workdir, capsys):
 
 
 def test_it_is_compiled_for_a_machine_that_is_not_here(config_file, capsys):
-    """By another process, which has to know the router as well."""
+    """The separate compile process must register the router as well."""
     assert plan.main(["plan", f"--config={config_file}", "--topology=v5e:2x2"]) == 0
     shown = capsys.readouterr().out
     assert "compiled for this topology by libtpu" in shown and shown.endswith("fits: yes\n")
@@ -149,7 +149,7 @@ def test_the_benchmark_takes_it(config_file, tmp_path, capsys):
 
 
 def test_the_doctor_takes_it(config_file, monkeypatch, capsys):
-    """It builds the model and checks the files; what the checks say is the doctor's own test."""
+    """The doctor builds the model and its files; the checks have their own tests."""
     asked = []
     monkeypatch.setattr(doctor, "examine", lambda subject, checks, say: asked.append(subject) or 0)
     monkeypatch.setattr(doctor.jax.config, "update", lambda name, value: None)
@@ -158,7 +158,7 @@ def test_the_doctor_takes_it(config_file, monkeypatch, capsys):
 
 
 def test_the_doctor_holds_it_to_the_formulas(config_file, monkeypatch):
-    """--conformance needs no config, and takes one for the names that it registers."""
+    """--conformance needs no config, but accepts one for the names that it registers."""
     from moe_jax.tools.doctor.conformance import run
 
     asked = []
