@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs Slurm (Debian, root) and starts a cluster of one node, this machine, for the tests of
-# launch/slurm.py.  Run again, it restarts what has stopped.  launch/test.sh knows the cluster by its
-# name.
+# Installs Slurm (Debian, root) and starts a cluster whose only node is this machine, for the tests
+# of launch/slurm.py.  A second call restarts the daemons that have stopped.  launch/test.sh
+# recognises the cluster by its name.
 set -euo pipefail
 
 if [ -e /etc/slurm/slurm.conf ] && ! grep -q '^ClusterName=moe-jax-test$' /etc/slurm/slurm.conf; then
-  echo "[slurm.sh] /etc/slurm/slurm.conf is of another cluster: left alone." >&2
+  echo "[slurm.sh] /etc/slurm/slurm.conf belongs to another cluster and was not changed." >&2
   exit 1
 fi
 if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
@@ -17,8 +17,8 @@ fi
 host="$(hostname -s)"
 mkdir -p /etc/slurm /var/spool/slurmctld /var/spool/slurmd /run/munge
 chown munge: /run/munge
-# At least two cores, real or not: a job of two processes must fit.  A requeued job waits until its
-# credential has expired, two minutes by default.
+# CPUs: at least two, even on a machine with one core, because a job of two processes must fit.
+# cred_expire: a requeued job waits until its credential has expired, by default for two minutes.
 cores="$(nproc)"
 [ "$cores" -ge 2 ] || cores=2
 cat >/etc/slurm/slurm.conf <<CONF
@@ -54,5 +54,5 @@ for _ in $(seq 60); do
   sleep 1
 done
 sinfo >&2 || true
-echo "[slurm.sh] Slurm did not come up within a minute: see /var/log/slurm*." >&2
+echo "[slurm.sh] Slurm did not start within 60 s.  See /var/log/slurm*." >&2
 exit 1

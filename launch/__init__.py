@@ -1,1 +1,1 @@
-"""Launchers: command lines for clusters.  Nothing here needs JAX."""
+"""Launchers: they start training runs on this machine and on clusters.  None needs JAX."""

@@ -1,10 +1,12 @@
-# Sourced by the scripts beside it.  Needs bash 3.2 and a Python with venv and pip, nothing more.
+# Functions for the scripts in this folder, which source this file.  Needs only bash 3.2 and a
+# Python with venv and pip.
 #
-#   ensure_env [EXTRA ...]   makes $ROOT/.venv hold moe_jax with these extras; sets $VENV_PYTHON.
+#   ensure_env [EXTRA ...]   installs moe_jax with these extras in $ROOT/.venv; its Python is
+#                            $VENV_PYTHON.
 #
-# The stamp inside .venv says what was installed there.  It is written last, so an environment
-# without a matching stamp is half-made or out of date: it is repaired by running pip again, or
-# made anew when its Python does not run or is not the one asked for.
+# The stamp in .venv records what was installed there.  It is written last, so an environment
+# without a matching stamp is incomplete or out of date, and pip runs again.  If the environment's
+# Python does not run, or is not the requested version, the environment is replaced.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
@@ -19,15 +21,15 @@ die() {
   exit 1
 }
 
-# The version of a Python we support, such as 3.12.1.  The candidate must run: a shim on PATH may
-# name a version that is not installed.
+# Prints the version of a Python, such as 3.12.1, if we support it.  The candidate is run, because a
+# shim on PATH may name a version that is not installed.
 supported_version() {
   "$1" -c 'import sys
 assert (3, 11) <= sys.version_info[:2] <= (3, 13)
 print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null
 }
 
-# Prints the first Python that is supported and can make environments.
+# Prints the first Python that is supported and can create environments.
 find_python() {
   local candidate unable=""
   if [ -n "${PYTHON:-}" ]; then
@@ -46,7 +48,7 @@ find_python() {
   die "No Python 3.11, 3.12 or 3.13 found: install one, or set PYTHON to its path."
 }
 
-# Runs a command with its output in $LOG, and says every ten seconds how far it is.
+# Runs a command with its output in $LOG, and prints the log's last line every ten seconds.
 with_progress() {
   local title="$1" started=$SECONDS heartbeat code=0
   shift
@@ -61,11 +63,11 @@ with_progress() {
   wait "$heartbeat" 2>/dev/null
   [ "$code" -eq 0 ] && return
   tail -n 20 "$LOG" >&2
-  die "$title failed (the lines above are the end of $LOG): mend the cause and run this again."
+  die "$title failed: the lines above are the end of $LOG.  Fix the cause and run this again."
 }
 
-# A hash of everything that decides what pip would install, the extras aside.  $ROOT is part of
-# it: an editable install points at its checkout, so a copied .venv must be installed again.
+# A hash of everything except the extras that decides what pip would install.  It includes $ROOT:
+# an editable install points at its checkout, so a copied .venv must be installed again.
 fingerprint() {
   "$VENV_PYTHON" - "$ROOT" <<'PYTHON'
 import hashlib, pathlib, sys
@@ -75,7 +77,7 @@ print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
 PYTHON
 }
 
-# Makes .venv, unless one is there that runs and has the version of $PYTHON, where that is set.
+# Creates .venv, unless it exists, runs, and has the version of $PYTHON (if PYTHON is set).
 ensure_venv() {
   local have="" want python
   have="$(supported_version "$VENV_PYTHON")" || have=""
@@ -102,7 +104,7 @@ ensure_env() {
     case ",$installed," in *",$extra,"*) ;; *) current="" ;; esac
   done
   [ -z "$current" ] || return 0
-  # Extras that another script asked for stay, so that the scripts do not undo each other's work.
+  # Extras that another script installed are kept: the scripts share one environment.
   extras="$(printf '%s\n' "$@" "$installed" | tr ',' '\n' | sed '/^$/d' | sort -u | paste -s -d , -)"
   say "installing moe_jax${extras:+[$extras]} into $VENV (a minute or two the first time)"
   rm -f "$STAMP"

@@ -1,7 +1,7 @@
-"""Shell scripts for a TPU host: prepare it, train under launch/supervise.py, stop, show.
+"""Shell scripts for a TPU host: prepare it, train under launch/supervise.py, stop, show progress.
 
-Everything of a host lies in one folder, which MOE_JAX_HOME may move: the environment, the source,
-run.log, and exit_code once the run has ended.
+A host keeps everything in one folder, /var/lib/moe_jax or $MOE_JAX_HOME: the environment, the
+source, run.log, and exit_code once the run has ended.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from launch.job import supervised
 FOLDER = "/var/lib/moe_jax"
 _HOME = f'home="${{MOE_JAX_HOME:-{FOLDER}}}"'
 
-# TPU images come with Python 3.10, so uv brings its own.
+# TPU images have Python 3.10, which is too old, so uv installs 3.12.
 _PREPARE = """\
 curl --retry 5 -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$home/bin" sh &&
 rm -rf "$home/source" &&
@@ -23,7 +23,8 @@ git -C "$home/source" checkout --quiet FETCH_HEAD &&
 "$home/bin/uv" pip install --python "$home/venv/bin/python" "$home/source[tpu]"
 """
 
-# The lock is held while a host is prepared and, by the run in the background, until that ends.
+# The script holds the lock while it prepares the host.  The training process in the background
+# inherits it and holds it until it ends.
 _BEGIN = f"""\
 #!/bin/bash
 set -uo pipefail
@@ -53,7 +54,7 @@ train >>"$home/run.log" 2>&1 </dev/null &
 
 
 def prepare(repository: str, revision: str) -> str:
-    """Installs `revision` of a git repository with its extra for TPUs, once for each revision."""
+    """Install `revision` of a git repository with its extra `tpu`, once per revision."""
     what = shlex.quote(f"{repository} {revision}")
     commands = _PREPARE.format(repository=shlex.quote(repository), revision=shlex.quote(revision))
     return (
@@ -65,12 +66,12 @@ def prepare(repository: str, revision: str) -> str:
 
 
 def prepare_with(script: str) -> str:
-    """Runs a person's own script instead, each time."""
+    """Prepare the host with the user's own script, which runs at every start."""
     return f"bash -c {shlex.quote(script)} || fail\n"
 
 
 def train(python: str, directory: str, arguments: Sequence[str], max_stuck: int) -> str:
-    """Trains in the background of a checkout, under a supervisor; once at a time."""
+    """Train in the background, in a checkout and under launch/supervise.py."""
     return _TRAIN.format(
         directory=shlex.quote(directory),
         command=shlex.join(supervised(python, arguments, max_stuck)),
@@ -78,17 +79,17 @@ def train(python: str, directory: str, arguments: Sequence[str], max_stuck: int)
 
 
 def script(*parts: str) -> str:
-    """A script of parts, for root; one at a time on a host."""
+    """Join parts to a script for root.  Its lock lets one such script run at a time per host."""
     return "".join([_BEGIN, *parts])
 
 
 def as_root(text: str) -> str:
-    """A script as one command for ssh."""
+    """Wrap a script as one command for ssh that runs it as root."""
     return f"sudo bash -c {shlex.quote(text)}"
 
 
 def stop() -> str:
-    """Ends the run with a checkpoint; it stays ended."""
+    """End the run with a checkpoint; its supervisor does not restart it."""
     return as_root(f'{_HOME}; kill -TERM "$(cat "$home/pid")" && echo "stopping"')
 
 
@@ -104,12 +105,12 @@ tail -n 1 "$home/run.log" 2>/dev/null || true
 
 
 def progress() -> str:
-    """Asks for `run: ` and running, idle or an exit code, then the last line of output."""
+    """Print `run: ` with "running", "idle" or an exit code, then the last line of output."""
     return _PROGRESS
 
 
 def read_progress(answer: str) -> tuple[str, str]:
-    """(running, idle or an exit code; the last line of output) in what ssh brought back."""
+    """Parse what `progress` printed: ("running", "idle" or an exit code; last line of output)."""
     lines = answer.splitlines()
     marks = [number for number, line in enumerate(lines) if line.startswith("run: ")]
     if not marks:
@@ -118,5 +119,5 @@ def read_progress(answer: str) -> tuple[str, str]:
 
 
 def output(follow: bool) -> str:
-    """The end of the run's output, and what comes."""
+    """Print the end of the run's output; with `follow` also the lines that come later."""
     return f'{_HOME}; tail -n 100 {"-F " if follow else ""}"$home/run.log"'

@@ -1,10 +1,10 @@
-"""What a sweep file's `get_hyper(hyper)` is given: lists of runs, and ways to combine them.
+"""Functions that make and combine lists of runs: the `hyper` of a sweep file's `get_hyper(hyper)`.
 
 A run is a dict of the trainer's flags: {"config": "configs/tiny.py:dense", "config.seed": 1}.
-The names and what they mean are those of the sweep files of Google's research code
-(uncertainty-baselines, init2winit): `product` lets the last list vary fastest, and `zipit` repeats
-a list of one run to the length of the others.  Stricter than there: a key that two of the combined
-lists set to different values is refused, and so are lists of unequal lengths.
+Names and meanings are those of the sweep files in Google's research code (uncertainty-baselines,
+init2winit): in `product` the last list varies fastest, and `zipit` repeats a list of one run to the
+length of the others.  In contrast to that code, two combined lists that set a key to different
+values are an error, and so are lists of unequal lengths.
 """
 
 import itertools
@@ -18,38 +18,40 @@ Runs = list[Run]
 
 
 def sweep(key: str, values: Iterable[Any]) -> Runs:
-    """One run for each value."""
+    """Make one run per value."""
     return [{key: value} for value in values]
 
 
 def fixed(key: str, value: Any, length: int = 1) -> Runs:
-    """`length` runs (normally one) with this value."""
+    """Make `length` runs (normally one) with this value."""
     return [{key: value} for _ in range(length)]
 
 
 def product(lists: Sequence[Sequence[Run]]) -> Runs:
-    """Every combination of one run from each list."""
+    """Combine one run from each list, in every possible way."""
     return [_merge(runs) for runs in itertools.product(*lists)]
 
 
 def zipit(lists: Sequence[Sequence[Run]]) -> Runs:
-    """The first runs of all lists together, then the second ones, and so on.
+    """Combine the first runs of all lists, then the second runs, and so on.
+
+    A list of length 1 is repeated.
 
     Raises:
-      LaunchError: the lists differ in length; one of length 1 is repeated instead.
+      LaunchError: the other lists differ in length.
     """
     lengths = {len(runs) for runs in lists} - {1}
     if len(lengths) > 1:
         raise LaunchError(
             f"hyper.zipit is given lists of {' and '.join(map(str, sorted(lengths)))} runs: give "
-            f"all of them the same length, or length 1."
+            f"each list the same length, or length 1."
         )
     length = lengths.pop() if lengths else min(len(lists), 1)
     return [_merge([runs[i % len(runs)] for runs in lists]) for i in range(length)]
 
 
 def chainit(lists: Iterable[Iterable[Run]]) -> Runs:
-    """The runs of the first list, then those of the second, and so on."""
+    """Concatenate lists of runs."""
     return [run for runs in lists for run in runs]
 
 

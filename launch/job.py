@@ -1,4 +1,4 @@
-"""What a launcher starts."""
+"""The job that a launcher starts, and the exit codes after which it is started again."""
 
 import dataclasses
 import re
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from launch.shell import LaunchError
 
-# Exit codes of the trainer after which the same command, run again, goes on: stopped with a
-# checkpoint; a peer was lost (SIGABRT, SIGKILL); terminated before a checkpoint.
+# Exit codes of the trainer after which the same command resumes the run: 42 stopped with a
+# checkpoint; 134 (SIGABRT) and 137 (SIGKILL) lost a peer; 143 terminated before a checkpoint.
 AGAIN = (42, 134, 137, 143)
 
 
@@ -26,6 +26,9 @@ class Job:
 
 
 def supervised(python: str, arguments: Sequence[str], max_stuck: int) -> list[str]:
-    """Command of one process of a run: the trainer under launch/supervise.py, from a checkout."""
+    """The command of one process of a run: the trainer under launch/supervise.py.
+
+    It must start in a checkout, where `launch` can be imported.
+    """
     supervisor = [python, "-m", "launch.supervise", f"--max_stuck={max_stuck}", "--"]
     return [*supervisor, python, "-m", "moe_jax", "train", *arguments]

@@ -1,7 +1,8 @@
 """Kubernetes: python -m launch.k8s --name=NAME --image=IMAGE [OPTIONS] -- ARGUMENTS
 
-Prints a JobSet (jobset.sigs.k8s.io) as JSON, which kubectl reads; --apply hands it to kubectl.
-ARGUMENTS are those of python -m moe_jax train; the image holds moe_jax, its directory the configs.
+Prints a JobSet (jobset.sigs.k8s.io) as JSON for kubectl; --apply hands it to kubectl instead.
+ARGUMENTS are those of python -m moe_jax train.  The image must have moe_jax installed and the
+config files in its working directory.
 
   python -m launch.k8s --name=mixtral --image=IMAGE --apply --queue=tpu \\
       --tpu=tpu-v5p-slice --topology=4x4x8 --hosts=32 --chips=4 -- \\
@@ -29,34 +30,38 @@ from launch.shell import (
     split_arguments,
 )
 
-_PORT = 8476  # of the process that the others find
-_POD = "train"  # name of the replicated job and of its container
+_PORT = 8476  # of the coordinator, process 0
+_POD = "train"  # the name of the replicated job and of its container
 
 
 @dataclasses.dataclass(frozen=True)
 class K8sOptions:
-    """What a JobSet asks of a cluster."""
+    """The resources that a JobSet requests, and its restart policy."""
 
     image: str = option(..., "Container image with moe_jax.")
-    hosts: int = option(1, "Pods of a slice, one for each host.", least=1)
-    gpus: int = option(0, "NVIDIA GPUs of a host.")
-    tpu: str = option("", "GKE's name of the TPU, such as tpu-v5p-slice.")
-    topology: str = option("", "Chips of a slice, such as 4x4x8.")
-    chips: int = option(4, "TPU chips of a host.", least=1)
+    hosts: int = option(1, "Hosts per slice; each runs one pod.", least=1)
+    gpus: int = option(0, "NVIDIA GPUs per host.")
+    tpu: str = option("", "GKE's name for the TPU type, such as tpu-v5p-slice.")
+    topology: str = option("", "Chips per slice, such as 4x4x8.")
+    chips: int = option(4, "TPU chips per host.", least=1)
     slices: int = option(1, "TPU slices; more than one is multislice.", least=1)
     queue: str = option("", "Kueue's local queue; empty: no Kueue.")
     namespace: str = option("", "Namespace; empty: kubectl's own.")
-    service_account: str = option("", "Service account, for gs:// say.")
+    service_account: str = option("", "Service account, for example to reach gs://.")
     claim: str = option("", "PersistentVolumeClaim to mount at /workdir.")
     spot: bool = option(False, "GKE spot nodes.")
-    grace_seconds: int = option(120, "From SIGTERM to SIGKILL: time for a checkpoint.")
-    max_restarts: int = option(100, "How often all pods are started again.")
+    grace_seconds: int = option(120, "Seconds from SIGTERM to SIGKILL: time for a checkpoint.")
+    max_restarts: int = option(100, "Times that all pods may be restarted.")
     python: str = option("python", "The Python in the image that has moe_jax.")
-    manifests: str = option("runs/k8s", "Folder for manifests that are applied.")
+    manifests: str = option("runs/k8s", "Folder for the manifests that --apply writes.")
 
 
 def manifest(job: Job, options: K8sOptions) -> dict[str, Any]:
-    """The JobSet; raises LaunchError where the options make none."""
+    """Build the JobSet.
+
+    Raises:
+      LaunchError: the options contradict each other, or a name is not valid in Kubernetes.
+    """
     _check(job, options)
     metadata: dict[str, Any] = {"name": job.name}
     if options.namespace:
@@ -64,7 +69,7 @@ def manifest(job: Job, options: K8sOptions) -> dict[str, Any]:
     if options.queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": options.queue}
     if options.tpu:
-        # A slice is a node pool of GKE: no two jobs of the set share one.
+        # In GKE a slice is a node pool, and each job of the set needs its own.
         topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         metadata["annotations"] = topology
     return {
@@ -72,7 +77,7 @@ def manifest(job: Job, options: K8sOptions) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            # Processes cannot come back one by one: any restart restarts them all.
+            # A single process cannot rejoin the others, so a restart restarts all of them.
             "failurePolicy": {
                 "maxRestarts": options.max_restarts,
                 "rules": [
@@ -100,8 +105,9 @@ def _job_spec(job: Job, options: K8sOptions) -> dict[str, Any]:
         "completions": options.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        # The first rule that matches decides.  Count: the job fails and the set starts it again.
-        # FailJob ends the set.  A survivor's abort (134) comes minutes after the error behind it.
+        # The first rule that matches decides.  Count: the job fails and the JobSet restarts it.
+        # FailJob: the JobSet ends.  If one process fails for good (1, 3), its peers abort (134)
+        # minutes later, so FailJob decides first.
         "podFailurePolicy": {
             "rules": [
                 {
@@ -128,13 +134,13 @@ def _pod_spec(job: Job, options: K8sOptions) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": _POD,
         "image": options.image,
-        # Kubernetes expands $(NAME) and reads $$ as $.
+        # Kubernetes would expand $(NAME); it replaces $$ by $.
         "command": [argument.replace("$", "$$") for argument in command],
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     if any(amount.values()):
         container["resources"] = {"limits": {name: str(n) for name, n in amount.items()}}
-    if not options.tpu:  # GKE tells TPU hosts who they are
+    if not options.tpu:  # GKE sets process ids and the coordinator on TPU hosts
         container["env"] = _processes(job, options)
     spec: dict[str, Any] = {
         "restartPolicy": "Never",  # else the pod's failure policy does not apply
@@ -160,7 +166,10 @@ def _pod_spec(job: Job, options: K8sOptions) -> dict[str, Any]:
 
 
 def _processes(job: Job, options: K8sOptions) -> list[dict[str, Any]]:
-    """Who a pod is, for moe_jax.parallel.distributed; JobSet gives pods their host names."""
+    """The environment variables that moe_jax.parallel.distributed reads in a pod.
+
+    JobSet makes the host name of the coordinator's pod from the names of job and pod.
+    """
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     return [
         {"name": "MOE_JAX_COORDINATOR", "value": f"{job.name}-{_POD}-0-0.{job.name}:{_PORT}"},
@@ -170,7 +179,7 @@ def _processes(job: Job, options: K8sOptions) -> list[dict[str, Any]]:
 
 
 def _check(job: Job, options: K8sOptions) -> None:
-    # The longest name made of it, that of a pod, may have 63 characters.
+    # A pod's name, the longest that contains the job's, may have 63 characters.
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
         raise LaunchError(
             f"--name={job.name} cannot name a JobSet: begin with a letter, end with a letter or "
@@ -181,29 +190,32 @@ def _check(job: Job, options: K8sOptions) -> None:
     if bool(options.tpu) != bool(options.topology):
         raise LaunchError("--tpu and --topology belong together: give both or neither.")
     if options.slices > 1 and not options.tpu:
-        raise LaunchError("--slices is for TPUs: give --hosts.")
+        raise LaunchError("--slices counts TPU slices: for GPUs set --hosts.")
     if options.hosts < 1 or options.slices < 1:
-        raise LaunchError("--hosts and --slices count from 1.")
+        raise LaunchError("--hosts and --slices must be at least 1.")
     for name in ("queue", "namespace", "service_account", "claim"):
         value = getattr(options, name)
         if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
             raise LaunchError(
-                f"--{name}={value} names nothing in Kubernetes: use lower-case letters, digits, "
+                f"--{name}={value} is not a name in Kubernetes: use lower-case letters, digits, "
                 f"'-' and '.'."
             )
     if options.tpu:
         if not re.fullmatch(r"\d+(x\d+)+", options.topology):
-            raise LaunchError(f"--topology={options.topology} is not one: write it as 4x4x8.")
+            raise LaunchError(
+                f"--topology={options.topology} is not a topology: write it as 4x4x8."
+            )
         chips = math.prod(map(int, options.topology.split("x")))
         if chips != options.hosts * options.chips:
             raise LaunchError(
-                f"--topology={options.topology} has {chips} chips but --hosts={options.hosts} of "
-                f"--chips={options.chips} have {options.hosts * options.chips}: make them agree."
+                f"--topology={options.topology} has {chips} chips, but --hosts={options.hosts} "
+                f"with --chips={options.chips} have {options.hosts * options.chips}: change one of "
+                f"the three."
             )
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; return its exit code."""
     own, trainers = split_arguments(argv)
     parser = make_parser("python -m launch.k8s", __doc__)
     parser.add_argument("--name", required=True, help="Name of the JobSet: [a-z0-9-]+.")

@@ -1,4 +1,4 @@
-"""Training runs as processes of this machine, some at a time."""
+"""Runs training jobs as processes of this machine, a limited number at a time."""
 
 import shlex
 import signal
@@ -12,20 +12,20 @@ from pathlib import Path
 from launch.job import Job
 from moe_jax.files.links import own
 
-STOPPED = 42  # the exit code of a trainer that saved a checkpoint and is to be run again
-ATTEMPTS = 20  # of a run that keeps asking to be run again
-LOG = "train.log"  # in a run's workdir: all that the trainer prints
+STOPPED = 42  # the exit code of a trainer that saved a checkpoint and asks to be run again
+ATTEMPTS = 20  # per run, while its exit code is STOPPED
+LOG = "train.log"  # in a run's workdir: everything that the trainer prints
 _WAKE_SECONDS = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def command(job: Job) -> list[str]:
-    """What starts a job on this machine."""
+    """The command that starts a job on this machine."""
     return [sys.executable, "-m", "moe_jax", "train", *job.arguments]
 
 
 class Local:
-    """Runs jobs; SIGTERM and Ctrl-C let the live ones write a checkpoint and start no more."""
+    """Runs jobs.  After SIGTERM or Ctrl-C running jobs save a checkpoint and none is started."""
 
     def __init__(self, workdir: Path, parallel: int, say: Callable[[str], None]):
         self._workdir, self._parallel, self._say = workdir, parallel, say
@@ -34,13 +34,14 @@ class Local:
         self._mutex = threading.Lock()
 
     def run(self, jobs: Sequence[Job]) -> dict[str, int | None]:
-        """Exit codes by name, after all of them have ended; None: was not started."""
+        """Run all jobs to their ends; returns name -> exit code (None: not started)."""
         before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
         try:
             with ThreadPoolExecutor(self._parallel) as pool:
                 numbered = [(f"[{i}/{len(jobs)}]", job) for i, job in enumerate(jobs, 1)]
                 futures = [pool.submit(self._one, tag, job) for tag, job in numbered]
-                # A signal may reach any thread but is handled in this one, once it wakes up.
+                # The kernel may deliver a signal to any thread, but Python runs the handler in
+                # this one, which must wake up for it.
                 while wait(futures, timeout=_WAKE_SECONDS).not_done:
                     pass
                 codes = [future.result() for future in futures]
@@ -50,7 +51,7 @@ class Local:
                 signal.signal(number, handler)
 
     def _one(self, tag: str, job: Job) -> int | None:
-        """One job to its end, run again as often as it asks for that."""
+        """Run one job; run it again while it exits with STOPPED, at most ATTEMPTS times."""
         code = None
         for _ in range(ATTEMPTS):
             process = self._start(tag, job)
@@ -63,7 +64,10 @@ class Local:
         return code
 
     def _start(self, tag: str, job: Job) -> subprocess.Popen[str] | None:
-        """The process, in a session of its own: Ctrl-C reaches it as the SIGTERM we send."""
+        """Start a job; None if we are stopping.
+
+        It gets its own session, so that Ctrl-C reaches it only as the SIGTERM that we send.
+        """
         with self._mutex:
             if self.stopping:
                 return None
@@ -81,7 +85,7 @@ class Local:
         return process
 
     def _follow(self, tag: str, job: Job, process: subprocess.Popen[str]) -> int:
-        """Its exit code; all it prints goes to its log, its steps also to the screen."""
+        """Copy the output to the job's log, and its steps to the screen; returns the exit code."""
         log = self._workdir / job.name / LOG
         log.parent.mkdir(parents=True, exist_ok=True)
         line = ""
@@ -97,11 +101,12 @@ class Local:
         with self._mutex:
             self._live.remove(process)
         if code not in (0, STOPPED):
-            self._say(f"{tag} exit code {code}: {line.strip()} (all of it: {log})")
+            self._say(f"{tag} exit code {code}: {line.strip()} (all output: {log})")
         return code
 
     def _stop(self, *_: object) -> None:
-        # In the main thread, which never holds the mutex; a starting process is waited for.
+        # Runs in the main thread, which never holds the mutex, so this cannot deadlock.  It waits
+        # for a process that is being started, and then stops that one too.
         with self._mutex:
             self.stopping = True
             for process in self._live:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains configs/tiny.py on this machine: makes the environment, trains, says what to do next.
+# Trains configs/tiny.py on this machine: creates the environment, trains, prints what to do next.
 #
 #   bash launch/local.sh [FLAGS OF python -m moe_jax train]
 #
-# --config and --workdir have defaults here and may be given.  The exit code is the trainer's.
+# --config and --workdir are optional here.  The exit code is the trainer's.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# Paths are printed as a person at the root of the checkout would type them.
+# Paths are relative in the root of the checkout and absolute anywhere else.
 prefix="$ROOT/"
 [ "$(pwd -P)" = "$ROOT" ] && prefix=""
 config=""
@@ -38,8 +38,9 @@ fi
 ensure_env
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
-# In the background, so that a signal sent to this script reaches the trainer: it then writes a
-# checkpoint and leaves with 42.  Ctrl-C is passed on as SIGTERM for the same reason.
+# The trainer runs in the background, because bash would handle a signal only after a command in
+# the foreground has ended.  SIGTERM and Ctrl-C reach it as SIGTERM: it saves a checkpoint and exits
+# with 42.
 "$VENV_PYTHON" -m moe_jax train "$@" &
 trainer=$!
 trap 'kill -TERM "$trainer" 2>/dev/null' TERM INT
@@ -54,18 +55,18 @@ trap - TERM INT
 case "$code" in
   0) ;;
   42)
-    say "stopped with a checkpoint; the same command goes on from it."
+    say "stopped with a checkpoint; the same command resumes from it."
     exit 42
     ;;
   *)
-    say "the trainer ended with exit code $code; its last lines say why." >&2
+    say "the trainer ended with exit code $code; its last lines give the reason." >&2
     exit "$code"
     ;;
 esac
 
-q() { printf '%q' "$1"; }  # as a shell would have to read it
+q() { printf '%q' "$1"; }  # quoted for a shell
 
-# The arguments after --, as a shell would have to read them, without the flags named before it.
+# Prints the arguments after --, quoted for a shell, without the flags named before it.
 without() {
   local names=" " value="" argument name
   while [ "$1" != -- ]; do
@@ -77,7 +78,7 @@ without() {
     name="${argument%%=*}"
     name="${name#-}"
     if [ -n "$value" ]; then
-      value=""  # of a flag that is left out
+      value=""  # the value of a flag that is left out
     elif [ "${argument#-}" != "$argument" ] && [ "${names#* "${name#-}" }" != "$names" ]; then
       [ "${argument#*=}" != "$argument" ] || value=1
     else
@@ -96,11 +97,11 @@ import json, sys
 print(2 * json.load(open(sys.argv[1]))["train"]["steps"])' "$workdir/config.json")
 cat <<END
 
-Metrics:      $workdir/metrics.jsonl   (and TensorBoard events beside it)
+Metrics:      $workdir/metrics.jsonl   (and TensorBoard events in the same folder)
 Checkpoints:  $workdir/checkpoints     (list them: $python -m moe_jax checkpoint --workdir=$(q "$workdir"))
 Samples:      $workdir/samples.txt
 
-Go on:        bash $(q "${prefix}launch/local.sh")$again --config.train.steps=$steps
+Train longer: bash $(q "${prefix}launch/local.sh")$again --config.train.steps=$steps
 Other mesh:   $train$mesh --workdir=$(q "$workdir-experts") --init_from=$(q "$workdir") --devices=8 --config.mesh.expert=8
 Own text:     $train$text --workdir=$(q "$workdir-text") --config.data.source=text --config.data.files='/path/*.txt'
 END

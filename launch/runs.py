@@ -1,4 +1,4 @@
-"""From a sweep file to named runs and their command lines."""
+"""Turns a sweep file into named runs and their command lines."""
 
 import hashlib
 import json
@@ -16,23 +16,23 @@ from moe_jax.files.python_file import blame, read_function
 
 Run = Mapping[str, Any]
 
-SLUG_LENGTH = 48  # with the hash 57 characters; clusters allow 63
+SLUG_LENGTH = 48  # 57 characters with the hash; clusters allow 63
 _PLAIN = (str, int, float, bool)
 
 
 def expand(path: str) -> dict[str, Run]:
-    """The runs of a sweep file in its order: name -> {"config": FILE[:ARG], "config.a.b": value}.
+    """Read a sweep file's runs, in order: name -> {"config": FILE[:ARG], "config.a.b": value}.
 
     Raises:
-      LaunchError: the file has no get_hyper, it raises or exits, or a run is not what the trainer
-        can be given.
+      LaunchError: the file has no get_hyper, get_hyper raises or exits, or a run has keys or values
+        that cannot be flags of the trainer.
     """
     file, flag = os.path.expanduser(path), f"--sweep={path}"
     try:
         get_hyper = read_function(file, "get_hyper", flag)
         with blame(file, flag):
             runs = get_hyper(hyper)
-    except LaunchError:  # of hyper: it says what is wrong
+    except LaunchError:  # from hyper.py: its sentence is already complete
         raise
     except UserError as error:
         raise LaunchError(str(error)) from None
@@ -54,10 +54,11 @@ def expand(path: str) -> dict[str, Run]:
 
 
 def run_name(run: Run) -> str:
-    """Such as tiny-cf-1-25-router-switch-0f3a9c21: a readable part, a hash of all overrides.
+    """Name a run: a readable part and a hash of all overrides.
 
-    It depends on the overrides alone, is made of [a-z0-9-] and starts with a letter: the name of
-    the run's folder and of its job.  Keys of several words are shortened to their initials.
+    An example is tiny-cf-1-25-router-switch-0f3a9c21.  The name depends only on the overrides,
+    consists of [a-z0-9-] and starts with a letter, because it also names the run's folder and its
+    job.  Keys of several words are shortened to their initials.
     """
     config = os.path.splitext(os.path.basename(run["config"].partition(":")[0]))[0]
     words = [config, run["config"].partition(":")[2]]
@@ -70,7 +71,7 @@ def run_name(run: Run) -> str:
 
 
 def job(name: str, run: Run, workdir: str, more: tuple[str, ...] = ()) -> Job:
-    """The run in its own folder WORKDIR/name; `more` are flags that all runs share."""
+    """Make the job of a run, with the workdir WORKDIR/name; `more` are flags that runs share."""
     overrides = (f"--{key}={_text(run[key])}" for key in sorted(run))
     return Job(name, (*overrides, f"--workdir={workdir.rstrip('/')}/{name}", *more))
 
@@ -83,7 +84,7 @@ def _check(run: Any, where: str) -> None:
     for key, value in run.items():
         if key != "config" and not (isinstance(key, str) and key.startswith("config.")):
             raise LaunchError(f"{where} sets {key!r}: use 'config', or 'config.' and a config key.")
-        if type(value) is int and abs(value) >> 63:  # Python refuses to print the longest
+        if type(value) is int and abs(value) >> 63:  # Python refuses to print very long integers
             raise LaunchError(
                 f"{where} sets {key} to a number of over 63 bits: give a smaller one."
             )
@@ -97,7 +98,7 @@ def _check(run: Any, where: str) -> None:
 
 
 def _short(key: str) -> str:
-    """config.model.moe.capacity_factor -> cf, config.train.steps -> steps."""
+    """Shorten a key: config.model.moe.capacity_factor -> cf, config.train.steps -> steps."""
     name = key.rpartition(".")[2]
     return "".join(word[:1] for word in name.split("_")) if "_" in name else name
 

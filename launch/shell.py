@@ -1,4 +1,4 @@
-"""Commands that a launcher runs: each is printed first, as a shell would take it."""
+"""What launchers share: running commands (each is printed first), and reading options."""
 
 import argparse
 import dataclasses
@@ -17,19 +17,19 @@ Options = TypeVar("Options")  # a dataclass of a launcher's options
 
 
 def print_line(line: str) -> None:
-    """Prints a line; what was started goes on where the screen is lost (`| head`, a full disk)."""
+    """Print a line.  If stdout is lost (`| head`, a full disk), started jobs keep running."""
     try:
         print(line.encode(errors="backslashreplace").decode(), flush=True)
-    except UnicodeEncodeError:  # not a letter of this locale
+    except UnicodeEncodeError:  # a character that this locale cannot encode
         print(ascii(line)[1:-1], flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # Python writes what it holds back at its end
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes its buffer at exit
         os.close(nowhere)
 
 
 class LaunchError(UserError):
-    """What a person must fix, in one sentence; `stderr` of the command that failed, if one did."""
+    """A mistake that the user must fix, in one sentence; `stderr` is that of a failed command."""
 
     def __init__(self, sentence: str, stderr: str = ""):
         super().__init__(sentence)
@@ -38,22 +38,22 @@ class LaunchError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
-    """Runs commands given as lists of arguments; no shell ever parses them."""
+    """Runs commands given as lists of arguments, which no shell parses."""
 
     dry_run: bool = False  # print everything, run nothing, write nothing
 
     def say(self, line: str) -> None:
-        """Prints a line."""
+        """Print a line."""
         print_line(line)
 
     def run(self, *command: str, show: bool = False) -> str:
-        """Runs `command` and returns what it wrote to stdout, without the last line break.
+        """Run `command` and return its stdout, without trailing line breaks.
 
-        With `show` its output goes to the screen as it comes, and "" is returned; so it is under
-        dry_run.
+        With `show` the output goes straight to the screen, and the result is "".  Under dry_run the
+        result is "" as well.
 
         Raises:
-          LaunchError: there is no such program, or it failed; the sentence holds the end of its
+          LaunchError: there is no such program, or it failed; the sentence contains the end of its
             stderr.
         """
         self.say(f"+ {shlex.join(command)}")
@@ -68,16 +68,16 @@ class Shell:
             raise LaunchError(f"There is no program {command[0]!r} on PATH: install it.") from None
         if done.returncode:
             stderr = done.stderr or ""
-            why = " ".join(stderr.split())[-400:] or "its output says why"
+            why = " ".join(stderr.split())[-400:] or "its output gives the reason"
             raise LaunchError(
-                f"{command[0]} ended with exit code {done.returncode} ({why}): mend that, then run "
-                f"this again.",
+                f"{command[0]} ended with exit code {done.returncode} ({why}). Fix the cause, then "
+                f"run this again.",
                 stderr,
             )
         return (done.stdout or "").rstrip("\n")
 
     def write(self, path: Path, text: str) -> None:
-        """Writes a file that a command needs; under dry_run prints it instead."""
+        """Write a file that a command needs; under dry_run, print it instead."""
         if self.dry_run:
             self.say(f"+ write {path}:\n{text}")
             return
@@ -92,7 +92,7 @@ class Shell:
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """(the launcher's own arguments, those after `--`, which are the trainer's)."""
+    """Split arguments at `--`: (the launcher's own, the trainer's)."""
     if "--" not in argv:
         return list(argv), ()
     border = argv.index("--")
@@ -100,7 +100,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def flag_of(arguments: Sequence[str], name: str) -> str:
-    """The value of --NAME=VALUE or --NAME VALUE among a trainer's arguments, else ""."""
+    """Find the value of --NAME=VALUE or --NAME VALUE among a trainer's arguments; "" if absent."""
     value = ""
     for argument, following in itertools.pairwise((*arguments, "")):
         if argument.startswith(f"--{name}="):
@@ -116,7 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str, described: str | None) -> argparse.ArgumentParser:
-    """A parser whose complaints are a LaunchError; `described` is a module's docstring."""
+    """Make a parser whose errors are LaunchErrors; `described` is a module's docstring."""
     return _Parser(
         prog=prog,
         description=described,
@@ -126,9 +126,12 @@ def make_parser(prog: str, described: str | None) -> argparse.ArgumentParser:
 
 
 def option(default: Any, described: str, least: int = 0) -> Any:
-    """A field of a dataclass of options and its line in --help; `...` as default: required.
+    """Declare a field of a dataclass of options, with its line in --help.
 
-    A number may not be smaller than `least`.
+    Args:
+      default: of the flag; `...`: the flag is required.
+      described: its line in --help.
+      least: the smallest value of a number.
     """
     metadata = {"help": described, "least": least}
     if default is ...:
@@ -137,7 +140,7 @@ def option(default: Any, described: str, least: int = 0) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """A flag for each field of a dataclass of options; one that is a tuple may be repeated."""
+    """Add a flag per field of a dataclass of options; the flag of a tuple may be repeated."""
     for field in dataclasses.fields(options):
         described = field.metadata["help"].replace("%", "%%")
         flag = f"--{field.name}"
@@ -153,7 +156,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def read_options(options: type[Options], given: argparse.Namespace) -> Options:
-    """The dataclass of what its flags were given."""
+    """Make the dataclass of options from the parsed flags."""
     values = {}
     for field in dataclasses.fields(cast(Any, options)):
         value = values[field.name] = getattr(given, field.name)
@@ -165,13 +168,13 @@ def read_options(options: type[Options], given: argparse.Namespace) -> Options:
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a launcher's `main(arguments)` and exits; a UserError is printed as its sentence."""
+    """Run a launcher's `main(arguments)` and exit; a UserError is printed as its sentence."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("Interrupted; what was started goes on.", file=sys.stderr)
+        print("Interrupted.  Jobs that were started keep running.", file=sys.stderr)
         code = 130
     sys.exit(code)

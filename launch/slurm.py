@@ -1,9 +1,9 @@
 """Slurm: python -m launch.slurm --name=NAME [OPTIONS] -- ARGUMENTS OF python -m moe_jax train
 
 Writes a batch script, submits it and prints the job's id.  The processes find each other through
-Slurm.  Each runs under launch/supervise.py: a process that is lost is started again where it was.
-A run that is stopped with a checkpoint, at the time limit say, or loses a node is put back into the
-queue.  Both go on from the workdir, which every node must see.
+Slurm.  Each runs under launch/supervise.py, which restarts a lost process on its node.  A job that
+stopped with a checkpoint (at the time limit, for example) or lost a node is requeued.  Both resume
+from the workdir, which every node must see.
 
   python -m launch.slurm --name=olmoe --nodes=4 --gpus_per_node=8 --time=12:00:00 -- \\
       --config=configs/olmoe_1b_7b.py --workdir=/shared/runs/olmoe
@@ -29,28 +29,31 @@ from launch.shell import (
 
 @dataclasses.dataclass(frozen=True)
 class SlurmOptions:
-    """What a job asks of Slurm."""
+    """The resources that a job requests from Slurm, and its restart policy."""
 
-    nodes: int = option(1, "Nodes of a job.", least=1)
-    processes_per_node: int = option(1, "1, or the number of GPUs for one process a GPU.", least=1)
-    gpus_per_node: int = option(0, "GPUs of each node; 0 asks for none.")
-    cpus_per_process: int = option(0, "Cores of each process; 0 leaves it to Slurm.")
-    memory: str = option("", "Memory of a node, such as 64G; empty leaves it to Slurm.")
-    time: str = option("", "Longest run, as Slurm writes it; the job is requeued after it.")
+    nodes: int = option(1, "Nodes per job.", least=1)
+    processes_per_node: int = option(
+        1, "1, or the number of GPUs for one process per GPU.", least=1
+    )
+    gpus_per_node: int = option(0, "GPUs per node; 0: none.")
+    cpus_per_process: int = option(0, "Cores per process; 0: Slurm's default.")
+    memory: str = option("", "Memory per node, such as 64G; empty: Slurm's default.")
+    time: str = option("", "Time limit in Slurm's format; the job is then requeued.")
     partition: str = option("", "Partition.")
-    account: str = option("", "Account that pays.")
-    sbatch: tuple[str, ...] = option((), "Any other flag of sbatch, as --sbatch=--qos=low.")
+    account: str = option("", "Account to charge.")
+    sbatch: tuple[str, ...] = option((), "Another flag for sbatch, such as --sbatch=--qos=low.")
     at_once: int = option(0, "Jobs of an array that may run at once; 0: all.")
     python: str = option("python", "The Python that has moe_jax, on every node.")
     directory: str = option(".", "Checkout in which the trainer runs, on every node.")
-    logs: str = option("runs/slurm", "Folder for scripts and output, shared by all nodes.")
-    max_restarts: int = option(100, "How often a job goes back into the queue.")
-    max_stuck: int = option(3, "Restarts in place without a later checkpoint.", least=1)
+    logs: str = option("runs/slurm", "Folder for scripts and output, which every node must see.")
+    max_restarts: int = option(100, "Times that a job may be requeued.")
+    max_stuck: int = option(3, "Restarts in a row on a node without a later checkpoint.", least=1)
 
 
-# One process.  Slurm sends SIGTERM to this bash as well: with a trap it waits for the supervisor.
-# Each exit code is written down, because srun reports only the largest: a process that must not
-# be run again (1, 3) would hide behind the others, which wait for it until srun kills them (137).
+# Runs one process.  Slurm sends SIGTERM to this bash as well; because of the trap it waits for the
+# supervisor.  Each exit code goes to a file, because srun reports only the largest: that of a
+# process that must not be restarted (1, 3) would be masked by its peers, which wait for it until
+# srun kills them (137).
 _PROCESS = (
     'trap : TERM; folder=$1; shift; "$@"; code=$?; '
     'echo "$code" >"$folder/$SLURM_PROCID"; exit "$code"'
@@ -60,7 +63,7 @@ _RUN = """\
 restarts="${{SLURM_RESTART_COUNT:-0}}"
 echo "$(date -Is) $name: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts"
 codes="$(mktemp -d {logs}/codes.XXXXXX)" || exit 1
-# Whose supervisor has ended does not come back: two minutes later the others wait for it in vain.
+# A process whose supervisor has ended is not restarted, so its peers get two minutes to end.
 srun --label --kill-on-bad-exit=0 --wait=120 \\
   bash -c {process} process "$codes" {supervised} "${{arguments[@]}}"
 code=$?
@@ -82,7 +85,7 @@ exit "$code"
 
 
 def script(jobs: Sequence[Job], options: SlurmOptions) -> str:
-    """The batch script: one job, or an array of several."""
+    """Write the batch script of one job, or of an array of several."""
     logs = Path(options.directory, options.logs).absolute()
     lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(flag)}" for flag in _flags(jobs, options))]
     lines += ["set -u", f"cd {shlex.quote(str(Path(options.directory).absolute()))} || exit 1"]
@@ -115,10 +118,10 @@ def _flags(jobs: Sequence[Job], options: SlurmOptions) -> list[str]:
         "partition": options.partition,
         "account": options.account,
         "array": f"0-{len(jobs) - 1}{at_once}" if several else "",
-        # To the processes, not to the script: they save, the script then requeues.
+        # Signals the processes, not the script: they save, then the script requeues the job.
         "signal": "TERM@120",
         "output": folder / ("%x-%A_%a.out" if several else "%x-%j.out"),
-        "open-mode": "append",  # a requeued job goes on in its file
+        "open-mode": "append",  # a requeued job continues its file
     }
     return [
         *(f"--{name}={value}" for name, value in flags.items() if value),
@@ -132,10 +135,10 @@ def _name(jobs: Sequence[Job]) -> str:
 
 
 def submit(jobs: Sequence[Job], options: SlurmOptions, shell: Shell) -> str:
-    """Submits one job, or several as one array; returns Slurm's job id ("" under dry_run).
+    """Submit one job, or several as one array; return Slurm's job id ("" under dry_run).
 
     Raises:
-      LaunchError: nothing to submit, or sbatch refused it.
+      LaunchError: there are no jobs, or sbatch failed.
     """
     if not jobs:
         raise LaunchError("There is no job to submit: give at least one.")
@@ -146,7 +149,7 @@ def submit(jobs: Sequence[Job], options: SlurmOptions, shell: Shell) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; return its exit code."""
     own, trainers = split_arguments(argv)
     parser = make_parser("python -m launch.slurm", __doc__)
     parser.add_argument("--name", required=True, help="Name of the job: [a-z0-9-]+.")

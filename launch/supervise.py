@@ -1,27 +1,27 @@
-"""Runs a trainer and runs it again: python -m launch.supervise [OPTIONS] -- COMMAND ...
+"""Runs a trainer and restarts it: python -m launch.supervise [OPTIONS] -- COMMAND ...
 
   python -m launch.supervise -- python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny
 
-COMMAND is run again after exit codes 42, 134, 137 and 143 and after a death by signal, one line
-each time; a signal of any kind counts, a crash in native code included.  After any other code,
-0, 1 (to be fixed) and 3 (diverged) among them, the supervisor ends with that code.  It ends with 1
-when --max_stuck restarts in a row brought no later checkpoint: steps that are lost again are no
-progress.  Where the trainer went back past bad batches (rewinds.jsonl) the count starts over.
+COMMAND is restarted after exit codes 42, 134, 137 and 143 and after a death by any signal, also by
+a crash in native code; each restart prints one line.  After any other code, for example 0, 1 (needs
+a fix) or 3 (diverged), the supervisor ends with that code.  It ends with 1 after --max_stuck
+restarts in a row without a later checkpoint: steps that are then lost again are no progress.  A
+rewind of the trainer (rewinds.jsonl) resets the count.
 
-If another process holds WORKDIR/lock when COMMAND starts, COMMAND is refused with 1.  It is then
-run again once the lock is free, for up to --max_in_use seconds: the trainer of an earlier
-supervisor may be frozen, or still at its last save.
+If another process holds WORKDIR/lock when COMMAND starts, COMMAND ends with 1.  The supervisor then
+waits up to --max_in_use seconds for the lock and runs COMMAND again: the trainer of an earlier
+supervisor may be frozen, or still writing its last checkpoint.
 
-SIGTERM and Ctrl-C reach COMMAND as one SIGTERM, to save a checkpoint; the supervisor waits for it
-and ends with its code.  COMMAND runs in a session of its own, so that a terminal's Ctrl-C does not
-reach it twice, and reads nothing from the terminal.  Where the supervisor is killed, on Linux the
-kernel sends COMMAND the SIGTERM.  A script as COMMAND must `exec` the trainer to be reached.
+SIGTERM and Ctrl-C reach COMMAND as one SIGTERM, after which it saves a checkpoint; the supervisor
+waits and ends with COMMAND's code.  COMMAND runs in its own session, so that a terminal's Ctrl-C
+does not reach it twice, and its stdin is empty.  On Linux the kernel sends COMMAND a SIGTERM if the
+supervisor is killed.  A script as COMMAND must `exec` the trainer, or signals do not reach it.
 
-A run of several processes has one supervisor for each of them, all on the same workdir: the loss of
-one process aborts the others (134), at the latest when it comes back and is not the one they knew,
-and all of them meet again.  --max_wait stays below the five minutes for which they then wait for
-each other.  A process that learns of the loss as an exception, as CPUs do inside a collective, ends
-with 42 and is run again as well.
+A run of several processes has one supervisor per process, all on the same workdir.  The loss of one
+process aborts its peers (134), at the latest when it restarts and the coordinator sees a new
+process.  All are then restarted and wait up to five minutes for each other, so --max_wait is below
+that.  A process that gets the loss as an exception, as CPUs do in a collective, ends with 42 and
+is restarted as well.
 """
 
 import dataclasses
@@ -56,28 +56,30 @@ from launch.shell import (
     split_arguments,
 )
 
-GAVE_UP = 1  # a person must look: handing 42 or 137 on would make an outer launcher try again
-_STOPPED = 42  # with a checkpoint: the only code after which there is nothing to wait for
+GAVE_UP = 1  # a person must look; after 42 or 137 an outer launcher would try again
+_STOPPED = 42  # with a checkpoint: the only code after which the first restart does not wait
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _HELPER = Path(__file__).with_name("with_parent.py")
-_REFUSED = 1  # what the trainer ends with in a workdir that is in use
-_LOOK_INTERVAL = 1.0  # seconds between two looks at a lock
-_TAIL = 1 << 20  # bytes of metrics.jsonl that surely hold its last whole line
+_REFUSED = 1  # the trainer's exit code if its workdir is in use
+_LOOK_INTERVAL = 1.0  # seconds between two checks of a lock
+_TAIL = 1 << 20  # bytes at the end of metrics.jsonl, longer than any line of it
 
 
 @dataclasses.dataclass(frozen=True)
 class SuperviseOptions:
-    """When to run a command again."""
+    """When to restart a command, and how long to wait before that."""
 
-    workdir: str = option("", "Folder of the run; empty: COMMAND's own --workdir.")
-    max_stuck: int = option(3, "Restarts in a row without a later checkpoint.", least=1)
-    wait: float = option(5.0, "Seconds before a restart; doubled until there is progress.")
+    workdir: str = option("", "Workdir of the run; empty: COMMAND's --workdir.")
+    max_stuck: int = option(
+        3, "Restarts in a row without a later checkpoint, then give up.", least=1
+    )
+    wait: float = option(5.0, "Seconds before a restart; doubles until there is progress.")
     max_wait: float = option(120.0, "Most seconds before a restart.")
     max_in_use: float = option(600.0, "Most seconds to wait for a workdir that is in use.")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; return its exit code."""
     own, command = split_arguments(argv)
     parser = make_parser("launch.supervise", __doc__)
     add_options(parser, SuperviseOptions)
@@ -86,12 +88,12 @@ def main(argv: Sequence[str]) -> int:
         raise LaunchError("There is nothing to run: give the command after --.")
     workdir = options.workdir or flag_of(command, "workdir")
     if not workdir:
-        raise LaunchError("--workdir is missing: without it no progress can be seen.")
+        raise LaunchError("--workdir is missing: progress is read from it. Set --workdir.")
     return Supervisor(command, _folder(workdir), options).run()
 
 
 class Supervisor:
-    """Runs `command` until it is done; make it in the main thread, which gets the signals."""
+    """Runs `command` until it is done.  Use it in the main thread, which handles signals."""
 
     def __init__(self, command: Sequence[str], workdir: Any, options: SuperviseOptions):
         program = shutil.which(command[0])
@@ -101,11 +103,12 @@ class Supervisor:
         self._program = os.path.abspath(program)
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
-        # Wakes the wait between two starts; a handler may not touch a lock that is waited for.
+        # A pipe ends the wait between two starts.  A signal handler must not use an event, whose
+        # lock the waiting thread may hold.
         self._wakes, self._wake = os.pipe()
 
     def run(self) -> int:
-        """The exit code to end with."""
+        """Run the command to its end; returns the exit code to end with."""
         before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
         try:
             return self._run()
@@ -124,7 +127,7 @@ class Supervisor:
             if self._stopping or not (code < 0 or code in AGAIN):
                 return _handed_on(code)
 
-            # ---- was it worth it?
+            # ---- progress
             backs, kept = progress(self._workdir)
             reached = max(kept, reached_step(self._workdir))
             if (backs, kept) > best:
@@ -134,14 +137,14 @@ class Supervisor:
                 _say(f"giving up: {what}, no later checkpoint in {stuck} restarts in a row")
                 return GAVE_UP
 
-            # ---- again
+            # ---- restart
             doublings = stuck - (code == _STOPPED)
-            # Capped before the power is taken: with many restarts it leaves the range of floats.
+            # The exponent is capped: 2.0 ** 1024 would overflow.
             growth = 2.0 ** min(doublings, 64)
             seconds = min(options.wait * growth, options.max_wait) if doublings >= 0 else 0.0
             stuck, restart = stuck + 1, restart + 1
             _say(
-                f"restart {restart}: {what}, goes on from {kept}, {reached - kept} steps lost, "
+                f"restart {restart}: {what}, resumes from {kept}, {reached - kept} steps lost, "
                 f"waiting {seconds:g} s"
             )
             select.select([self._wakes], [], [], seconds)
@@ -149,21 +152,21 @@ class Supervisor:
                 return _handed_on(code)
 
     def _once(self) -> int:
-        """Runs the command once; its exit code, or minus the signal that ended it."""
+        """Run the command once; returns its exit code, or minus the signal that ended it."""
         start = self._command
         if sys.platform == "linux":
-            # -I -S: nothing of the environment has a say in how the helper starts.
+            # -I -S: environment variables and installed packages do not affect the helper.
             helper = [sys.executable, "-I", "-S", str(_HELPER)]
             start = [*helper, str(os.getpid()), self._program, *self._command]
         self._child = subprocess.Popen(start, stdin=subprocess.DEVNULL, start_new_session=True)
-        if self._stopping:  # the signal came while there was no child to hand it to
+        if self._stopping:  # the signal arrived before the child existed
             self._child.terminate()
         return self._child.wait()
 
     def _wait_for_lock(self, holder: str) -> bool:
-        """Waits until nobody holds the workdir's lock; False if that takes too long."""
+        """Wait until the workdir's lock is free; returns False if that takes too long."""
         limit = self._options.max_in_use
-        frozen = ", which is stopped: kill -CONT lets it end" if _is_stopped(holder) else ""
+        frozen = " (stopped by a signal: kill -CONT continues it)" if _is_stopped(holder) else ""
         _say(f"workdir in use by {holder}{frozen}; waiting up to {limit:g} s for it")
         end = time.monotonic() + limit
         while (left := end - time.monotonic()) > 0 and not self._stopping:
@@ -181,7 +184,7 @@ class Supervisor:
 
 
 def reason(code: int) -> str:
-    """An exit code, or minus a signal, in words."""
+    """Describe an exit code, or minus a signal, in words."""
     if code == _STOPPED:
         return "asked to be run again (exit code 42)"
     number = -code if code < 0 else code - 128
@@ -190,12 +193,12 @@ def reason(code: int) -> str:
 
 
 def reached_step(workdir: Any) -> int:
-    """The step of the last whole line of metrics.jsonl; 0: none, or it cannot be read."""
+    """The step in the last whole line of metrics.jsonl; 0: none, or it cannot be read."""
     try:
         with (workdir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines(keepends=True)
-    except Exception:  # of whichever client the store has
+    except Exception:  # each object store's client raises its own errors
         return 0
     for line in reversed(lines):
         try:
@@ -209,29 +212,29 @@ def reached_step(workdir: Any) -> int:
 
 
 def progress(workdir: Any) -> tuple[int, int]:
-    """How often the run went back, and the step it goes on from: the greater pair is further on."""
+    """(number of rewinds, step that the run resumes from): a greater pair means progress."""
     kept = kept_step(workdir)
     try:
-        # As moe_jax/record/rewind.py has it.
+        # The format of moe_jax/record/rewind.py.
         lines = (workdir / "rewinds.jsonl").read_text(encoding="utf-8").splitlines()
         last = json.loads(lines[-1])
-        # Where it was killed on its way back, the next start sets later checkpoints aside.
+        # If the run was killed during a rewind, its next start quarantines later checkpoints.
         return len(lines), kept if last["settled"] else min(kept, int(last["step"]))
-    except Exception:  # there is none, it is damaged, or of whichever client the store has
+    except Exception:  # no file, a damaged file, or an error of an object store's client
         return 0, kept
 
 
 def lock_holder(workdir: Any) -> str:
-    """The live process that holds the workdir's lock, as the lock's file names it; "": none."""
+    """The live process that holds the workdir's lock, as the lock file names it; "": none."""
     if "://" in os.fspath(workdir):  # an object store has no locks
         return ""
     try:
-        # As moe_jax/record/lock.py has it.  A pipe under that name must not be waited for.
+        # The format of moe_jax/record/lock.py.  O_NONBLOCK: a FIFO of that name must not block us.
         file = os.open(workdir / "lock", os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return ""
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file lets go of it
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
     except BlockingIOError:
         return os.read(file, 200).decode(errors="replace").strip() or "another process"
     except OSError:  # a file system without locks
@@ -242,7 +245,7 @@ def lock_holder(workdir: Any) -> str:
 
 
 def _is_stopped(holder: str) -> bool:
-    """Whether the holder of a lock is a process of this machine that a signal has stopped."""
+    """True if the holder of a lock is a process of this machine that a signal has stopped."""
     match = re.fullmatch(r"process (\d+) on (.+)", holder)
     if match is None or match[2] != socket.gethostname():
         return False
@@ -254,24 +257,24 @@ def _is_stopped(holder: str) -> bool:
 
 
 def kept_step(workdir: Any) -> int:
-    """The newest step that was saved to its end; 0: none, or they cannot be read.
+    """The newest step whose checkpoint is complete; 0: none, or they cannot be read.
 
-    Whether its bytes are still good only the trainer finds out.
+    Only the trainer checks its bytes.
     """
     try:
         folders = (workdir / "checkpoints").iterdir()
         folders = [folder for folder in folders if re.fullmatch(r"\d{1,18}", folder.name)]
         for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
-            # As moe_jax/checkpoint/manifest.py has it; a launcher imports nothing of moe_jax.
+            # The format of moe_jax/checkpoint/manifest.py, which would import JAX.
             if all((folder / name).exists() for name in ("manifest.json", "commit_success.txt")):
                 return int(folder.name)
-    except Exception:  # of whichever client the store has
+    except Exception:  # each object store's client raises its own errors
         return 0
     return 0
 
 
 def _folder(workdir: str) -> Any:
-    """A path; one in an object store needs what the trainer needs for it, too."""
+    """Make a path; one in an object store needs etils, as in the trainer."""
     if "://" not in workdir:
         return Path(os.path.expanduser(workdir))  # as the trainer does
     from etils import epath
@@ -280,7 +283,7 @@ def _folder(workdir: str) -> Any:
 
 
 def _handed_on(code: int) -> int:
-    """As a shell says it: 128 plus the signal."""
+    """The exit code in a shell's convention: 128 plus the signal."""
     return code if code >= 0 else 128 - code
 
 

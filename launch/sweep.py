@@ -1,13 +1,13 @@
-"""Runs of a sweep file: all checked, then the good ones started, each in a folder of its own.
+"""Runs a sweep file: checks all its runs, then starts the valid ones, each in its own workdir.
 
   python -m launch.sweep --sweep=configs/sweeps/capacity.py --workdir=DIR
       [--backend=local|slurm|tpu_vm] [--dry_run] [OPTIONS OF THE BACKEND]
 
-Run it again to go on: runs at their end are skipped, the others resume.  A run that the trainer
-would refuse is named, with its reason, before the first one starts and again in the last lines.
-Exit codes: 0 all runs are at their end or handed to the cluster, 1 something to fix, a refused run
-among it, 42 stopped by a signal: run it again.
-A sweep file defines get_hyper(hyper), see launch/hyper.py and configs/sweeps/.
+The same command resumes a sweep: it skips finished runs and resumes the others.  A run that the
+trainer would refuse is named, with the reason, before the first run starts and again in the last
+lines.  Exit codes: 0 all runs have finished or were handed to the cluster, 1 something needs a fix
+(for example a refused run), 42 stopped by a signal: run it again.
+A sweep file defines get_hyper(hyper): see launch/hyper.py and configs/sweeps/.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from launch.local import LOG, STOPPED, Local, command
 from launch.shell import LaunchError, Shell, add_options, make_parser, read_options, run_main
 from moe_jax.files.links import check_links
 
-SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name -> overrides of every run
+SWEEP_RECORD = "sweep.json"  # in the sweep's workdir: name of each run -> its overrides
 _CHECK = [sys.executable, "-m", "moe_jax", "check"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; return its exit code."""
     given, options = _flags(argv)
     shell = Shell(given.dry_run)
     named = runs.expand(given.sweep)
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     for name, problem in refused.items():
         shell.say(f"{name} is refused: {problem}")
     for name, changed in done.items():
-        since = f", though {', '.join(changed)} changed since (delete it to run it again)"
-        shell.say(f"{name} is at its end: skipped{since if changed else ''}")
+        since = f" ({', '.join(changed)} changed since: delete its folder to run it again)"
+        shell.say(f"{name} has finished: skipped{since if changed else ''}")
     todo = [job for job in jobs if job.name not in refused and job.name not in done]
     if not given.dry_run and "://" not in given.workdir and len(refused) < len(jobs):
         _write_record(Path(given.workdir), named)
@@ -56,23 +56,26 @@ def main(argv: Sequence[str]) -> int:
     # ---- start
     try:
         code = _start(todo, given, options, shell) if todo else 0
-    finally:  # the last lines, whatever became of the others
+    finally:  # these are the last lines even if starting the other runs failed
         if refused:
-            shell.say(f"{len(refused)} of {len(jobs)} runs refused: mend the sweep file")
+            shell.say(f"{len(refused)} of {len(jobs)} runs refused: fix the sweep file")
         for name, problem in refused.items():
             shell.say(f"  {name}: {problem}")
     return code or int(bool(refused))
 
 
 def check(jobs: Sequence[Job], devices: int) -> dict[str, dict[str, Any]]:
-    """For each job by name what `python -m moe_jax check` answers: problem, finished, changed.
+    """Run `python -m moe_jax check` on all jobs.
 
     Args:
-      jobs: all of the sweep.
-      devices: that each will have; 0: those of this machine.
+      jobs: all jobs of the sweep.
+      devices: per run; 0: those of this machine.
+
+    Returns:
+      Name of each job -> the answer, with keys problem, finished and changed.
 
     Raises:
-      LaunchError: they could not be checked.
+      LaunchError: the check itself failed.
     """
     lines = "".join(json.dumps(_without_devices(job.arguments)) + "\n" for job in jobs)
     process = subprocess.run(
@@ -92,7 +95,7 @@ def _without_devices(arguments: Sequence[str]) -> list[str]:
 
 
 def _start(jobs: Sequence[Job], given: Any, options: Any, shell: Shell) -> int:
-    """Runs the jobs here, or hands them to a cluster; under dry_run prints them."""
+    """Run the jobs on this machine or hand them to a cluster; under dry_run, print them."""
     if given.backend != "local":
         _backend(given.backend)[1](jobs, options, shell)
         return 0
@@ -104,19 +107,23 @@ def _start(jobs: Sequence[Job], given: Any, options: Any, shell: Shell) -> int:
 
 
 def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> int:
-    """Runs the jobs on this machine and says how each has ended."""
+    """Run the jobs on this machine and print how each of them ended."""
     local = Local(workdir, given.jobs, shell.say)
     codes = local.run(jobs)
     ended = [job for job in jobs if codes[job.name] == 0]
     answers = check(ended, given.devices) if ended else {}
     done = {name for name, answer in answers.items() if answer["finished"]}
     failed = {name: code for name, code in codes.items() if name not in done}
-    shell.say(f"{len(done)} of {len(jobs)} runs have come to their end")
+    shell.say(f"{len(done)} of {len(jobs)} runs finished")
     for name, code in failed.items():
-        how = {None: "not started", 0: "stopped before its end", STOPPED: "stopped, will go on"}
+        how = {
+            None: "not started",
+            0: "exit code 0, not finished",
+            STOPPED: "stopped with a checkpoint",
+        }
         shell.say(f"  {name}: {how.get(code, f'exit code {code}')} ({workdir / name / LOG})")
     if local.stopping and failed:
-        shell.say("stopped: run the same command again to go on")
+        shell.say("stopped: run the same command again to resume")
         return STOPPED
     return 1 if failed else 0
 
@@ -128,12 +135,12 @@ def _write_record(workdir: Path, named: dict[str, runs.Run]) -> None:
         (workdir / SWEEP_RECORD).write_text(json.dumps(named, indent=1) + "\n")
     except OSError as error:
         raise LaunchError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another."
+            f"--workdir={workdir} cannot be written ({error.strerror or error}): give another."
         ) from None
 
 
 def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
-    """The sweep's flags and the options of its backend (None for this machine)."""
+    """Parse the sweep's flags and the options of its backend (None for this machine)."""
     parser = make_parser("python -m launch.sweep", __doc__)
     parser.add_argument("--sweep", required=True, help="A file with get_hyper(hyper).")
     parser.add_argument("--workdir", required=True, help="Each run gets a folder in it.")
@@ -143,7 +150,7 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
         "--devices",
         type=int,
         default=0,
-        help="Devices of one run: virtual CPU devices here, those it will have on a cluster.",
+        help="Devices per run: on this machine virtual CPU devices, on a cluster real ones.",
     )
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time on this machine.")
     backend = parser.parse_known_args(argv)[0].backend
@@ -155,17 +162,20 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
         given = parser.parse_args(argv)
         options = read_options(kind, given)
         if given.devices < 1:
-            raise LaunchError(f"--devices is missing: say how many a run will have on {backend}.")
+            raise LaunchError(f"--devices is missing: give the devices per run on {backend}.")
     if given.jobs < 1 or given.devices < 0:
-        raise LaunchError("--jobs is 1 or more, and --devices is not negative: change them.")
-    if not given.workdir:  # each run's folder would lie in the root of the file system
+        raise LaunchError("--jobs must be at least 1, and --devices at least 0: change them.")
+    if not given.workdir:  # each run's folder would be created in /
         raise LaunchError("--workdir is empty: name a folder for the runs.")
     given.workdir = os.path.expanduser(given.workdir)
     return given, options
 
 
 def _backend(name: str) -> tuple[type, Callable[[Sequence[Job], Any, Shell], None]]:
-    """A cluster's options, and what hands it the jobs.  Imported here: a laptop needs neither."""
+    """The options of a cluster, and the function that hands it the jobs.
+
+    Both are imported here because runs on this machine need neither.
+    """
     if name == "slurm":
         from launch import slurm
 
@@ -182,13 +192,13 @@ def _backend(name: str) -> tuple[type, Callable[[Sequence[Job], Any, Shell], Non
         for job in jobs:
             try:
                 tpu_vm.launch(job, options, shell)
-            except LaunchError as error:  # that of a VM which is there already, say
+            except LaunchError as error:  # for example: the VM exists already
                 shell.say(f"{job.name}: {error}")
                 refused += 1
         if refused:
             raise LaunchError(
-                f"{refused} of {len(jobs)} runs got no VM: the reasons are above, mend them and "
-                f"run this again."
+                f"{refused} of {len(jobs)} runs got no VM, for the reasons above. Fix them and run "
+                f"this again."
             )
 
     return tpu_vm.TpuOptions, create

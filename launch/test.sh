@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Makes the environment, checks style and types, runs the tests.
+# Creates the environment, checks style and types, runs the tests.
 #
 #   bash launch/test.sh [--full] [ARGUMENTS OF pytest]
 #   bash launch/test.sh --lifecycle [ARGUMENTS OF pytest]
 #
-# --full adds the long forms.  With arguments for pytest only pytest runs.  --lifecycle runs the
-# tests that need torch, transformers or wandb, which it installs, those that live a run through, and
-# the long halves of matrices, and no others.
+# --full adds the tests marked `full`.  With arguments for pytest, only pytest runs.  --lifecycle
+# runs only the tests marked `lifecycle`: those that need torch, transformers or wandb, which it
+# installs, those of whole runs, and the long halves of test matrices.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 full="" lifecycle=""
-for argument in "$@"; do  # rotates the arguments once, leaving our own flags out
+for argument in "$@"; do  # rotates the arguments once and drops our own flags
   shift
   case "$argument" in
     --full) full=1 ;;
@@ -26,7 +26,7 @@ else
   ensure_env test data dev plan
 fi
 cd "$ROOT" || exit 1
-# Where it is set, each of the hundred processes that tests start compiles our sources again.
+# If it is set, each of the hundred processes that tests start compiles our sources again.
 unset PYTHONDONTWRITEBYTECODE
 export PATH="$VENV/bin:$PATH" JAX_PLATFORMS=cpu PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
@@ -42,7 +42,7 @@ stage() {
 if [ $# -eq 0 ] && [ -z "$lifecycle" ]; then
   stage "ruff check" ruff check .
   stage "ruff format" ruff format --check .
-  # Beside pytest, whose first minute collects tests in processes that wait for each other.
+  # At the same time as pytest, which leaves a core idle in its first minute, the collection.
   types="$(mktemp)"
   stage "pyright" pyright --level error --pythonpath "$VENV_PYTHON" >"$types" 2>&1 &
   pyright=$!
@@ -52,13 +52,13 @@ fi
 marks=("not lifecycle")
 [ -z "$lifecycle" ] || marks=("lifecycle")
 [ -n "$full" ] || marks+=("not full")
-# Only on the cluster that .ci/slurm.sh makes: nobody's own gets jobs from a test.
+# Only on the cluster that .ci/slurm.sh starts: tests must not submit jobs to a real one.
 if [ -z "$lifecycle" ] && ! scontrol show config 2>/dev/null | grep -q '^ClusterName *= moe-jax-test$'; then
-  say "Slurm's test cluster is not running (.ci/slurm.sh starts it): its tests are left out"
+  say "Slurm's test cluster is not running (.ci/slurm.sh starts it): its tests are skipped"
   marks+=("not slurm")
 fi
 expression="$(printf ' and %s' "${marks[@]}")"
-# Three workers: tests that wait for processes of their own leave a core free.
+# Three workers on two cores: a test that waits for the processes it started leaves a core idle.
 stage "pytest${full:+, every test}" python -m pytest -n 3 --dist=loadfile -m "${expression# and }" "$@"
 if [ -n "${pyright:-}" ]; then
   code=0

@@ -1,18 +1,17 @@
 """TPU VMs: python -m launch.tpu_vm COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 
-  create    ask for the VM (a queued resource) and wait for it; its start-up script prepares every
+  create    request the VM (a queued resource) and wait for it; its start-up script prepares every
             host and, with ARGUMENTS of python -m moe_jax train, trains
   install   prepare every host now
-  run       create the VM, or use the one that is there; train, follow the run, ask again for a VM
-            that was taken away; ends with the run's exit code
-  status    state of the VM and last line of the run
-  logs      output of the run
+  run       create the VM, or use the existing one; train, follow the run, and request another VM
+            if this one is taken away; ends with the run's exit code
+  status    print the VM's state and the run's last line
+  logs      print the run's output
   stop      end the run with a checkpoint
-  delete    give the VM back
+  delete    delete the VM
 
-The run lives in the start-up script: a VM that comes back goes on by itself, from a workdir that
-must outlive it (gs://).  On each host it is under launch/supervise.py: a trainer that is lost is
-started again there.
+The start-up script starts the run, so a VM that restarts resumes by itself, from a workdir that
+must outlive the VM (gs://).  On each host launch/supervise.py restarts a lost trainer.
 
   python -m launch.tpu_vm run --name=mixtral --zone=us-east5-a --accelerator_type=v5p-256 --spot \\
       --runtime_version=v2-alpha-tpuv5 --repository=https://github.com/ME/moe_jax -- \\
@@ -42,35 +41,37 @@ from launch.shell import (
 # States of a queued resource (Cloud TPU API, QueuedResourceState).
 _COMING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 _READY = "ACTIVE"
-_SILENCES = 20  # unanswered questions to a host after which we give up
+_SILENCES = 20  # unanswered requests to a host in a row after which we give up
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuOptions:
-    """What is asked of Cloud TPU, and how a host is prepared."""
+    """What to request from Cloud TPU, and how to prepare a host."""
 
     zone: str = option(..., "Zone.")
-    project: str = option("", "Project; empty: that of gcloud's configuration.")
+    project: str = option("", "Project; empty: the one in gcloud's configuration.")
     accelerator_type: str = option("", "Such as v5p-256; needed to create.")
     runtime_version: str = option("", "Such as v2-alpha-tpuv5; needed to create.")
     node_count: int = option(1, "Slices; more than one is multislice.", least=1)
     spot: bool = option(False, "Spot capacity.")
     reserved: bool = option(False, "Reserved capacity.")
-    gcloud: tuple[str, ...] = option((), "Any other flag of create, as --gcloud=--network=net.")
+    gcloud: tuple[str, ...] = option((), "Another flag for create, such as --gcloud=--network=net.")
     repository: str = option("", "Git URL of moe_jax, readable by the hosts.")
-    revision: str = option("main", "Branch, tag or, so that no restart changes it, commit.")
-    prepare: str = option("", "Own script (a file) that prepares a host, instead of --repository.")
+    revision: str = option(
+        "main", "Branch, tag or commit; only a commit stays the same at a restart."
+    )
+    prepare: str = option("", "Your script (a file) that prepares a host, instead of --repository.")
     python: str = option(f"{host.FOLDER}/venv/bin/python", "The Python on a host.")
     directory: str = option(f"{host.FOLDER}/source", "Checkout in which a host trains.")
-    wait_minutes: float = option(60.0, "How long to wait for a VM.")
-    poll_seconds: float = option(30.0, "Between two questions to Cloud TPU.")
-    recreate: int = option(10, "How often to ask again for a VM that was taken away.")
-    max_stuck: int = option(3, "Restarts in place without a later checkpoint.", least=1)
+    wait_minutes: float = option(60.0, "Minutes to wait for a VM.")
+    poll_seconds: float = option(30.0, "Seconds between two requests to Cloud TPU.")
+    recreate: int = option(10, "Times that a VM which was taken away is requested again.")
+    max_stuck: int = option(3, "Restarts in a row on a host without a later checkpoint.", least=1)
     scripts: str = option("runs/tpu_vm", "Folder for start-up scripts, on this machine.")
 
 
 def launch(job: Job, options: TpuOptions, shell: Shell) -> None:
-    """Asks for a VM named after the job, which will train when it comes; does not wait.
+    """Request a VM named after the job, which trains once it is up; do not wait for it.
 
     Raises:
       LaunchError: the request is incomplete, or gcloud refused it.
@@ -82,14 +83,12 @@ def launch(job: Job, options: TpuOptions, shell: Shell) -> None:
         )
     for name in ("accelerator_type", "runtime_version"):
         if not getattr(options, name):
-            raise LaunchError(f"--{name} is missing: a VM cannot be asked for without it.")
+            raise LaunchError(f"--{name} is missing: a VM cannot be requested without it.")
     if options.spot and options.reserved:
         raise LaunchError("--spot and --reserved exclude each other: give one.")
     workdir = flag_of(job.arguments, "workdir")
     if job.arguments and not workdir.startswith("gs://"):
-        shell.say(
-            f"warning: --workdir={workdir} must outlive the VM, as gs:// or a network disk do"
-        )
+        shell.say(f"warning: --workdir={workdir} must outlive the VM: use gs:// or a network disk")
     path = Path(options.scripts, f"{job.name}.sh")
     shell.write(path, _startup(job, options))
     if options.node_count == 1:
@@ -113,11 +112,11 @@ def launch(job: Job, options: TpuOptions, shell: Shell) -> None:
 
 
 def run(job: Job, options: TpuOptions, shell: Shell) -> int:
-    """Trains on the job's VM, which is made if need be, to the end; returns the exit code.
+    """Train on the job's VM to the end; return the exit code.  Creates the VM if there is none.
 
     Raises:
-      LaunchError: no VM within `wait_minutes`, one taken away more than `recreate` times, one that
-        does not answer.
+      LaunchError: no VM within `wait_minutes`, a VM that was taken away more than `recreate` times,
+        or one that does not answer.
     """
     if not job.arguments:
         raise LaunchError("There is nothing to run: give the trainer's arguments after `--`.")
@@ -133,29 +132,29 @@ def run(job: Job, options: TpuOptions, shell: Shell) -> int:
     for again in range(options.recreate + 1):
         code = _follow(job, options, shell)
         if code is not None:
-            shell.say(f"{job.name}: exit code {code}; the VM is there until you delete it")
+            shell.say(f"{job.name}: exit code {code}; the VM exists until you delete it")
             return code
         if again < options.recreate:
             shell.say(
-                f"{job.name} was taken away: asking again ({again + 1} of {options.recreate})"
+                f"{job.name} was taken away: requested again ({again + 1} of {options.recreate})"
             )
             _ask_again(job, options, shell)
     raise LaunchError(f"{job.name} was taken away {options.recreate + 1} times: run this again.")
 
 
 def wait(name: str, options: TpuOptions, shell: Shell) -> bool:
-    """Waits for the VM, visibly; returns False where it failed or was taken away.
+    """Wait for the VM and print its state; return False if it failed or was taken away.
 
     Raises:
-      LaunchError: it did not come within `wait_minutes`.
+      LaunchError: it was not ready within `wait_minutes`.
     """
     began = time.monotonic()
     while (state := _state(name, options, shell)) in _COMING and not shell.dry_run:
         minutes = (time.monotonic() - began) / 60
         if minutes >= options.wait_minutes:
             raise LaunchError(
-                f"{name} is {state} after {minutes:.0f} minutes: it stays queued, run this again "
-                f"to go on waiting, or delete it."
+                f"{name} is {state} after {minutes:.0f} minutes and stays queued: run this again "
+                f"to keep waiting, or delete it."
             )
         shell.say(f"{name}: {state}, {minutes:.1f} of {options.wait_minutes:g} minutes")
         time.sleep(options.poll_seconds)
@@ -164,7 +163,7 @@ def wait(name: str, options: TpuOptions, shell: Shell) -> bool:
 
 
 def delete(name: str, options: TpuOptions, shell: Shell) -> None:
-    """Gives the VM back, with its nodes."""
+    """Delete the VM and its nodes."""
     _gcloud(shell, options, "delete", name, "--force")
 
 
@@ -174,19 +173,19 @@ def _ask_again(job: Job, options: TpuOptions, shell: Shell) -> None:
 
 
 def _follow(job: Job, options: TpuOptions, shell: Shell) -> int | None:
-    """The run's exit code, once it has one; None if the VM is taken away before."""
+    """Wait for the run's exit code; None if the VM is taken away before."""
     silences = 0
     while wait(job.name, options, shell):
         try:
             answer = _on_first(shell, options, job.name, host.progress())
             state, line = host.read_progress(answer)
             silences = 0
-        except LaunchError as error:  # booting, or about to be taken away
+        except LaunchError as error:  # the VM boots, or is being taken away
             silences += 1
             if silences == _SILENCES:
                 raise
             state, line = "running", f"no answer: {error}"
-        if state == "idle":  # booted, with a start-up script that is not of this run
+        if state == "idle":  # it booted with a start-up script that does not start this run
             _start(job, options, shell)
         elif state != "running":
             return int(state)
@@ -196,12 +195,12 @@ def _follow(job: Job, options: TpuOptions, shell: Shell) -> int | None:
 
 
 def _start(job: Job, options: TpuOptions, shell: Shell) -> None:
-    """Does what the start-up script does, now, on every host where nothing is going on."""
+    """Run the start-up script now, on every host; a busy host ignores it."""
     _everywhere(shell, options, job.name, host.as_root(_startup(job, options)))
 
 
 def _state(name: str, options: TpuOptions, shell: Shell) -> str:
-    """State of the queued resource; "" where there is none."""
+    """The state of the queued resource; "" if it does not exist."""
     try:
         return _gcloud(shell, options, "describe", name, "--format=value(state.state)")
     except LaunchError as error:
@@ -233,7 +232,7 @@ def _prepare(options: TpuOptions) -> str:
 
 
 def _everywhere(shell: Shell, options: TpuOptions, name: str, command: str) -> None:
-    """Runs a command on every host of every slice, its output on the screen."""
+    """Run a command on every host of every slice; its output goes to the screen."""
     where = ("--node=all", "--worker=all", f"--command={command}")
     _gcloud(shell, options, "ssh", name, *where, show=True)
 
@@ -253,14 +252,14 @@ def _gcloud(shell: Shell, options: TpuOptions, verb: str, *rest: str, show: bool
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; return its exit code."""
     own, trainers = split_arguments(argv)
     commands = ("create", "install", "run", "status", "logs", "stop", "delete")
     parser = make_parser("python -m launch.tpu_vm", __doc__)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--name", required=True, help="Name of the VM: [a-z0-9-]+.")
     parser.add_argument("--dry_run", action="store_true", help="Print everything, run nothing.")
-    parser.add_argument("--follow", action="store_true", help="logs: go on as output comes.")
+    parser.add_argument("--follow", action="store_true", help="logs: keep printing new output.")
     add_options(parser, TpuOptions)
     given = parser.parse_args(own)
     shell, options = Shell(given.dry_run), read_options(TpuOptions, given)

@@ -1,7 +1,7 @@
-"""python with_parent.py PID PROGRAM COMMAND...: becomes COMMAND, and gets SIGTERM when PID dies.
+"""python with_parent.py PID PROGRAM COMMAND...: execs COMMAND, which gets SIGTERM when PID dies.
 
-Linux only.  In a process of its own because Python code between fork and exec of the parent
-(preexec_fn) may deadlock; the kernel keeps the setting through exec.
+Linux only.  This is a program of its own because Python code that the parent runs between fork and
+exec (preexec_fn) may deadlock.  The kernel keeps the setting across exec.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Does not return."""
+    """Replace this process by COMMAND; does not return."""
     parent, program, *command = sys.argv[1:]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-    if os.getppid() != int(parent):  # it died before the kernel knew
+    if os.getppid() != int(parent):  # it died before prctl took effect
         sys.exit(128 + signal.SIGTERM)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would keep that
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and exec keeps that
         signal.signal(number, signal.SIG_DFL)
     try:
         os.execv(program, command)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 START, STORE, RESTORE, COMPILE = "start", "store build", "restore", "compile"
 STEPS, SAVE, EVALUATION, END = "steps", "save", "evaluation", "after the last step"
 PHASES = (START, STORE, RESTORE, COMPILE, STEPS, SAVE, EVALUATION, END)
-RESTART = re.compile(r"\S+ restart \d+: (.*), goes on from \d+, (-?\d+) steps lost")
-HEARTBEAT = 6  # seconds; with a config's default of 100 each silent process would cost minutes
+RESTART = re.compile(r"\S+ restart \d+: (.*), resumes from \d+, (-?\d+) steps lost")
+HEARTBEAT = 6  # seconds: with the 100 of a config each silent process would cost minutes
 _STEP = re.compile(r"step (\d+)/(\d+)  (loss|eval_loss) ")
 _SIGNS = (
     (RESTART, START),

@@ -1,4 +1,4 @@
-"""The soak: a run killed in every phase ends as one that was left alone."""
+"""The soak: a run that is killed in every phase ends equal to one that is not."""
 
 import json
 import random
@@ -21,10 +21,10 @@ from moe_jax.run.resolve import describe
 
 @pytest.mark.lifecycle
 def test_three_kills(tmp_path, monkeypatch, cli_env):
-    """One in the store build, one of a run that has begun, one at the end.
+    """One kill in the store build, one during training, one at the end.
 
-    Each is tried alone by default: test_store.py kills a build, test_resume.py a run, and its end;
-    test_tpu_vm.py stops two processes and has them started again.
+    The default tests try each alone: test_store.py kills a build, test_resume.py a run and its end;
+    test_tpu_vm.py stops two processes and restarts them.
     """
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
@@ -42,10 +42,10 @@ def test_the_kills_of_a_seed():
 
 
 def test_what_the_lead_says_tells_the_phase():
-    """The sentences as the trainer and its supervisor have them: a new wording blinds the soak."""
+    """The soak recognises phases by lines of the trainer and its supervisor: they must match."""
     config = small_config("*.txt", eval__every=2)
     lines = {
-        "2026-01-01T00:00:00+00:00 restart 1: killed by SIGKILL; reached step 4, goes on from 2, "
+        "2026-01-01T00:00:00+00:00 restart 1: killed by SIGKILL; reached step 4, resumes from 2, "
         "2 steps lost, waiting 5 s": pair.START,
         describe(config, make_components(config.model.moe))[1]: pair.RESTORE,
         "resuming from step 2": pair.RESTORE,
@@ -64,7 +64,7 @@ def test_what_the_lead_says_tells_the_phase():
 
 
 def write_run(folder: Path) -> Path:
-    """What a run leaves behind, as small as it gets; its workdir."""
+    """Write the smallest files that a run leaves behind; returns its workdir."""
     workdir = folder / "run"
     checkpoints = Checkpoints(workdir / "checkpoints")
     checkpoints.save(2, {"params": {"w": np.arange(4.0)}, "step": np.int64(2)})

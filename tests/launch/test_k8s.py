@@ -1,4 +1,4 @@
-"""launch.k8s against the schema that JobSet publishes, and what Kubernetes would make of it."""
+"""launch.k8s against the schema that JobSet publishes and the documented rules of Kubernetes."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_the_schema_refuses_what_is_wrong():
 
 
 def outcome(jobset, code, disrupted=False):
-    """What Kubernetes and JobSet do once a pod ended so, as their documentation has it."""
+    """What Kubernetes and JobSet do after a pod's exit code, according to their documentation."""
     [job] = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
@@ -90,7 +90,7 @@ def test_gpu_pods_know_each_other():
     pod = pod_of(manifest(Job("one", ()), GPU))
     [container] = pod["containers"]
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
-    # <jobset>-<replicated job>-<job index>-<pod index>.<subdomain>, by JobSet's documentation
+    # JobSet's documentation: <jobset>-<replicated job>-<job index>-<pod index>.<subdomain>
     assert values["MOE_JAX_COORDINATOR"] == "one-train-0-0.one:8476"
     assert values["MOE_JAX_PROCESS_COUNT"] == "4"
     assert "job-completion-index" in json.dumps(container["env"][2])
@@ -107,7 +107,7 @@ def test_a_tpu_job_asks_for_its_slices_queue_and_time():
     }
     [container] = pod["containers"]
     assert container["resources"] == {"limits": {"google.com/tpu": "4"}}
-    assert "env" not in container  # GKE names TPU hosts
+    assert "env" not in container  # GKE sets process ids on TPU hosts
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "queue"}
     assert jobset["spec"]["replicatedJobs"][0]["replicas"] == 2
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 7
@@ -121,7 +121,7 @@ def test_a_tpu_job_asks_for_its_slices_queue_and_time():
 
 
 def expanded(text, environment):
-    """Kubernetes' own rule: $(NAME) is replaced if NAME is known, and $$ is a plain $."""
+    """Expand by the rule of Kubernetes: $(NAME) is replaced if NAME is known, and $$ is one $."""
     out, rest = "", text
     while rest:
         name, closed, after = rest[2:].partition(")")
@@ -147,11 +147,15 @@ def test_arguments_arrive_as_they_were_given():
         ("o" * 41, {}, "at most 40"),
         ("one", {"gpus": 8, "tpu": "t", "topology": "2x2"}, "exclude each other"),
         ("one", {"tpu": "t"}, "belong together"),
-        ("one", {"slices": 2}, "is for TPUs"),
+        ("one", {"slices": 2}, "counts TPU slices"),
         ("one", {"tpu": "t", "topology": "8"}, "write it as"),
-        ("one", {"tpu": "t", "topology": "2x4"}, "has 8 chips but --hosts=1 of --chips=4 have 4"),
-        ("one", {"hosts": 0}, "count from 1"),
-        ("one", {"queue": "Bad Queue!"}, "--queue=Bad Queue! names nothing"),
+        (
+            "one",
+            {"tpu": "t", "topology": "2x4"},
+            "has 8 chips, but --hosts=1 with --chips=4 have 4",
+        ),
+        ("one", {"hosts": 0}, "must be at least 1"),
+        ("one", {"queue": "Bad Queue!"}, "--queue=Bad Queue! is not a name"),
     ],
 )
 def test_mistakes_are_one_sentence(name, changed, sentence):

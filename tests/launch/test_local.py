@@ -1,4 +1,4 @@
-"""launch/local.sh: the commands that it prints after a run, with a stand-in for the trainer."""
+"""launch/local.sh: the commands that it prints after a run, here with a stand-in trainer."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import sys
 import pytest
 from launch_runs import ROOT
 
-# In place of launch/env.sh and of the environment that it makes.
+# Replaces launch/env.sh and the environment that it would create.
 ENV = """\
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV_PYTHON="$ROOT/python"
@@ -46,7 +46,7 @@ def test_next_commands_name_each_flag_once(tmp_path, given, workdir):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    lines = re.findall(r"^(?:Go on|Other mesh|Own text): +(.*)$", done.stdout, re.MULTILINE)
+    lines = re.findall(r"^(?:Train longer|Other mesh|Own text): +(.*)$", done.stdout, re.MULTILINE)
     for line, folder in zip(lines, (workdir, f"{workdir}-experts", f"{workdir}-text"), strict=True):
         words = shlex.split(line)
         flags = [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]

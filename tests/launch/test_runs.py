@@ -1,4 +1,4 @@
-"""From a sweep file to names and command lines; the sweep files that we ship."""
+"""Sweep files become named runs and command lines; the shipped sweep files are valid."""
 
 import re
 from pathlib import Path
@@ -52,7 +52,7 @@ def configs(path: str) -> list:
 
 @pytest.mark.parametrize("name", ["dense_vs_sparse", "granularity", "capacity"])
 def test_equal_flops(name, monkeypatch):
-    """All runs cost a token the same, but for the router (D x E in each of 4 layers)."""
+    """All runs need the same FLOPs per token, without the router (D x E in each of 4 layers)."""
     monkeypatch.chdir(ROOT)
     costs = set()
     for config in configs(f"configs/sweeps/{name}.py"):
@@ -76,7 +76,7 @@ def test_granularity_halves_the_width_as_experts_double(monkeypatch):
 
 
 def test_a_name_is_stable():
-    """Pinned: a name that changed would leave finished runs behind."""
+    """The names are fixed here: under a new name a finished run would be trained again."""
     run = {"config": "configs/tiny.py:dense", "config.seed": 1, "config.optimizer.clip_norm": 0.5}
     assert run_name(run) == "tiny-dense-cn-0-5-seed-1-f712f2b2"
     assert run_name(dict(reversed(run.items()))) == run_name(run)

@@ -1,4 +1,4 @@
-"""launch/skypilot.yaml: its exit codes, and its run script with the variables SkyPilot sets."""
+"""launch/skypilot.yaml: its exit codes, and its run script under the variables of SkyPilot."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""launch.slurm, its script read here and run on a real Slurm of one node (.ci/slurm.sh)."""
+"""launch.slurm: its script run with a stand-in srun, and on a real Slurm (.ci/slurm.sh)."""
 
 import json
 import os
@@ -21,7 +21,7 @@ AWKWARD = ("--a=two words", "--b='\"$HOME`id`", "--c=line\nbreak", "--d=")
 
 
 def run_script(tmp_path, jobs, codes, **environment):
-    """Runs the batch script with a stand-in for srun that ends its tasks with `codes`."""
+    """Run the batch script with a stand-in for srun that ends its tasks with `codes`."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     tasks = "\n".join(
@@ -67,7 +67,7 @@ def test_arguments_arrive_as_they_were_given(tmp_path):
         ([42, 42], 0, True),
         ([134, 137], 0, True),
         ([143, 0], 0, True),
-        ([1, 134], 1, False),  # the survivor's abort must not hide the error
+        ([1, 134], 1, False),  # the abort of the survivor must not mask the error
         ([3, 3], 3, False),
         ([2, 2], 2, False),
         ([139, 134], 139, False),
@@ -142,7 +142,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launch(tmp_path, cli_env, monkeypatch):
-    """`launch(jobs, ...)` submits to the Slurm of this machine: (job id, where the logs lie)."""
+    """`launch(jobs, ...)` submits to the Slurm of this machine; returns (job id, log folder)."""
     for name, value in cli_env.items():
         monkeypatch.setenv(name, value)
     logs, started = tmp_path / "the logs", []
@@ -168,7 +168,7 @@ def test_two_processes_are_stopped_twice_and_end_bit_equal(tmp_path, launch):
     job, logs = launch([second], processes_per_node=2)
     with following(logs / f"disturbed-{job}.out") as output:
         output.until("step 10/200")
-        # What --signal=TERM does before the time is up: to the processes, not to the script.
+        # The same as --signal=TERM before the time limit: signals the processes, not the script.
         subprocess.run(["scancel", "--signal=TERM", job], check=True)
         output.until("preempted: step")
         output.until("exit code 42")
@@ -196,7 +196,7 @@ def test_a_trainer_that_is_killed_is_started_again_in_place(tmp_path, launch):
         ends[name] = digest(tmp_path / name)
     assert ends["killed"] == ends["undisturbed"]
     text = "".join(output.lines)
-    lost = r"reached step \d+, goes on from \d+, \d+ steps lost, waiting"
+    lost = r"reached step \d+, resumes from \d+, \d+ steps lost, waiting"
     for task, why in (
         ("1", "killed by SIGKILL"),
         ("0", "(asked to be run again|killed by SIGABRT)"),
@@ -245,6 +245,6 @@ def test_a_sweep_runs_as_an_array(tmp_path, cli_env, monkeypatch, capsys):
     finally:
         subprocess.run(["scancel", job], check=True)
     assert len({train_rows(tmp_path / "runs" / name)[-1]["loss"] for name in names}) == 3
-    assert sweep.main(command) == 0  # and all of them are at their end
+    assert sweep.main(command) == 0  # all runs have finished
     again = capsys.readouterr().out
-    assert again.count("is at its end: skipped") == 3 and "sbatch" not in again
+    assert again.count("has finished: skipped") == 3 and "sbatch" not in again

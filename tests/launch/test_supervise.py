@@ -1,4 +1,4 @@
-"""The supervisor and what it runs, as real processes."""
+"""launch.supervise and the command that it runs, both as real processes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 from launch import supervise
 from moe_jax.checkpoint import Checkpoints
 
-# Start N of the stand-in does what the N-th entry of the plan says: it commits checkpoints, logs
-# steps, then ends with a code, or by a signal if that is negative.
+# A stand-in for the trainer.  Start N follows the N-th entry of the plan: it commits checkpoints,
+# logs steps, then ends with a code, or by a signal if that is negative.
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
@@ -40,7 +40,7 @@ if now["end"] < 0:
     os.kill(os.getpid(), -now["end"])
 sys.exit(now["end"])
 """
-# Says when it can be stopped; ends with 42 after SIGTERM, with 9 after SIGINT.
+# Prints "ready" once it can be stopped; ends with 42 after SIGTERM, with 9 after SIGINT.
 WAITING = """
 import os, signal
 def stop(*_):
@@ -48,12 +48,12 @@ def stop(*_):
     os._exit(42)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, lambda *_: os._exit(9))
-signal.alarm(60)  # whatever becomes of the test
+signal.alarm(60)  # ends the process even if the test fails
 print("ready", flush=True)
 while True:
     signal.pause()
 """
-ENDS = 20  # seconds after which a process that should have ended is a failure
+ENDS = 20  # seconds that a process may take to end
 
 
 def arguments(plan, workdir: Path, *options: str) -> list[str]:
@@ -66,7 +66,7 @@ def starts(workdir: Path) -> int:
 
 
 def follow(*given: str) -> subprocess.Popen[str]:
-    """The supervisor in a process group of its own, as a terminal has it."""
+    """Start the supervisor in its own process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-S", "-m", "launch.supervise", *given],
         cwd=Path(supervise.__file__).parents[1],
@@ -78,13 +78,13 @@ def follow(*given: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds of each wait between two starts; none of them passes."""
+    """The seconds of each wait between two starts; no time passes."""
     seconds: list[float] = []
     monkeypatch.setattr(supervise.select, "select", lambda *given: seconds.append(given[3]))
     return seconds
 
 
-# ---- when it goes on and when not
+# ---- when it restarts the command and when it does not
 
 
 def test_it_restarts_what_can_go_on(tmp_path, waits, capfd):
@@ -109,7 +109,7 @@ def test_other_codes_are_handed_on_at_once(tmp_path, waits, capfd, code):
 
 
 def test_it_gives_up_without_later_checkpoints(tmp_path, waits, capfd):
-    """Steps that are lost again each time are no progress."""
+    """Steps that are lost again at each restart are no progress."""
     plan = [{"end": 137, "logged": [start]} for start in range(9)]
     assert supervise.main(arguments(plan, tmp_path, "--max_stuck=3")) == 1
     assert starts(tmp_path) == 4
@@ -130,8 +130,8 @@ def test_progress_starts_the_count_and_the_waits_over(tmp_path, waits, capfd):
     assert supervise.main(arguments(plan, tmp_path, *given)) == 1
     assert waits == [4, 7, 7, 0, 4, 7]
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0].endswith("reached step 17, goes on from 10, 7 steps lost, waiting 4 s")
-    assert lines[3].endswith("reached step 20, goes on from 20, 0 steps lost, waiting 0 s")
+    assert lines[0].endswith("reached step 17, resumes from 10, 7 steps lost, waiting 4 s")
+    assert lines[3].endswith("reached step 20, resumes from 20, 0 steps lost, waiting 0 s")
     assert starts(tmp_path) == 7
 
 
@@ -145,12 +145,12 @@ def test_checkpoints_of_before_are_no_progress(tmp_path, waits):
 
 
 def test_going_back_past_bad_batches_starts_the_count_over(tmp_path, waits, capfd):
-    """The steps before the one it went back from are progress again."""
+    """After a rewind, checkpoints before the earlier newest one count as progress."""
     half_way = {"step": 20, "settled": False}
     plan = [
         {"end": 137, "saved": [10, 20, 30]},
         {"end": 137},
-        {"end": 137, "back": [half_way]},  # killed before 30 was set aside
+        {"end": 137, "back": [half_way]},  # killed before 30 was quarantined
         {"end": 137, "aside": [30], "back": [half_way | {"settled": True}]},
         {"end": 137, "saved": [25]},
         {"end": 137},
@@ -158,7 +158,7 @@ def test_going_back_past_bad_batches_starts_the_count_over(tmp_path, waits, capf
     ]
     assert supervise.main(arguments(plan, tmp_path, "--max_stuck=2")) == 1
     lines = capfd.readouterr().out.splitlines()
-    froms = re.findall(r"goes on from (\d+)", "\n".join(lines))
+    froms = re.findall(r"resumes from (\d+)", "\n".join(lines))
     assert froms == ["30", "30", "20", "20", "25", "25"]
     assert (starts(tmp_path), len(lines)) == (7, 7)
 
@@ -182,12 +182,12 @@ def test_mistakes_are_refused_in_a_sentence(given, sentence):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_command_once_as_sigterm(tmp_path, number):
-    """To the whole group, as Ctrl-C is: the command must not see it beside ours."""
+    """Ctrl-C signals the whole group; the command must get only the supervisor's SIGTERM."""
     process = follow(f"--workdir={tmp_path}", "--", sys.executable, "-S", "-c", WAITING)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=ENDS)
-    assert (process.returncode, out) == (42, "saved\n")  # and not started again
+    assert (process.returncode, out) == (42, "saved\n")  # and was not restarted
 
 
 def test_a_signal_ends_the_wait(tmp_path):
@@ -202,7 +202,7 @@ def test_the_command_is_stopped_if_the_supervisor_is_killed(tmp_path):
     process = follow(f"--workdir={tmp_path}", "--", sys.executable, "-S", "-c", WAITING)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.kill()
-    out, _ = process.communicate(timeout=ENDS)  # to the end of what the command holds open
+    out, _ = process.communicate(timeout=ENDS)  # until the command closes its stdout
     assert (process.returncode, out) == (-signal.SIGKILL, "saved\n")
 
 
@@ -211,8 +211,8 @@ def test_the_command_ignores_no_signal_that_it_would_not_otherwise(tmp_path):
     plain = subprocess.run(command, capture_output=True, text=True).stdout
     process = follow(f"--workdir={tmp_path}", "--", *command)
     supervised = process.communicate(timeout=ENDS)[0]
-    # Masks of signals.  Those that the supervisor handles itself its command may hear again, even
-    # where these tests run in the background of a shell, which ignores SIGINT.
+    # Masks of ignored signals.  The supervisor handles SIGTERM and SIGINT, so its command gets
+    # their defaults, even if these tests run in the background of a shell, which ignores SIGINT.
     plain, supervised = (int(line.split()[1], 16) for line in (plain, supervised))
     assert supervised & ~plain == 0
 
@@ -225,10 +225,10 @@ import pathlib, signal, sys
 from moe_jax.record.lock import alone_in
 with alone_in(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
-    signal.alarm(60)  # whatever becomes of the test
+    signal.alarm(60)  # ends the process even if the test fails
     signal.pause()
 """
-# Ends with 1 where the lock is held, else with the code it is given, like a trainer.
+# A stand-in for the trainer: ends with 1 if the lock is held, else with the given code.
 NEXT = """
 import fcntl, sys
 from pathlib import Path
@@ -246,7 +246,7 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.fixture
 def holder(tmp_path, cli_env):
-    """The trainer of a supervisor that is gone, frozen."""
+    """A frozen trainer whose supervisor no longer exists."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], env=cli_env, stdout=subprocess.PIPE
     )
@@ -268,7 +268,7 @@ def test_it_waits_for_the_frozen_trainer_of_another_supervisor(tmp_path, holder,
     process = next_trainer(tmp_path, code)
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert f" in use by process {holder.pid} on " in line and ", which is stopped" in line
+    assert f" in use by process {holder.pid} on " in line and "(stopped by a signal" in line
     holder.send_signal(signal.SIGTERM)
     holder.send_signal(signal.SIGCONT)
     process.communicate(timeout=ENDS)
@@ -293,11 +293,11 @@ def test_a_lock_that_nobody_holds_is_not_waited_for(tmp_path, waits, capfd, make
     assert (starts(tmp_path), waits, capfd.readouterr().out) == (1, [], "")
 
 
-# ---- what it reads
+# ---- the files that it reads
 
 
 def test_the_home_folder(tmp_path, monkeypatch):
-    """The trainer that it watches writes there."""
+    """`~` means the same folder as in the trainer."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert supervise._folder("~/run") == tmp_path / "run"
 
@@ -320,7 +320,7 @@ def test_it_sees_the_checkpoints_that_the_trainer_commits(tmp_path):
     ("text", "step"),
     [
         ('{"step": 3}\n{"step": 4}\n', 4),
-        ('{"step": 3}\n{"step": 4}', 3),  # torn, though it reads like a whole one
+        ('{"step": 3}\n{"step": 4}', 3),  # without its line break the last line is incomplete
         ('{"step": 3}\nnull\n{"st\n' + "[" * 100_000 + "\n", 3),
         ('{"step": 3, "x": "' + "y" * (1 << 20) + '"}\n{"step": 5}\n', 5),
         ("", 0),
@@ -332,7 +332,7 @@ def test_the_last_whole_line_says_the_step(tmp_path, text, step):
 
 
 def test_it_needs_no_jax():
-    """A restart must not depend on what may be the fault, and the supervisor stays small."""
+    """JAX may be the reason for the restart, and the supervisor must stay small."""
     code = "import sys, launch.supervise; print(sorted({'jax', 'numpy', 'etils'} & {*sys.modules}))"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Sweeps: names, the check before the first run, and what becomes of runs that end badly."""
+"""launch.sweep: the check before the first run, failed and finished runs, clusters."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ from moe_jax.record.lock import alone_in
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs/sweeps").glob("*.py"))
 
-# A trainer that takes no time.  By seed: 0, 3 come to their end, 1 fails, 2 asks once to be run
-# again.  It lists its starts in calls.txt.
+# A stand-in for the trainer.  By seed: 0 and 3 finish, 1 fails, 2 asks once to be run again.  It
+# records its starts in calls.txt.
 TRAINER = """
 import json, os, sys
 flags = dict(argument[2:].split("=", 1) for argument in sys.argv[1:])
@@ -50,7 +50,7 @@ def sweep_file(folder: Path, body: str) -> str:
 
 
 def seeds(folder: Path, *values: int, last: str = "") -> str:
-    """A sweep over seeds of tiny for 8 steps; `last` is one more run, as Python."""
+    """Write a sweep over seeds of tiny, 8 steps each; `last` is one more run, as Python code."""
     each = f"hyper.sweep('config.seed', {list(values)})"
     every = "hyper.fixed('config', 'configs/tiny.py'), hyper.fixed('config.train.steps', 8)"
     every += ", hyper.fixed('config.optimizer.warmup_steps', 2)"
@@ -58,7 +58,7 @@ def seeds(folder: Path, *values: int, last: str = "") -> str:
 
 
 def check_here(command: list[str], *, input: str, **how) -> subprocess.CompletedProcess:
-    """What the process `python -m moe_jax check` answers, without starting one."""
+    """The answers of `python -m moe_jax check`, without starting that process."""
     devices = int(command[-1].removeprefix("--devices=")) or 1
     answers = [check(json.loads(line), devices) for line in input.splitlines()]
     out = "".join(f"{json.dumps(answer)}\n" for answer in answers)
@@ -67,10 +67,10 @@ def check_here(command: list[str], *, input: str, **how) -> subprocess.Completed
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, cli_env):
-    """An empty folder to work in, configs beside it, as in a checkout.
+    """The working directory: an empty folder with a link to configs, as in a checkout.
 
-    Sweeps that a test starts in its own process check their runs there, too: a process for each
-    check would spend most of its time importing JAX.
+    A sweep that a test starts in its own process also checks the runs in that process: a new one
+    per check would spend most of its time importing JAX.
     """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def place(tmp_path, monkeypatch, cli_env):
 
 @pytest.fixture
 def trainer(place, monkeypatch):
-    """The stand-in above instead of the trainer; returns the seeds it was started with."""
+    """Replace the trainer by the stand-in above; returns the seeds that it was started with."""
     (place / "trainer.py").write_text(TRAINER)
 
     def command(job: Job) -> list[str]:
@@ -105,17 +105,17 @@ def test_a_bad_run_is_refused_by_name_and_the_others_run(place, trainer, capsys)
     bad = list(expand(path))[-1]
     assert sweep.main([f"--sweep={path}", "--workdir=runs"]) == 1
     printed = capsys.readouterr().out
-    assert "2 of 2 runs have come to their end" in printed
+    assert "2 of 2 runs finished" in printed
     assert_names_the_refused(printed, bad, 3)
     assert trainer() == [0, 3] and not (place / "runs" / bad).exists()
 
 
 def assert_names_the_refused(printed: str, name: str, runs: int) -> None:
-    """Before the first run, and in the last lines."""
+    """The refused run is named before the first run starts and in the last lines."""
     before, *_ = re.split(r"^(?:\[1/\d\] )?\+ ", printed, maxsplit=1, flags=re.MULTILINE)
     assert re.search(rf"^{name} is refused: .*top_k is 9 with 8 experts", before, re.MULTILINE)
     *_, last, reason = printed.splitlines()
-    assert last == f"1 of {runs} runs refused: mend the sweep file"
+    assert last == f"1 of {runs} runs refused: fix the sweep file"
     assert reason.startswith(f"  {name}: ") and "top_k is 9 with 8 experts" in reason
 
 
@@ -127,9 +127,9 @@ def test_where_all_are_refused_nothing_is_written(place, trainer, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--workdir="], "--workdir is empty"),  # every run would lie in the root of all folders
-        (["--workdir=runs", "--jobs=0"], "--jobs is 1 or more"),
-        (["--workdir=runs", "--devices=-1"], "--devices is not negative"),
+        (["--workdir="], "--workdir is empty"),  # the runs' folders would be created in /
+        (["--workdir=runs", "--jobs=0"], "--jobs must be at least 1"),
+        (["--workdir=runs", "--devices=-1"], "--devices at least 0"),
         (["--workdir=runs", "--devices=x"], "invalid int value: 'x'"),
         (["--workdir=runs", "--backend=cloud"], "invalid choice: 'cloud'"),
         (["--workdir=runs", "--job=2"], "[Uu]nrecognized arguments: --job=2"),
@@ -151,7 +151,7 @@ def test_the_home_folder(place, trainer, monkeypatch):
 
 
 def test_devices_are_those_of_the_run(place, trainer, capsys):
-    """Checked against 4 devices, and told to the trainer."""
+    """The config is checked for 4 devices, and the trainer gets --devices=4."""
     path = seeds(place, 0, last="{'config': 'configs/tiny.py', 'config.mesh.expert': 4}")
     assert sweep.main([f"--sweep={path}", "--workdir=runs", "--devices=4", "--dry_run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("+ ")]
@@ -181,7 +181,7 @@ def test_failures_are_isolated_and_finished_runs_skipped(place, trainer, capsys)
     assert trainer() == [0, 1, 2, 2, 3]  # 42 was run again, the failure was not
     out = capsys.readouterr().out
     failed = list(expand(path))[1]
-    assert "3 of 4 runs have come to their end" in out
+    assert "3 of 4 runs finished" in out
     assert f"{failed}: exit code 1 (runs/{failed}/train.log)" in out
     assert "Error: the disk is full." in out
     assert "Error: the disk is full." in (place / "runs" / failed / "train.log").read_text()
@@ -198,7 +198,7 @@ def test_failures_are_isolated_and_finished_runs_skipped(place, trainer, capsys)
 def test_a_run_stopped_by_its_stop_file_is_not_called_finished(place, trainer, capsys):
     (place / "trainer.py").write_text("")  # exit code 0, no last evaluation
     assert sweep.main([f"--sweep={seeds(place, 0)}", "--workdir=runs"]) == 1
-    assert "stopped before its end" in capsys.readouterr().out
+    assert "exit code 0, not finished" in capsys.readouterr().out
 
 
 def test_runs_in_parallel_all_end(place, trainer):
@@ -227,7 +227,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
     def say(line: str) -> None:
         said.append(line)
         if "step 1/8" in line:
-            signal.raise_signal(signal.SIGTERM)  # to this thread, which is not the main one
+            signal.raise_signal(signal.SIGTERM)  # in this thread, which is not the main one
 
     runner = local.Local(place, 1, say)
     assert runner.run([Job("a", ()), Job("b", ())]) == {"a": local.STOPPED, "b": None}
@@ -240,7 +240,7 @@ def test_a_signal_stops_the_live_run_and_starts_no_more(place, trainer, capsys):
 
 @pytest.mark.lifecycle
 def test_trainer_and_live_workdir(place, run_cli):
-    """Two runs; one of their workdirs is held by a live process at first."""
+    """Two runs; a live process holds the workdir of one of them at first."""
     small = SMALL | {"data.files": write_corpus(place / "text"), "train.steps": 2}
     small |= ONE_LAYER | {"eval.samples": 0}
     every = "".join(f"hyper.fixed('config.{key}', {value!r})," for key, value in small.items())
@@ -254,13 +254,13 @@ def test_trainer_and_live_workdir(place, run_cli):
     with alone_in(place / "runs" / names[0]):
         done = run_cli(arguments, cwd=place)
     assert done.code == 1, done.err
-    assert "1 of 2 runs have come to their end" in done.out
+    assert "1 of 2 runs finished" in done.out
     assert re.search(r"exit code 1: Error: --workdir=.* is in use by process \d+ on ", done.out)
     assert not (place / "runs" / names[0] / "metrics.jsonl").exists()
 
     done = run_cli(arguments, cwd=place)
     assert done.code == 0, done.out
-    assert f"{names[1]} is at its end: skipped" in done.out
+    assert f"{names[1]} has finished: skipped" in done.out
     assert (place / "runs" / names[0] / "metrics.jsonl").exists()
 
 
@@ -269,7 +269,7 @@ def test_trainer_and_live_workdir(place, run_cli):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Stand-ins for the two launchers; returns what they were handed."""
+    """Replace the two launchers by stand-ins; returns the jobs that they were handed."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:

@@ -24,7 +24,7 @@ AWKWARD = ("--workdir=gs://b/two words", "--b='\"$HOME`id`", "--c=line\nbreak", 
 
 @pytest.fixture
 def cloud(tmp_path, cli_env, monkeypatch):
-    """The folder of a stand-in's state; its VMs are gone when the test ends."""
+    """The folder of the stand-in's state; its VMs are deleted when the test ends."""
     folder = tmp_path / "cloud"
     folder.mkdir()
     for name, value in cli_env.items():
@@ -55,7 +55,7 @@ def options(tmp_path, **changed):
 
 
 def calls(cloud, verb=""):
-    """Arguments of the calls of gcloud so far, after the verb."""
+    """Arguments of all calls of gcloud, from after the verb on."""
     every = [json.loads(line) for line in (cloud / "calls.jsonl").read_text().splitlines()]
     return [call[4:] for call in every if not verb or call[3] == verb]
 
@@ -77,7 +77,9 @@ def test_a_preempted_vm_comes_back_and_ends_bit_equal(tmp_path, cloud, monkeypat
     for number in range(2):
         log = (cloud / "disturbed" / "hosts" / str(number) / "run.log").read_text()
         assert f"prepared it's host {number}" in log
-        assert ("resuming from step" in log) == (number == 0), log  # the lead says it
+        assert ("resuming from step" in log) == (number == 0), (
+            log
+        )  # only the lead process prints it
 
 
 @pytest.mark.full
@@ -97,11 +99,11 @@ def test_a_trainer_that_is_killed_is_started_again_on_its_host(tmp_path, cloud):
     assert ends["killed"] == ends["undisturbed"]
     subprocess.run(["flock", str(hosts[1] / "lock"), "true"], check=True)  # until it has ended
     survivor, victim = ((folder / "run.log").read_text() for folder in hosts)
-    lost = r"reached step \d+, goes on from \d+, \d+ steps lost, waiting"
+    lost = r"reached step \d+, resumes from \d+, \d+ steps lost, waiting"
     assert re.search(rf" restart 1: killed by SIGKILL; {lost} 5 s$", victim, re.MULTILINE), victim
     assert re.search(rf" restart 1: (asked to be|killed by SIGABRT).*; {lost}", survivor), survivor
     assert "resuming from step 50" in survivor
-    assert len(calls(cloud, "create")) == 2  # the VM was not asked for again
+    assert len(calls(cloud, "create")) == 2  # the VM was not requested again
 
 
 def test_arguments_arrive_as_they_were_given(tmp_path):
@@ -117,7 +119,7 @@ def test_arguments_arrive_as_they_were_given(tmp_path):
         }
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         assert "training; output" in done.stdout
-        # The next script waits for nothing: hold the lock until the run is over.
+        # The next script does not wait for the lock, so wait here until the run has ended.
         lock = str(tmp_path / "home of host" / "lock")
         subprocess.run(["flock", lock, "true"], check=True)
         supervised = ["-m", "launch.supervise", "--max_stuck=5", "--", str(program)]
@@ -174,7 +176,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     printed = capfd.readouterr().out
     assert "one: WAITING_FOR_RESOURCES" in printed and printed.endswith("one: ACTIVE\n")
     homes = [cloud / "one" / "hosts" / str(number) for number in range(2)]
-    for home in homes:  # the start-up script is done
+    for home in homes:  # wait for the start-up script to end
         with following(home / "boot.log") as log:
             log.until("prepared")
         subprocess.run(["flock", str(home / "lock"), "true"], check=True)
@@ -184,7 +186,7 @@ def test_create_install_status_logs_stop_delete(tmp_path, cloud, capfd):
     assert main(["status", *own]) == 0
     assert "run: idle\n" in capfd.readouterr().out
 
-    # On a VM that is there, the run is started on every host through ssh.
+    # On an existing VM, the run is started on every host through ssh.
     command = host.as_root(host.script(host.train(f"{tmp_path}/trainer", str(tmp_path), (), 9)))
     tpu_vm._everywhere(Shell(), given, "one", command)
     tpu_vm._everywhere(Shell(), given, "one", command)
@@ -236,7 +238,7 @@ def test_what_a_host_answers(answer, expected):
 
 def test_waiting_has_an_end(tmp_path, cloud):
     job = Job("one", ("--workdir=gs://b/c",))
-    with pytest.raises(LaunchError, match="WAITING_FOR_RESOURCES after 0 minutes: it stays queued"):
+    with pytest.raises(LaunchError, match="WAITING_FOR_RESOURCES after 0 minutes and stays queued"):
         tpu_vm.run(job, options(tmp_path, wait_minutes=0), Shell())
 
 
@@ -249,7 +251,7 @@ def test_a_vm_that_is_taken_away_each_time_is_given_up(tmp_path, cloud, capsys):
     job = Job("one", ("--workdir=gs://b/c",))
     with pytest.raises(LaunchError, match="taken away 3 times"):
         tpu_vm.run(job, options(tmp_path, recreate=2), shell)
-    assert "asking again (2 of 2)" in capsys.readouterr().out
+    assert "requested again (2 of 2)" in capsys.readouterr().out
 
 
 def test_dry_run_prints_all_and_runs_nothing(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
-"""python prune.py jobsets-crd.yaml > jobset.json: what our tests need of JobSet's schema.
+"""Shortens JobSet's schema for our tests: python prune.py jobsets-crd.yaml > jobset.json
 
-Leaves out descriptions, Kubernetes' own annotations, the status and parts of a pod that no launcher
-writes, and closes every object to properties that it does not name.
+Removes descriptions, annotations of Kubernetes, the status and the parts of a pod that no launcher
+writes.  Every object then refuses properties that it does not name.
 """
 
 import json
@@ -15,7 +15,7 @@ UNUSED |= {"lifecycle", "livenessProbe", "readinessProbe", "startupProbe", "mana
 
 
 def pruned(schema: Any) -> Any:
-    """The same schema, smaller, as JSON Schema."""
+    """The pruned schema, as JSON Schema."""
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
