@@ -1,8 +1,8 @@
-"""GPU benchmark, few large experts: Mixtral's proportions at a size that one H200 trains.
+"""GPU benchmark with few large experts: Mixtral's proportions at a size for one H200.
 
 Paper: shapes after Mixtral of Experts, https://arxiv.org/abs/2401.04088.
-Cost: 2.31B parameters, 723M active; 4 rows of 4096 tokens a step on one 141 GB GPU.
-Expected: on one H200, jax 0.11.2: 142 ms a step, 489 TFLOP/s; 16 rows: 496 ms, 561.
+Cost: 2.31B parameters, 723M active; 4 rows of 4096 tokens per step on one 141 GB GPU.
+Expected: on one H200, jax 0.11.2: 142 ms per step, 489 TFLOP/s; with 16 rows 496 ms, 561 TFLOP/s.
 Command: python -m moe_jax bench --config=configs/bench_mixtral_2b.py --steps=20
   --config.model.moe.dispatch=dropless
 """

@@ -1,8 +1,8 @@
-"""GPU benchmark, many small experts: OLMoE with half its layers, which one H200 trains.
+"""GPU benchmark with many small experts: OLMoE with half its layers, a size for one H200.
 
 Paper: shapes after OLMoE, https://arxiv.org/abs/2409.02060.
-Cost: 3.56B parameters, 744M active; 4 rows of 4096 tokens a step on one 141 GB GPU.
-Expected: on one H200, jax 0.11.2: 163 ms a step, 426 TFLOP/s; 16 rows: 564 ms, 493.
+Cost: 3.56B parameters, 744M active; 4 rows of 4096 tokens per step on one 141 GB GPU.
+Expected: on one H200, jax 0.11.2: 163 ms per step, 426 TFLOP/s; with 16 rows 564 ms, 493 TFLOP/s.
 Command: python -m moe_jax bench --config=configs/bench_olmoe_half.py --steps=20
   --config.model.moe.dispatch=dropless
 """

@@ -1,8 +1,8 @@
 """The CPU benchmark: `:8`, `:32`, `:128` experts of equal active FLOPs, or `:dense`.
 
 Paper: none; 4 layers of width 256, top-2 experts of width 512, 8 rows of 256 bytes, float32.
-Cost: 14M, 52M, 203M parameters, 4.3M to 4.5M active: 56 GFLOP a step at any E.
-Expected: see the README's table of step times beside other frameworks on the same workload.
+Cost: 14M, 52M, 203M parameters, 4.3M to 4.5M active: 56 GFLOP per step for any E.
+Expected: the README compares its step times with other frameworks on the same workload.
 Command: python -m moe_jax bench --config=configs/cpu_small.py:8 --steps=20
 """
 
@@ -22,7 +22,10 @@ def get_config(arg: str = "8") -> ConfigDict:
     model.dense, model.ffn_width = arg == "dense", 1024
     moe.num_experts = 8 if arg == "dense" else int(arg)
     moe.top_k, moe.expert_width = 2, 512
-    moe.balance_weight, moe.z_weight = 0.0, 0.0  # the peers train without auxiliary losses
+    moe.balance_weight, moe.z_weight = (
+        0.0,
+        0.0,
+    )  # the other frameworks train without auxiliary losses
 
     config.data.sequence_length = 256
     config.train.batch_size = 8

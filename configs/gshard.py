@@ -1,9 +1,9 @@
-"""GShard's experts in a causal language model: 128 experts, two a token, every other layer.
+"""GShard's experts in a causal language model: 128 experts, two per token, every other layer.
 
-Paper: GShard, https://arxiv.org/abs/2006.16668 (600B is 36 layers of 2048 experts; these are the
-  12-layer, 128-expert shapes).  The second expert is dispatched at random, by its weight.
-Cost: 13.2B parameters, 469M active; 2^20 tokens a step.  Four 8-GPU nodes.
-Expected: no published figure is comparable (machine translation there).
+Paper: GShard, https://arxiv.org/abs/2006.16668.  These are its shapes of 12 layers and 128 experts;
+  the 600B model has 36 layers and 2048 experts.  The second expert is sampled by its weight.
+Cost: 13.2B parameters, 469M active; 2^20 tokens per step.  Four 8-GPU nodes.
+Expected: no published figure is comparable, because the paper's task is machine translation.
 Command: python -m moe_jax train --config=configs/gshard.py --workdir=runs/gshard
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=32

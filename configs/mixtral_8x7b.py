@@ -1,10 +1,10 @@
-"""Mixtral 8x7B: 8 large experts, two a token, in every layer.
+"""Mixtral 8x7B: 8 large experts, two per token, in every layer.
 
-Paper: Mixtral of Experts, https://arxiv.org/abs/2401.04088.  Shapes and router as released; the
-  training recipe was not published, the one below is ours.
-Cost: 46.7B parameters, 12.9B active; 2^22 tokens a step.  Weights, gradients and Adam in
-  float32 need 750 GB.  `fsdp` takes the devices beside `expert`; with few of
-  them, set train.accumulation so that a device holds a row or two at a time (not yet run).
+Paper: Mixtral of Experts, https://arxiv.org/abs/2401.04088.  Shapes and router as released.  The
+  training recipe was not published; the one below is ours.
+Cost: 46.7B parameters, 12.9B active; 2^22 tokens per step.  Weights, gradients and Adam's moments
+  in float32 need 750 GB.  Mesh axis `fsdp` takes the devices that `expert` leaves.  With few
+  devices, set train.accumulation so that a device holds one or two rows at a time (not yet run).
 Expected: no published loss; the released weights are the reference for the architecture.
 Command: python -m moe_jax train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'

@@ -1,10 +1,10 @@
-"""OLMoE 1B-7B: 64 small experts, eight a token, in every layer.
+"""OLMoE 1B-7B: 64 small experts, eight per token, in every layer.
 
 Paper: OLMoE, https://arxiv.org/abs/2409.02060.  Dropless, weights not renormalised, q/k norm over
-  the whole projection, balance 0.01, z-loss 0.001, AdamW 4e-4, 4M tokens a step, 5.1T tokens.
-  Weight decay 0.1 of all parameters: the paper found it best to decay RMSNorms and embeddings too.
+  the whole projection, balance 0.01, z-loss 0.001, AdamW 4e-4, 4M tokens per step, 5.1T tokens.
+  Weight decay 0.1 on all parameters: the paper found it best to decay RMSNorms and embeddings too.
 Cost: 6.92B parameters, 1.28B active; the paper used 256 H100 for 10 days.
-Expected: the curves of the paper's appendix, on its data mix; no run of ours reached them yet.
+Expected: the loss curves in the paper's appendix, on its data mix; not yet reproduced by us.
 Command: python -m moe_jax train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe
   --config.data.source=jsonl --config.data.files='gs://BUCKET/*.jsonl'
   --config.data.tokenizer=tokenizer.json

@@ -1,11 +1,11 @@
-"""Qwen3-30B-A3B: 128 small experts, eight a token, in every layer.
+"""Qwen3-30B-A3B: 128 small experts, eight per token, in every layer.
 
 Paper: Qwen3 Technical Report, https://arxiv.org/abs/2505.09388: q/k norm by head, renormalised
   weights, no shared expert, balance loss over the global batch.  The recipe below is ours.
-Cost: 30.5B parameters, 3.35B active; 2^22 tokens a step.  Weights, gradients and Adam in
-  float32 need 490 GB.  `fsdp` takes the devices beside `expert`, enough of them that a device
-  holds a row or two (not yet run).  train.accumulation is no way round that: the balance loss
-  would be one over a microbatch, not over the global batch of the paper.
+Cost: 30.5B parameters, 3.35B active; 2^22 tokens per step.  Weights, gradients and Adam's moments
+  in float32 need 490 GB.  Mesh axis `fsdp` takes the devices that `expert` leaves; use enough of
+  them that a device holds one or two rows (not yet run).  Do not use train.accumulation instead:
+  the balance loss would be over a microbatch, in the paper it is over the global batch.
 Expected: no published loss; the released weights are the reference for the architecture.
 Command: python -m moe_jax train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3
   --config.data.source=parquet --config.data.files='gs://BUCKET/*.parquet'

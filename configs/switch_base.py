@@ -1,9 +1,9 @@
-"""Switch-Base shapes as a causal language model: 128 experts, one a token, every other layer.
+"""Switch-Base shapes as a causal language model: 128 experts, one per token, every other layer.
 
-Paper: Switch Transformers, https://arxiv.org/abs/2101.03961 (an encoder-decoder there).
-Cost: 3.71B parameters, 110M active; 2^20 tokens a step.  One 8-GPU node.
-Expected: the paper's speed-up over its dense twin in steps to equal loss; no figure of it is
-  comparable, since the model and the data differ.
+Paper: Switch Transformers, https://arxiv.org/abs/2101.03961, where it is an encoder-decoder.
+Cost: 3.71B parameters, 110M active; 2^20 tokens per step.  One 8-GPU node.
+Expected: fewer steps to the same loss than a dense model of equal FLOPs, as in the paper.  Its
+  figures are not comparable, because the model and the data differ.
 Command: python -m moe_jax train --config=configs/switch_base.py --workdir=runs/switch_base
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=8

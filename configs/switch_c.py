@@ -1,10 +1,10 @@
-"""Switch-C shapes: 2048 experts, one a token, in every layer; 1.6T parameters.
+"""Switch-C shapes: 2048 experts, one per token, in every layer; 1.6T parameters.
 
-Paper: Switch Transformers, https://arxiv.org/abs/2101.03961, table 9.  As a causal model of 30
-  layers with experts everywhere; the paper's is an encoder-decoder.
-Cost: 1.571T parameters, 1.47B active; 2^20 tokens a step.  Parameters, gradients and
+Paper: Switch Transformers, https://arxiv.org/abs/2101.03961, table 9.  Here it is a causal model of
+  30 layers with experts in each; the paper's is an encoder-decoder.
+Cost: 1.571T parameters, 1.47B active; 2^20 tokens per step.  Parameters, gradients and
   Adafactor's factored moments in float32 need 13 TB: a v5p-512 slice or larger.
-Expected: it is here to be planned and compiled ahead of time, not to reproduce a figure.
+Expected: nothing to reproduce; the config serves to plan and to compile ahead of time.
 Command: python -m moe_jax train --config=configs/switch_c.py --workdir=runs/switch_c
   --config.data.source=text --config.data.files='gs://BUCKET/*.txt'
   --config.data.tokenizer=tokenizer.json --config.mesh.expert=256

@@ -1,11 +1,11 @@
 """Tiny: the first run.  Sparse by default, `configs/tiny.py:dense` for its dense twin.
 
-Paper: none; a byte-level model of 4 layers, 8 experts of width 256, two a token.
+Paper: none; a byte-level model of 4 layers, 8 experts of width 256, two per token.
 Cost: 7.5M parameters (2.8M active), 200 steps of 4,096 bytes: under 3 minutes on 2 CPU cores.
 Expected: held-out loss under 1.75 nats per byte on the `stdlib` corpus.
 Command: python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny
 
-`dense` replaces the experts by one FFN of the same FLOPs a token.
+`dense` replaces the experts by one FFN of the same FLOPs per token.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     model.ffn_width = moe.top_k * moe.expert_width
     model.dense = arg == "dense"
 
-    # One row a group: any mesh of up to 32 batch shards x accumulation has the same groups.
+    # One row per routing group: the groups are the same on every mesh, as long as batch shards x
+    # accumulation is at most 32.
     moe.group_rows = 1
     config.data.sequence_length = 128
     config.train.steps, config.train.batch_size = 200, 32
@@ -33,5 +34,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 20
     config.checkpoint.every_steps = 100
     config.eval.every = 100
-    config.eval.sample_tokens = 120  # with the prompt, a row at most
+    config.eval.sample_tokens = 120  # prompt and sample must fit in one row
     return config

@@ -1,13 +1,13 @@
-"""Capacity factor x router: what do dropped tokens cost each router?
+"""Capacity factor x router: how much loss do dropped assignments cost each router?
 
 Paper: Switch Transformers (arXiv 2101.03961), table 1 (capacity 1.0, 1.25, 2.0), and GShard
-  (arXiv 2006.16668), which drops the random second choice rather than the token.
+  (arXiv 2006.16668), which samples second assignments and gives first ones priority.
 Cost: 9 runs of 200 steps of 4,096 bytes, about 3 minutes each on 2 CPU cores.
 Command: python -m launch.sweep --sweep=configs/sweeps/capacity.py --workdir=runs/capacity
 Plot: python -m moe_jax results --workdir=runs/capacity --plot=capacity.png \
   --x=model.moe.capacity_factor
 
-Switch sends a token to one expert, so its experts are twice as wide: equal FLOPs a token.
+Switch routes each token to one expert, so its experts are twice as wide: equal FLOPs per token.
 """
 
 

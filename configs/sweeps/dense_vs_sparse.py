@@ -1,13 +1,14 @@
-"""Dense against sparse at equal FLOPs a token: `tiny:dense`, and `tiny` with 8 and 32 experts.
+"""Dense against sparse at equal FLOPs per token: `tiny:dense`, and `tiny` with 8 and 32 experts.
 
-Paper: the question of Switch Transformers (arXiv 2101.03961), section 3.1: what do parameters buy
-  that cost no FLOPs?
+Paper: Switch Transformers (arXiv 2101.03961), section 3.1, asks how much parameters that cost no
+  FLOPs improve the loss.
 Cost: 6 runs of 150 steps of 4,096 bytes, 1 to 4 minutes each on 2 CPU cores.
 Expected: the README's section Sweeps shows the outcome.
 Command: python -m launch.sweep --sweep=configs/sweeps/dense_vs_sparse.py --workdir=runs/dense
 
-Groups of 8 rows give each of 32 experts 64 tokens on average; the single rows of `tiny` would give
-it 8, and the drops would decide the comparison.  Dense and sparse differ in FLOPs by the router.
+With routing groups of 8 rows each of 32 experts gets 64 assignments on average.  With the groups of
+one row in `tiny` it would get 8, and dropped assignments would decide the comparison.  The sparse
+models need the router's FLOPs in addition.
 """
 
 

@@ -1,16 +1,17 @@
 """Experts x granularity at equal active FLOPs: many narrow experts against few wide ones.
 
-Paper: Scaling Laws for Fine-Grained Mixture of Experts (arXiv 2402.07871): granularity G cuts every
-  expert into G of 1/G of its width and asks for G times as many; parameters and FLOPs stay.
+Paper: Scaling Laws for Fine-Grained Mixture of Experts (arXiv 2402.07871): granularity G splits
+  every expert into G experts of 1/G its width, and a token uses G times as many of them.  The
+  numbers of parameters and FLOPs stay the same.
 Cost: 6 runs of 200 steps of 4,096 bytes, 3 to 8 minutes each on 2 CPU cores.
 Command: python -m launch.sweep --sweep=configs/sweeps/granularity.py --workdir=runs/granularity
 Plot: python -m moe_jax results --workdir=runs/granularity --plot=granularity.png
 
-SIZES are the experts at G = 1, where a token goes to two of them; only the router
-grows with G.  A routing group keeps its tokens an expert, as K and E grow alike.
+SIZES are the numbers of experts at G = 1, where a token uses two of them.  Only the router grows
+with G.  The balanced load S·K/E stays the same, because K and E grow by the same factor.
 """
 
-SIZES = (8, 32)  # experts at G = 1
+SIZES = (8, 32)  # numbers of experts at G = 1
 GRANULARITIES = (1, 2, 4)
 
 

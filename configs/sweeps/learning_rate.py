@@ -1,6 +1,6 @@
-"""Learning rate of the sparse model and of its dense twin, from 0.5e-3 to 8e-3.
+"""Learning rates from 0.5e-3 to 8e-3 for the sparse model and its dense twin.
 
-Paper: none; the first thing to know before two models are compared (each at its own best rate).
+Paper: none.  Two models should be compared each at its own best learning rate.
 Cost: 10 runs of 200 steps of 4,096 bytes, about 3 minutes each on 2 CPU cores.
 Command: python -m launch.sweep --sweep=configs/sweeps/learning_rate.py --workdir=runs/rate
 Plot: python -m moe_jax results --workdir=runs/rate --plot=rate.png --x=optimizer.learning_rate
