@@ -1,4 +1,4 @@
-"""What the tests of faults share: a text, and trainers that never outlive their test."""
+"""Fixtures of the fault tests: a corpus, and trainers that are killed when their test ends."""
 
 import pytest
 from small_run import write_corpus
@@ -12,7 +12,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def trainers(cli_env):
-    """`trainers(arguments, ...)` starts a Trainer; all are gone when the test ends."""
+    """`trainers(arguments, ...)` starts a Trainer; all are killed when the test ends."""
     started: list[Trainer] = []
 
     def start(*given, **named) -> Trainer:

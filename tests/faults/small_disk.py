@@ -1,8 +1,8 @@
-"""A disk that runs full and folders that are read-only: for root as for others, in containers too.
+"""A small disk that can be filled, and read-only folders that bind root too, also in containers.
 
-The disk is a tmpfs in a mount namespace of its own, which goes with its holder.  Where the kernel
-allows neither that nor one inside a user namespace, a limit on the size of the process's files
-stands in: a write beyond it fails as well (EFBIG).
+The disk is a tmpfs in its own mount namespace, which ends with the process that holds it.  If the
+kernel allows this neither directly nor inside a user namespace, a limit on the size of a process's
+files replaces it: a write beyond the limit fails as well (EFBIG).
 """
 
 import os
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Becomes its arguments, without root's right to write what the modes of a folder forbid.
+# Execs its arguments without root's capability to write where a folder's mode forbids it.
 MODES_COUNT = """
 import ctypes, os, sys
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
@@ -37,12 +37,12 @@ _NAMESPACES = (
 
 
 class SmallDisk:
-    """A context manager.
+    """A context manager that holds the disk.
 
     Attributes:
-      folder: where commands behind `prefix` see the disk.
-      here: the same folder as this process sees it.
-      prefix: goes in front of a command that is to see the disk.
+      folder: path of the disk for commands with `prefix`.
+      here: path of the same folder for this process.
+      prefix: arguments to put in front of a command that uses the disk.
       kind: "tmpfs" or "limit".
     """
 
@@ -70,21 +70,21 @@ class SmallDisk:
 
     def __exit__(self, *_: object) -> None:
         if self._holder is not None:
-            self._holder.communicate()  # closes its input, at which it ends
+            self._holder.communicate()  # closes its stdin, and it ends
 
     def fill(self, process: subprocess.Popen, leave: int) -> None:
-        """Leaves `leave` bytes; `process` is the one to be limited where there is no tmpfs."""
+        """Fill the disk up to `leave` free bytes; without a tmpfs, limit the files of `process`."""
         if self.kind == "limit":
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (leave, resource.RLIM_INFINITY))
             return
-        process.send_signal(signal.SIGSTOP)  # what it writes meanwhile would be missing
+        process.send_signal(signal.SIGSTOP)  # its writes would change the free space meanwhile
         status = os.statvfs(self.here)
         with (self.here / "fill").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - leave)
         process.send_signal(signal.SIGCONT)
 
     def make_room(self, process: subprocess.Popen) -> None:
-        """Undoes `fill`."""
+        """Undo `fill`."""
         if self.kind == "limit":
             if process.poll() is None:
                 limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

@@ -1,4 +1,4 @@
-"""Bad batches and real processes: killed while they go back, two of them, and no way left to go."""
+"""Rewinds past bad batches in real processes: killed during one, two processes, none left."""
 
 import dataclasses
 import json
@@ -47,7 +47,10 @@ def env(cli_env):
 
 @pytest.fixture
 def start(env):
-    """`start(arguments, kill, *more)` starts such a trainer; all are gone when the test ends."""
+    """`start(arguments, kill, *more)` starts a trainer with the bad batches.
+
+    All trainers are killed when the test ends.
+    """
     started = []
 
     def begin(arguments: list[str], kill: dict[str, int], *more: str) -> subprocess.Popen:
@@ -83,11 +86,11 @@ def test_killed_at_every_turn_it_takes_the_same_data(tmp_path, start):
     assert {name: getattr(rewind, name) for name in EXPECTED} == EXPECTED
 
     kills = (
-        {"step": 11},  # among refused steps
-        {"write": 1},  # nothing is decided
-        {"quarantine": 1},  # decided
-        {"write": 1},  # at the next start, with the checkpoint moved
-        {"step": 4},  # and gone on
+        {"step": 11},  # among skipped steps
+        {"write": 1},  # before the rewind is recorded
+        {"quarantine": 1},  # after the rewind is recorded
+        {"write": 1},  # at the next start, after the checkpoint was quarantined
+        {"step": 4},  # in training after the rewind
     )
     command = flags(tmp_path / "killed", files, **OVERRIDES)
     for kill in kills:
@@ -110,7 +113,7 @@ def test_killed_at_every_turn_it_takes_the_same_data(tmp_path, start):
 
 
 def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, monkeypatch):
-    """Stopped and gone on with among the refused steps: all can be replayed as they were taken."""
+    """A run stops among skipped steps and resumes; every step can be replayed bit for bit."""
     workdir = tmp_path / "run"
     files = write_corpus(tmp_path / "text")
     for steps in (10, 16):
@@ -126,7 +129,7 @@ def test_it_goes_back_to_what_was_taken_with_other_settings(tmp_path, start, mon
 
 
 def test_two_processes_go_back_together(tmp_path, start):
-    """The lead is killed once it has decided; both start again and end what it began."""
+    """The lead process is killed after it recorded the rewind; both restart and complete it."""
     command = flags(
         tmp_path / "run",
         write_corpus(tmp_path / "text"),
@@ -162,7 +165,7 @@ def test_two_processes_go_back_together(tmp_path, start):
 
 
 def test_an_update_that_overflows_is_never_saved(tmp_path, monkeypatch, capsys):
-    """Loss and gradient of the step are finite, what it makes of the parameters is not."""
+    """Loss and gradient of the step are finite, the updated parameters are not."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     hot = {
         "optimizer.learning_rate": 1e39,

@@ -1,4 +1,4 @@
-"""Checks 4 to 7 and 12: what a person sees of damaged checkpoints, and that no run starts over."""
+"""Checks 4 to 7 and 12: damaged checkpoints are reported, and no run starts over."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ RUN = OVERRIDES | {"train.steps": STEPS}
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, corpus, cli_env):
-    """Workdir of a run that was never stopped: checkpoints of steps 2, 4 and 6."""
+    """Workdir of a run that was never stopped, with checkpoints of steps 2, 4 and 6."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     run = Trainer(flags(workdir, corpus, **RUN), cli_env)
     assert run.finish() == DONE, run.text
@@ -31,13 +31,13 @@ def straight(tmp_path_factory, corpus, cli_env):
 
 @pytest.fixture
 def workdir(tmp_path, straight):
-    """A copy to be damaged."""
+    """A copy that the test may damage."""
     return Path(shutil.copytree(straight, tmp_path / "run"))
 
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """The trainer takes SIGTERM for the life of its process."""
+    """Restore the SIGTERM handler, which the trainer replaces for its whole process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -49,7 +49,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.full
 def test_a_cut_step_among_litter(workdir, straight, corpus, trainers):
-    """Checks 4, 6 and 12: passed over, kept, and taken again to the same end."""
+    """Checks 4, 6 and 12: the cut step is quarantined and trained again, to the same end."""
     folder = workdir / "checkpoints"
     damaged = files_of(folder, STEPS)[0]
     cut(damaged)
@@ -84,7 +84,7 @@ def test_one_flipped_bit_in_each_file(tmp_path, corpus, capfd, monkeypatch):
         assert trainer.main(["train", *flags(workdir, corpus, **RUN)]) == DONE
         said = capfd.readouterr().out
         assert_same_end(workdir, straight, STEPS)
-        # A digit in the manifest accuses the file that it is about.
+        # A flipped digit in the manifest is reported as a fault of the file that it describes.
         blamed = "" if name.name == "manifest.json" else name.name
         assert re.search(rf"Checkpoint of step {STEPS} is bad \(.*{blamed}", said), said
         assert "resuming from step 4" in said
@@ -93,7 +93,7 @@ def test_one_flipped_bit_in_each_file(tmp_path, corpus, capfd, monkeypatch):
 
 @pytest.mark.full
 def test_when_no_step_is_good(workdir, straight, corpus, trainers):
-    """Check 7: one sentence, exit code 1, and everything stays as it is."""
+    """Check 7: one sentence, exit code 1, and no file changes."""
     folder = workdir / "checkpoints"
     for number, step in enumerate((2, 4, STEPS)):
         (cut if number else flip_bit)(files_of(folder, step)[0])

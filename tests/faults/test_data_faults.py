@@ -1,4 +1,4 @@
-"""Faults of the data, checks 14 to 18: found, named, and nothing trained on is lost or doubled."""
+"""Data faults, checks 14 to 18: each is found and named, and no example is lost or repeated."""
 
 import json
 import os
@@ -38,13 +38,13 @@ def corpus(tmp_path_factory) -> DataConfig:
 
 @pytest.fixture
 def store(corpus, tmp_path) -> Path:
-    """Folder of a store with several shards in each split."""
+    """The folder of a store with several shards per split."""
     return Path(build_store(corpus, tmp_path / "stores", layout=LAYOUT).path)
 
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """The trainer takes SIGTERM for the life of its process."""
+    """Restore the SIGTERM handler, which the trainer replaces for its whole process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -56,7 +56,7 @@ def read_all(path: Path) -> None:
         split.read([(0, split.num_tokens)])
 
 
-# ---- 15: another seed, mixture, tokenizer or text under a run that goes on
+# ---- 15: a run is resumed with another seed, mixture, tokenizer or text
 
 
 def mixture(folder: Path, weight: float = 2.0) -> dict[str, dict]:
@@ -67,7 +67,7 @@ def mixture(folder: Path, weight: float = 2.0) -> dict[str, dict]:
 
 
 def test_a_run_goes_on_with_its_own_data_only(tmp_path):
-    """A weight, an entry, a file's content, a tokenizer's: each is refused."""
+    """A changed weight, mixture entry, file or tokenizer is refused; moved files are not."""
     for name in ("prose", "web"):
         write_corpus(tmp_path / name, 24)
     tokenizer = tmp_path / "tokenizer.json"
@@ -134,7 +134,7 @@ def test_a_bad_record_stops_the_run_before_it_begins(tmp_path, kind, place):
 
 
 def resealed(path: Path, changed: dict[str, bytes], **keys: object) -> None:
-    """Files of a store changed by somebody who makes its seals anew."""
+    """Change files of a store and recompute its digests, so that only their content is wrong."""
     for name, raw in changed.items():
         (path / name).write_bytes(raw)
     manifest = json.loads((path / "manifest.json").read_text()) | keys
@@ -152,9 +152,9 @@ def test_a_store_of_another_dtype(store):
 
 
 def test_a_token_id_beyond_the_vocabulary(store):
-    """An embedding would take the nearest row for it, and say nothing."""
+    """An embedding lookup would silently clamp the id to the last row."""
     resealed(store, {}, vocab_size=257, pad_id=0)
-    read_all(store)  # 256 is the largest there is
+    read_all(store)  # 256 is the largest id in the store
     resealed(store, {}, vocab_size=256, eos_id=0)
     opened = open_store(store)
     (tokens,) = open_store(store).train.read([(0, 10)])
@@ -166,11 +166,11 @@ def test_a_token_id_beyond_the_vocabulary(store):
         batches.rows(0, np.arange(batches.batch_size))
 
 
-# ---- 17: too little
+# ---- 17: too little text
 
 
 def test_data_never_ends(store):
-    """Streams repeat for ever: an epoch after the other, each in another order."""
+    """Streams repeat without end; each epoch has its own order."""
     batches = Batches.for_training(open_store(store), 0, 7, T)
     epoch = batches.rows_per_epoch
     far = 10**6 * epoch // 7
@@ -190,11 +190,11 @@ def test_held_out_text_of_less_than_a_batch(store):
     assert not batch.loss_mask_BT[windows:].any() and not batch.segments_BT[windows:].any()
 
 
-# ---- 18, and what rots
+# ---- 18, and damaged stores
 
 
 def test_another_tokenizer_never_goes_on_with_a_build(corpus, tmp_path):
-    """Stopped half way, then the file at the same path is another: a store of its own."""
+    """A build stops half way; with a new tokenizer file at the same path it is another store."""
     tokenizer = tmp_path / "tokenizer.json"
     config = DataConfig(**{**vars(corpus), "tokenizer": str(tokenizer)})
 
@@ -240,13 +240,13 @@ def test_a_damaged_journal_costs_the_build_time_and_nothing_else(corpus, tmp_pat
 
 
 def named(path: Path, store: Path) -> str:
-    """How a sentence about a file of a store names it: with its folder."""
+    """The name of a store's file in error messages: relative to the store."""
     return os.fspath(path.relative_to(store))
 
 
 @pytest.mark.parametrize("flips", [3, pytest.param(400, marks=pytest.mark.full)])
 def test_a_flipped_bit_in_any_file_of_a_store(tmp_path, flips):
-    """In the long form hundreds in each."""
+    """The long form flips hundreds of bits in each file."""
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"{name} few words" * 5)
     corpus = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.2)

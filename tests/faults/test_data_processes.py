@@ -1,4 +1,4 @@
-"""Faults of the data under runs in processes of their own (checks 14, 16, 17, store corruption)."""
+"""Data faults in real processes (checks 14, 16, 17, store corruption)."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from moe_jax.data.build import build_store
 from moe_jax.data.config import DataConfig
 
 EVERY = 5
-# Tells what the model is given, row by row, and dies without a word at the step of KILL_AT.
+# Writes the rows that the model gets to the file TOLD, and kills itself at step KILL_AT.
 TOLD = """
 import hashlib, json, os, signal, sys
 import numpy as np
@@ -42,7 +42,7 @@ run(main)
 
 
 def run_program(program: str, arguments: list[str], env: dict[str, str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a Python program in a process of its own."""
+    """Run a Python program in a new process; returns exit code, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=env,
@@ -55,7 +55,7 @@ def run_program(program: str, arguments: list[str], env: dict[str, str]) -> tupl
 
 
 def windows_of(tokens: np.ndarray, length: int, pad: int) -> dict[tuple[int, ...], int]:
-    """Inputs of every window of a stream, cut by hand -> its number; each is another."""
+    """Cut a stream into windows: inputs of each window -> its number.  All windows differ."""
     found = {}
     for number, start in enumerate(range(0, len(tokens) - 1, length)):
         row = tokens[start : min(start + length, len(tokens) - 1)].tolist()
@@ -66,7 +66,7 @@ def windows_of(tokens: np.ndarray, length: int, pad: int) -> dict[tuple[int, ...
 
 @pytest.mark.full
 def test_two_epochs_with_three_kills_lose_and_double_no_example(tmp_path, cli_env):
-    """Of the rows that the steps of metrics.jsonl were given, by their tokens."""
+    """Counts the rows that the steps of metrics.jsonl got, recognised by their tokens."""
     files = write_corpus(tmp_path / "text", 24)
     config = DataConfig(source="text", files=files, heldout_fraction=1e-6)
     store = build_store(config, tmp_path / "stores")
@@ -103,7 +103,7 @@ def test_two_epochs_with_three_kills_lose_and_double_no_example(tmp_path, cli_en
     for step, rows in lines:
         found = [numbers[tuple(row)] for row in rows]
         again += step in given
-        assert given.setdefault(step, found) == found  # what a kill undid comes again, the same
+        assert given.setdefault(step, found) == found  # a repeated step gets the same rows
     assert again > 0
     order = [number for step in range(steps) for number in given[step]]
     first, second = order[: len(numbers)], order[len(numbers) : 2 * len(numbers)]
@@ -131,7 +131,7 @@ def rot(self, done, preemption):
         for path in pathlib.Path(os.environ["ROT"]).glob("*/train/tokens/c/*"):
             if os.environ["HOW"] == "gone":
                 path.unlink()
-            else:  # at once: half a file would be another fault
+            else:  # replaced at once, because half a file would be a different fault
                 raw = bytearray(path.read_bytes())
                 raw[::1000] = bytes(byte ^ 1 for byte in raw[::1000])
                 path.with_name("rotten").write_bytes(raw)
@@ -146,7 +146,7 @@ run(main)
 
 @pytest.mark.full
 def test_a_store_that_rots_under_a_run(tmp_path, cli_env):
-    """Exit 1 with one sentence, the checkpoints whole; rebuilt, the run ends as if it never had."""
+    """Exit 1 with one sentence and good checkpoints; with a rebuilt store the end is the same."""
     files = write_corpus(tmp_path / "text", 24)
     more = {"train.steps": 16, "checkpoint.every_steps": 3, "eval.samples": 0}
 
@@ -187,7 +187,7 @@ def test_a_store_that_rots_under_a_run(tmp_path, cli_env):
 
 @pytest.mark.full
 def test_bad_data_ends_the_command_with_one_line(tmp_path, run_cli):
-    """As a person sees it: a bad record, too little text, a missing and an empty file."""
+    """The command's output for a bad record, too little text, a missing and an empty file."""
     few = write_corpus(tmp_path / "few", 2)
     bad = corpus_with_a_bad_record(tmp_path / "lines", "jsonl")
     (tmp_path / "empty.txt").touch()

@@ -1,7 +1,7 @@
-"""A run goes on with other devices: the same batches, the same choices, losses to rounding.
+"""A run resumes on other devices: same batches, same assignments, losses equal to rounding.
 
-In float64, where the sums of another mesh differ in the 16th digit: in float32 they differ in the
-7th, steps multiply that, and sooner or later two experts that are nearly tied change places.
+In float64, in which sums on another mesh differ in the 16th digit.  In float32 they differ in the
+7th, each step amplifies that, and in the end two experts with nearly equal logits change places.
 """
 
 import functools
@@ -31,12 +31,12 @@ OVERRIDES = {
     "precision": "float64",
     "model.num_layers": 1,
     "model.moe.every": 1,
-    # A router with state, choices that are dropped.
+    # A router with state, and a capacity that drops assignments.
     "model.moe.router": "sigmoid_bias",
     "model.moe.options.sigmoid_bias.update_rate": 0.01,
-    "model.moe.group_rows": 0,  # 2 on eight devices, and kept on fewer, which would take more
+    "model.moe.group_rows": 0,  # 2 on eight devices; a resumed run keeps it on fewer devices
     "train.batch_size": 16,
-    "optimizer.schedule": "constant",  # the leg of two processes ends by train.steps
+    "optimizer.schedule": "constant",  # the leg of two processes has another train.steps
     "checkpoint.every_steps": FIRST,
     "eval.samples": 0,
 }
@@ -45,14 +45,14 @@ EXACT = (
     *("assignments", "kept", "dropped", "unsampled", "padding", "lost_tokens", "unaccounted"),
 )
 ROUNDED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
-CLOSE = 1e-10  # as tests/run/test_mesh_invariance.py allows 20 steps
+CLOSE = 1e-10  # the tolerance of tests/run/test_mesh_invariance.py for 20 steps
 
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """What the trainer sets for the life of its process."""
+    """Restore the settings that the trainer changes for its whole process."""
     handler = signal.getsignal(signal.SIGTERM)
-    # With LLVM at its least float64 has nine digits.
+    # With LLVM's lowest optimization level float64 results have only nine correct digits.
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -67,8 +67,10 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def leg(corpus, monkeypatch):
-    """`leg(workdir, until, data=8)` goes on from the newest checkpoint, on as many devices, and is
-    preempted after step `until`; returns the rows that each step read."""
+    """`leg(workdir, until, data=8)` resumes from the newest checkpoint on a mesh of those sizes.
+
+    It is preempted after step `until`, and returns the rows that each step read.
+    """
 
     def run_leg(workdir: Path, until: int, **mesh: int) -> dict[int, np.ndarray]:
         read: dict[int, np.ndarray] = {}
@@ -96,7 +98,7 @@ def leg(corpus, monkeypatch):
 
 
 def bits_kept(run, init_from, say):
-    """`first_state`; what it restores has the bits that were saved, moments and bias included."""
+    """Call `first_state` and check that it restores every saved bit, moments and bias included."""
     state = first_state(run, init_from, say)
     if int(state.step):
         found = named_leaves(to_disk(state, run.model.layout))
@@ -108,7 +110,7 @@ def bits_kept(run, init_from, say):
 
 
 def same(found: Path, expected: Path, steps: int) -> None:
-    """The first `steps` rows of two runs agree: counts exactly, losses to rounding."""
+    """Assert that the first `steps` rows agree: counts exactly, losses to rounding."""
     here, there = train_rows(found), train_rows(expected)[:steps]
     assert [row["step"] for row in here] == list(range(1, steps + 1))
     for a, b in zip(here, there, strict=True):
@@ -124,7 +126,7 @@ def same(found: Path, expected: Path, steps: int) -> None:
 def test_four_devices_and_an_expert_axis_go_on_from_eight(tmp_path, corpus, leg, capsys):
     straight, run = tmp_path / "straight", tmp_path / "run"
     expected = leg(straight, 2 * FIRST, data=8)
-    shutil.copytree(straight, run)  # as it stood when that step was the last one saved
+    shutil.copytree(straight, run)  # with step FIRST as its newest checkpoint
     shutil.rmtree(run / "checkpoints" / str(2 * FIRST))
     capsys.readouterr()
     read = leg(run, 2 * FIRST, data=2, expert=2)

@@ -1,4 +1,4 @@
-"""Check 8: a save that finds no room or no permission says so with bytes, and costs no step."""
+"""Check 8: a save without space or permission fails with the bytes needed, and loses no step."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ for step in map(int, sys.stdin):
 
 @pytest.fixture(params=["tmpfs", "limit"])
 def disk(request, tmp_path, monkeypatch):
-    """Of 80 MiB: what a run wants to see free, and little more.  Once each way, where it can be."""
+    """A disk of 80 MiB, little more than a run requires: a tmpfs (if possible) and a file limit."""
     if request.param == "limit":
         monkeypatch.setattr("small_disk._NAMESPACES", ())
     with SmallDisk(tmp_path / "disk", 80 * 2**20) as made:
@@ -65,7 +65,10 @@ def test_a_full_disk_and_a_read_only_folder(disk, cli_env):
         assert needed == "4.0" and (disk.kind == "limit" or 0.5 < float(free) <= 1.0)
         disk.make_room(process)
         assert save(2) == "saved\n"
-        assert sorted(path.name for path in here.iterdir()) == ["1", "2"]  # nothing unfinished
+        assert sorted(path.name for path in here.iterdir()) == [
+            "1",
+            "2",
+        ]  # no unfinished checkpoint
 
         here.chmod(0o555)
         said = save(3)

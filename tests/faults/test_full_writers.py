@@ -1,7 +1,7 @@
-"""Everything a run writes beside its checkpoints, on a disk that is full for a while.
+"""Every file of a run except its checkpoints, on a disk that is full for a while.
 
-A writer of what a run cannot do without raises one sentence; any other says it and the run goes on.
-Neither costs a byte that was there before.
+A writer whose file the run needs raises one sentence; any other prints it and the run continues.
+Neither changes a byte that was written before.
 """
 
 import json
@@ -36,7 +36,7 @@ from moe_jax.watch.profile import Profiler
 from moe_jax.watch.timekeeper import GOODPUT, Timekeeper
 
 Say = Callable[[str], None]
-Write = Callable[[int], None]  # writes the n-th time
+Write = Callable[[int], None]  # writes for the n-th time
 
 
 def reporter_rows(workdir: Path, say: Say) -> Write:
@@ -82,7 +82,7 @@ def flight(workdir: Path, say: Say) -> Write:
     recorder._record = lambda step, why: {"data_step": step}
 
     def write(n: int) -> None:
-        recorder.saw(n, cast(StepMetrics, object.__new__(StepMetrics)))  # nobody looks into it
+        recorder.saw(n, cast(StepMetrics, object.__new__(StepMetrics)))  # its fields are not used
         recorder.write("NaN")
 
     return write
@@ -99,7 +99,7 @@ def lock(workdir: Path, say: Say) -> Write:
 def profile(workdir: Path, say: Say) -> Write:
     def write(n: int) -> None:
         if n == 3:
-            jax.profiler.stop_trace()  # JAX holds on to the one that failed
+            jax.profiler.stop_trace()  # JAX keeps a failed trace open
         profiler = Profiler(range(9), workdir / str(n), say)
         profiler.turn()
         jax.block_until_ready(jnp.ones(9) + n)
@@ -110,7 +110,8 @@ def profile(workdir: Path, say: Say) -> Write:
 
 NEEDED = {"record": record, "settings": settings, "rewinds": rewinds}
 SAID = {"samples": samples, "flight": flight, "profile": profile}
-SILENT = {"goodput": goodput, "lock": lock}  # a later row says all; the kernel's lock still holds
+# The next row of goodput has all the numbers; the kernel's lock does not depend on the file.
+SILENT = {"goodput": goodput, "lock": lock}
 PRINTED = {"reporter": reporter_rows}
 WRITERS = NEEDED | SAID | SILENT | PRINTED
 
@@ -156,7 +157,7 @@ def test_a_run_goes_on_where_all_but_its_checkpoints_find_no_room(tmp_path, caps
     after = Control.after
 
     def fills(self, done, preemption):
-        if done == 3:  # by now all is compiled, and in JAX's cache
+        if done == 3:  # by now everything is compiled and in JAX's cache
             disk.__enter__()
         if done == 7:
             disk.__exit__(None, None, None)
@@ -177,7 +178,7 @@ def test_a_run_goes_on_where_all_but_its_checkpoints_find_no_room(tmp_path, caps
     assert (workdir / SAMPLES).exists()
     out = capsys.readouterr().out
     assert out.count("make room") == out.count("is written again.") == 3
-    # Rows that take long to copy must not keep a step from being saved.
+    # Rows that take long to copy must not delay the save of a step.
     assert calls == ["save", "flush", "close", "end of the rows"]
 
 

@@ -1,4 +1,4 @@
-"""Checks 1, 2, 3 and 13: killed or stopped anywhere, a run ends as if nothing had happened."""
+"""Checks 1, 2, 3 and 13: a run that is killed or stopped anywhere ends equal to a straight one."""
 
 import random
 import signal
@@ -12,7 +12,7 @@ from trainer import OVERRIDES, Trainer, assert_same_end, checkpoints, peers
 from moe_jax.parallel.distributed import AGAIN, DONE
 
 STEPS = int(str(OVERRIDES["train.steps"]))
-# What a save leaves behind in turn; the last two are of the commit.
+# Files that appear during a save, in this order; the last two belong to the commit.
 PHASES = {
     "begun": "*.orbax-checkpoint-tmp",
     "writing": "*.orbax-checkpoint-tmp/ocdbt.process_0/d/*",
@@ -20,7 +20,7 @@ PHASES = {
     "hashed": "*.orbax-checkpoint-tmp/manifest.json",
     "committed": "*[0-9]/commit_success.txt",
 }
-# Notes which tokens each step was given; reading ahead goes beyond what is trained on.
+# Records the tokens of each step; it also reads ahead, beyond the last step that is trained.
 NOTES = """
 import hashlib, sys
 from moe_jax.data.pipeline import Batches
@@ -43,7 +43,7 @@ run(main)
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, corpus, cli_env):
-    """Workdir of a run that was never stopped."""
+    """The workdir of a run that was never stopped."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     run = Trainer(flags(workdir, corpus, **OVERRIDES), cli_env)
     assert run.finish() == DONE, run.text
@@ -51,12 +51,15 @@ def straight(tmp_path_factory, corpus, cli_env):
 
 
 def until_phase(run: Trainer, folder: Path, phase: str, looks: int) -> bool:
-    """Looks until a save newer than what is there has come so far, and `looks` times more."""
+    """Wait until a new save reaches the phase, then list the folder `looks` more times.
+
+    Returns False if the run ends before.
+    """
 
     def seen() -> set[Path]:
         try:
             return set(folder.glob(PHASES[phase]))
-        except FileNotFoundError:  # renamed while it was being listed
+        except FileNotFoundError:  # renamed while glob listed it
             return set()
 
     before = seen()
@@ -71,7 +74,7 @@ def until_phase(run: Trainer, folder: Path, phase: str, looks: int) -> bool:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sigkill_at_random_points_of_saves(tmp_path, corpus, straight, trainers, seed):
-    """Check 1; ten kills a seed.  `looks` takes a kill some milliseconds into its phase."""
+    """Check 1, with ten kills per seed.  `looks` delays a kill by some milliseconds."""
     draw = random.Random(seed)
     workdir = tmp_path / "run"
     folder = workdir / "checkpoints"
@@ -97,7 +100,7 @@ def test_sigkill_at_random_points_of_saves(tmp_path, corpus, straight, trainers,
 def test_sigterm_while_compiling_during_a_save_and_twice(
     tmp_path, corpus, straight, trainers, cli_env
 ):
-    """Check 3: always 42, never a bad step, and the last of the runs ends as the straight one."""
+    """Check 3: each stop ends with 42, no checkpoint is bad, the end equals the straight run."""
     workdir = tmp_path / "run"
     command = flags(workdir, corpus, **OVERRIDES)
     compiles = cli_env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "empty")}
@@ -111,13 +114,13 @@ def test_sigterm_while_compiling_during_a_save_and_twice(
         return max(steps, default=0)
 
     run = trainers(command, env=compiles)
-    run.wait_for("^1 x 32 rows of")  # the state is being made: compiled
+    run.wait_for("^1 x 32 rows of")  # the state is being initialized, which compiles
     assert stopped(run) == 0
     run = trainers(command, env=compiles)
     run.wait_for("^state ready")
-    while not list(workdir.glob("tensorboard/*")):  # the last thing before the compilation
+    while not list(workdir.glob("tensorboard/*")):  # appears just before the compilation
         assert run.process.poll() is None
-    # From there on it is compiled to the end and one step taken; a moment before, nothing.
+    # The compilation ends and one step runs; a signal just before it stops the run at step 0.
     assert stopped(run) in (0, 1) and "^step 2/" not in run.text
 
     run = trainers(command)
@@ -134,7 +137,7 @@ def test_sigterm_while_compiling_during_a_save_and_twice(
 
 @pytest.mark.full
 def test_a_resumed_run_is_given_the_same_tokens(tmp_path, corpus, trainers):
-    """Check 13, example ids; the numbers and the state are compared by every test here."""
+    """Check 13 for example ids; every test here compares the numbers and the state."""
     notes = {}
     program = [sys.executable, "-c", NOTES]
     for name, stops in {"straight": (8,), "stopped": (3, 8)}.items():

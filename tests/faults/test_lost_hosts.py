@@ -1,4 +1,4 @@
-"""Checks 22 and 23: an exception on one host, and hosts that die or freeze."""
+"""Checks 22 and 23: an exception on one host, and hosts that are killed or frozen."""
 
 import os
 import select
@@ -15,11 +15,11 @@ from moe_jax.parallel.distributed import AGAIN, DONE, FIX
 HEARTBEAT = 5  # seconds
 GONE_IN = HEARTBEAT + 5  # seconds after the fault
 ALL_GONE_IN = 30  # seconds after an exception
-# What a survivor ends with: its collective fails, or JAX's coordination service aborts it.
+# Exit codes of a survivor: its collective fails, or JAX's coordination service aborts it.
 GONE = (AGAIN, -signal.SIGABRT)
 STEPS = int(str(OVERRIDES["train.steps"]))
 RUN = OVERRIDES | {"mesh.data": 2, "watchdog.heartbeat": HEARTBEAT}
-# Two hosts that meet once, in the smallest program that starts and ends as the trainer does.
+# Two hosts that pass one barrier, in the smallest program that starts and ends like the trainer.
 MEETS = f"""
 import os, signal, sys
 from jax.experimental import multihost_utils
@@ -38,13 +38,13 @@ def main(argv):
 
 run(main)
 """
-# The same, with a host that is killed once Python has run all that was to be done at its exit.
+# The same, but a host is killed after Python has run all its other exit handlers.
 ENDS = """
 import atexit, os, signal, sys
 if sys.argv[2] == "1":
-    atexit.register(os.kill, os.getpid(), signal.SIGKILL)  # the first to come is the last to go
+    atexit.register(os.kill, os.getpid(), signal.SIGKILL)  # registered first, so it runs last
 """ + MEETS.replace("never", "here again")
-# The save of step 4 takes until after the exception; so long must the one that fails wait.
+# The save of step 4 ends after the exception, and the failing host must wait for it.
 RAISES = """
 import sys, threading
 from moe_jax.checkpoint import manifest
@@ -88,7 +88,7 @@ def test_a_host_that_is_gone_ends_the_other(trainers, fault):
 
 
 def test_hosts_that_have_met_at_the_end_are_done(trainers):
-    """A kill after that would leave one to be run again without the other."""
+    """After the last barrier a kill must not cause one host to be restarted without the other."""
     program, address = [sys.executable, "-c", ENDS], f"localhost:{free_port()}"
     pair = [trainers([address, str(i), "ends"], program=program) for i in range(2)]
     assert [host.finish() for host in pair] == [DONE, DONE], pair[1].text
@@ -97,7 +97,7 @@ def test_hosts_that_have_met_at_the_end_are_done(trainers):
 @pytest.mark.full
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_exception_on_one_host_of_a_run(tmp_path, corpus, trainers, failing):
-    """The save that is under way is committed before the host that fails ends."""
+    """The save in progress is committed before the failing host ends."""
     program = [sys.executable, "-c", RAISES.replace("=1", f"={failing}")]
     command = flags(tmp_path / "run", corpus, **RUN)
     hosts = [trainers([*command, *own], program=program) for own in peers(2, 1)]
@@ -136,7 +136,7 @@ def test_supervisors_bring_a_run_to_its_end(tmp_path, corpus, trainers, straight
     pid, survivor = (child_of(pair[i].process.pid) for i in (victim, 1 - victim))
     ended = os.pidfd_open(survivor)
     os.kill(pid, fault)
-    # At the latest when the heartbeats have stayed away.
+    # It ends at the latest when heartbeats are missing.
     assert select.select([ended], [], [], GONE_IN)[0], pair[1 - victim].text
     os.close(ended)
     pair[1 - victim].wait_for(r" restart 1: (asked to be run again|killed by SIGABRT|ended by SIG)")

@@ -1,4 +1,4 @@
-"""A process that loses another one says so, whoever of its parts is told first."""
+"""A lost peer is recognised, also if a save is the first to fail because of it."""
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ GLOO = "Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:1943: Connec
 def test_a_save_in_which_a_peer_is_lost_is_not_a_fault_of_the_disk(
     tmp_path, monkeypatch, why, lost
 ):
-    """Found by the soak: the survivor ended with 1, "make room", and was not run again."""
+    """Found by the soak: the survivor ended with 1, "make room", and was not restarted."""
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.save(1, {"w": np.zeros(3)})
     finished = checkpoints._orbax.wait_until_finished
 
     def fails():
-        finished()  # its threads log what they cannot write once the folder is gone
+        finished()  # otherwise its threads log errors after the folder is deleted
         raise ValueError("Orbax: 1 error(s) while saving") from RuntimeError(why)
 
     monkeypatch.setattr(checkpoints._orbax, "wait_until_finished", fails)

@@ -1,4 +1,4 @@
-"""A real run that is killed and goes on: where its time went."""
+"""The goodput report of a real run that was killed and resumed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ OVERRIDES = {
 
 
 def run_until(command: list[str], env: dict[str, str], text: str) -> None:
-    """Starts the trainer and kills it once it prints a line that begins with `text`."""
+    """Start the trainer and kill it once it prints a line that begins with `text`."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         env=env,
@@ -45,7 +45,7 @@ def test_killed_twice_and_finished(tmp_path, cli_env, run_cli):
     workdir = tmp_path / "run"
     command = ["moe_jax", "train", *flags(workdir, write_corpus(tmp_path / "text"), **OVERRIDES)]
     began = time.time()
-    run_until(command, cli_env, f"step {2 * EVERY + 30}/")  # at least one save is done by then
+    run_until(command, cli_env, f"step {2 * EVERY + 30}/")  # at least one save is complete by then
     first = Checkpoints(workdir / "checkpoints").steps()[-1]
     run_until(command, cli_env, "state ready")  # before its first step
     done = run_cli(command)
@@ -62,8 +62,8 @@ def test_killed_twice_and_finished(tmp_path, cli_env, run_cli):
     assert (killed["resumed_from"], last["resumed_from"], last["reached"]) == (0, first, STEPS)
     assert killed["reached"] >= first and killed["lost_steps"] == killed["reached"] - first
     assert early["lost_steps"] == last["lost_steps"] == 0
-    # All of the time between the first process's start and the last one's end, but for imports
-    # before a process can look at the clock, and nothing more.
+    # The parts add up to the time from the first process's start to the last one's end, except for
+    # the imports before a process reads the clock.
     seconds = told["seconds"]
     assert sum(seconds.values()) == pytest.approx(told["whole_seconds"], rel=1e-12)
     assert told["whole_seconds"] < wall

@@ -1,4 +1,4 @@
-"""Checks 9 and 10: what one mesh or number of processes saved, others restore bit for bit."""
+"""Checks 9 and 10: other meshes and numbers of processes restore a checkpoint bit for bit."""
 
 import shutil
 
@@ -17,8 +17,7 @@ from moe_jax.train.state import to_disk
 
 STEPS = 4
 RUN = OVERRIDES | {"train.steps": STEPS, "model.moe.options.sigmoid_bias.jitter": 0.0}
-# Of the next losses, float32: sums of another mesh differ in the seventh digit.
-CLOSE = 1e-4
+CLOSE = 1e-4  # of the next losses; float32 sums on another mesh differ in the seventh digit
 FIRST = {"data": 2, "expert": 2}
 LAYOUTS = [
     (1, {}),
@@ -43,7 +42,7 @@ def sizes(mesh: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.full
 def test_other_devices_and_processes(tmp_path, corpus, trainers):
-    """In one test: all of it goes on from what two processes saved."""
+    """One test, because every case resumes from the same checkpoint of two processes."""
     workdir = tmp_path / "run"
     command = flags(workdir, corpus, **RUN, **sizes(FIRST))
     pair = [trainers([*command, *own]) for own in peers(2, 2)]

@@ -1,4 +1,4 @@
-"""Steps of a run that went on with other devices, replayed by the command as a person runs it."""
+"""The replay command on the steps of a run that was resumed on other devices."""
 
 import shutil
 
@@ -19,8 +19,10 @@ RUN = OVERRIDES | {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus, cli_env):
-    """Steps 1 to 4 on eight devices, 5 to 8 on four with an expert axis, 9 and 10 without; each
-    part on a longer schedule."""
+    """A run with steps 1 to 4 on eight devices, 5 to 8 on four with an expert axis, then without.
+
+    Each part has a longer schedule.
+    """
     workdir = tmp_path_factory.mktemp("replay") / "run"
     for steps, devices, mesh in (
         (4, 8, {"mesh.data": 8}),
@@ -44,7 +46,7 @@ def replayed(run_cli, run):
 
 @pytest.mark.parametrize("step", [3, 7, 10])
 def test_a_step_of_each_part_bit_for_bit(replayed, step):
-    """Nobody says how many devices: the command makes them."""
+    """Without --devices the command makes as many virtual devices as the step used."""
     done = replayed(step)
     assert done.code == DONE, done
     assert f"Step {step} equals metrics.jsonl bit for bit." in done.out
@@ -69,7 +71,7 @@ def test_too_few_devices_are_one_sentence(replayed):
 
 
 def test_steps_of_two_processes(replayed, run, corpus, pair, tmp_path):
-    """As many processes repeat them; one is told what it lacks."""
+    """Two processes repeat the step; with one process the command says what differs."""
     workdir = shutil.copytree(run, tmp_path / "run")
     mesh = {"mesh.data": 4, "mesh.expert": 1}
     command = flags(workdir, corpus, **RUN | mesh, train__steps=14)

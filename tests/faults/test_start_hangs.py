@@ -1,4 +1,4 @@
-"""Start-up that hangs ends with 42 and the stacks; one that takes long and gets on does not."""
+"""A start-up that hangs ends with 42 and prints stacks; a slow one that makes progress does not."""
 
 import fcntl
 import sys
@@ -11,9 +11,9 @@ from moe_jax.data.build import build_store, store_root
 from moe_jax.data.config import DataConfig
 from moe_jax.parallel.distributed import AGAIN, DONE
 
-LIMIT = 4  # seconds, of which a start that gets on takes many
+LIMIT = 4  # seconds; the slow start takes several times as long
 RUN = OVERRIDES | {"train.steps": 2, "watchdog.start": LIMIT}
-# A file that is opened and never read: what a file system does that no longer answers.
+# The trainer opens a FIFO that has no writer, and blocks as on a file system that does not answer.
 READ = """
 import os
 from moe_jax.data.corpora import Stream
@@ -46,7 +46,7 @@ def never(path, weights):
 
 moe_jax.data.build.open_store = never
 """
-# Each document takes a while, though not LIMIT.
+# Each document takes a second, less than LIMIT.
 SLOW = """
 import time
 from moe_jax.data.corpora import Stream
@@ -117,7 +117,7 @@ def test_a_builder_that_hangs_ends_who_waits_for_it(tmp_path, few, trainers):
 
 @pytest.mark.full
 def test_a_long_build_is_no_hang_for_who_builds_and_who_waits(tmp_path, few, trainers):
-    """One of two processes reads its four documents five times, a second each; the other waits."""
+    """One of two processes reads four documents five times, one second each; the other waits."""
     command = flags(tmp_path / "run", few, **RUN | {"mesh.data": 2})
     pair = [trainers([*command, *own], program=program(SLOW)) for own in peers(2, 1)]
     assert [run.finish() for run in pair] == [DONE, DONE], pair[0].text

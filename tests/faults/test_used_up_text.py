@@ -1,4 +1,4 @@
-"""Check 17: a run whose text may be read only so often ends where the next step would need more."""
+"""Check 17: data.max_epochs ends a run before the first step that would need more text."""
 
 import signal
 
@@ -15,12 +15,12 @@ from moe_jax.parallel.distributed import DONE
 from moe_jax.train import guard
 
 MANY = 10_000
-# Nothing is due at the end of the text but for its being the end.
+# No log line, evaluation or checkpoint is due at the step where the text ends.
 RUN = OVERRIDES | {"train.steps": MANY, "train.log_every": 1000, "checkpoint.every_steps": 0}
 
 
 def steps_of(workdir, epochs: int) -> int:
-    """Whole batches in so many epochs, by the length of the text."""
+    """The number of whole batches in `epochs` epochs, from the length of the text."""
     (manifest,) = (workdir.parent / "stores").glob("*/manifest.json")
     windows = -(-(open_store(manifest.parent).train.num_tokens - 1) // 32)
     return epochs * windows // 32
@@ -46,7 +46,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
     assert [row["step"] for row in eval_rows(workdir)] == [end]
     assert check(arguments, 1)["finished"]
 
-    # ---- again: nothing is left to do
+    # ---- the same command again has nothing to do
     metrics = (workdir / "metrics.jsonl").read_bytes()
     _, lines = run(workdir, 1)
     assert (
@@ -55,7 +55,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
     )
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
 
-    # ---- with more of it: to the bits of a run that was never stopped
+    # ---- with a second epoch: bit-equal to a run that was never stopped
     _, lines = run(workdir, 2)
     assert f"resuming from step {end}" in lines
     assert "data.max_epochs was 1, is 2: same batches, another end" in lines
@@ -70,7 +70,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
 @pytest.mark.full
 @pytest.mark.parametrize("at", [4, 1])
 def test_data_left_out_by_going_back_is_used_up(tmp_path, corpus, monkeypatch, capfd, at):
-    """Bad batches in the middle, and up to the very last."""
+    """The bad batches are in the middle of the text, or reach up to its last batch."""
     asked: list[int] = []
     straight = tmp_path / "straight"
     more = RUN | {"data.max_epochs": 1, "checkpoint.every_steps": 2, "train.max_skipped": 1}

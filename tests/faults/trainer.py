@@ -1,4 +1,4 @@
-"""Trainers in processes of their own, and what the tests of faults compare afterwards."""
+"""Trainers as processes, and the comparisons of finished runs that the fault tests share."""
 
 import re
 import signal
@@ -13,8 +13,8 @@ from small_run import train_rows
 
 from moe_jax.checkpoint import Checkpoints
 
-# One layer, so that it compiles soon; noise and a bias in the router, so that there is a random
-# number and a state of the router to lose.  Nothing depends on the number of steps.
+# One layer, because it compiles fast.  The router has noise and a bias, so that a test notices a
+# lost random key or router state.  Nothing depends on train.steps.
 OVERRIDES = {
     "model.num_layers": 1,
     "model.moe.every": 1,
@@ -30,11 +30,11 @@ OVERRIDES = {
 }
 NUMBERS = ("step", "loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens")
 PARTS = ("params", "optimizer", "router")
-ENDS = 240  # seconds after which a process that should have ended is a failure
+ENDS = 240  # seconds that a process may take to end
 
 
 class Trainer:
-    """A process; `lines` is what it has said so far, standard error among it."""
+    """A process; `lines` are the lines of its stdout and stderr so far."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Trainer:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern: str) -> None:
-        """Returns once a line has said it; fails where the process ends without."""
+        """Wait for a line that matches the pattern; fail if the process ends without one."""
 
         def said() -> bool:
             return any(re.search(pattern, line) for line in self.lines)
@@ -82,13 +82,13 @@ class Trainer:
             assert said(), f"no line with {pattern!r}:\n{self.text}"
 
     def finish(self, seconds: float = ENDS) -> int:
-        """Its exit code, once it has ended and all it said is in `lines`."""
+        """Wait for the end, until all output is in `lines`; returns the exit code."""
         code = self.process.wait(seconds)
         self._reader.join()
         return code
 
     def kill(self) -> None:
-        """Whatever state it is in."""
+        """Kill the process, in whatever state it is."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.finish()
@@ -101,7 +101,7 @@ def free_port() -> int:
 
 
 def peers(count: int, devices: int) -> list[list[str]]:
-    """For each of `count` processes the flags with which they find each other."""
+    """The flags of `count` processes by which they find each other, one list per process."""
     own = [f"--devices={devices}", f"--coordinator=localhost:{free_port()}"]
     return [[*own, f"--process_count={count}", f"--process_id={i}"] for i in range(count)]
 
@@ -111,12 +111,12 @@ def checkpoints(workdir: Path) -> Checkpoints:
 
 
 def numbers(workdir: Path) -> list[list[float]]:
-    """What each step logged, speed aside."""
+    """The logged numbers of each step, without its speed."""
     return [[row[name] for name in NUMBERS] for row in train_rows(workdir)]
 
 
 def assert_same_end(workdir: Path, straight: Path, steps: int) -> None:
-    """Every number of every step, and every bit of the last state."""
+    """Assert that two runs agree in every number of every step and every bit of the last state."""
     assert numbers(workdir) == numbers(straight)
     found, expected = checkpoints(workdir), checkpoints(straight)
     assert found.verify(steps) is None

@@ -1,7 +1,11 @@
-"""A whole model beside Hugging Face transformers, weight for weight: logits, losses, gradients.
+"""A whole model against Hugging Face transformers (the peer): logits, losses and gradients.
 
-Marked lifecycle: it needs torch and transformers, which only `launch/test.sh --lifecycle` installs.
-The peer knows nothing of this framework; the few lines here that rename weights are all they share.
+Both sides get the same weights.  Marked lifecycle: it needs torch and transformers, which only
+`launch/test.sh --lifecycle` installs.  The peer shares no code with this framework except the lines
+here that rename weights.
+
+B rows, T positions, V vocabulary, D width, H heads, J key/value heads, A head size, E experts, U
+gate and up, F expert width, L layers.
 """
 
 import dataclasses
@@ -38,11 +42,11 @@ MIXTRAL = ModelConfig(
         dispatch="dropless",
         balance_weight=0.5,  # heavy enough that its gradients show
         balance_scope="global",
-        z_weight=0.0,  # which the peer has not
+        z_weight=0.0,  # the peer has no z-loss
     ),
 )
 # As many key/value heads as heads, q/k norms over all of them, weights that do not add up to 1.
-# The factor gives every expert a slot for every token: nothing is dropped.
+# The capacity factor gives every expert a slot for every token, so no assignment is dropped.
 OLMOE = dataclasses.replace(
     MIXTRAL,
     num_kv_heads=4,
@@ -58,18 +62,18 @@ OLMOE = dataclasses.replace(
 
 
 class Numbers(NamedTuple):
-    """What one side makes of a batch; gradients are of cross-entropy and balance loss together."""
+    """One side's results for a batch; gradients are those of cross-entropy plus balance loss."""
 
     logits_BTV: Any
     cross_entropy: Any
     balance_L: Any
-    gradients: dict[str, Any]  # by the peer's names
+    gradients: dict[str, Any]  # under the peer's names
 
 
 def peer_names(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A tree of our weights, or of their gradients, with the peer's names and axes."""
+    """Convert a tree of our weights, or of their gradients, to the peer's names and axes."""
 
-    def out_in(w, inputs: int):  # a matrix as torch.nn.Linear holds it
+    def out_in(w, inputs: int):  # to the layout of torch.nn.Linear
         return w.reshape(np.prod(w.shape[:inputs]), -1).T
 
     named = {
@@ -87,7 +91,7 @@ def peer_names(params: dict[str, Any]) -> dict[str, np.ndarray]:
             f"{at}.input_layernorm.weight": block["attention_norm"]["weight"],
             f"{at}.post_attention_layernorm.weight": block["ffn_norm"]["weight"],
             f"{at}.mlp.gate.weight": moe["router_kernel"].T,
-            # U, gate before up, stands before F in a row.
+            # The peer concatenates gate and up: U (gate first) is the outer axis, F the inner one.
             f"{at}.mlp.experts.gate_up_proj": moe["w_in_EDUF"]
             .reshape(*moe["w_in_EDUF"].shape[:2], -1)
             .swapaxes(1, 2),
@@ -100,9 +104,9 @@ def peer_names(params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def ours(config: ModelConfig, tokens_BT: np.ndarray) -> tuple[dict[str, np.ndarray], Numbers]:
-    """Initial weights by the peer's names, and the numbers."""
+    """Compute our results; returns the weights under the peer's names, and the results."""
     graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
-    # Away from the initial values: norms of ones would hide a norm in the wrong place.
+    # Perturb the initial weights: norm weights of 1 would hide a norm in the wrong place.
     keys = iter(jax.random.split(jax.random.key(1), 99))
     params = jax.tree.map(
         lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.to_pure_dict(state)
@@ -130,7 +134,7 @@ def ours(config: ModelConfig, tokens_BT: np.ndarray) -> tuple[dict[str, np.ndarr
 
 
 def peers(config: ModelConfig, weights: dict[str, np.ndarray], tokens_BT: np.ndarray) -> Numbers:
-    """The same of the peer, which is given our weights."""
+    """Compute the peer's results with our weights."""
     import torch
     import transformers
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -143,8 +147,8 @@ def peers(config: ModelConfig, weights: dict[str, np.ndarray], tokens_BT: np.nda
     model.load_state_dict({name: torch.tensor(w) for name, w in weights.items()}, strict=True)
     tokens = torch.tensor(tokens_BT, dtype=torch.int64)
     out = model(input_ids=tokens, labels=tokens)
-    # One layer at a time, as we take it; the peer's own loss pools the layers.  It adds over the
-    # choices of a token, where we average.
+    # One layer at a time, as in our loss; the peer's own loss pools the layers.  It sums over the K
+    # assignments of a token; ours is their mean.
     moe = config.moe
     balance = torch.stack(
         [
@@ -163,7 +167,7 @@ def peers(config: ModelConfig, weights: dict[str, np.ndarray], tokens_BT: np.nda
 
 @pytest.mark.parametrize("config", [MIXTRAL, OLMOE], ids=["mixtral", "olmoe"])
 def test_the_peers_numbers(config):
-    """In float32: both sides round about 1e-6 of a quantity's largest element."""
+    """In float32 both sides have rounding errors of about 1e-6 of a quantity's largest element."""
     tokens_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
     weights, found = ours(config, tokens_BT)
     expected = peers(config, weights, tokens_BT)
