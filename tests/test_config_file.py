@@ -76,7 +76,7 @@ FILES = {
     ),
     "options that are a number": (
         SETS.format("model.moe.options = {'gshard': 3}"),
-        r"model\.moe\.options\.gshard is 3: it holds keys of its own",
+        r"model\.moe\.options\.gshard is 3: it must be a table of knobs",
     ),
     "a weight that is a bool": (
         SETS.format("data.mixture = {'a': {'files': 'x', 'weight': True}}"),

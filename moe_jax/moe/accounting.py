@@ -1,4 +1,8 @@
-"""Counts what became of every assignment, in one place for all routers and dispatch paths."""
+"""Counts the outcome of every assignment, for all routers and dispatch paths.
+
+Axes: G routing groups, S tokens per group, K assignments per token, E experts, B rows, T positions
+per row, P position buckets, N data sources.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +18,7 @@ from moe_jax.moe.types import (
     TokenChoice,
 )
 
-POSITION_BUCKETS = 8  # equal parts of a row: late tokens that starve show in the last ones
+POSITION_BUCKETS = 8  # equal parts of a row: drops of late tokens show in the last ones
 
 
 def account(
@@ -25,12 +29,13 @@ def account(
     num_experts: int,
     context: MoEContext,
 ) -> tuple[DispatchStats, Ledger]:
-    """Totals and ledger of one layer.
+    """Count the outcomes of one layer's assignments, in total and by axis.
 
     Args:
-      choice: as the router made it; `by_token` is the same choice token by token.
-      kept_GSK: which assignments reached their expert.
-      drop_cause: the field of Fates for real, sampled assignments that did not.
+      choice: as the router made it.
+      by_token: the same choice, by token.
+      kept_GSK: True for assignments that their expert computed.
+      drop_cause: the field of Fates that counts sampled assignments of real tokens not kept.
       num_experts: E.
       context: mask, group rows and sources of the microbatch.
     """
@@ -55,10 +60,10 @@ def account(
 
 
 def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Fates:
-    """One mask [G, S, K] a fate."""
+    """One mask [G, S, K] per outcome."""
     real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
     made_GSK = jnp.ones_like(kept_GSK)
-    if isinstance(choice, ExpertChoice):  # the pairs that no expert took were never assignments
+    if isinstance(choice, ExpertChoice):  # pairs that the expert did not take are no assignments
         made_GSK = by_token.valid_GSK
     nothing = jnp.zeros_like(kept_GSK)
     fates = Fates(
@@ -74,7 +79,7 @@ def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Fates:
 def _by_expert(
     ids_GSK: Int[Array, "G S K"], fate_GSK: Bool[Array, "G S K"], num_experts: int
 ) -> Int[Array, "E"]:
-    """Comparisons and a sum, which fuse; a scatter-add would be slow on every accelerator."""
+    """Count by comparing and summing, which XLA fuses; accelerators run a scatter-add slowly."""
     hit_GSKE = (ids_GSK[..., None] == jnp.arange(num_experts)) & fate_GSK[..., None]
     return hit_GSKE.sum((0, 1, 2), dtype=jnp.int32)
 

@@ -1,4 +1,8 @@
-"""Auxiliary losses of a router: balance, z-loss, entropy.  Real tokens only, as (sum, count)."""
+"""Auxiliary losses of a router: balance, z-loss, entropy.  Real tokens only, as (sum, count).
+
+Axes: G routing groups, S tokens per group, E experts, K assignments per token, P parts inside
+which the load is balanced.  Real tokens are those that are not padding.
+"""
 
 from typing import NamedTuple
 
@@ -18,12 +22,12 @@ def balance_loss(
     scope: str,
     rows: int,
 ) -> Mean:
-    """E * sum_e f_e * P_e (Switch, arXiv 2101.03961): 1 when balanced, for any K.
+    """The balance loss E * sum_e f_e * P_e (Switch, arXiv 2101.03961): 1 when balanced, for any K.
 
-    f_e is the share of the choices in `ids_GSK` that went to expert e, P_e the mean probability;
-    both over real tokens of one routing group (`group`), one row (`row`) or the whole microbatch
-    over the whole mesh (`global`).  Groups and rows are averaged by their real tokens, which is
-    what makes the loss additive over microbatches.
+    f_e is the share of the assignments in `ids_GSK` that chose expert e, P_e its mean probability,
+    both over the real tokens of one routing group (`group`), one row (`row`) or the whole
+    microbatch on all devices (`global`).  Groups and rows are averaged with their numbers of real
+    tokens as weights, so the loss is additive over microbatches.
     """
     E, K = probs_GSE.shape[-1], ids_GSK.shape[-1]
     probs, ids, mask = by_part(scope, rows, probs_GSE, ids_GSK, mask_GS.astype(probs_GSE.dtype))
@@ -43,10 +47,11 @@ def variation_loss(
     scope: str,
     rows: int,
 ) -> Mean:
-    """1 + CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538): 1 when balanced.
+    """The loss 1 + CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538).
 
-    CV is the standard deviation over the mean of what the experts get, summed over the real
-    tokens of a part; parts are those of `balance_loss` and averaged as there.
+    It is 1 when balanced.  Importance and load are summed per expert over the real tokens of a
+    part; CV is their standard deviation over experts, divided by their mean.  The parts, and the
+    average over them, are those of `balance_loss`.
     """
     mask_GS = mask_GS.astype(importance_GSE.dtype)
     importance, load, mask = by_part(scope, rows, importance_GSE, load_GSE, mask_GS)
@@ -55,28 +60,28 @@ def variation_loss(
 
 
 def balanced_by_construction(mask_GS: Bool[Array, "G S"], dtype) -> Mean:
-    """Balance where every expert gets as many tokens whatever the router says.
+    """The balance loss of a router that always gives all experts equally many tokens: 1.
 
-    f_e = 1 / E makes E * sum_e f_e * P_e the sum of the mean probabilities: 1, without gradient.
+    With f_e = 1 / E, E * sum_e f_e * P_e is the sum of the mean probabilities: 1, without gradient.
     """
     tokens = mask_GS.sum(dtype=dtype)
     return Mean(tokens, tokens)
 
 
 def by_part(scope: str, rows: int, *arrays_GS: jax.Array) -> list[jax.Array]:
-    """[G, S, ...] -> [parts, tokens of a part, ...], the parts that `scope` balances apart."""
+    """Reshape [G, S, ...] to [parts, tokens per part, ...]; `scope` says what a part is."""
     G, S = arrays_GS[0].shape[:2]
     parts = {"group": (G, S), "row": (G * rows, S // rows), "global": (1, G * S)}[scope]
     return [a.reshape(*parts, *a.shape[2:]) for a in arrays_GS]
 
 
 def token_mean(value_P: Float[Array, "P"], tokens_P: Float[Array, "P"]) -> Mean:
-    """Mean over parts by their real tokens."""
+    """The mean over parts, weighted by their numbers of real tokens."""
     return Mean((value_P * tokens_P).sum(), tokens_P.sum())
 
 
 def _counts(ids_SK, mask_S, num_experts: int):
-    """How often each expert stands in ids_SK, weighted by mask_S; no gradient by construction."""
+    """Assignments per expert in ids_SK, weighted by mask_S; they have no gradient."""
     weights = jnp.broadcast_to(mask_S[:, None], ids_SK.shape)
     return jnp.zeros(num_experts, mask_S.dtype).at[ids_SK.reshape(-1)].add(weights.reshape(-1))
 
@@ -95,10 +100,10 @@ def router_aux(
     balance: Mean,
     mask_GS: Bool[Array, "G S"],
 ) -> RouterAux:
-    """Balance as given, with z-loss (of the logits) and entropy (of the probabilities) beside it.
+    """Add the z-loss (of the logits) and the entropy (of the probabilities) to a balance loss.
 
-    The loss is masked, not the logits: a padding token whose logits are zeroed would still cost
-    log(E)^2.
+    The mask is applied to the losses, not to the logits: a padding token with zeroed logits would
+    still add log(E)^2.
     """
     mask = mask_GS.astype(probs_GSE.dtype)
     z_GS = jax.nn.logsumexp(logits_GSE, axis=-1) ** 2
@@ -121,13 +126,13 @@ class AuxMeans(NamedTuple):
 def aux_means(aux: MoEAux, tokens: Float[Array, ""] | None = None) -> AuxMeans:
     """The auxiliary losses of one layer or of several, stacked.
 
-    Losses are taken per layer and then averaged: pooling the layers first would let opposite
-    imbalances cancel.
+    Losses are computed per layer and then averaged, because opposite imbalances of two layers
+    would cancel if their counts were added first.
 
     Args:
-      aux: of a layer, or of layers with a leading axis.
-      tokens: what the sums are divided by, where `aux` is one part of a batch; None: the tokens
-        that it counts.
+      aux: of one layer, or of layers with a leading axis.
+      tokens: the divisor of the sums if `aux` is one part of a batch; None: the tokens that `aux`
+        counts.
     """
 
     def mean(total: Mean) -> jax.Array:
@@ -138,15 +143,15 @@ def aux_means(aux: MoEAux, tokens: Float[Array, ""] | None = None) -> AuxMeans:
 
 
 def add_aux_loss(loss: jax.Array | float, means: AuxMeans, config: MoEConfig) -> jax.Array:
-    """`loss` with the auxiliary losses as `config` weighs them."""
+    """Add the auxiliary losses to `loss`, with the weights of `config`."""
     return loss + config.balance_weight * means.balance + config.z_weight * means.z
 
 
 def aux_loss(aux: MoEAux, config: MoEConfig) -> Float[Array, ""]:
-    """What a model's loss gets from its MoE layers: balance and router z-loss, weighted.
+    """The weighted balance loss and router z-loss of MoE layers, to add to a model's loss.
 
     Args:
-      aux: what a layer returned, or those of several layers stacked.
+      aux: the MoEAux of one layer, or of several layers, stacked.
       config: gives `balance_weight` and `z_weight`.
 
     Returns:

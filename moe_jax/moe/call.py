@@ -1,4 +1,7 @@
-"""What layers are called with, from a model or alone, and one sentence for what does not fit."""
+"""Builds and checks the context of MoE layers, called from a model or alone.
+
+Axes: B rows, T positions per row.
+"""
 
 import dataclasses
 import math
@@ -15,7 +18,7 @@ from moe_jax.moe.noise import row_keys
 from moe_jax.moe.types import MoEContext, Router
 from moe_jax.parallel.mesh import AXES, BATCH_AXES, check_mesh
 
-# What an argument has to hold, as JAX names it and as a sentence does.
+# Kinds of array that an argument may be: the JAX dtype, and its name in error messages.
 BOOLS, INTEGERS, FLOATS, KEYS = (
     (jnp.bool_, "bools"),
     (jnp.integer, "integers"),
@@ -26,16 +29,16 @@ BOOLS, INTEGERS, FLOATS, KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class LayerNeeds:
-    """What MoE layers that are all alike ask of a context.
+    """The requirements of equal MoE layers on a context.
 
     Attributes:
       router: of each layer.
       title: name of the router in error messages.
       num_experts: E, routed experts.
-      hidden: F, of an expert.
-      dropout: of the experts' output.
-      layers: that share the context, the leading axis of each router state; None: one layer, whose
-        state has no such axis.
+      hidden: F, hidden width of one expert.
+      dropout: rate, on the experts' output.
+      layers: number of layers that share the context, the leading axis of each router state; None:
+        one layer, whose state has no such axis.
     """
 
     router: Router
@@ -57,14 +60,14 @@ def call_context(
     mesh: Mesh | AbstractMesh | None,
     deterministic: bool,
 ) -> MoEContext:
-    """The context of layers that are called without one; see `MoE.__call__`.
+    """Build the context of layers that are called without one; see `MoE.__call__`.
 
     Args:
       like_BT: an array whose first axes are rows and tokens.
       needs: of the layers; None: a model without experts.
 
     Raises:
-      UserError: a key or state is missing, or the key is none.
+      UserError: a key or state is missing, or the key is not a PRNG key.
     """
     B, T = like_BT.shape[:2]
     if needs is not None:
@@ -77,13 +80,13 @@ def call_context(
                 f"Router {title} samples in training: pass key=, or deterministic=True."
             )
         if not deterministic and key is None and needs.dropout:
-            raise UserError("expert_dropout draws in training: pass key=, or deterministic=True.")
+            raise UserError("expert_dropout samples in training: pass key=, or deterministic=True.")
     if key is None:
         key = jax.random.key(0)
     check_array("key", key, (), KEYS)
     if mesh is None:
         around = jax.sharding.get_abstract_mesh()
-        # Inside a shard_map of the caller's its axes are spent: each device runs the layer alone.
+        # A shard_map of the caller makes its axes Manual: each device then runs the layer alone.
         free = AxisType.Manual not in around.axis_types
         mesh = around if tuple(around.axis_names) == AXES and free else None
     return MoEContext(
@@ -102,22 +105,22 @@ def check_call(
     needs: LayerNeeds | None,
     replaced: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """Raises UserError for a context that does not fit the tokens or the layers.
+    """Raise UserError if a context does not fit the tokens or the layers.
 
     Args:
       like_BT: the tokens, an array whose first axes are rows and tokens.
       context: given by the caller, or made by `call_context`.
       needs: of the layers; None: a model without experts.
-      replaced: arguments of which a given context takes the place, by name; None: not given.
+      replaced: arguments, by name, that a given context replaces; None: not given.
     """
     for name, value in replaced.items():
         if value is not None:
             raise UserError(
-                f"context= takes the place of {name}=: put it into the context, or pass no context."
+                f"context= replaces {name}=: set {name} in the context, or pass no context."
             )
     if not isinstance(context, MoEContext):
         raise UserError(
-            f"context is {_form(context)}: pass a MoEContext, or mask_BT= and others by name."
+            f"context is {_form(context)}: pass a MoEContext, or mask_BT=, key= etc. instead."
         )
     B, T = like_BT.shape[:2]
     check_array("mask_BT", context.mask_BT, (B, T), BOOLS)
@@ -132,12 +135,12 @@ def check_call(
 
 
 def check_array(name: str, value: object, shape: tuple[int, ...], kind: tuple[type, str]) -> None:
-    """Raises UserError for an argument that is no array of this shape and type.
+    """Raise UserError if an argument is not an array of this shape and kind.
 
     Args:
       name: of the argument.
-      value: it.
-      shape: that it has to have.
+      value: of the argument.
+      shape: the required shape.
       kind: BOOLS, INTEGERS, FLOATS or KEYS.
     """
     if _shape(value) != shape or not _is_kind(value, kind):
@@ -147,12 +150,12 @@ def check_array(name: str, value: object, shape: tuple[int, ...], kind: tuple[ty
 def check_tokens(
     what: str, value: object, shape: tuple[int | None, ...], kind: tuple[type, str]
 ) -> None:
-    """Raises UserError for tokens that are none: of another rank, width or type, or of no number.
+    """Raise UserError if `value` is not tokens: wrong rank, width or kind, or zero tokens.
 
     Args:
-      what: is called with them: "MoE got x".
-      value: rows and tokens first.
-      shape: None where any number will do.
+      what: the start of the message: "MoE got x".
+      value: an array whose first axes are rows and tokens.
+      shape: the required shape; None on an axis: any size.
       kind: as in `check_array`.
     """
     got = _shape(value) or ()
@@ -165,7 +168,7 @@ def check_tokens(
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
-    """None for what is no array."""
+    """The shape; None if `value` is not an array."""
     return getattr(value, "shape", None)
 
 
@@ -175,21 +178,21 @@ def _is_kind(value: object, kind: tuple[type, str]) -> bool:
 
 
 def _form(value: object) -> str:
-    """`float32[8, 12]`; of what is no array, its type."""
+    """The dtype and shape of an array, such as `float32[8, 12]`; the type of anything else."""
     shape = _shape(value)
     dtype = getattr(value, "dtype", "")
     return f"a {type(value).__name__}" if shape is None else f"{dtype}{list(shape)}"
 
 
 def _check_meshes(like_BT: jax.Array, mesh: object) -> None:
-    """The mesh of the context is one of ours; those around it have no Explicit axes."""
+    """Refuse a foreign mesh in the context, and Explicit axes on the meshes of the caller."""
     if mesh is not None:
         if not isinstance(mesh, Mesh | AbstractMesh):
-            raise UserError(f"mesh is {_form(mesh)}: pass what moe_jax.make_mesh() returns.")
+            raise UserError(f"mesh is {_form(mesh)}: pass the result of moe_jax.make_mesh().")
         check_mesh(mesh)
     places = {
-        "x lies on a mesh": jax.typeof(like_BT).sharding.mesh,
-        "jax.set_mesh was given a mesh": jax.sharding.get_abstract_mesh(),
+        "x is on a mesh": jax.typeof(like_BT).sharding.mesh,
+        "jax.set_mesh set a mesh": jax.sharding.get_abstract_mesh(),
     }
     for place, found in places.items():
         axes = zip(found.axis_names, found.axis_types, strict=True)
@@ -211,7 +214,7 @@ def _check_state(state: object, needs: LayerNeeds) -> None:
         keeps, has = (", ".join(sorted(names)) or "none" for names in (specs, state))
         hint = _state_hint(needs) if specs else "no router_state"
         raise UserError(
-            f"Router {needs.title} keeps state {keeps} and router_state holds {has}: pass {hint}."
+            f"Router {needs.title} keeps state {keeps}, but router_state has {has}: pass {hint}."
         )
     leading = () if needs.layers is None else (needs.layers,)
     for name, spec in specs.items():
@@ -224,14 +227,14 @@ def _state_hint(needs: LayerNeeds) -> str:
 
 
 def _check_split(mesh: Mesh | AbstractMesh | None, needs: LayerNeeds) -> None:
-    """The experts, and their width, are split into equal parts."""
+    """Refuse a mesh that does not split the experts, and their width, into equal parts."""
     sizes = {} if mesh is None else mesh.shape
     counts = {"expert": ("experts", needs.num_experts), "tensor": ("expert_width", needs.hidden)}
     for axis, (what, count) in counts.items():
         if count % sizes.get(axis, 1):
             raise UserError(
-                f"The mesh splits {what} ({count}) over {axis}={sizes[axis]} devices, which does "
-                f"not divide it: use a mesh of another size."
+                f"The mesh has {axis}={sizes[axis]}, which does not divide {what} ({count}): make "
+                f"the mesh with a divisor of {count}."
             )
 
 
@@ -243,16 +246,24 @@ def rows_in_group(
     num_experts: int,
     mesh: Mesh | AbstractMesh | None,
 ) -> int:
-    """Rows in a routing group of a batch of `rows` rows: `group_rows`, 0: the fewest that will do.
+    """The rows per routing group in a batch of `rows` rows.
+
+    Args:
+      rows: of the batch, on all devices.
+      length: T, tokens per row.
+      group_rows: as configured; 0: `fewest_rows`.
+      choices: K, assignments per token.
+      num_experts: E.
+      mesh: over which the batch is split; None: not split.
 
     Raises:
-      UserError: the groups do not divide the rows that a device holds.
+      UserError: the mesh does not divide the rows, or the groups the rows per device.
     """
     sizes = {} if mesh is None else mesh.shape
     shards = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:
         raise UserError(
-            f"MoE got {rows} rows for {shards} devices: pass a multiple of {shards} rows."
+            f"MoE got {rows} rows, split over {shards} devices: pass a multiple of {shards} rows."
         )
     group_rows = group_rows or fewest_rows(rows // shards, length, choices, num_experts)
     if rows // shards % group_rows:

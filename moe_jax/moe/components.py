@@ -1,4 +1,4 @@
-"""From a config to the router and the dispatch path that it names: built once, then handed on."""
+"""Builds the router and the dispatch path that a config names."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ from moe_jax.registry import build
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """The parts of a mixture's layers that a config chooses by name."""
+    """The parts of MoE layers that a config chooses by name."""
 
-    router: Router  # of `make_router`, or one that a program made
-    dispatch: Dispatch  # of `make_dispatch`, or one that a program made
+    router: Router  # from `make_router`, or the caller's own
+    dispatch: Dispatch  # from `make_dispatch`, or the caller's own
 
     def without_drops(self) -> "Components":
-        """The same router behind a dispatch path that drops nothing.
+        """The same router with a dispatch path that drops no assignment.
 
         Returns:
-          These components where the path drops nothing already.
+          Components with dropless dispatch; these components if their path drops nothing.
         """
         return dataclasses.replace(self, dispatch=Dropless()) if self.dispatch.drops else self
 
@@ -38,36 +38,37 @@ def make_components(
     """The router and the dispatch path: those given, else those that the config names.
 
     Raises:
-      UserError: an unknown name or knob, or a knob of the experts that the path does not take.
+      UserError: an unknown name or knob, or a matmul that the path does not support.
     """
     router = make_router(config) if router is None else router
     dispatch = make_dispatch(config) if dispatch is None else dispatch
     if config.matmul == "float8" and not dispatch.grouped:
         raise UserError(
-            f"model.moe.matmul float8 multiplies sorted rows, which dispatch "
-            f"{title_of(dispatch, DISPATCH, config.dispatch)} does not: use dispatch dropless."
+            f"model.moe.matmul is float8: it needs rows sorted by expert, and dispatch "
+            f"{title_of(dispatch, DISPATCH, config.dispatch)} does not sort them. "
+            f"Set model.moe.dispatch dropless."
         )
     return Components(router, dispatch)
 
 
 def title_of(component: Router | Dispatch, table: Mapping[str, type], name: str) -> str:
-    """The `name` in a config if it names `component` in `table`, else that of its class.
+    """The config's `name` of `component` if `table` maps it to that class, else the class name.
 
-    An object may have taken the place of what the config names.
+    They differ if the caller passed an object instead of using the one that the config names.
     """
     kind = type(component)
     return name if table.get(name) is kind else kind.__name__
 
 
 def make_router(config: MoEConfig) -> Router:
-    """The router that `config.router` names in ROUTERS.
+    """Build the router that `config.router` names in ROUTERS.
 
     Args:
-      config: fields that it shares with the router's dataclass fill those; the others come from
+      config: gives the fields that it shares with the router's dataclass; the others come from
         `config.options[config.router]`.
 
     Returns:
-      A frozen dataclass of its own knobs.
+      A frozen dataclass that holds the router's knobs.
 
     Raises:
       UserError: an unknown name or knob.
@@ -76,14 +77,14 @@ def make_router(config: MoEConfig) -> Router:
 
 
 def make_dispatch(config: MoEConfig) -> Dispatch:
-    """The dispatch path that `config.dispatch` names in DISPATCH.
+    """Build the dispatch path that `config.dispatch` names in DISPATCH.
 
     Args:
-      config: fields that it shares with the path's dataclass fill those; the others come from
+      config: gives the fields that it shares with the path's dataclass; the others come from
         `config.options[config.dispatch]`.
 
     Returns:
-      A frozen dataclass of its own knobs.
+      A frozen dataclass that holds the path's knobs.
 
     Raises:
       UserError: an unknown name or knob.
@@ -94,11 +95,11 @@ def make_dispatch(config: MoEConfig) -> Dispatch:
 def init_router_state(
     config: MoEConfig, layers: int | None = None, *, dtype: DTypeLike = jnp.float32
 ) -> dict[str, jax.Array]:
-    """What the config's router carries before the first step; empty for most routers.
+    """The initial state of the config's router; empty for most routers.
 
     Args:
       config: names the router.
-      layers: MoE layers, a leading axis of each array; None: one layer, without that axis.
+      layers: number of MoE layers, the leading axis of each array; None: one layer, without it.
       dtype: of the arrays.
 
     Returns:
@@ -122,19 +123,19 @@ def router_state(
 
 
 def refuse_lookahead(components: Components, config: MoEConfig) -> None:
-    """Raises UserError for routing in which later tokens decide about earlier ones.
+    """Raise UserError for routing in which later tokens affect the experts of earlier ones.
 
-    A layer alone accepts it; a next-token model would learn to read the future from it.
+    A layer alone accepts it.  A next-token model would learn to read the future from it.
     """
     router = components.router
     if not router.causal:
         raise UserError(
-            f"model.moe.router {title_of(router, ROUTERS, config.router)} lets later tokens decide "
-            f"about the experts of earlier ones, so a next-token model would see the future: use "
-            f"a router whose tokens choose for themselves, such as top_k."
+            f"model.moe.router is {title_of(router, ROUTERS, config.router)}: later tokens affect "
+            f"the experts of earlier ones, so a next-token model would see the future. Set a "
+            f"causal router, such as top_k."
         )
     if getattr(components.dispatch, "priority", config.priority) == "batch":
         raise UserError(
-            "model.moe.priority batch lets later tokens take the slots of earlier ones, so a "
-            "next-token model would see the future: use priority token."
+            "model.moe.priority is batch: later tokens can take the slots of earlier ones, so a "
+            "next-token model would see the future. Set priority token."
         )

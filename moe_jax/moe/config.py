@@ -1,4 +1,4 @@
-"""Knobs of a mixture-of-experts layer that every router and dispatch path shares."""
+"""Config of a mixture-of-experts layer: the knobs that all routers and dispatch paths share."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 PRIORITIES = ("token", "choice", "batch")
 MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 CAPACITY = Limit(
-    f"above 0 and at most {MOST_CAPACITY:g}; num_experts already drops nothing",
+    f"above 0 and at most {MOST_CAPACITY:g}; at num_experts nothing is dropped",
     lambda factor: 0 < factor <= MOST_CAPACITY,
     "set it",
 )
@@ -22,7 +22,7 @@ MATMULS = ("compute", "float8")
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Which router and dispatch path, how many experts, and what the auxiliary losses weigh.
+    """The router, dispatch path, number of experts and weights of the auxiliary losses.
 
     Raises:
       UserError: a value out of range.
@@ -35,34 +35,36 @@ class MoEConfig:
     top_k: Weights[Annotated[int, Rule("between 1 and num_experts")]] = 2
     expert_width: Weights[Annotated[int, at_least(1)]] = 1024  # F, hidden width of one expert
     router: Weights[str] = "top_k"  # which router chooses the experts of a token
-    dispatch: Training[str] = "capacity"  # how tokens reach their experts
-    # Slots of an expert in a routing group, in multiples of an even load of S * K / E assignments.
+    dispatch: Training[str] = "capacity"  # how tokens are moved to their experts
+    # Slots per expert per routing group, in multiples of a balanced load (S * K / E assignments).
     capacity_factor: Training[Annotated[float, CAPACITY]] = 1.25
     eval_capacity_factor: Run[Annotated[float, CAPACITY]] = 2.0  # the same in evaluation
-    # Who gets a slot first: token (causal) | choice (GShard, Switch) | batch (V-MoE, never causal).
+    # Which assignments get slots first: token (causal) | choice (GShard, Switch) | batch (V-MoE,
+    # never causal).
     priority: Training[Annotated[str, one_of(PRIORITIES)]] = "token"
-    # Rows in a routing group; 0: resolved from batch and mesh limits.
+    # Rows per routing group; 0: derived from the batch and the mesh.
     group_rows: Data[Annotated[int, at_least(0)]] = 0
     every: Weights[Annotated[int, at_least(1)]] = (
         1  # MoE in every n-th layer (the n-th, 2n-th, ...)
     )
-    # The first layers stay dense whatever `every` says; 0: none.
+    # Number of first layers that stay dense, whatever `every` is; 0: none.
     first_dense: Weights[Annotated[int, at_least(0)]] = 0
     # Always-on experts of expert_width, beside the routed ones; 0: none.
     shared_experts: Weights[Annotated[int, at_least(0)]] = 0
     # Weight of the balance loss; 0: off.
     balance_weight: Training[Annotated[float, at_least(0)]] = 0.01
-    # Over which tokens the load is balanced: group | row | global (a microbatch).
+    # Tokens over which the load is balanced: group | row | global (a microbatch).
     balance_scope: Training[Annotated[str, one_of(BALANCE_SCOPES)]] = "group"
     # Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off.
     z_weight: Training[Annotated[float, at_least(0)]] = 0.001
-    # Dropout of the routed experts' output, in training; 0: none.  Switch (arXiv 2101.03961) drops
-    # inside the experts; at their output the mask need not travel with the tokens.
+    # Dropout of the routed experts' output in training; 0: none.  Switch (arXiv 2101.03961) applies
+    # dropout inside the experts; on the output, no mask is sent to the experts with the tokens.
     expert_dropout: Training[Annotated[float, within("[0, 1)")]] = 0.0
-    # Of the experts: compute (the model's dtype) | float8 (dispatch dropless; ops/float8.py).
+    # Precision of the experts' matmuls: compute (the model's dtype) | float8 (dispatch dropless;
+    # ops/float8.py).
     matmul: Training[Annotated[str, one_of(MATMULS)]] = "compute"
-    freeze_router: Training[bool] = False  # the router's parameters and state stay as they are
-    # Name of a router or dispatch path -> the knobs that belong to it alone.
+    freeze_router: Training[bool] = False  # do not train the router's parameters and state
+    # Name of a router or dispatch path -> the knobs that only it has.
     options: Training[Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -74,4 +76,7 @@ class MoEConfig:
             )
         for name, knobs in self.options.items():
             if not isinstance(knobs, Mapping):
-                raise UserError(f"model.moe.options.{name} is {knobs!r}: it holds keys of its own.")
+                raise UserError(
+                    f"model.moe.options.{name} is {knobs!r}: it must be a table of knobs. "
+                    f"Set model.moe.options.{name}.KNOB."
+                )

@@ -1,4 +1,8 @@
-"""The experts: weights of all of them and two pure functions, batched and grouped."""
+"""The experts: their weights and two pure functions, batched and grouped.
+
+Axes: E experts, N rows of one expert (batched) or of all (grouped), D model width, F hidden width,
+U matrices of the first layer: 2 for a gated activation (gate first, then up), else 1.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,18 +22,18 @@ from moe_jax.ops.mosaic import choose
 
 
 class _Matmul(NamedTuple):
-    """What multiplies consecutive rows, and whether the activation between is to be a kernel.
+    """A grouped matmul, and whether the activation between two of them may be a Pallas kernel.
 
-    Products in float8 leave their scales to whatever reads them: where that is a kernel, XLA writes
-    scaled copies for it (about 21 of 471 ms of bench_mixtral_2b at 16 rows, where two kernels of
-    XLA's own instead of one cost about 8).
+    XLA fuses the float8 output scaling into the next op.  It cannot fuse into a Pallas kernel, so
+    it would write a scaled copy (about 21 of 471 ms of bench_mixtral_2b at 16 rows; the activation
+    as two XLA kernels instead of one costs about 8).
     """
 
     multiply: Callable[..., jax.Array]
     kernel: bool
 
 
-# by model.moe.matmul
+# model.moe.matmul -> its grouped matmul
 _MATMUL = {
     "compute": _Matmul(grouped_matmul, kernel=True),
     "float8": _Matmul(float8_grouped_matmul, kernel=False),
@@ -38,10 +42,10 @@ _MATMUL = {
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Two-layer experts; U is 2 for a gated activation (gate first, then up) and 1 without.
+    """Two-layer experts.
 
-    Gate and up share one matrix product.  U stands beside F, not inside it, so that a tensor
-    shard holds the same part of both.
+    Gate and up share one matmul.  U is an axis of its own, not part of F, so that a tensor shard
+    holds the same columns of both.
     """
 
     w_in_EDUF: Float[Array, "E D U F"]
@@ -51,11 +55,11 @@ class Experts:
 
     @property
     def num_experts(self) -> int:
-        """E of these weights; inside shard_map the local experts."""
+        """The number of experts in these weights; inside shard_map, of this shard."""
         return self.w_in_EDUF.shape[0]
 
     def border_specs(self) -> "Experts":
-        """PartitionSpecs at the border of a dispatch region: split over expert and tensor only."""
+        """The PartitionSpecs at the border of a dispatch region, over expert and tensor only."""
         return Experts(
             w_in_EDUF=P("expert", None, None, "tensor"),  # pyright: ignore[reportArgumentType]
             w_out_EFD=P("expert", "tensor", None),  # pyright: ignore[reportArgumentType]
@@ -64,7 +68,7 @@ class Experts:
         )
 
     def packs(self, rows: int) -> bool:
-        """Whether `grouped` has kernels here that multiply so many rows as fast as `batched`."""
+        """True if the grouped-matmul kernel supports `rows` rows of this shape on this device."""
         E, D, U, F = self.w_in_EDUF.shape
         dtype = self.w_in_EDUF.dtype
         shapes = (D, (E, D, U * F)), (F, self.w_out_EFD.shape)
@@ -78,7 +82,7 @@ class Experts:
     def batched(
         self, x_END: Float[Array, "E N D"], weights_EN: Float[Array, "E N"] | None = None
     ) -> Float[Array, "E N D"]:
-        """Expert e on the rows x_END[e], times the rows' weights."""
+        """Apply expert e to the rows x_END[e], and multiply by the rows' weights."""
         with jax.named_scope("experts"):
             return self._batched(x_END, weights_EN)
 
@@ -95,9 +99,9 @@ class Experts:
         sizes_E: Int[Array, "E"],
         weights_N: Float[Array, "N"] | None = None,
     ) -> Float[Array, "N D"]:
-        """Expert e on its sizes_E[e] consecutive rows, times their weights.
+        """Apply expert e to its sizes_E[e] consecutive rows, and multiply by the rows' weights.
 
-        Rows past the sum of the sizes are unspecified.
+        Rows >= the sum of the sizes are padding: their outputs are unspecified.
         """
         with jax.named_scope("experts"):
             return self._grouped(x_ND, sizes_E, weights_N)
@@ -111,7 +115,7 @@ class Experts:
         return multiply(a_NF, self.w_out_EFD, sizes_E)
 
     def _hidden(self, h, weights, used=None):
-        """What the second matmul reads; weights taken here are not needed after it."""
+        """The input of the second matmul, already multiplied by the rows' weights."""
         if weights is None:
             return activate(self.activation, h)
         return weighted_activate(self.activation, h, weights, used, _MATMUL[self.matmul].kernel)

@@ -1,17 +1,17 @@
-"""How many rows a routing group holds."""
+"""Chooses the number of rows per routing group."""
 
 import math
 
-TOKENS_PER_EXPERT = 64  # of a routing group, on average: fewer make the drop rate jump
+TOKENS_PER_EXPERT = 64  # per routing group, on average: with fewer, the drop rate jumps
 
 
 def fewest_rows(rows: int, length: int, choices: int, num_experts: int) -> int:
-    """The fewest rows that divide `rows` and give TOKENS_PER_EXPERT on average, else all of them.
+    """The smallest divisor of `rows` that gives TOKENS_PER_EXPERT on average; else `rows`.
 
     Args:
-      rows: that one device holds.
-      length: tokens of a row.
-      choices: K.
+      rows: held by one device.
+      length: T, tokens per row.
+      choices: K, assignments per token.
       num_experts: E.
     """
     small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]

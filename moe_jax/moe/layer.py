@@ -1,4 +1,8 @@
-"""The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path."""
+"""The mixture-of-experts layer: owns the parameters, calls the router and the dispatch path.
+
+Axes: B rows, T positions per row, D width, G routing groups, R rows per group, S = R*T tokens per
+group, K assignments per token, E experts, F hidden width, U matrices of an expert's first layer.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -44,17 +48,17 @@ class MoE(nnx.Module):
     """E routed experts, and optionally always-on shared ones, in place of a dense FFN.
 
     Args:
-      config: experts, K, router and dispatch path with their knobs; the weights of the auxiliary
-        losses are `aux_loss`'s.
+      config: experts, K, router and dispatch path with their knobs; `aux_loss`, not the layer,
+        applies the weights of the auxiliary losses.
       width: D, of the tokens.
       activation: of the experts: swiglu or gelu.
       depth: layers of the model, for the 1 / sqrt(2 depth) in the initial output projection.
-      router, dispatch: objects in place of those that `config` names; None: those.
+      router, dispatch: objects to use instead of those that `config` names; None: use those.
       dtype: of the computation; parameters are float32 or wider.
-      rngs: gives the initial values (stream `params`).
+      rngs: draws the initial values (stream `params`).
 
     Attributes:
-      deterministic: whether a call without a context is an evaluation; `model.eval()` sets it.
+      deterministic: True: a call without a context is an evaluation; `model.eval()` sets it.
 
     Raises:
       UserError: a router, dispatch path or knob that does not exist.
@@ -93,13 +97,13 @@ class MoE(nnx.Module):
             )
             setattr(self, f"router_{name}", leaf)
             self.router_names.append(name)
-        # Fan-in is one expert's: the stack of E is not an input dimension.
+        # The fan-in is that of one expert: the axis E is not an input dimension.
         into = ("experts", "expert_embed", "expert_matrices", "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
         expert = functools.partial(param, rngs, dtype=own, group="experts", narrow=True)
         self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D))
         self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth))
-        # Assigned once: NNX takes an attribute that was None for one without parameters.
+        # Assigned only once: NNX takes an attribute that was ever None for one without parameters.
         self.shared = (
             DenseFFN(
                 width,
@@ -125,27 +129,27 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
         deterministic: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
-        """Output of the experts for every token, and what happened.
+        """Route every token through its experts.
 
         Args:
           x_BTD: rows of T tokens of width D.
-          context: what the layers of a model share, in place of all other arguments; None: alone.
-          mask_BT: real tokens; None: all.  Routed experts give padding zero.
+          context: inputs shared by the layers of a model, instead of all other arguments; None:
+            the layer is called alone, with those arguments.
+          mask_BT: True for real tokens; None: all.  The routed experts' output for padding is 0.
           token_ids_BT: for routers that read them (hash); None: all 0.
-          key: PRNG key, for routers that sample and for dropout in training; None: where nothing
-            is drawn.
-          router_state: of this layer (`init_router_state(config)`); None: for routers that keep
-            none.
-          mesh: of `make_mesh`; None: that of `jax.set_mesh` if it has the same four axes, else the
-            layer is left to XLA, which splits it with the caller's model (no expert parallelism).
-          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
-            module's own.
+          key: PRNG key, for routers that sample and for dropout in training; None: if nothing is
+            sampled.
+          router_state: of this layer (`init_router_state(config)`); None: if the router keeps none.
+          mesh: from `make_mesh`; None: that of `jax.set_mesh` if it has the same four axes, else
+            XLA partitions the layer with the caller's model (no expert parallelism).
+          deterministic: True: evaluation, without noise and dropout, with `eval_capacity_factor`;
+            None: the module's attribute.
 
         Returns:
           y_BTD, and MoEAux: losses (see `aux_loss`), counts and the load of every expert.
 
         Raises:
-          UserError: a shape, mesh, key or state that does not fit, and what to pass instead.
+          UserError: a shape, mesh, key or state that does not fit; it says what to pass.
         """
         check_tokens("MoE got x", x_BTD, (None, None, self.w_in_EDUF.shape[1]), FLOATS)
         needs, replaced = self.needs(), {}
@@ -176,10 +180,10 @@ class MoE(nnx.Module):
         """The requirements of this layer on a context.
 
         Args:
-          layers: layers like it that share the context; None: it is alone.
+          layers: number of equal layers that share the context; None: the layer is called alone.
 
         Returns:
-          Router, sizes and dropout, against which `check_call` holds a context.
+          Router, sizes and dropout, which `check_call` compares with a context.
         """
         E, F = self.w_out_EFD.shape[:2]
         return LayerNeeds(self.router, self.router_title, E, F, self.expert_dropout, layers)
@@ -229,7 +233,7 @@ class MoE(nnx.Module):
 
 
 def _dropout(y_GSD: jax.Array, keys_GR: jax.Array, rate: float) -> jax.Array:
-    """Each number is zero with probability `rate`, and larger by 1 / (1 - rate) otherwise."""
+    """Set each number to zero with probability `rate`; multiply the others by 1 / (1 - rate)."""
     positions = y_GSD.shape[1] // keys_GR.shape[1]
     noise_GSD = row_uniform(keys_GR, EXPERT_DROPOUT, (positions, y_GSD.shape[2]), jnp.float32)
     return jnp.where(noise_GSD < rate, 0, y_GSD / (1 - rate)).astype(y_GSD.dtype)

@@ -1,4 +1,8 @@
-"""A router by itself: what it chooses for some tokens, without experts."""
+"""Runs a router alone, without experts, to study the assignments that it makes.
+
+Axes: B rows, T positions per row, D width, G routing groups, S tokens per group, K assignments per
+token, E experts.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +20,14 @@ from moe_jax.moe.types import Choice, Dispatch, Router, RouterAux, RouterIn, tok
 
 @dataclasses.dataclass(frozen=True)
 class RouterStudy:
-    """One route.
+    """The result of `study_router`: one batch of tokens, routed once.
 
     Attributes:
       choice: the experts of every token, or the tokens of every expert.
       aux: balance loss, z-loss and entropy; `.value()` of each is its mean.
-      params, state: with which it was made.
-      load_E: sampled assignments of each expert, before any drop.
-      rows: in a routing group.
+      params, state: the router's, with which the choice was made.
+      load_E: sampled assignments per expert, before any drop.
+      rows: per routing group.
     """
 
     choice: Choice
@@ -34,14 +38,14 @@ class RouterStudy:
     rows: int
 
     def drop_fraction(self, dispatch: Dispatch, *, train: bool = True) -> Float[Array, ""]:
-        """Share of the sampled assignments that do not reach their expert.
+        """The share of sampled assignments that a dispatch path drops.
 
         Args:
-          dispatch: of `make_dispatch`.
-          train: True: the capacity of training.  False: that of evaluation.
+          dispatch: from `make_dispatch`, or your own.
+          train: True: with the capacity of training.  False: with that of evaluation.
 
         Returns:
-          A scalar from 0 to 1; 0 where nothing is dropped.
+          A scalar from 0 (nothing is dropped) to 1.
         """
         E = self.load_E.shape[0]
         tokens = self.choice[0].shape[1]
@@ -65,19 +69,18 @@ def study_router(
     group_rows: int = 1,
     deterministic: bool = True,
 ) -> RouterStudy:
-    """Routes tokens once.
+    """Route tokens once, without experts.
 
     Args:
-      router: of `make_router`, or one of your own.
-      x_BTD: rows of T tokens of width D; all are real.
-      num_experts: E; None: that of the config from which `make_router` made the router, or of
-        `params`.
+      router: from `make_router`, or your own.
+      x_BTD: rows of T tokens of width D, none of them padding.
+      num_experts: E; None: the number in the config that `make_router` used, or in `params`.
       params: of the router, by name; None: drawn from its `ParamSpec`s.
-      state: of the router; None: what it starts from.
+      state: of the router; None: its initial state.
       token_ids_BT: for routers that read them (hash); None: all 0.
-      key: PRNG key of the parameters and of the router's noise; None: key 0.
-      group_rows: rows in a routing group.
-      deterministic: no noise.
+      key: PRNG key of the parameters and of the router's noise; None: `jax.random.key(0)`.
+      group_rows: rows per routing group.
+      deterministic: True: without noise, as in evaluation.
 
     Returns:
       The choice, its losses, and the load of every expert.
@@ -90,8 +93,8 @@ def study_router(
     B, T, D = x_BTD.shape
     if group_rows < 1 or B % group_rows:
         raise UserError(
-            f"study_router got {B} rows, which group_rows ({group_rows}) does not divide: pass a "
-            f"multiple of it."
+            f"study_router got {B} rows, which group_rows ({group_rows}) does not divide: pass "
+            f"group_rows= a divisor of {B}."
         )
     E = _num_experts(router, D, num_experts, params)
     key = jax.random.key(0) if key is None else key
@@ -108,7 +111,9 @@ def study_router(
     for what, given, wanted in (("params", params, specs), ("state", state, states)):
         if given.keys() != wanted.keys():
             names = ", ".join(sorted(wanted)) or "nothing"
-            raise UserError(f"study_router got {what} {sorted(given)}: pass {names}, or leave it.")
+            raise UserError(
+                f"study_router got {what} {sorted(given)}: pass {names}, or leave {what}= out."
+            )
         for name, spec in wanted.items():
             check_array(f"{what}[{name!r}]", given[name], spec.shape, FLOATS)
     G, S = B // group_rows, group_rows * T
@@ -131,7 +136,7 @@ def study_router(
 def _num_experts(
     router: Router, width: int, num_experts: int | None, params: Mapping[str, jax.Array] | None
 ) -> int:
-    """E, on which all that say it agree."""
+    """E, from the argument, the router and the parameters, which must agree."""
     said = {"num_experts": num_experts, "the router": getattr(router, "num_experts", None)}
     for name, spec in router.param_specs(width, 1).items():
         if params and name in params:
@@ -142,9 +147,9 @@ def _num_experts(
     if not known:
         raise UserError(
             f"study_router does not know how many experts {type(router).__name__} chooses from: "
-            f"pass num_experts=, or a router of make_router(config)."
+            f"pass num_experts=, or a router from make_router(config)."
         )
     if len(set(known.values())) > 1:
-        counts = " and ".join(f"{count} of {who}" for who, count in known.items())
-        raise UserError(f"study_router got several numbers of experts ({counts}): pass one.")
+        counts = " and ".join(f"{count} from {who}" for who, count in known.items())
+        raise UserError(f"study_router got different numbers of experts ({counts}): pass one.")
     return next(iter(known.values()))

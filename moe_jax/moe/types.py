@@ -1,7 +1,8 @@
-"""What routers and dispatch paths hand to each other.
+"""The protocols of routers and dispatch paths, and the types that they exchange.
 
-Axes: G routing groups, R rows in a group, T positions in a row, S = R*T tokens in a group (row
-after row), E experts, K choices a token, D model width.
+Axes: B rows, T positions per row, G routing groups, R rows per group, S = R*T tokens per group (row
+after row), E experts, K assignments per token, C slots per expert per group, D model width, L MoE
+layers.  Real tokens are those that are not padding.
 """
 
 import dataclasses
@@ -19,45 +20,45 @@ from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
 class Mean(NamedTuple):
     """A mean kept as (sum, count), so that microbatches add both and divide once."""
 
-    sum: Float[Array, "..."]  # over what was counted
-    count: Float[Array, "..."]  # of tokens, 0 or more
+    sum: Float[Array, "..."]  # over the counted tokens
+    count: Float[Array, "..."]  # number of tokens, 0 or more
 
     def value(self) -> Float[Array, "..."]:
         """The mean.
 
         Returns:
-          sum / count; 0 where nothing was counted.
+          sum / count; 0 if the count is 0.
         """
         return self.sum / jnp.maximum(self.count, 1)
 
 
 class TokenChoice(NamedTuple):
-    """The experts of each token.  GShard samples the second of them, so a choice may be invalid."""
+    """The experts of each token; GShard samples the second, so an assignment may be unsampled."""
 
     ids_GSK: Int[Array, "G S K"]  # experts, 0 to E - 1
-    weights_GSK: Float[Array, "G S K"]  # by which their outputs are added up
-    valid_GSK: Bool[Array, "G S K"]  # False: not sampled, counted as `unsampled`
+    weights_GSK: Float[Array, "G S K"]  # of the experts' outputs in the token's sum
+    valid_GSK: Bool[Array, "G S K"]  # False: unsampled
 
 
 class ExpertChoice(NamedTuple):
     """The tokens of each expert: slot c of expert e holds token ids_GEC of its group.
 
-    A slot that points at a padding token stays empty.
+    A slot whose token is padding stays empty.
 
     Reference: Zhou et al., arXiv 2202.09368.
     """
 
     ids_GEC: Int[Array, "G E C"]  # tokens of the group, 0 to S - 1
-    weights_GEC: Float[Array, "G E C"]  # by which the expert's outputs are added up
+    weights_GEC: Float[Array, "G E C"]  # of the expert's outputs in the tokens' sums
 
     def by_token(self, tokens: int) -> TokenChoice:
-        """The same pairs with K = E: token s made choice e where expert e took it.
+        """Convert to a TokenChoice with K = E: assignment e of a token is to expert e.
 
         Args:
-          tokens: S, tokens in a group.
+          tokens: S, tokens per group.
 
         Returns:
-          Arrays [G, S, E]; a choice is valid where the expert took the token.
+          Arrays [G, S, E]; an assignment is valid if the expert took the token.
         """
         E = self.ids_GEC.shape[1]
         expert_E1 = jnp.arange(E)[:, None]
@@ -75,25 +76,25 @@ class ExpertChoice(NamedTuple):
 class RouterAux(NamedTuple):
     """A router's losses and statistics over real tokens, unweighted."""
 
-    balance: Mean  # 1 when balanced, whatever the router
+    balance: Mean  # balance loss: 1 when balanced, for every router
     z: Mean  # mean squared logsumexp (ST-MoE, arXiv 2202.08906)
-    entropy: Mean  # nats, of each token's distribution over experts
+    entropy: Mean  # of each token's distribution over experts, in nats
 
 
 class Fates(NamedTuple):
-    """What became of assignments; each one is in exactly one field.
+    """The outcomes of assignments, as masks or counts; each assignment has exactly one outcome.
 
-    Arrays of one shape: of JAX, or of NumPy once they were read.
+    The fields have the same shape: JAX arrays, or NumPy arrays after they were read from a device.
     """
 
-    kept: Any  # the assignment reached its expert
-    dropped_capacity: Any  # the expert's slots in the group were taken
-    dropped_buffer: Any  # a smaller receive buffer overflowed (dropless)
-    unsampled: Any  # the router did not sample this choice
+    kept: Any  # computed by its expert
+    dropped_capacity: Any  # dropped: all slots of the expert in the group were taken
+    dropped_buffer: Any  # dropped: a bounded receive buffer overflowed (dropless)
+    unsampled: Any  # the router drew not to make the assignment
     padding: Any  # the token is padding
 
     def total(self) -> Any:
-        """The assignments in all fields.
+        """The number of assignments in all fields.
 
         Returns:
           Counts of the fields' shape.
@@ -101,7 +102,7 @@ class Fates(NamedTuple):
         return self.wanted() + self.unsampled + self.padding
 
     def wanted(self) -> Any:
-        """Sampled choices of real tokens, kept or dropped.
+        """The number of sampled assignments of real tokens, kept or dropped.
 
         Returns:
           Counts of the fields' shape.
@@ -110,22 +111,22 @@ class Fates(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """int32 counts of fates along three axes; each adds up to the same assignments."""
+    """Counts of outcomes (int32) along three axes, each over the same assignments."""
 
-    expert: Fates  # [*layers, E], the expert chosen (for a padding token too)
-    position: Fates  # [*layers, POSITION_BUCKETS], the token's place in its row
-    source: Fates  # [*layers, sources] of the data
+    expert: Fates  # [*layers, E], by the expert chosen (by padding tokens, too)
+    position: Fates  # [*layers, POSITION_BUCKETS], by the token's position in its row
+    source: Fates  # [*layers, sources], by data source
 
 
 class DispatchStats(NamedTuple):
-    """What became of every assignment (int32 counts); `conserved` holds in every step."""
+    """The outcomes of all assignments (int32 counts); `conserved` holds in every step."""
 
-    assignments: Int[Array, "*layers"]  # from the choice's shape, not from what was counted
+    assignments: Int[Array, "*layers"]  # from the choice's shape, independent of the counts
     fates: Fates  # [*layers], summed over experts
-    lost_tokens: Int[Array, "*layers"]  # real tokens left with no expert at all
+    lost_tokens: Int[Array, "*layers"]  # real tokens without a kept assignment
 
     def conserved(self) -> Any:
-        """True where every assignment is accounted for exactly once.
+        """True if every assignment is counted exactly once.
 
         Returns:
           bool [*layers].
@@ -142,69 +143,69 @@ class MoEAux(NamedTuple):
 
     @property
     def load_E(self) -> Any:
-        """Sampled assignments of real tokens an expert, before any drop: [*layers, E]."""
+        """Sampled assignments of real tokens per expert, before any drop: [*layers, E]."""
         return self.ledger.expert.wanted()
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterIn:
-    """The tokens of one MoE layer in their routing groups, as a router takes them."""
+    """The inputs of a router: the tokens of one MoE layer in their routing groups."""
 
     x_GSD: Float[Array, "G S D"]  # tokens of width D, in the compute dtype
     token_ids_GS: Int[Array, "G S"]  # vocabulary ids, for routers that read them
-    mask_GS: Bool[Array, "G S"]  # real tokens
+    mask_GS: Bool[Array, "G S"]  # True for real tokens, False for padding
     keys_GR: jax.Array  # a typed PRNG key per row, so that noise does not depend on the mesh
     train: bool  # False: no noise
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter that a router asks the MoE module to own."""
+    """A parameter that a router needs and the MoE module creates and owns."""
 
     shape: tuple[int, ...]  # sizes of its axes
-    logical_axes: tuple[str | None, ...]  # names of parallel/rules.py; None: not split
-    std: float  # of the truncated normal that it starts from
+    logical_axes: tuple[str | None, ...]  # names in parallel/rules.py; None: not split
+    std: float  # of the truncated normal from which its initial value is drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """Float32 router state of one layer."""
+    """An array of router state of one layer, in float32."""
 
     shape: tuple[int, ...]  # sizes of its axes
-    initial: float = 0.0  # the value it starts from, 0 for a bias
+    initial: float = 0.0  # initial value of each element, 0 for a bias
 
 
 Choice = TokenChoice | ExpertChoice
 
 
 def token_choice(choice: Choice, tokens: int) -> tuple[TokenChoice, int | None]:
-    """The choice as dispatch paths take it, and the slots an expert fills where it chose itself."""
+    """The choice by token, as dispatch paths take it, and C if experts chose (None: tokens did)."""
     if isinstance(choice, ExpertChoice):
         return choice.by_token(tokens), choice.ids_GEC.shape[2]
     return choice, None
 
 
-@runtime_checkable  # so that signatures can be checked in tests
+@runtime_checkable  # so that tests can check signatures
 class Router(Protocol):
-    """Frozen dataclass of its own knobs; owns no parameters, no state and no transport."""
+    """A frozen dataclass of a router's knobs; it owns no parameters, no state and no buffers."""
 
     @property
     def choices(self) -> int:
-        """K, the choices a token makes (on average, where experts choose)."""
+        """K, assignments per token (on average, if experts choose tokens)."""
         ...
 
     @property
     def causal(self) -> bool:
-        """Whether a token's experts depend on no later token."""
+        """True if no later token affects a token's experts."""
         ...
 
     @property
     def random(self) -> bool:
-        """Whether it draws from `RouterIn.keys_GR` in training."""
+        """True if it draws from `RouterIn.keys_GR` in training."""
         ...
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
-        """Parameters that one layer needs.
+        """The parameters that one layer needs.
 
         Args:
           width: D, of the tokens.
@@ -216,7 +217,7 @@ class Router(Protocol):
         ...
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
-        """State that one layer carries from step to step beside parameters.
+        """The state, besides parameters, that one layer carries from step to step.
 
         Args:
           num_experts: E, routed experts.
@@ -232,7 +233,7 @@ class Router(Protocol):
         params: Mapping[str, jax.Array],
         state: Mapping[str, jax.Array],
     ) -> tuple[Choice, RouterAux]:
-        """Choose experts for every token, padding included (dispatch ignores it).
+        """Choose experts for every token, also for padding (dispatch ignores those).
 
         Args:
           inputs: tokens, mask and keys of one layer.
@@ -247,11 +248,12 @@ class Router(Protocol):
     def next_state(
         self, state: Mapping[str, jax.Array], load_LE: Int[Array, "L E"]
     ) -> dict[str, jax.Array]:
-        """State after a step.
+        """The state after a step.
 
         Args:
-          state: arrays by the names of `state_specs`, with a leading axis over L layers.
-          load_LE: sampled assignments per expert in the whole batch: all microbatches and devices.
+          state: arrays by the names of `state_specs`, with a leading axis of L layers.
+          load_LE: sampled assignments per expert in the global batch (all microbatches and
+            devices).
 
         Returns:
           The new state, of the same shapes.
@@ -261,41 +263,41 @@ class Router(Protocol):
 
 @runtime_checkable
 class Dispatch(Protocol):
-    """Frozen dataclass of its own knobs; owns no parameters.
+    """A frozen dataclass of a dispatch path's knobs; it owns no parameters.
 
-    It answers for itself: what others have to know of a path (the planner, the held-out
-    evaluation, the start-up log) they ask it, and never compare its name.
+    The planner, the held-out evaluation and the start-up log ask a path for its properties; they
+    never compare its name.
 
-    Dispatch and combine are one call because the combine weights enter between them: the experts
-    take each row's weight before their second matmul (`weighs_hidden`), so that what they make is
-    in no derivative.
+    Dispatch and combine are one call because the combine weights are applied between them: the
+    experts multiply each row by its weight before their second matmul (`weighs_hidden`), so the
+    backward pass does not need the experts' outputs.
     """
 
     @property
     def drop_cause(self) -> str:
-        """The field of Fates that counts what it drops."""
+        """The field of Fates that counts the assignments it drops."""
         ...
 
     @property
     def drops(self) -> bool:
-        """Whether a sampled choice of a real token may not reach its expert."""
+        """True if a sampled assignment of a real token can be dropped."""
         ...
 
     @property
     def grouped(self) -> bool:
-        """Whether the experts multiply rows sorted by expert, without slots (`Experts.grouped`)."""
+        """True if the experts multiply rows sorted by expert, not slots (`Experts.grouped`)."""
         ...
 
     @property
     def weighs_hidden(self) -> bool:
-        """Whether the experts take the rows' weights before their second matmul.
+        """True if the experts apply the rows' weights before their second matmul.
 
-        Otherwise the combine weighs what they make, which the backward pass then needs.
+        If False, the combine applies them, and the backward pass needs the experts' outputs.
         """
         ...
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """The knob by which a later token may evict an earlier one.
+        """The knob that lets a later token evict an earlier one.
 
         Args:
           sizes: of one layer in a microbatch.
@@ -306,13 +308,13 @@ class Dispatch(Protocol):
         ...
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
-        """Rows of the buffer in which the experts of one device find their tokens, in training.
+        """The rows in one device's expert input buffer in training.
 
         Args:
           sizes: of one layer in a microbatch.
 
         Returns:
-          A number of rows of width D.
+          The number of rows of width D.
         """
         ...
 
@@ -328,53 +330,56 @@ class Dispatch(Protocol):
         ...
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int | None:
-        """Slots that an expert has in a routing group.
+        """The capacity: slots per expert per routing group.
 
         Args:
-          tokens: S, tokens in the group.
-          choices: K, choices per token.
+          tokens: S, tokens per group.
+          choices: K, assignments per token.
           num_experts: E, of all shards.
-          train: the capacity factor is that of training, not of evaluation.
+          train: True: with the capacity factor of training; False: with that of evaluation.
 
         Returns:
-          C; None: nothing is bounded per expert.
+          C; None: the path has no capacity.
         """
         ...
 
     def __call__(
         self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
-        """Send tokens to their experts and add up what these make of them.
+        """Dispatch tokens to their experts, run the experts, and combine their outputs.
 
         Args:
           x_GSD: tokens of width D.
-          choice: experts and weights of each token (K = E where experts choose).
-          experts: the weights of those that this device holds, or of all.
+          choice: experts and weights of each token (K = E if experts choose tokens).
+          experts: weights of the experts that this device holds, or of all experts.
           inputs: mask, mesh and mode.
 
         Returns:
-          y_GSD, the sum over a token's kept choices of weight * expert(x), and kept_GSK (bool),
-          the assignments that reached their expert.
+          y_GSD, the sum over a token's kept assignments of weight * expert(x); and kept_GSK, True
+          for kept assignments.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEContext:
-    """What every MoE layer of a forward pass shares; a pytree (mesh, rows, train are static)."""
+    """The inputs that all MoE layers of a forward pass share: a pytree.
 
-    token_ids_BT: Int[Array, "B T"]  # below the vocabulary's size
-    mask_BT: Bool[Array, "B T"]  # real tokens
+    The mesh, `group_rows`, `train` and `num_sources` are static.
+    """
+
+    token_ids_BT: Int[Array, "B T"]  # smaller than the vocabulary size
+    mask_BT: Bool[Array, "B T"]  # True for real tokens, False for padding
     row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
     mesh: (
         Mesh | AbstractMesh | None
     )  # with the axes of parallel/mesh.py; None: XLA splits the layer
-    train: bool  # capacity, noise and dropout are those of training
-    group_rows: int = 0  # rows in a routing group; 0: those of the layer's own config
-    # Name -> [MoE layers, ...]; inside a layer without that axis.  Empty: the router keeps none.
+    train: bool  # True: capacity, noise and dropout of training; False: of evaluation
+    group_rows: int = 0  # rows per routing group; 0: as in the layer's config
+    # Name -> [MoE layers, ...]; in a single layer without that axis.  Empty: the router keeps none.
     router_state: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-    sources_BT: Int[Array, "B T"] | None = None  # of the data, below num_sources; None: all 0
-    num_sources: int = 1  # of the data, for the ledger
+    sources_BT: Int[Array, "B T"] | None = None  # data source, below num_sources; None: all 0
+    num_sources: int = 1  # number of data sources, for the ledger
 
 
 jax.tree_util.register_dataclass(

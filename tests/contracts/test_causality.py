@@ -134,7 +134,7 @@ def test_the_whole_model_with_choice_priority_is_not(mesh_of):
 
 
 def test_the_whole_model_with_batch_priority_is_refused(mesh_of):
-    with pytest.raises(UserError, match="see the future: use priority token"):
+    with pytest.raises(UserError, match="Set priority token"):
         whole_model(config("capacity", "batch"), mesh_of())
 
 

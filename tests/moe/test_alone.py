@@ -105,13 +105,13 @@ def test_mistakes_are_one_sentence(x_BTD, mesh_of):
         layer()(x_BTD, mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)))
     with pytest.raises(UserError, match=r"sigmoid_bias keeps state: pass router_state="):
         layer(router="sigmoid_bias")(x_BTD)
-    with pytest.raises(UserError, match="expert_dropout draws in training"):
+    with pytest.raises(UserError, match="expert_dropout samples in training"):
         layer(expert_dropout=0.1)(x_BTD)
     with pytest.raises(UserError, match="8 devices: pass a multiple of 8 rows"):
         layer()(x_BTD[:6], mesh=mesh_of(data=8))
-    with pytest.raises(UserError, match=r"splits experts \(6\) over expert=4 devices"):
+    with pytest.raises(UserError, match=r"expert=4, which does not divide experts \(6\)"):
         layer(num_experts=6)(x_BTD, mesh=mesh_of(expert=4))
-    with pytest.raises(UserError, match=r"splits expert_width \(9\) over tensor=2 devices"):
+    with pytest.raises(UserError, match=r"tensor=2, which does not divide expert_width \(9\)"):
         layer(expert_width=9)(x_BTD, mesh=mesh_of(tensor=2))
     with pytest.raises(UserError, match="activation 'relu6' is unknown"):
         moe_jax.MoE(config(), WIDTH, activation="relu6", rngs=nnx.Rngs(0))
@@ -141,15 +141,18 @@ BAD_ARGUMENTS = [
     (lambda: {"token_ids_BT": jnp.ones((8, 1), int)}, r"token_ids_BT is int32\[8, 1\]"),
     (lambda: {"key": jax.random.PRNGKey(0)}, "pass keys of jax.random.key"),
     (lambda: {"key": jax.random.split(KEY, 8)}, r"key is key<fry>\[8\]: .* shape \[\]"),
-    (lambda: {"router_state": {"bias": jnp.ones(8)}}, "holds bias: pass no router_state"),
+    (lambda: {"router_state": {"bias": jnp.ones(8)}}, "has bias: pass no router_state"),
     (lambda: {"context": context(mask_BT=BOOLS[:4])}, r"mask_BT is bool\[4, 12\]"),
     (lambda: {"context": context(row_keys_B=jax.random.split(KEY, 4))}, "row_keys_B is key"),
     (lambda: {"context": context(sources_BT=jnp.zeros((8, 1), int))}, "sources_BT is int32"),
     (lambda: {"context": context(mask_BT=[[True]])}, "mask_BT is a list: pass bools"),
     (lambda: {"context": context(router_state=jnp.ones(8))}, r"router_state is float32\[8\]"),
-    (lambda: {"context": context(mesh=moe_jax.MeshConfig())}, "mesh is a MeshConfig: pass what"),
-    (lambda: {"context": context(), "mask_BT": BOOLS}, "context= takes the place of mask_BT="),
-    (lambda: {"context": context(), "deterministic": False}, "takes the place of deterministic="),
+    (
+        lambda: {"context": context(mesh=moe_jax.MeshConfig())},
+        "mesh is a MeshConfig: pass the result",
+    ),
+    (lambda: {"context": context(), "mask_BT": BOOLS}, "context= replaces mask_BT="),
+    (lambda: {"context": context(), "deterministic": False}, "replaces deterministic="),
 ]
 
 
@@ -184,10 +187,10 @@ def test_tokens_that_do_not_fit_are_refused(change, sentence, x_BTD):
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [
-        ({"bais": jnp.zeros(8)}, "bias and router_state holds bais: pass router_state=init"),
+        ({"bais": jnp.zeros(8)}, "bias, but router_state has bais: pass router_state=init"),
         ({"bias": jnp.zeros(4)}, r"router_state\['bias'\] is float32\[4\]: .* shape \[8\]"),
         ({"bias": jnp.zeros((1, 8))}, r"of shape \[8\]"),
-        ({"bias": jnp.zeros(8), "more": jnp.zeros(8)}, "holds bias, more"),
+        ({"bias": jnp.zeros(8), "more": jnp.zeros(8)}, "has bias, more"),
     ],
 )
 def test_state_of_another_name_or_size_is_refused(state, sentence, x_BTD):
@@ -200,7 +203,7 @@ def test_state_of_another_name_or_size_is_refused(state, sentence, x_BTD):
 def test_explicit_meshes_are_refused_wherever_they_are(x_BTD):
     explicit = jax.make_mesh((8,), ("dp",), axis_types=(AxisType.Explicit,))
     hint = r"Explicit axes \(dp\): make it with axis_types=\(AxisType.Auto,\)\."
-    with pytest.raises(UserError, match=f"x lies on a mesh with {hint}"):
+    with pytest.raises(UserError, match=f"x is on a mesh with {hint}"):
         layer()(jax.device_put(x_BTD, NamedSharding(explicit, P("dp"))))
     with jax.set_mesh(explicit), pytest.raises(UserError, match=f"mesh with {hint}"):
         layer()(x_BTD)
@@ -262,20 +265,20 @@ def test_the_modes_of_a_model_are_those_of_its_layers():
     np.testing.assert_array_equal(whole(tokens_BT), evaluated)
     whole.train()
     np.testing.assert_array_equal(whole(tokens_BT, key=key), trained)
-    with pytest.raises(UserError, match="expert_dropout draws in training"):
+    with pytest.raises(UserError, match="expert_dropout samples in training"):
         whole(tokens_BT)
     whole.eval()
     np.testing.assert_array_equal(whole(tokens_BT), evaluated)
 
 
 def test_a_sentence_names_the_object_that_took_a_names_place():
-    with pytest.raises(UserError, match="which dispatch Mine does not"):
+    with pytest.raises(UserError, match="dispatch Mine does not sort"):
         moe_jax.MoE(config(matmul="float8"), WIDTH, dispatch=Mine(), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="which dispatch dense does not"):
         moe_jax.MoE(config(matmul="float8", dispatch="dense"), WIDTH, rngs=nnx.Rngs(0))
     parts = Components(ExpertChoiceRouter(), Mine())
     shape = moe_jax.ModelConfig(vocab_size=8, num_layers=1, width=WIDTH, moe=config())
-    with pytest.raises(UserError, match="ExpertChoiceRouter lets later tokens decide"):
+    with pytest.raises(UserError, match="ExpertChoiceRouter: later tokens affect"):
         moe_jax.Transformer(shape, parts, rngs=nnx.Rngs(0))
     parts = Components(TopK(), Capacity(priority="batch"))
     with pytest.raises(UserError, match="priority batch"):

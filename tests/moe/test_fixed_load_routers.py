@@ -239,7 +239,7 @@ def test_every_router_is_built_from_the_shared_knobs(name):
 
 def test_a_next_token_model_refuses_to_look_ahead():
     config = MoEConfig(router="expert_choice")
-    with pytest.raises(UserError, match=r"expert_choice lets later tokens.*see the future.*top_k"):
+    with pytest.raises(UserError, match=r"expert_choice: later tokens.*see the future.*top_k"):
         refuse_lookahead(make_components(config), config)
     model = ModelConfig(vocab_size=16, width=8, num_layers=1, moe=config)
     with pytest.raises(UserError, match="see the future"):

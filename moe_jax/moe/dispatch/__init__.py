@@ -1,4 +1,4 @@
-"""The table of dispatch paths: adding one is a file and a line."""
+"""The table of dispatch paths: a new path is one file and one entry here."""
 
 from moe_jax.moe.dispatch.capacity import Capacity
 from moe_jax.moe.dispatch.dense import Dense

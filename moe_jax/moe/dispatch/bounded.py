@@ -1,10 +1,13 @@
-"""Capacity and drop order inside a routing group, shared by all dispatch paths with a bound.
+"""Capacity and drop order inside a routing group, for all dispatch paths with a bound.
 
-A group's S*K assignments are numbered a = s*K + k.  Priority decides who gets a slot first:
-`token` ranks tokens by position, then row, each with all its choices (strictly causal); `choice`
-ranks all first choices before any second (GShard, Switch), which lets a later token evict an
-earlier one's second choice; `batch` does so with the tokens sorted by their largest weight
-(batch-prioritised routing, V-MoE, arXiv 2106.05974), for models that may look ahead.
+Axes: G routing groups, S tokens per group, K assignments per token, N = S*K assignments per group,
+E experts, C slots per expert per group.
+
+A group's assignments are numbered a = s*K + k.  The priority decides which of them get slots first:
+`token` ranks tokens by position, then row, each with all its assignments (strictly causal);
+`choice` ranks all first assignments before any second one (GShard, Switch), so a later token can
+evict an earlier token's second; `batch` does the same with the tokens sorted by their largest
+weight (batch-prioritised routing, V-MoE, arXiv 2106.05974), for models that may look ahead.
 """
 
 import dataclasses
@@ -18,28 +21,28 @@ from moe_jax.moe.dispatch.moves import sort_by_expert
 from moe_jax.moe.dispatch_types import DispatchIn, Exchange, LayerSizes
 from moe_jax.moe.types import TokenChoice
 
-# Axes of group, row, position and choice, those that vary slowest first.
+# The axes group (0), row (1), position (2), choice (3), from slowest to fastest varying.
 SLOWEST_FIRST = {"token": (0, 2, 1, 3), "choice": (0, 3, 2, 1), "batch": (0, 3, 1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Who gets a slot first in each group, as a permutation of its S * K assignments."""
+    """The priority order of each group: a permutation of its S * K assignments."""
 
     priority: str
     rows: int
     choices: int
-    tokens_GS: Int[Array, "G S"] | None = None  # take the place of 0, 1, 2, ... where not None
+    tokens_GS: Int[Array, "G S"] | None = None  # the order of the tokens; None: 0, 1, 2, ...
 
     def take(self, a_GN: Shaped[Array, "G N"]) -> Shaped[Array, "G N"]:
-        """[G, S*K] by assignment number -> the same values in priority order."""
+        """Permute [G, S*K] values from assignment number to priority order."""
         if self.tokens_GS is not None:
             a_GN = _take_tokens(a_GN, self.tokens_GS)
         axes = SLOWEST_FIRST[self.priority]
         return a_GN.reshape(self._shape(a_GN)).transpose(axes).reshape(a_GN.shape)
 
     def undo(self, a_GN: Shaped[Array, "G N"]) -> Shaped[Array, "G N"]:
-        """Inverse of `take`."""
+        """Permute [G, S*K] values from priority order to assignment number."""
         axes, shape = SLOWEST_FIRST[self.priority], self._shape(a_GN)
         back = [axes.index(axis) for axis in range(len(axes))]
         in_order = a_GN.reshape([shape[axis] for axis in axes])
@@ -54,58 +57,58 @@ class Order:
 
 
 def _take_tokens(a_GN, tokens_GS):
-    """All K values of each token in `tokens_GS`."""
+    """Permute the tokens by `tokens_GS`, each with all its K values."""
     G, S = tokens_GS.shape
     return jnp.take_along_axis(a_GN.reshape(G, S, -1), tokens_GS[..., None], axis=1).reshape(G, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The knobs of a dispatch path with bounded slots per expert and group."""
+    """The knobs of a dispatch path with bounded slots per expert per routing group."""
 
-    # Slots of an expert in a group, in multiples of an even load of S * K / E assignments.
+    # Slots per expert per group, in multiples of a balanced load (S * K / E assignments).
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0  # the same in evaluation
     priority: str = "token"  # which assignments get a slot first: token | choice | batch
 
     @property
     def drop_cause(self) -> str:
-        """The expert's slots in the group were taken."""
+        """The capacity: all slots of the expert in the group were taken."""
         return "dropped_capacity"
 
     @property
     def drops(self) -> bool:
-        """What finds no slot."""
+        """True: an assignment without a slot is dropped."""
         return True
 
     @property
     def grouped(self) -> bool:
-        """Slots are multiplied as a batch."""
+        """False: the slots of all experts are one batched matmul."""
         return False
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """Priorities in which a token's first choice can come before an earlier one's second."""
+        """The priority, if a token's first assignment can rank before an earlier token's second."""
         if self.priority == "token" or (self.priority == "choice" and sizes.choices == 1):
             return ""
         return f"priority {self.priority}"
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
-        """The slots of all groups of a device."""
+        """The slots of all groups on a device."""
         slots = self.capacity(sizes.group_tokens, sizes.choices, sizes.experts, train=True)
         return sizes.tokens // sizes.group_tokens * sizes.experts * slots
 
     def exchange(self, sizes: LayerSizes) -> Exchange | None:
-        """All slots, there and back."""
+        """Dispatch and combine send all slots by all-to-all."""
         if sizes.expert_shards == 1:
             return None
         return Exchange("all-to-all", "all-to-all", self.buffer_rows(sizes))
 
     def slots(self, tokens: int, choices: int, num_experts: int, inputs: DispatchIn) -> int:
-        """Slots of an expert in this call: the router's own bound, else `capacity`."""
+        """Slots per expert per group in this call: the router's bound, else `capacity`."""
         return inputs.slots or self.capacity(tokens, choices, num_experts, inputs.train)
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
-        """Slots an expert has for a group of `tokens` tokens."""
+        """Slots per expert for a group of `tokens` tokens."""
         factor = self.capacity_factor if train else self.eval_capacity_factor
         return expert_capacity(tokens, choices, factor, num_experts)
 
@@ -122,9 +125,9 @@ class Slots:
 
 
 def expert_capacity(tokens: int, choices: int, factor: float, num_experts: int) -> int:
-    """Slots an expert has for a group: ceil(S * K * factor / E), at least 1 and at most S.
+    """The capacity C = ceil(S * K * factor / E), at least 1 and at most S.
 
-    The factor is read as the decimal it was written as, so that 1.1 * 10 is 11 and not 12.
+    Rounding errors of the factor are ignored: with factor 1.1 and S * K / E = 10, C is 11, not 12.
     """
     exact = tokens * choices * factor / num_experts
     return max(1, min(tokens, math.ceil(exact - 1e-9 * max(1.0, exact))))
@@ -133,7 +136,7 @@ def expert_capacity(tokens: int, choices: int, factor: float, num_experts: int) 
 def routed_ids(
     choice: TokenChoice, mask_GS: Bool[Array, "G S"], num_experts: int
 ) -> Int[Array, "G N"]:
-    """Expert of each assignment, `num_experts` (nobody) where it is unsampled or padding."""
+    """The expert of each assignment; `num_experts` if it is unsampled or of a padding token."""
     real = choice.valid_GSK & mask_GS[..., None]
     G = choice.ids_GSK.shape[0]
     return jnp.where(real, choice.ids_GSK, num_experts).reshape(G, -1)
@@ -142,16 +145,16 @@ def routed_ids(
 def within_capacity(
     ids_GN: Int[Array, "G N"], num_experts: int, capacity: int, order: Order
 ) -> Bool[Array, "G N"]:
-    """Which assignments are among the first `capacity` of their expert in priority order.
+    """Mark the assignments among the first `capacity` of their expert in priority order.
 
     Args:
-      ids_GN: each group's assignments to experts; `num_experts`: nobody.
+      ids_GN: the expert of each of a group's assignments; `num_experts`: none.
       num_experts: E.
-      capacity: slots of an expert in a group.
-      order: of the assignments of a group.
+      capacity: C, slots per expert per group.
+      order: priority order of a group's assignments.
 
     Returns:
-      True for those that get a slot, by assignment number.
+      True for assignments that get a slot, by assignment number.
     """
     p_ids_GN = order.take(ids_GN)
     c_GN = ranked(p_ids_GN, num_experts)[2]
@@ -164,12 +167,13 @@ def ranked(
     """Sort a group's assignments by expert, then priority.
 
     Args:
-      p_ids_GN: experts of the assignments in priority order; `num_experts`: nobody.
+      p_ids_GN: the expert of each assignment, in priority order; `num_experts`: none.
       num_experts: E.
 
     Returns:
-      The order (sorted position -> priority rank), where each expert's assignments begin in it
-      [G, E + 1], and how many of its expert's come before each assignment.
+      The order (sorted position -> priority rank) [G, N]; the sorted position at which each
+      expert's assignments begin [G, E + 1]; and the rank of each assignment among those of its
+      expert [G, N].
     """
     G, N = p_ids_GN.shape
     order_GN = sort_by_expert(p_ids_GN, num_experts)

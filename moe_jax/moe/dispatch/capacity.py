@@ -1,12 +1,15 @@
-"""Slot indices, gather in, batched matmul, gather out: the default path.
+"""The default path: dispatch by gather into slots, batched matmul, combine by gather.
 
-Each expert has C slots a group.  A sort of the group's assignments by expert gives every slot its
-token and every choice its slot, so memory and time are linear in tokens: there is no [S, E, C]
-array, and every move is a gather, backward included (`moves`).
+Axes: G routing groups, S tokens per group, K assignments per token, E experts, C slots per expert
+per group, M = E*G*C slots, D width.
 
-Where nothing travels between devices, the grouped matmul has kernels as fast as a batched one
-(`Experts.packs`) and there are no more choices than slots, no slot has to exist: the choices that
-would get one stand without gaps (`packed`), and empty slots are not multiplied.
+A sort of the group's assignments by expert gives every slot its token and every assignment its
+slot, so memory and time are linear in tokens: there is no [S, E, C] array, and dispatch, combine
+and their backward passes are gathers (`moves`).
+
+Fast path on one expert shard: if the grouped matmul has a kernel as fast as a batched one
+(`Experts.packs`) and S*K <= E*C, kept assignments are sorted by expert (`packed`) and no slot
+buffer is allocated, so no empty slots are multiplied.
 """
 
 import dataclasses
@@ -27,14 +30,14 @@ from moe_jax.parallel.collectives import from_experts, to_experts
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Slots):
-    """Bounded slots per expert and group; expert parallelism by all-to-all.
+    """Bounded slots per expert per routing group; expert parallelism by all-to-all.
 
     Reference: GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
     """
 
     @property
     def weighs_hidden(self) -> bool:
-        """Weights travel with the tokens."""
+        """True: the combine weights are sent to the experts with the tokens."""
         return True
 
     def __call__(
@@ -56,7 +59,8 @@ class Capacity(Slots):
                 y_ND = packed(x_GSD.reshape(G * S, D), ids_NK, weights_NK, experts)
                 return y_ND.reshape(G, S, D), kept_GN.reshape(G, S, K)
             moves = slot_moves(ids_GN, E, C, order)
-            moves = checkpoint_name(moves, MOE_DISPATCHED)  # a policy that keeps x keeps its sort
+            # A policy that saves x_END saves the indices too, so remat does not repeat the sort.
+            moves = checkpoint_name(moves, MOE_DISPATCHED)
             x_MD = gather_tokens(x_GSD.reshape(G * S, D), moves)
             x_END = to_experts(x_MD.reshape(E, G * C, D), "expert", shards)
             weights_M = gather_weights(choice.weights_GSK.reshape(G * S, K), moves)
@@ -73,7 +77,7 @@ class Capacity(Slots):
 
 
 def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order) -> Moves:
-    """Slots of G groups, laid out [E, G, C], for assignments to experts ids_GN (E: nobody)."""
+    """The indices that move G groups into slots [E, G, C]; ids_GN holds experts (E: none)."""
     G, N = ids_GN.shape
     E, C, K = num_experts, capacity, order.choices
     p_ids_GN = order.take(ids_GN)
@@ -91,9 +95,9 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     choice_GEC = jnp.where(filled_GEC, found_GEC + group_G11 * N, G * N)
     choice_M = choice_GEC.swapaxes(0, 1).reshape(-1)
 
-    # Choice (g, n) sits at slot c = its position among its expert's assignments, if c < C.
+    # Assignment (g, n) gets slot c = its rank among its expert's assignments, if c < C.
     place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
     place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     place_NK = place_NK.astype(jnp.int32)
-    return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # the experts multiply all slots
+    return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # empty slots are multiplied too

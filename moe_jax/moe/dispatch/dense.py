@@ -1,4 +1,7 @@
-"""Every expert on every token: the oracle of all other paths.  E/K times the work."""
+"""Every expert on every token: the oracle of all other paths, at E/K times their FLOPs.
+
+Axes: G routing groups, S tokens per group, K assignments per token, N = G*S tokens, D width.
+"""
 
 import dataclasses
 
@@ -11,33 +14,33 @@ from moe_jax.moe.types import TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """No transport and no drop: y = sum_e weight_e * expert_e(x).
+    """Dispatch without buffers or drops: y = sum_e weight_e * expert_e(x).
 
     Reference: Shazeer et al., arXiv 1701.06538, equation 1.
     """
 
     @property
     def drop_cause(self) -> str:
-        """Nothing is dropped."""
+        """The field stays 0, because nothing is dropped."""
         return "dropped_capacity"
 
     @property
     def drops(self) -> bool:
-        """Never."""
+        """False: nothing is dropped."""
         return False
 
     @property
     def grouped(self) -> bool:
-        """Each expert multiplies all tokens."""
+        """False: each expert multiplies all tokens."""
         return False
 
     @property
     def weighs_hidden(self) -> bool:
-        """Outputs are weighed."""
+        """False: the outputs are weighted."""
         return False
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """No token decides about another."""
+        """Empty: no token affects another token's experts."""
         return ""
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
@@ -45,11 +48,11 @@ class Dense:
         return sizes.tokens * sizes.experts
 
     def exchange(self, sizes: LayerSizes) -> None:
-        """Tokens stay where they are; the weights of all experts come to them."""
+        """None: tokens stay on their device, which gets the weights of all experts."""
         return None
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
-        """Nothing is bounded."""
+        """None: an expert has no capacity."""
         return None
 
     def __call__(
@@ -62,9 +65,9 @@ class Dense:
 
 
 def _every_expert(x_GSD, ids_GSK, weights_GSK, experts):
-    """A loop over the experts, each recomputed in the backward pass.
+    """Run the experts one by one, each recomputed in the backward pass.
 
-    All at once, or all kept, would take E times a layer's activations.
+    Running them at once, or saving their activations, would need E times the memory of one.
     """
     G, S, D = x_GSD.shape
     x_ND = x_GSD.reshape(G * S, D)

@@ -1,14 +1,18 @@
-"""Sorted tokens and a grouped matmul: nothing is dropped for capacity (MegaBlocks, 2211.15841).
+"""Dispatch without capacity: sort by expert, grouped matmul (MegaBlocks, arXiv 2211.15841).
 
-On one expert shard: sort the assignments by expert, gather, grouped matmul, gather back.
+Axes: N tokens, K assignments per token, M buffer rows, D width, E experts, P expert shards, R rows
+sent to one shard.
 
-Across devices, without a bound on what a shard may receive, every shard of the expert axis gets
-all tokens of the axis, takes what its experts were chosen for, combines it, and the shards' sums
-are added on the way home: a token travels once to each other shard.  (Buffers of an all-to-all in
-which nothing may be dropped have room for all of a device's assignments at each destination, K
-times as much.)  With a bound, each device has a buffer of fixed size for each destination.
-Assignments enter it in the token order of `bounded`, which is causal, and travel sorted by expert;
-they are sorted again by local expert on arrival, and go home the same way.
+On one expert shard: sort the assignments by expert, gather, grouped matmul, combine.
+
+On several shards, `recv_factor` 0: all-gathers tokens over `expert`, computes the local experts'
+weighted outputs, and psum-scatters the sums.  Each token is sent once to every other shard.  (In an
+all-to-all without drops, the buffer for each destination would need rows for all assignments of a
+device: K times as much.)
+
+On several shards with a bound: each device has a send buffer of fixed size for each destination.
+Assignments enter it in the token order of `bounded`, which is causal, and are sent sorted by
+expert.  The receiver sorts them by local expert, and returns the outputs in the order received.
 """
 
 import dataclasses
@@ -37,11 +41,11 @@ RECV_FACTOR = Limit("0 (never drops) or 1 or more", lambda factor: factor == 0 o
 
 @dataclasses.dataclass(frozen=True)
 class Dropless:
-    """Every sampled choice of a real token reaches its expert, unless `recv_factor` is set.
+    """Dispatch that keeps every sampled assignment of a real token, unless `recv_factor` is set.
 
-    A bound saves memory, and traffic between many shards, and makes dropping depend on the mesh;
+    A bound saves memory, and traffic between many shards, but drops then depend on the mesh;
     overflow is counted as `dropped_buffer`.  Earlier positions enter the buffers first, whatever
-    `priority` says, so no later token evicts an earlier one.
+    `priority` is, so no later token evicts an earlier one.
 
     Raises:
       UserError: a recv_factor that is neither 0 nor at least 1.
@@ -49,7 +53,7 @@ class Dropless:
     Reference: MegaBlocks, arXiv 2211.15841.
     """
 
-    # Rows of a shard's receive buffer, in multiples of an even load; 0: no bound, nothing dropped.
+    # Receive buffer rows per expert shard, in multiples of a balanced load; 0: no bound, no drops.
     recv_factor: Training[Annotated[float, RECV_FACTOR]] = 0.0
 
     def __post_init__(self):
@@ -57,37 +61,37 @@ class Dropless:
 
     @property
     def drop_cause(self) -> str:
-        """A smaller receive buffer overflowed."""
+        """Overflow of a receive buffer that `recv_factor` bounds."""
         return "dropped_buffer"
 
     @property
     def drops(self) -> bool:
-        """Only where what a shard receives is bounded."""
+        """True if `recv_factor` bounds the receive buffer."""
         return self.recv_factor > 0
 
     @property
     def grouped(self) -> bool:
-        """The experts multiply consecutive rows."""
+        """True: the experts multiply consecutive rows."""
         return True
 
     @property
     def weighs_hidden(self) -> bool:
-        """Weights stand beside the sorted rows."""
+        """True: the combine weights are sorted with the rows."""
         return True
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """Nothing: an overflow drops the last positions."""
+        """Empty: an overflow drops the last positions."""
         return ""
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
-        """What may come from all shards; without a bound all that the experts here can take."""
+        """Rows from all shards; without a bound, rows for all assignments of the local experts."""
         shards = sizes.expert_shards
         if self.recv_factor == 0:
             return shards * sizes.tokens * min(sizes.choices, sizes.experts // shards)
         return shards * _room(sizes.tokens * sizes.choices, shards, self.recv_factor)
 
     def exchange(self, sizes: LayerSizes) -> Exchange | None:
-        """Without a bound every shard gets all tokens, and shards add their outputs."""
+        """Without a bound, shards all-gather the tokens and reduce-scatter their outputs."""
         if sizes.expert_shards == 1:
             return None
         if self.recv_factor == 0:
@@ -95,7 +99,7 @@ class Dropless:
         return Exchange("all-to-all", "all-to-all", self.buffer_rows(sizes))
 
     def capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> None:
-        """Nothing is bounded per expert."""
+        """None: an expert has no capacity."""
         return None
 
     def __call__(
@@ -114,7 +118,7 @@ class Dropless:
                 y_ND, kept_NK = combined(x_ND, ids_NK, weights_NK, experts), ids_NK < E
             else:
                 room = _room(G * S * K, shards, self.recv_factor)
-                order = Order("token", G * inputs.rows, K)  # of all rows on this device
+                order = Order("token", G * inputs.rows, K)  # over all rows on this device
                 moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, order, shards, room)
                 moves = checkpoint_name(moves, MOE_DISPATCHED)
                 y_ND = _exchanged(x_ND, weights_NK, moves, sizes_E, experts, shards)
@@ -125,12 +129,12 @@ class Dropless:
 
 
 def _room(assignments: int, shards: int, recv_factor: float) -> int:
-    """Rows one device may send another."""
+    """Rows that one device may send to one other device."""
     return min(assignments, math.ceil(assignments * recv_factor / shards))
 
 
 def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
-    """[N, D]: every shard adds what its experts make of all tokens of the expert axis."""
+    """Sum over shards of the local experts' weighted outputs for all tokens of the axis: [N, D]."""
     local = experts.num_experts
     x_ND, ids_NK, weights_NK = (
         jax.lax.all_gather(part, "expert", tiled=True) for part in (x_ND, ids_NK, weights_NK)
@@ -142,7 +146,7 @@ def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts
 
 
 def _exchanged(x_ND, weights_NK, moves: Moves, sizes_E, experts: Experts, shards: int):
-    """[N, D]: an all-to-all of the send buffers, the experts, and the way back."""
+    """Dispatch the send buffers by all-to-all, run the experts, and combine: [N, D]."""
     weights_M = gather_weights(weights_NK, moves)
     y_MD = _across(gather_tokens(x_ND, moves), weights_M, sizes_E, experts, shards)
     with jax.named_scope("combine"):
@@ -152,20 +156,20 @@ def _exchanged(x_ND, weights_NK, moves: Moves, sizes_E, experts: Experts, shards
 def shard_moves(
     ids_N: Int[Array, "N"], num_experts: int, order: Order, shards: int, room: int
 ) -> tuple[Moves, Int[Array, "E"]]:
-    """Send buffers [shards, room] of one device, each sorted by expert.
+    """The indices of one device's send buffers [shards, room], each sorted by expert.
 
-    The first `room` assignments of a destination in `order` get a place.  Giving places by expert
-    would let a later token on a lower-numbered expert evict an earlier token.
+    The first `room` assignments to a destination in `order` get a buffer row.  If expert order
+    decided, a later token of a lower-numbered expert could evict an earlier token.
 
     Args:
-      ids_N: expert of each of the device's assignments; `num_experts`: nobody.
+      ids_N: the expert of each of the device's assignments; `num_experts`: none.
       num_experts: E, of all shards.
-      order: who gets a place first.
+      order: in which assignments get buffer rows.
       shards: destinations, each of which holds E / shards consecutive experts.
-      room: places for each destination.
+      room: buffer rows per destination.
 
     Returns:
-      The moves, and how many of each expert's assignments have a place.
+      The indices, and the number of each expert's assignments that have a buffer row.
     """
     N, local = ids_N.shape[0], num_experts // shards
     sent_N = within_capacity(ids_N[None] // local, shards, room, order)[0]
@@ -185,7 +189,7 @@ def shard_moves(
 def _across(
     x_MD: jax.Array, weights_M: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int
 ) -> jax.Array:
-    """Send [shards, room] rows to their experts' devices, apply the experts, bring them home."""
+    """Send [shards, room] rows to their experts' devices, run the experts, return the outputs."""
     M, D = x_MD.shape
     local, room = experts.num_experts, M // shards
     x_PRD = to_experts(x_MD.reshape(shards, room, D), "expert", shards)  # [1, shards*room, D]
@@ -193,7 +197,8 @@ def _across(
     x_PRD, weights_PR = checkpoint_name((x_PRD, weights_PR), MOE_DISPATCHED)
     sizes_PE = to_experts(sizes_E.reshape(shards, local), "expert", shards).reshape(shards, local)
     sizes_PE = checkpoint_name(sizes_PE, MOE_DISPATCHED)
-    # Rows of one source come sorted by expert: a row's expert is how many runs end at or before it.
+    # Rows of one source arrive sorted by expert, so a row's expert is the number of experts whose
+    # rows end at or before it.
     ends_PE = jnp.cumsum(sizes_PE, axis=1)
     ids_PR = (jnp.arange(room)[None, :, None] >= ends_PE[:, None, :]).sum(-1, dtype=jnp.int32)
     arrive, sizes_local_E = checkpoint_name(

@@ -1,7 +1,10 @@
 """GShard's one-hot formulation (Lepikhin et al., arXiv 2006.16668): the readable reference.
 
-Two einsums with a [G, S, E, C] mask move tokens to expert slots and back; memory and time grow
-with E * C, so it is for reading and for checking the faster paths.
+Axes: G routing groups, S tokens per group, K assignments per token, N = S*K assignments per group,
+E experts, C slots per expert per group, D width.
+
+Dispatch and combine are einsums with a [G, S, E, C] mask.  Memory and time grow with E * C, so the
+path is for reading and for checking the faster paths.
 """
 
 import dataclasses
@@ -19,14 +22,14 @@ from moe_jax.parallel.mesh import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Einsum(Slots):
-    """One-hot dispatch and combine, with capacity and the drop order of bounded.py.
+    """One-hot dispatch and combine, with the capacity and the drop order of bounded.py.
 
     Reference: GShard, arXiv 2006.16668.
     """
 
     @property
     def weighs_hidden(self) -> bool:
-        """The combine einsum weighs."""
+        """False: the combine einsum applies the weights."""
         return False
 
     def __call__(
@@ -65,7 +68,7 @@ class Einsum(Slots):
 
 
 def _split(x: jax.Array, mesh: Mesh | AbstractMesh | None, before: P, after: P) -> jax.Array:
-    """`x`, which is split as `before`, split as `after`; without a mesh XLA decides."""
+    """Change the sharding of `x` from `before` to `after`; without a mesh XLA decides."""
     if mesh is None:
         return x
     for spec in (before, after):

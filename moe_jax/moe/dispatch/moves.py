@@ -1,12 +1,12 @@
-"""Moving tokens into expert order and back by gathers, forward and backward.
+"""Dispatch and combine by gathers, in the forward and the backward pass.
 
-The transpose of a gather is a scatter-add, slow on every backend.  Both moves here are
-permutations with holes, so each one's backward is the other's forward: a gather by the inverse
-index (MaxText, simply and EasyDeL all ended there).
+The transpose of a gather is a scatter-add, slow on every backend.  Dispatch and combine are
+permutations with holes, so each one's backward pass is the other's forward pass: a gather by the
+inverse index (MaxText, simply and EasyDeL all use it).
 
-Axes: N tokens, M places (slots or sorted rows), K choices a token.  An index that points at
-nothing holds `M` (or `N`), one past the end, and reads as zero; without `zeros` the row of an empty
-place is unspecified.
+Axes: N tokens, M buffer rows (slots or sorted rows), K assignments per token, G routing groups, D
+width.  An index without a target is `M` (or `N`), one past the end, and reads as zero; without
+`zeros`, padding rows are unspecified.
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ from moe_jax.parallel.collectives import varying_like
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """Where each place reads from and where each choice went."""
+    """The source of each buffer row, and the buffer row of each assignment."""
 
-    token_M: Int[Array, "M"]  # the token in each place; N: empty
-    choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: empty
-    place_NK: Int[Array, "N K"]  # the place of each assignment; M: dropped
-    zeros: bool  # whether empty places are zero; if not, what is there must reach no result
+    token_M: Int[Array, "M"]  # the token in each buffer row; N: padding row
+    choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: padding row
+    place_NK: Int[Array, "N K"]  # the buffer row of each assignment; M: dropped
+    # True: padding rows are zero.  False: they may hold anything and must not reach a result.
+    zeros: bool
 
 
 jax.tree_util.register_dataclass(
@@ -37,10 +38,10 @@ jax.tree_util.register_dataclass(
 
 
 def sort_by_expert(ids_GN: Int[Array, "G N"], num_experts: int) -> Int[Array, "G N"]:
-    """Stable order of each group's assignments by expert; id `num_experts` (nobody) goes last.
+    """Stable order of each group's assignments by expert; id `num_experts` (none) comes last.
 
-    Expert and position share one integer where that fits: a sort of single keys is several times
-    faster than one of pairs.
+    If they fit, expert and position share one integer: sorting single keys is several times faster
+    than sorting pairs.
     """
     N = ids_GN.shape[1]
     if (num_experts + 1) * N >= 2**31:
@@ -50,21 +51,21 @@ def sort_by_expert(ids_GN: Int[Array, "G N"], num_experts: int) -> Int[Array, "G
 
 
 def _rows(x_ND, index):
-    """x_ND[index], zero where the index is one past the end."""
+    """x_ND[index]; zero if the index is one past the end."""
     return jnp.take(x_ND, index, axis=0, mode="fill", fill_value=0)
 
 
 def _gathered(x_ND, token_M, place_NK):
-    """By the token of each place."""
+    """Read the token of each buffer row."""
     del place_NK
     return _rows(x_ND, token_M)
 
 
 def _gathered_in_pairs(x_ND, token_M, place_NK):
-    """`_gathered` of pairs of 2-byte numbers taken as one integer each.
+    """`_gathered`, with each pair of 2-byte numbers read as one integer.
 
-    XLA's kernel that only gathers moves twice as many bytes a thread that way: 0.31 instead of 0.42
-    ms for 131072 rows of 2048 on an H200.  With arithmetic in the same kernel it is slower.
+    XLA's gather kernel then moves twice as many bytes per thread: 0.31 instead of 0.42 ms for
+    131072 rows of 2048 on an H200.  It is slower if XLA fuses arithmetic into the kernel.
     """
     del place_NK
     N, D = x_ND.shape
@@ -74,7 +75,7 @@ def _gathered_in_pairs(x_ND, token_M, place_NK):
 
 
 def _spread(x_ND, token_M, place_NK):
-    """By the places of each token, which is read once; empty places are not written at all."""
+    """Write each token, read once, to its buffer rows; padding rows are not written."""
     from moe_jax.ops.mosaic.spread import spread
 
     return varying_like(spread(x_ND, place_NK, token_M.shape[0]), x_ND)
@@ -89,7 +90,7 @@ def _on_nvidia(x_ND, zeros: bool):
 
 @jax.custom_vjp
 def gather_tokens(x_ND: Float[Array, "N D"], moves: Moves) -> Float[Array, "M D"]:
-    """x of the token in each place; empty places are zero, or unspecified without `moves.zeros`."""
+    """Copy tokens to their buffer rows; padding rows are as `moves.zeros` says."""
     operands = x_ND, moves.token_M, moves.place_NK
     fast = _on_nvidia(x_ND, moves.zeros)
     return jax.lax.platform_dependent(*operands, cuda=fast, default=_gathered)
@@ -105,7 +106,7 @@ def _gather_backward(moves, dx_MD):
 
 @jax.custom_vjp
 def combine(y_MD: Float[Array, "M D"], moves: Moves) -> Float[Array, "N D"]:
-    """Each token's sum over its places; dropped choices add nothing."""
+    """Sum each token's buffer rows; dropped assignments add nothing."""
     # A loop over K keeps [N, K, D] out of memory.
     parts = [_rows(y_MD, moves.place_NK[:, k]) for k in range(moves.place_NK.shape[1])]
     return functools.reduce(jnp.add, parts)
@@ -121,7 +122,7 @@ def _combine_backward(moves, dy_ND):
 
 @jax.custom_vjp
 def gather_weights(weights_NK: Float[Array, "N K"], moves: Moves) -> Float[Array, "M"]:
-    """The weight of the choice in each place; empty places have zero."""
+    """The weight of the assignment in each buffer row; padding rows have weight 0."""
     return _numbers(weights_NK, moves.choice_M)
 
 
@@ -139,10 +140,10 @@ gather_weights.defvjp(_weights_forward, _weights_backward)
 
 
 def _numbers(values, index):
-    """`_rows` of single numbers: of all of `values`, in the shape of `index`."""
+    """`values`, flattened, at `index`; zero if the index is one past the end."""
     return _rows(values.reshape(-1, 1), index.reshape(-1)).reshape(index.shape)
 
 
 def _no_gradient(moves: Moves):
-    """Integer inputs have no tangent space: float0 zeros, as custom_vjp asks."""
+    """The gradient of integer inputs: float0 zeros, as custom_vjp demands."""
     return jax.tree.map(lambda i: np.zeros(i.shape, jax.dtypes.float0), moves)

@@ -1,4 +1,8 @@
-"""Experts of this device on rows that stand without gaps, sorted by expert."""
+"""Runs the experts of one device on rows sorted by expert, without slots.
+
+Axes: N tokens (in `expert_starts`, `inverse` and `sorted_moves`: assignments), K assignments per
+token, M buffer rows, D width, E experts.
+"""
 
 import dataclasses
 
@@ -12,10 +16,10 @@ from moe_jax.nn.remat import MOE_DISPATCHED
 
 
 def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
-    """[N, D]: the weighted sum over a token's experts here; other ids add nothing."""
+    """Weighted sums of each token's local expert outputs: [N, D].  Other ids add nothing."""
     K, local = ids_NK.shape[1], experts.num_experts
     moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
-    # A token has at most `local` of its choices here, whatever K is.
+    # At most `local` of a token's assignments are to experts of this device, whatever K is.
     moves = dataclasses.replace(
         moves,
         token_M=moves.token_M[: x_ND.shape[0] * local],
@@ -30,7 +34,7 @@ def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: E
 
 
 def expert_starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
-    """Sorted position at which each expert's assignments begin: [E + 1]."""
+    """The sorted position at which each expert's assignments begin: [E + 1]."""
     return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
 
 
@@ -40,9 +44,9 @@ def inverse(order_N: jax.Array) -> jax.Array:
 
 
 def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
-    """All N assignments sorted by expert (id `num_experts`: nobody), and the experts' sizes.
+    """The indices that sort N assignments by expert (id `num_experts`: none), and expert sizes.
 
-    The places from the sum of the sizes on are empty; what stands there reaches no result.
+    Rows >= the sum of the sizes are padding; they must not reach a result.
     """
     N = ids_N.shape[0]
     start_E = expert_starts(ids_N, num_experts)

@@ -1,9 +1,9 @@
-"""The one shard_map region of the expert-parallel dispatch paths.
+"""The shard_map region in which the expert-parallel dispatch paths run.
 
-Manual over every mesh axis.  Weights enter split over `expert` and `tensor` (their fsdp shards are
-gathered at the border, by pjit), tokens split over the batch axes.  Inside, the only communication
-over `expert` is the path's all-to-all; one psum over `tensor` closes the down projection, taken
-after the combine because a token's sum is narrower than its K places.
+It is manual over every mesh axis.  Weights enter split over `expert` and `tensor` (pjit all-gathers
+their fsdp shards at the border), tokens split over the batch axes.  Inside, only the path's own
+exchange communicates over `expert`.  One psum over `tensor` completes the down projection; it comes
+after the combine, because a token's sum is one row and its outputs are K rows.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.collectives import varying
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
 
-# body(x_GSD, choice, experts, mask_GS, *by_group) -> (y_GSD, kept_GSK), all local
+# body(x_GSD, choice, experts, mask_GS, *by_group) -> (y_GSD, kept_GSK), all of one device
 Body = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -28,17 +28,17 @@ def expert_region(
     inputs: DispatchIn,
     *by_group: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run `body` on each device's groups and experts; sum its partial outputs.
+    """Run `body` on each device's groups and experts; sum its outputs over tensor shards.
 
-    Without a mesh `body` runs on all of them, and XLA partitions it with what is around it.
-    `by_group` holds integers of each group, [G, ...], that only this path needs.
+    Without a mesh `body` runs on all groups and experts, and XLA partitions it with the caller's
+    code.  `by_group` holds integer arrays [G, ...] that only this path needs.
     """
     if inputs.mesh is None:
         return body(x_GSD, choice, experts, inputs.mask_GS, *by_group)
     groups = P(BATCH_AXES)
 
     def local(x_GSD, choice, experts, mask_GS, *by_group):
-        # Everything with a gradient varies over every axis from here on, so each gradient is
+        # Mark inputs that have gradients as varying over every axis, so that each gradient is
         # reduced once, at this border.
         x_GSD, experts = varying((x_GSD, experts), AXES)
         choice = choice._replace(weights_GSK=varying(choice.weights_GSK, AXES))

@@ -1,4 +1,4 @@
-"""The table of routers: adding one is a file and a line."""
+"""The table of routers: a new router is one file and one entry here."""
 
 from moe_jax.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.moe.routers.gshard import GShard

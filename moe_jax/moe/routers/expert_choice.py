@@ -1,4 +1,7 @@
-"""Expert choice routing (Zhou et al., arXiv 2202.09368): experts take tokens."""
+"""Expert choice routing (Zhou et al., arXiv 2202.09368): experts choose tokens.
+
+Axes: G routing groups, S tokens per group, E experts, C slots per expert per group.
+"""
 
 import dataclasses
 
@@ -14,25 +17,25 @@ from moe_jax.moe.types import ExpertChoice, RouterIn
 class ExpertChoiceRouter(LinearRouter):
     """Each expert takes the C = ceil(S * top_k / E) tokens of a group that give it most weight.
 
-    `top_k` is the number of experts a token gets on average; weights are the softmax over experts.
-    Ties go to the lower token; an expert takes padding only when no real token is left.  So all
-    experts take equally many real tokens of a group and the balance loss is 1 without a gradient.
+    Weights are the softmax over experts.  Ties go to the lower token; an expert takes padding only
+    if no real token is left.  All experts therefore take equally many real tokens of a group, and
+    the balance loss is 1 without a gradient.
 
-    A token's experts depend on the tokens after it: never for a next-token model.
+    A token's experts depend on later tokens, so a next-token model must not use this router.
 
     Reference: Zhou et al., arXiv 2202.09368.
     """
 
-    top_k: int = 2  # experts that a token gets on average
+    top_k: int = 2  # experts per token, on average
 
     @property
     def choices(self) -> int:
-        """Experts a token gets on average."""
+        """K, experts per token, on average."""
         return self.top_k
 
     @property
     def causal(self) -> bool:
-        """Whether an expert takes a token depends on all others of the group."""
+        """False: the tokens of an expert depend on all tokens of the group."""
         return False
 
     def route(self, inputs: RouterIn, params, state):
@@ -43,7 +46,7 @@ class ExpertChoiceRouter(LinearRouter):
         C = min(S, -(-S * self.top_k // E))
         probs_GES = probs_GSE.swapaxes(1, 2)
         wanted_GES = jnp.where(inputs.mask_GS[:, None], jax.lax.stop_gradient(probs_GES), -1)
-        # XLA partitions a sort over G, not `jax.lax.top_k`.
+        # XLA can partition a sort over G, but not `jax.lax.top_k`.
         ids_GEC = jnp.argsort(wanted_GES, axis=-1, stable=True, descending=True)[..., :C]
         ids_GEC = ids_GEC.astype(jnp.int32)
         weights_GEC = jnp.take_along_axis(probs_GES, ids_GEC, axis=-1)

@@ -1,4 +1,7 @@
-"""GShard routing (Lepikhin et al., arXiv 2006.16668): top-2 with a random second expert."""
+"""GShard routing (Lepikhin et al., arXiv 2006.16668): top-2 with a random second expert.
+
+Axes: G routing groups, S tokens per group, E experts, K = 2 assignments per token.
+"""
 
 import dataclasses
 
@@ -13,15 +16,17 @@ from moe_jax.moe.types import RouterIn, TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class GShard(LinearRouter):
-    """Two experts a token, weights renormalised over the two.
+    """Two experts per token, with weights renormalised over the two.
 
-    In training the second is dispatched with probability min(1, 2 * g2), g2 its renormalised
-    weight; otherwise always.  The balance loss counts first choices, as in the paper.
+    In training the second assignment is sampled with probability min(1, 2 * g2), where g2 is its
+    renormalised weight; in evaluation it is always made.  The balance loss counts first assignments
+    only, as in the paper.
 
     Reference: Lepikhin et al., arXiv 2006.16668.
     """
 
-    random_second: Training[bool] = True  # False: the second is always dispatched
+    # True: sample the second assignment in training.  False: always make it.
+    random_second: Training[bool] = True
 
     @property
     def choices(self) -> int:
@@ -30,7 +35,7 @@ class GShard(LinearRouter):
 
     @property
     def random(self) -> bool:
-        """Where the second expert is drawn, too."""
+        """True if the second assignment is sampled or the input jittered."""
         return self.random_second or super().random
 
     def route(self, inputs: RouterIn, params, state):

@@ -1,4 +1,8 @@
-"""Hash layers (Roller et al., arXiv 2106.04426): a fixed table from token id to experts."""
+"""Hash layers (Roller et al., arXiv 2106.04426): a fixed table from token id to experts.
+
+Axes: G routing groups, S tokens per group, E experts, K assignments per token, V ids in the table,
+B blocks of E ids.
+"""
 
 import dataclasses
 import functools
@@ -18,10 +22,10 @@ from moe_jax.moe.types import Mean, ParamSpec, RouterAux, RouterIn, StateSpec, T
 
 @dataclasses.dataclass(frozen=True)
 class Hash:
-    """K experts a token id, by a balanced random table, with weights 1 / K.
+    """K experts per token id from a balanced random table, with weights 1 / K.
 
-    The table gives every expert equally many of its `table_size` ids; larger ids wrap.  There is
-    nothing to learn and nothing depends on the activations.
+    The table gives every expert equally many of its `table_size` ids; larger ids wrap around.  The
+    router has no parameters and does not read the activations.
 
     Raises:
       UserError: a table smaller than the number of experts, or a negative seed.
@@ -31,10 +35,10 @@ class Hash:
 
     num_experts: int = 8  # E, routed experts
     top_k: int = 2  # K, experts per token
-    balance_scope: str = "group"  # over which tokens balance is measured: group | row | global
-    # Token ids in the table, best the size of the vocabulary.
+    balance_scope: str = "group"  # tokens over which balance is measured: group | row | global
+    # Token ids in the table; ideally the vocabulary size.
     table_size: Weights[Annotated[int, Rule("num_experts or more")]] = 65536
-    seed: Weights[Annotated[int, at_least(0)]] = 0  # of the table; 0 is one as any
+    seed: Weights[Annotated[int, at_least(0)]] = 0  # of the random table; 0 is as good as any
 
     def __post_init__(self):
         option = "model.moe.options.hash"
@@ -42,34 +46,34 @@ class Hash:
         if self.table_size < self.num_experts:
             raise UserError(
                 f"{option}.table_size is {self.table_size}: set num_experts ({self.num_experts}) "
-                f"or more, best the size of the vocabulary."
+                f"or more, ideally the vocabulary size."
             )
 
     @property
     def choices(self) -> int:
-        """K, the experts of a token."""
+        """K, experts per token."""
         return self.top_k
 
     @property
     def causal(self) -> bool:
-        """Each token's id alone decides."""
+        """True: a token's experts depend on its id alone."""
         return True
 
     @property
     def random(self) -> bool:
-        """Its table was drawn once."""
+        """False: the table is fixed by `seed`."""
         return False
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
-        """None."""
+        """Empty: the router has no parameters."""
         return {}
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
-        """None."""
+        """Empty: the router keeps no state."""
         return {}
 
     def next_state(self, state, load_LE):
-        """Nothing to change."""
+        """Return the state unchanged."""
         return dict(state)
 
     def route(self, inputs: RouterIn, params, state):
@@ -94,12 +98,14 @@ class Hash:
 
 @functools.lru_cache
 def expert_table(table_size: int, num_experts: int, choices: int, seed: int) -> np.ndarray:
-    """int32 [table_size, K]: K different experts an id, each expert as often as any other (+-1).
+    """The table [table_size, K], int32: K different experts per id.
 
-    The ids are shuffled into blocks of E.  The k-th experts of a block are its members' numbers
-    turned by the block's k-th shift, so that every expert comes once for each k.
+    For each k, the numbers of ids per expert differ by at most 1.  The ids are shuffled into blocks
+    of E.  The k-th expert of an id is its number plus the k-th shift of its block, modulo E, so in
+    a whole block every expert is k-th once.
     """
-    # Sorted raw bits: NumPy keeps those, not its permutations, the same in every version.
+    # The shuffle sorts raw random bits, because NumPy keeps those the same in every version, but
+    # not its permutations.
     bits = np.random.PCG64(seed).random_raw
     blocks = -(-table_size // num_experts)
     number_V = np.argsort(bits(table_size), kind="stable")

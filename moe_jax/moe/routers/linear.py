@@ -1,4 +1,7 @@
-"""What the linear routers share: one matrix, full-precision logits, jitter and a cap on them."""
+"""Base of the linear routers: one matrix, float32 logits, jitter and a cap on the logits.
+
+Axes: G routing groups, S tokens per group, D width, E experts, K assignments per token.
+"""
 
 import dataclasses
 from typing import Annotated
@@ -20,7 +23,7 @@ from moe_jax.ops.float32_matmul import float32_matmul
 
 @dataclasses.dataclass(frozen=True)
 class LinearRouter:
-    """Knobs and defaults of a router with one [D, E] matrix, whose tokens choose.
+    """Knobs and defaults of a router with one [D, E] matrix, in which tokens choose experts.
 
     Raises:
       UserError: a jitter or a cap out of range.
@@ -28,13 +31,13 @@ class LinearRouter:
     Reference: Switch, arXiv 2101.03961 (jitter); Gemma 2, arXiv 2408.00118 (cap on logits).
     """
 
-    # E of the config it was made from, for a study without a layer; 0: unknown.  Beside a layer the
-    # matrix decides, so routers that differ in it alone are the same.
+    # E of the config that made it, for `study_router`; 0: unknown.  In a layer the matrix has E, so
+    # routers that differ in this field alone compare equal.
     num_experts: int = dataclasses.field(default=0, kw_only=True, compare=False)
-    balance_scope: str = "group"  # over which tokens the load is balanced: group | row | global
+    balance_scope: str = "group"  # tokens over which the load is balanced: group | row | global
     # j: in training the router's input is multiplied by U(1 - j, 1 + j) (Switch); 0: off.
     jitter: Training[Annotated[float, within("[0, 1)")]] = 0.0
-    # c, which bounds logits smoothly, c * tanh(logits / c) (Gemma 2); 0: off.
+    # c: logits become c * tanh(logits / c), smoothly bounded by c (Gemma 2); 0: off.
     logit_cap: Training[Annotated[float, at_least(0)]] = 0.0
 
     def __post_init__(self):
@@ -42,12 +45,12 @@ class LinearRouter:
 
     @property
     def causal(self) -> bool:
-        """Each token chooses for itself."""
+        """True: each token's experts depend on that token alone."""
         return True
 
     @property
     def random(self) -> bool:
-        """Where its input is jittered."""
+        """True if the input is jittered in training."""
         return self.jitter > 0
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
@@ -55,15 +58,15 @@ class LinearRouter:
         return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
-        """None."""
+        """Empty: the router keeps no state."""
         return {}
 
     def next_state(self, state, load_LE):
-        """Nothing to change."""
+        """Return the state unchanged."""
         return dict(state)
 
     def logits(self, inputs: RouterIn, kernel_DE: Float[Array, "D E"]) -> Float[Array, "G S E"]:
-        """Router logits, jittered in training and capped.
+        """The router logits, jittered in training and capped.
 
         Args:
           inputs: tokens and keys of one layer.
@@ -78,13 +81,13 @@ class LinearRouter:
         return checkpoint_name(logits_GSE, ROUTER_LOGITS)
 
     def aux(self, inputs: RouterIn, logits_GSE, probs_GSE, ids_GSK) -> RouterAux:
-        """Losses and statistics of a choice.
+        """The losses and statistics of a choice.
 
         Args:
-          inputs: gives the real tokens and the rows of a group.
-          logits_GSE: of which the z-loss is taken.
+          inputs: for the mask and the rows per group.
+          logits_GSE: for the z-loss.
           probs_GSE: probabilities of each token, which sum to 1.
-          ids_GSK: the choices that the balance loss counts.
+          ids_GSK: the assignments that the balance loss counts.
 
         Returns:
           Balance loss, z-loss and entropy (nats), over real tokens.
@@ -99,9 +102,9 @@ class LinearRouter:
 def linear_logits(
     inputs: RouterIn, kernel_DE: Float[Array, "D E"], jitter: float
 ) -> Float[Array, "G S E"]:
-    """Router logits in at least float32, with multiplicative input jitter U(1-j, 1+j) in training.
+    """The router logits in at least float32; in training the input is jittered by U(1-j, 1+j).
 
-    Exact to that: a bfloat16 router changes the top-2 set of about 1% of tokens.
+    Float32, because bfloat16 logits change the top-2 set of about 1% of tokens.
     """
     x_GSD = inputs.x_GSD
     if inputs.train and jitter > 0:
@@ -120,19 +123,19 @@ def top_choices(
 ) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
     """The K largest probabilities of each token and their experts, largest first.
 
-    Where selection has scores of its own, `ranked_by_GSE`, the K largest of those decide which
-    probabilities are returned and in which order; they get no gradient.
+    With `ranked_by_GSE`, the K largest of those scores select and order the experts instead; the
+    scores get no gradient.
 
-    Equal ones go to the lower expert, as in `jax.lax.top_k`.  That one is not used because XLA
-    does not partition it: on a mesh each device would gather the probabilities of all tokens and
-    choose for all of them.
+    Ties go to the lower expert, as in `jax.lax.top_k`, which is not used because XLA does not
+    partition it: on a mesh each device would gather the probabilities of all tokens and choose the
+    experts of all of them.
     """
     expert_E = jnp.arange(probs_GSE.shape[-1], dtype=jnp.int32)
     left_GSE = jax.lax.stop_gradient(probs_GSE if ranked_by_GSE is None else ranked_by_GSE)
     weights, ids = [], []
     for _ in range(choices):
         is_largest_GSE = left_GSE == left_GSE.max(-1, keepdims=True)
-        # The last expert where nothing is equal: a row of NaN keeps an id in range.
+        # In a row of NaN nothing equals the maximum; the last expert keeps its id in range.
         id_GS = jnp.where(is_largest_GSE, expert_E, expert_E[-1]).min(-1)
         chosen_GSE = expert_E == id_GS[..., None]
         weights.append(jnp.where(chosen_GSE, probs_GSE, 0).sum(-1))

@@ -1,4 +1,7 @@
-"""Noisy top-k gating (Shazeer et al., arXiv 1701.06538)."""
+"""Noisy top-k gating (Shazeer et al., arXiv 1701.06538).
+
+Axes: G routing groups, S tokens per group, D width, E experts, K assignments per token.
+"""
 
 import dataclasses
 
@@ -14,7 +17,7 @@ from moe_jax.moe.routers.linear import LinearRouter, linear_logits, top_choices
 from moe_jax.moe.types import ParamSpec, RouterIn, TokenChoice
 from moe_jax.nn.remat import ROUTER_LOGITS
 
-LEAST_STD = 1e-6  # softplus reaches 0 in float32, and the load divides by it
+LEAST_STD = 1e-6  # the load divides by the softplus, which can be 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,10 @@ class NoisyTopK(LinearRouter):
     """The K largest of x Wg + N(0, 1) * softplus(x Wn), weighted by the softmax over those K.
 
     Noise is drawn in training only.  The balance loss is 1 + CV(importance)^2 + CV(load)^2, so
-    `model.moe.balance_weight` is the paper's w of both (0.1 there).  Importance is an expert's sum
-    of weights, load its expected number of tokens: differentiable, from the probability that an
-    expert would be kept if its own noise were drawn again.  Without noise load is the number of
-    tokens.  z-loss and entropy are of the logits without noise.
+    `model.moe.balance_weight` is the paper's w for both terms (0.1 there).  Importance is an
+    expert's sum of weights.  Load is its expected number of tokens: the differentiable sum, over
+    tokens, of the probability that the expert would be chosen if only its noise were redrawn.
+    Without noise, load is the number of tokens.  z-loss and entropy use the logits without noise.
 
     Raises:
       UserError: K = 1, which gives the router no gradient.
@@ -39,23 +42,22 @@ class NoisyTopK(LinearRouter):
         super().__post_init__()
         if self.top_k == 1:
             raise UserError(
-                "router noisy_top_k with top_k=1 takes the softmax over one logit, which is 1 and "
-                "gives the router no gradient: set model.moe.top_k to 2 or more or use router "
-                "switch."
+                "model.moe.top_k is 1 with router noisy_top_k: the softmax over one logit is 1 and "
+                "gives the router no gradient. Set top_k to 2 or more, or router switch."
             )
 
     @property
     def choices(self) -> int:
-        """K, the experts of a token."""
+        """K, experts per token."""
         return self.top_k
 
     @property
     def random(self) -> bool:
-        """Its logits are noisy."""
+        """True: the logits are noisy in training."""
         return True
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
-        """Wg and Wn, [D, E] each; both zero at first, so that tokens start evenly spread."""
+        """Wg and Wn, [D, E] each; initially zero, so that noise alone spreads the first tokens."""
         zero = ParamSpec((width, num_experts), ("embed", "router_experts"), 0.0)
         return {"kernel": zero, "noise_kernel": zero}
 
@@ -71,7 +73,7 @@ class NoisyTopK(LinearRouter):
             shape = (logits_GSE.shape[1] // inputs.keys_GR.shape[1], E)
             noise_GSE = row_normal(inputs.keys_GR, NOISY_LOGITS, shape, logits_GSE.dtype)
             noisy_GSE = logits_GSE + noise_GSE * std_GSE
-        # One beyond K, where there is one: what a kept expert has to stay above.
+        # Also the (K+1)-th, if there is one: the threshold of an expert that was chosen.
         top_GSK, ids_GSK = top_choices(noisy_GSE, min(K + 1, E))
         weights_GSK, ids_GSK = jax.nn.softmax(top_GSK[..., :K], axis=-1), ids_GSK[..., :K]
 
@@ -98,10 +100,10 @@ def kept_probability(
     kept_GSE: Bool[Array, "G S E"],
     top_GSN: Float[Array, "G S N"],
 ) -> Float[Array, "G S E"]:
-    """Phi((x Wg_i - k-th largest noisy logit of the others) / std_i).
+    """The probability Phi((x Wg_i - K-th largest noisy logit of the others) / std_i).
 
-    `top_GSN` holds the N = K + 1 largest noisy logits.  Without a kept expert the K-th of the
-    others is the last of these, without any other expert it is the one before.
+    `top_GSN` holds the N = K + 1 largest noisy logits.  For a chosen expert, the K-th largest of
+    the others is the last of these; for an expert not chosen, the second to last.
     """
     threshold_GSE = jnp.where(kept_GSE, top_GSN[..., -1:], top_GSN[..., -2:-1])
     return jax.scipy.special.ndtr((logits_GSE - threshold_GSE) / std_GSE)

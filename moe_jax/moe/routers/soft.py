@@ -1,4 +1,7 @@
-"""The dense mixture (Jacobs et al., 1991; Shazeer et al., arXiv 1701.06538, without sparsity)."""
+"""The dense mixture (Jacobs et al., 1991; Shazeer et al., arXiv 1701.06538, without sparsity).
+
+Axes: G routing groups, S tokens per group, E experts, K = E assignments per token.
+"""
 
 import dataclasses
 
@@ -12,7 +15,7 @@ from moe_jax.moe.types import RouterIn, TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class Soft(LinearRouter):
-    """Every expert for every token, weighted by the softmax: K = E, the router fully trained.
+    """Every expert for every token (K = E), weighted by the softmax; every weight has a gradient.
 
     Each expert gets every token, so the balance loss is 1 without a gradient.
 
@@ -23,7 +26,7 @@ class Soft(LinearRouter):
 
     @property
     def choices(self) -> int:
-        """E, the experts of a token."""
+        """E, experts per token."""
         return self.num_experts
 
     def route(self, inputs: RouterIn, params, state):

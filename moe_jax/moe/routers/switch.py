@@ -1,4 +1,7 @@
-"""Switch Transformer routing (Fedus et al., arXiv 2101.03961): top-1."""
+"""Switch Transformer routing (Fedus et al., arXiv 2101.03961): top-1.
+
+Axes: G routing groups, S tokens per group, E experts, K = 1 assignment per token.
+"""
 
 import dataclasses
 from typing import Annotated
@@ -14,10 +17,10 @@ from moe_jax.moe.types import RouterIn, TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class Switch(LinearRouter):
-    """One expert a token, weighted by its probability under the softmax over all experts.
+    """One expert per token, weighted by its probability under the softmax over all experts.
 
-    Taking the softmax after the top-1 instead would make every weight 1 and leave the router
-    without a language-model gradient.
+    A softmax after the top-1 selection would make every weight 1 and leave the router without a
+    gradient from the language-model loss.
 
     Reference: Fedus et al., arXiv 2101.03961.
     """

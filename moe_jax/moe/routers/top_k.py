@@ -1,4 +1,7 @@
-"""Softmax top-k routing: Mixtral (arXiv 2401.04088), OLMoE (2409.02060), Qwen3-MoE (2505.09388)."""
+"""Softmax top-k routing: Mixtral (arXiv 2401.04088), OLMoE (2409.02060), Qwen3-MoE (2505.09388).
+
+Axes: G routing groups, S tokens per group, E experts, K assignments per token.
+"""
 
 import dataclasses
 
@@ -22,21 +25,21 @@ class TopK(LinearRouter):
     """
 
     top_k: int = 2  # K, experts per token
-    # True: the K weights sum to one (Mixtral, Qwen3-MoE).  False: they keep their share of the full
-    # softmax (OLMoE).
+    # True: the K weights sum to 1 (Mixtral, Qwen3-MoE).  False: they are probabilities under the
+    # softmax over all experts (OLMoE).
     renormalize: Training[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
         if self.renormalize and self.top_k == 1:
             raise UserError(
-                "router top_k with top_k=1 and renormalize gives every weight 1 and the router no "
-                "gradient: set model.moe.options.top_k.renormalize=False or use router switch."
+                "model.moe.options.top_k.renormalize is True with top_k 1: every weight is 1 and "
+                "the router gets no gradient. Set renormalize=False or router switch."
             )
 
     @property
     def choices(self) -> int:
-        """K, the experts of a token."""
+        """K, experts per token."""
         return self.top_k
 
     def route(self, inputs: RouterIn, params, state):
