@@ -1,4 +1,4 @@
-"""Dense feed-forward network."""
+"""The dense feed-forward network.  Axes: B rows, T positions, D width, F hidden width."""
 
 import functools
 
@@ -14,7 +14,7 @@ from moe_jax.ops.linear import linear
 
 
 class DenseFFN(nnx.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202) or GELU without a gate; F = hidden."""
+    """A two-layer FFN: SwiGLU (https://arxiv.org/abs/2002.05202), or GELU without a gate."""
 
     def __init__(
         self,
@@ -26,7 +26,16 @@ class DenseFFN(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        """`depth`: layers of the model, for the initial values of the output projection."""
+        """Draw the parameters.
+
+        Args:
+          width: D.
+          hidden: F.
+          activation: "swiglu", or "gelu" without a gate.
+          depth: layers of the model, for the initial values of the output projection.
+          dtype: of the computation; parameters are float32 or wider.
+          rngs: draws the initial values (stream `params`).
+        """
         D, F, own = width, hidden, param_dtype(dtype)
         into, out = ("embed", "mlp"), ("mlp", "embed")
         matrix = functools.partial(param, rngs, dtype=own, group="ffn", narrow=True)
@@ -46,6 +55,6 @@ class DenseFFN(nnx.Module):
 
 
 def _project(x_BTD: Float[Array, "B T D"], w_DF: nnx.Param) -> Float[Array, "B T F"]:
-    """Tagged before the activation: its derivative needs them, so saving it saves the product."""
+    """Tag the product before the activation, whose gradient needs it: remat can then save it."""
     h_BTF = linear(x_BTD, w_DF[...].astype(x_BTD.dtype))
     return checkpoint_name(h_BTF, FFN_HIDDEN)

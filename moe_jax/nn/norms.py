@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm over the last axis, D."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.nn.params import ones, param, param_dtype
 def rms_norm(
     x: Float[Array, "*axes D"], weight_D: Float[Array, "D"], eps: float
 ) -> Float[Array, "*axes D"]:
-    """x / rms(x) * weight over the last axis.  https://arxiv.org/abs/1910.07467
+    """The product x / rms(x) * weight over the last axis (https://arxiv.org/abs/1910.07467).
 
     The statistics are float32 (float64 for float64); the product with the weight is in x's dtype,
     as in Hugging Face's Llama family.
@@ -23,7 +23,7 @@ def rms_norm(
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with a weight of its own."""
+    """A layer that applies `rms_norm` with its own weight."""
 
     def __init__(
         self, size: int, logical_axis: str, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs

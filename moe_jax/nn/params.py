@@ -1,4 +1,8 @@
-"""How a module declares a parameter: name, shape, logical axes, group and initialiser together."""
+"""Declares parameters: name, shape, logical axes, optimizer group and initializer together.
+
+Axes in examples: E experts, D width, F hidden width, H heads, A head width, U matrices of an
+expert's first layer.
+"""
 
 import dataclasses
 import math
@@ -17,48 +21,48 @@ Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 _TRUNCATED_STD = 0.87962566103423978  # std of a standard normal cut at two sigma
 
-# What a parameter belongs to.  Shared experts are "ffn": every token passes through them.
+# Parameter groups of the optimizer.  Shared experts are "ffn": every token passes through them.
 GROUPS = ("attention", "embedding", "experts", "ffn", "head", "norm", "router")
 
-# Logical axes each index of which holds a matrix of its own: E experts, and U, the gate and up
-# projections of an expert.
+# Logical axes that index separate matrices: the experts (E), and the gate and up projections of
+# one expert (U).
 MATRIX_AXES = ("experts", "expert_matrices")
-# Logical axes that are one side of a matrix together: all heads' widths.
+# Logical axes that together form one side of a matrix: the heads and their width.
 HEAD_AXES = ("heads", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamRule:
-    """What decides how the optimizer treats a parameter."""
+    """The properties of a parameter from which the optimizer's rules follow."""
 
     group: str  # one of GROUPS
-    axes: tuple[str | None, ...]  # logical; the first is "layers" where layers are stacked
+    axes: tuple[str | None, ...]  # logical axes; the first is "layers" if layers are stacked
 
     @property
     def stacked(self) -> bool:
-        """True if the first axis counts layers, each of which is a parameter of its own."""
+        """True if the first axis indexes layers, each of which counts as one parameter."""
         return self.axes[:1] == ("layers",)
 
     @property
     def decay_group(self) -> str:
-        """The group by whose factor it decays: a layer's vector, such as a bias, is as a norm."""
+        """The group whose weight-decay factor applies: "norm" for vectors, such as a bias."""
         return self.group if len(self.axes) - self.stacked >= 2 else "norm"
 
     @property
     def matrices(self) -> tuple[int, ...]:
-        """Axes of the parameter, stacked or not, that tell its matrices apart.
+        """The axes of the parameter, stacked or not, that index separate matrices.
 
-        What an optimizer calls a matrix is a parameter of one layer, whatever its rank, at one
-        index of each of these: w_in_EDUF holds E * U matrices [D, F] and w_out_EFD E of them,
-        [F, D].  All others are one each, such as the projections of all heads, q_DHA.
+        For an optimizer, a matrix is a parameter of one layer, of any rank, at one index of each of
+        these axes: w_in_EDUF holds E * U matrices [D, F], and w_out_EFD holds E matrices [F, D].
+        All other parameters are one matrix each, such as the projections of all heads, q_DHA.
         """
         return tuple(i for i, axis in enumerate(self.axes) if axis in MATRIX_AXES)
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Axes of one matrix, as `matrix_shape` has them: those of its inputs, of its outputs.
+        """The input axes and the output axes of one matrix, as indices into `matrix_shape`.
 
-        Those of q_DHA are (0,) and (1, 2).  None: it has not two sides, as no vector has.
+        For q_DHA they are (0,) and (1, 2).  None: the parameter, such as a vector, has not two sides.
         """
         axes = self.matrix_shape(self.axes)
         sides: list[tuple[int, ...]] = []
@@ -70,18 +74,18 @@ class ParamRule:
         return (sides[0], sides[1]) if len(sides) == 2 else None
 
     def matrix_shape(self, shape: Sequence[T]) -> tuple[T, ...]:
-        """The shape of one matrix of this parameter, whose own shape is `shape`; or its axes."""
+        """The part of `shape`, the parameter's shape or axes, that belongs to one matrix."""
         return tuple(
             size for i, size in enumerate(shape) if i >= self.stacked and i not in self.matrices
         )
 
     def stack(self) -> "ParamRule":
-        """The rule of this parameter of several layers, stacked."""
+        """The rule of the same parameter of several layers, stacked."""
         return dataclasses.replace(self, axes=("layers", *self.axes))
 
 
 def param_dtype(dtype: DTypeLike) -> np.dtype:
-    """Parameters are float32, and float64 where the computation is (the oracle)."""
+    """The dtype of parameters: float32, or float64 if the computation is float64 (the oracle)."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -96,10 +100,10 @@ def param(
     group: str,
     narrow: bool = False,
 ) -> nnx.Param:
-    """A parameter with the metadata `logical_axes`, `group` and `narrow`.
+    """Create a parameter with the metadata `logical_axes`, `group` and `narrow`.
 
-    Its key is the `params` key of `rngs` folded with `name`, never a counter: the value does not
-    depend on which other parameters exist or on their order.
+    Its key is the `params` key of `rngs` folded with `name`, not with a counter, so its value does
+    not depend on which other parameters exist or on their order.
 
     Args:
       rngs: its `params` key is the module's.
@@ -109,14 +113,16 @@ def param(
       init: draws the value.
       dtype: of the value.
       group: one of GROUPS; the optimizer's rules follow from it and from the axes (`ParamRule`).
-      narrow: True if layers read it in the computation's dtype alone, so that a copy in that dtype
-        serves as well.
+      narrow: True if layers read it only in the compute dtype, so that a compute-dtype copy can
+        replace it in the forward and backward pass.
 
     Raises:
       ValueError: an unknown group, or axes that do not fit the shape.
     """
     if len(shape) != len(logical_axes):
-        raise ValueError(f"parameter {name}: shape {shape} against logical axes {logical_axes}")
+        raise ValueError(
+            f"parameter {name}: shape {shape} and logical axes {logical_axes} differ in length"
+        )
     if group not in GROUPS:
         raise ValueError(f"parameter {name}: group {group!r} is not one of {', '.join(GROUPS)}")
     key = jax.random.fold_in(rngs.params.key.get_value(), zlib.crc32(name.encode()))
@@ -125,7 +131,7 @@ def param(
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Normal cut at two sigma, with standard deviation `std` after the cut."""
+    """The initializer of a normal cut at two sigma, with standard deviation `std` after the cut."""
 
     def init(key, shape, dtype):
         sample = jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape), dtype)
@@ -135,36 +141,37 @@ def truncated_normal(std: float) -> Initializer:
 
 
 def fan_in(size: int) -> Initializer:
-    """Truncated normal of variance 1 / size, where `size` inputs are summed into one output."""
+    """The truncated normal of variance 1 / size, for `size` inputs summed into one output."""
     return truncated_normal(1 / math.sqrt(size))
 
 
 def residual_fan_in(size: int, num_layers: int) -> Initializer:
-    """`fan_in` for a projection onto the residual stream, scaled by 1 / sqrt(2 L).
+    """The `fan_in` initializer, scaled by 1 / sqrt(2 L), of a projection to the residual stream.
 
-    A block adds to the stream twice, so its variance stays bounded in depth (GPT-2).
+    Each of L layers adds to the stream twice; with the factor its variance stays bounded in depth
+    (GPT-2).
     """
     return truncated_normal(1 / math.sqrt(size * 2 * num_layers))
 
 
 def ones(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-    """All ones, for the weights of norms."""
+    """An initializer of all ones, for the weights of norms."""
     del key
     return jnp.ones(tuple(shape), dtype)
 
 
 def fresh(rngs: nnx.Rngs) -> nnx.Rngs:
-    """`rngs` for the first module that is made from them, other keys for each one after it.
+    """The keys of `rngs` for the first module made from it, and different keys for each later one.
 
-    So layers that a caller makes from one `rngs` differ, as NNX's own do.
+    Layers that a caller makes from one `rngs` therefore differ, as NNX's own layers do.
     """
     stream = rngs.params
     key, count = stream.key.get_value(), stream.count.get_value()
-    stream()  # it counts
+    stream()  # increments the count
     return nnx.Rngs(params=jnp.where(count == 0, key, jax.random.fold_in(key, count)))
 
 
 def scoped(rngs: nnx.Rngs, name: str | int | jax.Array) -> nnx.Rngs:
-    """Keys for a submodule: those of `rngs` folded with its name, whatever was drawn before."""
+    """The keys of a submodule: those of `rngs` folded with its name, independent of past draws."""
     number = zlib.crc32(name.encode()) if isinstance(name, str) else name
     return nnx.Rngs(params=jax.random.fold_in(rngs.params.key.get_value(), number))

@@ -1,7 +1,7 @@
-"""Rematerialisation by name: what the backward pass of a block may keep.
+"""Rematerialization policies by name: which tensors of a block are saved for the backward pass.
 
-The names below are tagged with `jax.ad_checkpoint.checkpoint_name` where the tensors are made,
-by capacity and dropless dispatch alike; einsum and dense, the references, tag no dispatch.
+`jax.ad_checkpoint.checkpoint_name` tags the tensors with the names below where they are computed.
+Both capacity and dropless dispatch tag theirs; einsum and dense, the references, do not.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from jax import checkpoint_policies as policies
 
 from moe_jax.registry import lookup
 
-ATTENTION_OUT = "attention_out"  # output of attention before its projection
-FFN_HIDDEN = "ffn_hidden"  # between the two matmuls of a dense FFN, before the activation
+ATTENTION_OUT = "attention_out"  # output of attention, before its projection
+FFN_HIDDEN = "ffn_hidden"  # first matmul's output in a dense FFN, before the activation
 ROUTER_LOGITS = "router_logits"
-MOE_DISPATCHED = "moe_dispatched"  # tokens where their experts are: after the all-to-all
-MOE_HIDDEN = "moe_hidden"  # between the two matmuls of the experts, before the activation
+MOE_DISPATCHED = "moe_dispatched"  # dispatched tokens (after the all-to-all), and their indices
+MOE_HIDDEN = "moe_hidden"  # first matmul's output in the experts, before the activation
 
 _DISPATCH = (ROUTER_LOGITS, MOE_DISPATCHED)
 
-# name -> policy; "none" keeps everything and so applies no checkpoint at all.
+# name -> policy; "none" saves everything, so it applies no checkpoint at all.
 REMAT: dict[str, Any] = {
     "none": None,
     "full": policies.nothing_saveable,
     "dots": policies.dots_with_no_batch_dims_saveable,
-    # Recomputes matmuls but never routes again and repeats no collective of the dispatch.
+    # Recomputes matmuls, but neither the routing nor a collective of the dispatch.
     "save_dispatch": policies.save_only_these_names(*_DISPATCH),
     "save_hidden": policies.save_only_these_names(
         *_DISPATCH, ATTENTION_OUT, FFN_HIDDEN, MOE_HIDDEN
@@ -34,10 +34,10 @@ REMAT: dict[str, Any] = {
 
 
 def remat(function: Callable, name: str, *, scanned: bool) -> Callable:
-    """`function` under policy `name`; raises UserError for an unknown one.
+    """Apply the remat policy `name` to `function`; raises UserError for an unknown name.
 
-    Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier that
-    prevents it elsewhere is left out.
+    The barrier that keeps XLA from merging the recomputation with the forward pass is left out
+    inside a scan, where XLA cannot merge them.
     """
     policy = lookup(REMAT, name, "model.remat")
     if name == "none":
