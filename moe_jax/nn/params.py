@@ -62,7 +62,7 @@ class ParamRule:
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The input axes and the output axes of one matrix, as indices into `matrix_shape`.
 
-        For q_DHA they are (0,) and (1, 2).  None: the parameter, such as a vector, has not two sides.
+        For q_DHA they are (0,) and (1, 2).  None: it has not two sides, such as a vector.
         """
         axes = self.matrix_shape(self.axes)
         sides: list[tuple[int, ...]] = []
