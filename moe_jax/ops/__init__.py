@@ -1,4 +1,4 @@
-"""Operations with a plain reference beside each fast path."""
+"""Numerical operations; each has a plain reference and fast paths."""
 
 from moe_jax.ops.attention import attention
 from moe_jax.ops.cross_entropy import cross_entropy, token_nll

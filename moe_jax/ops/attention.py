@@ -1,7 +1,7 @@
 """Causal grouped-query attention: a plain XLA reference and the fast path of each platform.
 
-Axes: B batch, T query positions, S key positions (as many), H query heads, J key/value heads
-(query head h reads key/value head h // (H/J)), A head width.
+Axes: B rows, T query positions, S key positions (S = T), H query heads, J key/value heads (query
+head h reads key/value head h // (H/J)), G = H/J query heads per key/value head, A head width.
 """
 
 import functools
@@ -23,7 +23,7 @@ from moe_jax.registry import lookup
 
 _MAX_CHUNKS = 8
 _MIN_CHUNK = 32
-_SPLASH_BLOCK = 128  # splash attention wants whole blocks of positions
+_SPLASH_BLOCK = 128  # splash attention needs a multiple of this many positions
 
 
 def attention(
@@ -35,20 +35,21 @@ def attention(
     implementation: str = "auto",
     layer: int = 0,
 ) -> Float[Array, "B T H A"]:
-    """softmax(q k^T / sqrt(A)) v over positions up to the query's own.
+    """The causal attention softmax(q k^T / sqrt(A)) v.
 
     Args:
       q_BTHA, k_BTJA, v_BTJA: queries, keys, values; J divides H.
-      segments_BT: a query sees only keys of its own segment; None: all up to its own position.
-        Padding is a segment like any other, so its rows are finite and never read by real tokens.
-      mesh: batch is split over data x fsdp x expert, heads over tensor.  None or abstract:
-        XLA splits the attention with what is around it, which only the reference allows.
-      implementation: a key of ATTENTION, or "auto": the fast one for the platform and dtype.
-      layer: the layer's number from 0, which changes no result.  No two layers of a program that
-        takes gradients may share one unless `layers_share_calls` (see `cudnn_attention`).
+      segments_BT: a query attends only to keys of its own segment; None: all up to its position.
+        Padding is a segment too, so its outputs are finite, and real tokens never attend to it.
+      mesh: batch is split over data x fsdp x expert, heads over tensor.  None or abstract: XLA
+        partitions the attention with the caller's code, which only the reference allows.
+      implementation: a key of ATTENTION, or "auto": the fastest for the platform and dtype.
+      layer: the layer's number from 0; it does not change the result.  In a program that takes
+        gradients, layers must have different numbers unless `layers_share_calls` (see
+        `cudnn_attention`).
 
     Returns:
-      Weighted values of every query head, in the dtype of the queries.
+      [B, T, H, A]: weighted values of every query head, in the dtype of the queries.
 
     Raises:
       UserError: unknown implementation.
@@ -64,31 +65,33 @@ def attention(
 
 
 def layers_share_calls() -> bool:
-    """Whether one trace of `attention` may stand for several layers; see `cudnn_attention`."""
+    """True if several layers may use the same trace of `attention`; see `cudnn_attention`."""
     return not kernels_are_deterministic()
 
 
 def check_attention(implementation: str, platform: str, T: int, dtype: DTypeLike) -> None:
-    """Raises UserError where an implementation named in the config cannot run.
+    """Raise UserError if the implementation that the config names cannot run.
 
     Args:
       implementation: a key of ATTENTION, or "auto".
       platform: of the mesh's devices.
-      T: positions a row.
-      dtype: that the model computes in.
+      T: positions per row.
+      dtype: compute dtype of the model.
     """
     home = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, platform)
     if platform != home:
         raise UserError(
-            f"model.attention {implementation!r} runs on {home} and these devices are {platform}: "
-            f"set it to 'auto'."
+            f"model.attention is {implementation!r}, which runs on {home} only, and the devices "
+            f"are {platform}. Set it to 'auto'."
         )
     if implementation == "cudnn" and not _half(dtype):
-        raise UserError("model.attention 'cudnn' takes 16-bit numbers: set precision to bfloat16.")
+        raise UserError(
+            "model.attention is 'cudnn', for 16-bit dtypes only. Set precision bfloat16."
+        )
     if implementation == "splash" and T % _SPLASH_BLOCK:
         raise UserError(
-            f"model.attention 'splash' takes rows of whole {_SPLASH_BLOCK} tokens and "
-            f"data.sequence_length is {T}: change it, or set model.attention to 'auto'."
+            f"data.sequence_length is {T}: model.attention 'splash' needs a multiple of "
+            f"{_SPLASH_BLOCK}. Set a multiple, or model.attention 'auto'."
         )
 
 
@@ -97,7 +100,7 @@ def _half(dtype: DTypeLike) -> bool:
 
 
 def best_attention(mesh: Mesh, q_BTHA: jax.Array) -> str:
-    """The key of ATTENTION that "auto" stands for."""
+    """The key of ATTENTION that "auto" selects."""
     platform = mesh.devices.flat[0].platform
     half = _half(q_BTHA.dtype)
     if platform == "gpu" and half:
@@ -108,12 +111,12 @@ def best_attention(mesh: Mesh, q_BTHA: jax.Array) -> str:
 
 
 def xla_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
-    """The reference.  Scores and softmax in float32, or wider where the inputs are.
+    """The reference, with scores and softmax in float32, or in the inputs' dtype if wider.
 
-    Queries go in a few static chunks, each against the keys up to its end: the upper triangle of
-    the scores is mostly never computed.  Dividing by the softmax's sum after the product with v
-    touches A numbers a query instead of T.  On 2 CPU cores at B8 T256 H4 A64, forward and
-    backward take 18 ms against 24 ms in one piece.
+    Queries are cut into a few static chunks, each multiplied with the keys up to its end, so most
+    of the upper triangle of the scores is never computed.  The division by the softmax's sum comes
+    after the product with v, where it costs A divisions per query instead of T.  On 2 CPU cores at
+    B8 T256 H4 A64, forward and backward take 18 ms; without chunks, 24 ms.
     """
     del mesh, layer
     B, T, H, A = q_BTHA.shape
@@ -130,13 +133,13 @@ def xla_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array
 
 
 def _chunks(length: int) -> int:
-    """How many equal chunks of queries: a function of the length alone."""
+    """The number of equal chunks of queries, a function of the length alone."""
     fits = (n for n in range(_MAX_CHUNKS, 1, -1) if length % n == 0 and length // n >= _MIN_CHUNK)
     return next(fits, 1)
 
 
 def _attend(q_BJGTA, k_BJSA, v_BJSA, segments_BT, start: int, end: int):
-    """Queries [start, end) against keys [0, end)."""
+    """The attention of queries [start, end) to keys [0, end)."""
     wide = jnp.promote_types(q_BJGTA.dtype, jnp.float32)
     q, k, v = q_BJGTA[..., start:end, :], k_BJSA[:, :, :end], v_BJSA[:, :, :end]
     scores = jnp.einsum("BJGTA,BJSA->BJGTS", q, k, preferred_element_type=wide)
@@ -147,24 +150,24 @@ def _attend(q_BJGTA, k_BJSA, v_BJSA, segments_BT, start: int, end: int):
         seen = (seen & same_BTS)[:, None, None]
     scores = jnp.where(seen, scores, jnp.finfo(wide).min)
     highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - highest)  # every query sees itself: the sum is at least 1
+    weights = jnp.exp(scores - highest)  # the largest is 1, so the sum is at least 1
     out = jnp.einsum("BJGTS,BJSA->BJGTA", weights.astype(v.dtype), v, preferred_element_type=wide)
     return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
-    """cuDNN's flash attention (NVIDIA, bfloat16 or float16); partitions itself under pjit.
+    """cuDNN's flash attention (NVIDIA, bfloat16 or float16); pjit can partition it.
 
-    It takes no segment ids: confining attention to documents materialises a [B, T, T] mask.
+    It takes no segment ids, so attention inside documents materialises a [B, T, T] mask.
     """
     del mesh
     same = None
     scale = 1 / math.sqrt(q_BTHA.shape[-1])
     if not layers_share_calls():
         # Two equal backward passes in one program end the run with "raw_hash_map<>::at": XLA marks
-        # only the first as deterministic, so it does not find what it compiled for the second
-        # (jax 0.11.2, openxla/xla pull request 46500).  Each layer gets another double here, which
-        # is the same float32, and that is what cuDNN takes.
+        # only the first as deterministic, so it does not find the kernel compiled for the second
+        # (jax 0.11.2, openxla/xla pull request 46500).  Each layer gets a different float64 scale,
+        # which rounds to the same float32, the dtype that cuDNN takes.
         scale *= 1 + layer * 2.0**-44
     if segments_BT is not None:
         same = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -174,7 +177,7 @@ def cudnn_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Arr
 
 
 def splash_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Array:
-    """Splash attention (TPU), in shard_map: a Mosaic kernel cannot be partitioned by XLA."""
+    """Splash attention (TPU), in shard_map because XLA cannot partition a Mosaic kernel."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -198,7 +201,7 @@ def splash_attention(q_BTHA, k_BTJA, v_BTJA, segments_BT, mesh, layer) -> jax.Ar
         mesh=mesh,
         in_specs=(rows, rows, rows, segments),
         out_specs=rows,
-        check_vma=False,  # pallas_call declares no varying axes
+        check_vma=False,  # pallas_call does not declare varying axes
     )
     return sharded(q_BTHA, k_BTJA, v_BTJA, segments_BT)
 

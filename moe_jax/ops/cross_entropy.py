@@ -1,10 +1,11 @@
-"""Output projection and cross-entropy together, a part of the logits at a time.
+"""Output projection fused with cross-entropy, computing the logits in chunks.
 
-Two ways to cut them, with the same number of logits in memory: by tokens (the default: gradients
-come from the same pass, three matmuls in all) and by vocabulary (four matmuls, since the softmax
-of a token is known only after its last class; it helps where a device holds few tokens).
+There are two ways to cut the logits, with the same number of them in memory: by tokens (the
+default: the same pass computes the gradients, three matmuls in all), and by vocabulary (four
+matmuls, because a token's softmax is known only after its last class; better if a device holds few
+tokens).
 
-Axes: B rows, T positions, N tokens of one device, D width, V vocabulary.
+Axes: B rows, T positions, N tokens of one device, D width, V vocabulary, C chunks.
 """
 
 import functools
@@ -22,12 +23,12 @@ from moe_jax.registry import lookup
 
 
 class CrossEntropy(NamedTuple):
-    """Sums over the tokens that count.  Only `loss_sum` carries a gradient."""
+    """Sums over the tokens in the mask.  Only `loss_sum` carries a gradient."""
 
-    loss_sum: Float[Array, ""]  # nll_sum + z_weight * z_sum: what is minimised
-    nll_sum: Float[Array, ""]  # -log softmax of the targets, in nats
+    loss_sum: Float[Array, ""]  # nll_sum + z_weight * z_sum, to be minimised
+    nll_sum: Float[Array, ""]  # sum of -log softmax of the targets, in nats
     z_sum: Float[Array, ""]  # sum of logsumexp(logits)^2
-    count: Float[Array, ""]  # tokens that count
+    count: Float[Array, ""]  # number of tokens in the mask
 
 
 def cross_entropy(
@@ -41,17 +42,17 @@ def cross_entropy(
     mesh: Mesh,
     implementation: str = "tokens",
 ) -> CrossEntropy:
-    """Sums of -log softmax(x head)[target], and of the logits' z-loss, where mask is true.
+    """The sums of -log softmax(x head)[target] and of the z-loss over the positions in the mask.
 
     Args:
-      x_BTD: the last norm's output, rows split over the batch axes of `mesh`.
-      head_DV: output projection; it is multiplied in x's dtype, logits are float32 or wider.
-      targets_BT: class of each position; any integer where the mask is false.
-      mask_BT: the positions that count.
+      x_BTD: output of the last norm, rows split over the batch axes of `mesh`.
+      head_DV: output projection; multiplied in x's dtype, with logits in float32 or wider.
+      targets_BT: class of each position; any integer where the mask is False.
+      mask_BT: True for positions in the loss.
       z_weight: weight of logsumexp^2 in `loss_sum` (PaLM, arXiv 2204.02311, section 5).
-      chunk: float32 logits of one device that exist at once, in multiples of V; a device's
-        tokens are cut at least in two.
-      mesh: where it runs; vocabulary may be split over `tensor`.
+      chunk: float32 logits that one device holds at once, in multiples of V; there are at least
+        two chunks.
+      mesh: of the arrays; the vocabulary may be split over `tensor`.
       implementation: a key of CROSS_ENTROPY.
 
     Returns:
@@ -81,10 +82,10 @@ def token_nll(
     chunk: int,
     mesh: Mesh,
 ) -> Float[Array, "B T"]:
-    """-log softmax(x head)[target] of every position, for evaluation.
+    """The value -log softmax(x head)[target] of every position, for evaluation.
 
     Args:
-      x_BTD, head_DV, targets_BT, chunk, mesh: as of `cross_entropy`.
+      x_BTD, head_DV, targets_BT, chunk, mesh: as in `cross_entropy`.
 
     Returns:
       Nats, float32 or wider [B, T].
@@ -102,10 +103,10 @@ def token_nll(
 
 
 def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
-    """`function(x, head, *per-token)` on each device's own rows, `tensor` left to XLA.
+    """Run `function(x, head, *per-token)` on each device's own rows; XLA partitions over `tensor`.
 
-    Left to XLA altogether, every chunk would reduce the head's gradient over the batch axes and
-    chunking would move tokens between devices; here it is reduced once.
+    If XLA partitioned it over the batch axes too, every chunk would reduce the head's gradient over
+    them and chunking would move tokens between devices.  Here the gradient is reduced once.
     """
 
     axes = _row_axes(mesh)
@@ -120,30 +121,30 @@ def _by_rows(function: Callable, mesh: Mesh, out_spec: P) -> Callable:
             in_specs=(rows, P(), *(rows for _ in tokens)),
             out_specs=out_spec,
             axis_names=set(axes),
-            check_vma=False,  # the scans below start from constants, which vary over no axis
+            check_vma=False,  # the scans start from constants, which do not vary over an axis
         )
-        # jit: jax 0.10 cannot run a region that is manual over only some axes op by op.
+        # jit, because jax 0.10 cannot run op by op a region that is manual over some axes only.
         return jax.jit(sharded)(x_BTD, head_DV, *tokens)
 
     return run
 
 
 def _row_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Over which the region below is manual: none where `tensor` alone has several devices.
+    """The axes over which `_by_rows` is manual: none if only `tensor` has several devices.
 
-    XLA refuses a region that is manual over axes of one device each and no others.
+    XLA rejects a region that is manual only over axes of one device.
     """
     tensor_alone = mesh.size == mesh.shape["tensor"] > 1
     return () if tensor_alone else BATCH_AXES
 
 
 def _chunks(tokens: int, chunk: int) -> int:
-    """Into how many parts a device's logits are cut: never one, so never all at once."""
+    """The number of chunks of a device's logits: at least two, so that all never exist at once."""
     return max(2, -(-tokens // chunk))
 
 
 def _split(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
-    """Arrays over N tokens as [chunks, tokens]: equal chunks of at most `chunk`, zero-padded."""
+    """Reshape arrays over N tokens to [chunks, tokens], at most `chunk` each, zero-padded."""
     size = arrays[0].shape[0]
     chunks = _chunks(size, chunk)
     each = -(-size // chunks)
@@ -153,7 +154,7 @@ def _split(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def _logits(x_ND, head_DV, targets_N):
-    """Logits in float32 or wider, and where each token's target stands."""
+    """The logits in float32 or wider, and a mask [N, V] of each token's target."""
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     head = head_DV.astype(x_ND.dtype)
     logits_NV = jnp.einsum("ND,DV->NV", x_ND, head, preferred_element_type=wide)
@@ -162,17 +163,17 @@ def _logits(x_ND, head_DV, targets_N):
 
 
 def _nll(logits_NV, hit_NV):
-    # A masked sum, not a gather: with the vocabulary split over `tensor` it stays local.
+    # A masked sum, because a gather would not stay local if `tensor` splits the vocabulary.
     return jax.nn.logsumexp(logits_NV, axis=-1) - jnp.where(hit_NV, logits_NV, 0).sum(-1)
 
 
 def _target_logits(logits_NV, targets_N, hit_NV):
-    """Each token's logit of its target, for a forward pass; any number where there is none.
+    """The logit of each token's target, without gradient; any number for an invalid target.
 
-    Read where it stands, for a pass over all logits takes 0.7 ms of a step of bench_olmoe_half on
-    an H200.  With the vocabulary split over `tensor` the sum stays local, whatever XLA would make
-    of the read.  Where `tensor` alone has several devices no region names a mesh to ask, and the
-    read is taken: a test holds that no logits travel for it.
+    It is read by index, because a masked sum over all logits takes 0.7 ms per step of
+    bench_olmoe_half on an H200.  If `tensor` splits the vocabulary, the masked sum is used, because
+    it stays local.  If only `tensor` has several devices, there is no region whose mesh could be
+    asked, and the logit is read by index: a test checks that this moves no logits.
     """
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         return jnp.where(hit_NV, logits_NV, 0).sum(-1)
@@ -180,7 +181,7 @@ def _target_logits(logits_NV, targets_N, hit_NV):
 
 
 def full_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
-    """The reference: all logits at once, differentiated by JAX."""
+    """The reference: computes all logits at once; JAX differentiates it."""
     del chunk
     logits_NV, hit_NV = _logits(x_ND, head_DV, targets_N)
     lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
@@ -188,11 +189,11 @@ def full_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> 
 
 
 def tokens_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
-    """Logits of `chunk` tokens at a time; gradients are computed in the forward pass.
+    """Compute the logits of `chunk` tokens at a time, and the gradients in the forward pass.
 
-    The loss is a sum, so its gradients are known up to one scalar before the backward pass
-    begins: each chunk turns its logits into d loss/d logits at once and they are never computed
-    again (the idea of Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989).
+    The loss is a sum, so its gradients are known up to one scalar before the backward pass begins.
+    Each chunk turns its logits into d loss/d logits at once, so they are not recomputed (as in
+    Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989).
     """
     return _chunked(x_ND, head_DV, targets_N, mask_N, z_weight, chunk)
 
@@ -204,7 +205,7 @@ def _chunked(x_ND, head_DV, targets_N, mask_N, z_weight, chunk) -> CrossEntropy:
 
 def _chunked_forward(x_ND, head_DV, targets_N, mask_N, z_weight, chunk, gradients=True):
     wide, own = jnp.promote_types(x_ND.dtype, jnp.float32), head_DV.dtype
-    head_DV = head_DV.astype(x_ND.dtype)  # once: XLA leaves a cast in the loop that it stands in
+    head_DV = head_DV.astype(x_ND.dtype)  # here, because XLA does not move a cast out of a loop
 
     def one_chunk(carry, inputs):
         (nll, z, d_head), (x, targets, mask) = carry, inputs
@@ -245,10 +246,11 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def vocabulary_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chunk) -> CrossEntropy:
-    """Logits of all tokens for a part of the vocabulary at a time, recomputed backwards.
+    """Compute all tokens' logits for one part of the vocabulary at a time.
 
-    Keeps a running maximum and sum of exponentials (the online softmax of
-    https://arxiv.org/abs/1805.02867); the maximum is a constant to the gradient.
+    The backward pass recomputes them.  The loop keeps a running maximum and a running sum of
+    exponentials (the online softmax of https://arxiv.org/abs/1805.02867); the maximum gets no
+    gradient.
     """
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     (N, D), V = x_ND.shape, head_DV.shape[1]
@@ -256,7 +258,7 @@ def vocabulary_cross_entropy(x_ND, head_DV, targets_N, mask_N, *, z_weight, chun
     each = -(-V // parts)
     head_DCV = jnp.pad(head_DV, ((0, 0), (0, parts * each - V))).reshape(D, parts, each)
     first_C = jnp.arange(parts) * each
-    wide_ND = x_ND.astype(wide)  # cast back inside, so that its gradient adds up in `wide`
+    wide_ND = x_ND.astype(wide)  # cast back inside the loop, so that gradients are summed in `wide`
 
     @jax.checkpoint
     def one_part(carry, inputs):

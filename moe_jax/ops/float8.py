@@ -1,13 +1,16 @@
-"""The grouped matmul with float8 operands: forward product and input gradient at twice the rate.
+"""The grouped matmul with float8 operands, twice as fast in the forward pass and input gradient.
 
-Axes: N rows, E groups, D in, F out, as in grouped_matmul.py.  A row of `x`, or of `dy`, is scaled
-by its own largest number and an expert's matrix by its own, so that both fill e4m3 (4 bits of
-exponent, 3 of mantissa, up to 448; https://arxiv.org/abs/2209.05433); products are summed in
-float32 and the scales multiplied back.  The weight gradient adds over thousands of rows and feeds
-the optimizer: it is that of grouped_matmul, from the operands as they came.
+Axes: N rows, E groups (experts), D input width, F output width, as in grouped_matmul.py; in helpers
+K is the contracted width and M the other.
 
-On a Hopper GPU the kernels of moe_jax/ops/mosaic multiply; everywhere else the rounded operands go
-through grouped_matmul in their first dtype: the same products, and rounding for no gain.
+Each row of `x`, or of `dy`, is scaled by its largest absolute value, and each expert's matrix by
+its own, so that both use the range of e4m3 (4 bits of exponent, 3 of mantissa, up to 448;
+https://arxiv.org/abs/2209.05433).  Products are summed in float32 and multiplied by the scales.
+The weight gradient sums over thousands of rows and goes into the optimizer, so it is that of
+grouped_matmul, from unrounded operands.
+
+On a Hopper GPU the kernels of moe_jax/ops/mosaic multiply.  Elsewhere the rounded operands are cast
+back and multiplied by grouped_matmul: the results are the same, without the gain in speed.
 """
 
 import functools
@@ -23,20 +26,20 @@ from moe_jax.ops.mosaic import choose
 from moe_jax.parallel.collectives import varying_like
 
 DTYPE = jnp.float8_e4m3fn
-LARGEST = 448.0  # that e4m3 holds
-_TINY = 1e-30  # a row of zeros is divided by it
+LARGEST = 448.0  # largest finite e4m3 number
+_TINY = 1e-30  # keeps the scale of a row of zeros above 0
 
 
 @jax.custom_vjp
 def float8_grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
-    """y[n] = x[n] @ w[group of n], both rounded to float8; see `grouped_matmul` for the rest.
+    """The grouped matmul y[n] = x[n] @ w[group of n], with both operands rounded to float8.
 
     Args:
       x_ND: rows, sorted by group.
-      w_EDF: one matrix for each group.
-      sizes_E: int32 rows of each group; rows past their sum are unspecified in the output.
+      w_EDF: one matrix per group.
+      sizes_E: rows per group, int32; rows >= their sum are padding, unspecified in the output.
 
     Returns:
       [N, F] in the dtype of x.
@@ -63,12 +66,12 @@ float8_grouped_matmul.defvjp(_save, _backward)
 
 
 def round_rows(x_ND: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Float[Array, "N 1"]]:
-    """(float8, float32 scale): x is about their product."""
+    """Round x to float8 numbers and float32 scales, one per row, whose product is about x."""
     return _round(x_ND, 1)
 
 
 def round_experts(w_EDF: Float[Array, "E D F"]) -> tuple[Float[Array, "E D F"], Float[Array, "E"]]:
-    """(float8, float32 scale of each expert): w is about their product."""
+    """Round w to float8 numbers and float32 scales, one per expert, whose product is about w."""
     w8_EDF, scale_E11 = _round(w_EDF, (1, 2))
     return w8_EDF, scale_E11.reshape(-1)
 
@@ -80,19 +83,20 @@ def _round(x, axes):
 
 
 def _product(x_NK, w_EKM, w8_EMK, scale_E, sizes_E):
-    """x times the rounded matrices, which come with the contraction last; `w_EKM` has the shape."""
+    """Multiply x, rounded here, by the rounded matrices (contraction last); w_EKM gives a shape."""
     x8_NK, scale_N1 = round_rows(x_NK)
     y_NM = product(x_NK, w_EKM)(x8_NK, w8_EMK, sizes_E)
-    # One after the other: their product may be too small for float32.
+    # The scales are applied one after the other, because their product may underflow float32.
     scaled_NM = y_NM.astype(jnp.float32) * scale_N1
     groups_N = _groups(sizes_E, x_NK.shape[0])
     return (scaled_NM * scale_E[groups_N][:, None]).astype(x_NK.dtype)
 
 
 def product(x_NK: Float[Array, "N K"], w_EKM: Float[Array, "E K M"]) -> Callable[..., jax.Array]:
-    """(rounded rows [N, K], rounded matrices [E, M, K], sizes) -> [N, M] in the dtype of `x_NK`.
+    """The function that multiplies rounded operands, by kernel if it supports these shapes.
 
-    The arguments say for which operands; they are not read.
+    It maps (rounded rows [N, K], rounded matrices [E, M, K], sizes) to [N, M] in the dtype of
+    `x_NK`.  Only shape and dtype of the arguments are read.
     """
     plain = functools.partial(_plain, x_NK.dtype)
     kernel = _kernel if choose.supports(x_NK, w_EKM) else plain
@@ -104,7 +108,7 @@ def product(x_NK: Float[Array, "N K"], w_EKM: Float[Array, "E K M"]) -> Callable
 
 
 def _groups(sizes_E, rows: int):
-    """Group of each row; the last one's for rows past it."""
+    """The group of each row; for padding rows the last group."""
     ends_E = jnp.cumsum(sizes_E)[:-1]
     return (jnp.arange(rows)[:, None] >= ends_E).sum(1, dtype=jnp.int32)
 

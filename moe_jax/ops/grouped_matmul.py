@@ -1,14 +1,15 @@
-"""Matmul of consecutive groups of rows, each with its own matrix.
+"""The grouped matmul: one matmul per group of consecutive rows, each with its own matrix.
 
-Axes: N rows, E groups, D in, F out.  Group e owns the next sizes_E[e] rows.  Rows past the last
-group are unspecified in the output and never reach a gradient.  An empty group has zero gradient.
+Axes: N rows, E groups (experts), D input width, F output width.  Group e has the next sizes_E[e]
+rows.  Rows past the last group are padding: unspecified in the output, and without effect on a
+gradient.  The weight gradient of an empty group is zero.
 
-The implementations of each leg (forward, input gradient, weight gradient) stand in
-IMPLEMENTATIONS.  `jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked product on
-the CPU backend (6 to 60 times the work) and far from the hardware on GPUs.  So on the CPU the
-groups are cut into row tiles and a loop multiplies each tile by its group's matrix ("tiled"),
-bfloat16 on a Hopper GPU has kernels of its own ("mosaic", moe_jax/ops/mosaic), and on a TPU those
-that jax ships ("megablox").  Shapes that kernels do not take go through ragged_dot.
+IMPLEMENTATIONS lists the implementations of each leg (forward, input gradient, weight gradient).
+`jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked matmul on the CPU backend (6
+to 60 times the FLOPs) and far below the hardware's rate on GPUs.  On the CPU, a loop over row tiles
+multiplies each tile by its group's matrix ("tiled").  For bfloat16 on a Hopper GPU there are
+kernels in moe_jax/ops/mosaic ("mosaic"), and on a TPU jax's own kernels ("megablox").  Shapes that
+the kernels do not support use ragged_dot.
 """
 
 import dataclasses
@@ -28,12 +29,12 @@ from moe_jax.parallel.collectives import varying_like
 def grouped_matmul(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
-    """y[n] = x[n] @ w[group of n].
+    """The grouped matmul y[n] = x[n] @ w[group of n].
 
     Args:
       x_ND: rows, sorted by group.
-      w_EDF: one matrix for each group.
-      sizes_E: int32 rows of each group; rows past their sum are unspecified in the output.
+      w_EDF: one matrix per group.
+      sizes_E: rows per group, int32; rows >= their sum are padding, unspecified in the output.
 
     Returns:
       [N, F] in the dtype of x.
@@ -64,12 +65,12 @@ def weight_gradient(
     dy_NF: Float[Array, "N F"],
     sizes_E: Int[Array, "E"],
 ) -> Float[Array, "E D F"]:
-    """dw[e] = x[rows of e]^T @ dy[rows of e], by the implementation that these operands get."""
+    """The weight gradient dw[e] = x[rows of e]^T @ dy[rows of e], by the best implementation."""
     return _run("weight_gradient", x_ND, dy_NF, sizes_E, kernels=_kernels(x_ND, w_EDF))
 
 
 def _kernels(x_ND: jax.Array, w_EDF: jax.Array) -> dict[str, str]:
-    """Platform -> the implementation that is best there for these operands."""
+    """The best implementation for these operands, by platform."""
     return {
         "cpu": "tiled",
         "cuda": "mosaic" if choose.supports(x_ND, w_EDF) else "ragged",
@@ -78,7 +79,7 @@ def _kernels(x_ND: jax.Array, w_EDF: jax.Array) -> dict[str, str]:
 
 
 def _run(leg: str, *operands: jax.Array, kernels: dict[str, str]) -> jax.Array:
-    """One leg by the implementation for the platform it is compiled for."""
+    """Run one leg by the implementation for the platform that it is compiled for."""
     legs = {where: getattr(IMPLEMENTATIONS[name], leg) for where, name in kernels.items()}
     return jax.lax.platform_dependent(
         *operands, **legs, default=getattr(IMPLEMENTATIONS["ragged"], leg)
@@ -88,7 +89,7 @@ def _run(leg: str, *operands: jax.Array, kernels: dict[str, str]) -> jax.Array:
 def reference(
     x_ND: Float[Array, "N D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "N F"]:
-    """The slow reference: every row times every matrix, then a mask; rows past the end are 0."""
+    """The slow reference: multiply every row by every matrix, then mask; padding rows give 0."""
     ends_E = jnp.cumsum(sizes_E)
     row = jnp.arange(x_ND.shape[0])[:, None]
     mask_NE = (row < ends_E) & (row >= ends_E - sizes_E)
@@ -97,10 +98,10 @@ def reference(
 
 
 def ragged_weight_gradient(x_ND, dy_NF, sizes_E):
-    """dw[e] = x[rows of e]^T @ dy[rows of e], through ragged_dot's own transpose."""
+    """The weight gradient dw[e] = x[rows of e]^T @ dy[rows of e], by ragged_dot's transpose."""
     shape = (sizes_E.shape[0], x_ND.shape[1], dy_NF.shape[1])
     inside = jnp.arange(x_ND.shape[0])[:, None] < sizes_E.sum()
-    # Both sides: rows past the last group may hold anything, and 0 * NaN is NaN.
+    # Mask both sides, because padding rows may hold anything and 0 * NaN is NaN.
     x_ND, dy_NF = jnp.where(inside, x_ND, 0), jnp.where(inside, dy_NF, 0)
     zeros = varying_like(jnp.zeros(shape, x_ND.dtype), x_ND)
     _, pullback = jax.vjp(lambda w: jax.lax.ragged_dot(x_ND, w, sizes_E), zeros)
@@ -108,13 +109,13 @@ def ragged_weight_gradient(x_ND, dy_NF, sizes_E):
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """Rows a tile: near half a group's mean, so that little of a last tile is waste."""
+    """The rows per tile: about half the mean group, so that a group's last tile wastes little."""
     mean = max(1, rows // max(1, groups))
     return int(min(256, max(8, 2 ** (mean.bit_length() - 1))))
 
 
 def _tiles(sizes_E: jax.Array, tile: int):
-    """(tiles before each group [E + 1], first row of each group [E + 1])."""
+    """The number of tiles before each group [E + 1], and each group's first row [E + 1]."""
     zero = varying_like(jnp.zeros(1, jnp.int32), sizes_E)
     sizes_E = sizes_E.astype(jnp.int32)
     before = jnp.concatenate([zero, jnp.cumsum((sizes_E + tile - 1) // tile)])
@@ -123,14 +124,14 @@ def _tiles(sizes_E: jax.Array, tile: int):
 
 
 def _locate(t, before, first, tile: int):
-    """Group, first row and end row of tile t."""
+    """The group, first row and end row of tile t."""
     e = jnp.searchsorted(before, t, side="right").astype(jnp.int32) - 1
     row = first[e] + (t - before[e]) * tile
     return e, row, jnp.minimum(row + tile, first[e + 1])
 
 
 def tiled_forward(x_ND, w_EDF, sizes_E):
-    """Tiles in order; a tile's rows past its group are overwritten by the next group's first."""
+    """Multiply tiles in order; the next group's first tile overwrites rows past a group's end."""
     N = x_ND.shape[0]
     tile = tile_rows(N, w_EDF.shape[0])
     before, first = _tiles(sizes_E, tile)
@@ -147,7 +148,7 @@ def tiled_forward(x_ND, w_EDF, sizes_E):
 
 
 def tiled_weight_gradient(x_ND, dy_NF, sizes_E):
-    """Adds each tile's outer product to its group's gradient, in place."""
+    """Add each tile's x^T @ dy to its group's gradient, in place."""
     N, D = x_ND.shape
     F, E = dy_NF.shape[1], sizes_E.shape[0]
     tile = tile_rows(N, E)
@@ -166,8 +167,8 @@ def tiled_weight_gradient(x_ND, dy_NF, sizes_E):
     return jax.lax.fori_loop(0, before[-1], body, start)
 
 
-# The kernels are imported where they run: jax's interfaces to them are young.  They declare no
-# varying axes.
+# The kernels are imported only if they run, because jax's interfaces to them still change.  They
+# do not declare varying axes.
 def _mosaic_forward(x_ND, w_EDF, sizes_E):
     from moe_jax.ops.mosaic.product import grouped_product
 
@@ -187,7 +188,7 @@ def _mosaic_weight_gradient(x_ND, dy_NF, sizes_E):
 
 
 def _of_transposed(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The input gradient as a forward product with every matrix transposed."""
+    """The input gradient, computed by `forward` with every matrix transposed."""
     return lambda dy_NF, w_EDF, sizes_E: forward(dy_NF, w_EDF.swapaxes(1, 2), sizes_E)
 
 

@@ -1,4 +1,4 @@
-"""A dense projection whose backward pass is written out."""
+"""A dense projection with its own backward pass.  Axes: N rows, D input width, F output width."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ from jaxtyping import Array, Float
 
 
 def linear(x: Float[Array, "*batch D"], w: Float[Array, "D ..."]) -> Float[Array, "..."]:
-    """[*batch, D] x [D, *out] -> [*batch, *out]; the weight comes in x's dtype.
+    """Multiply x [*batch, D] by w [D, *out]: [*batch, *out]; w must have x's dtype.
 
-    JAX's own transpose of an einsum asks XLA for dy^T x and then a transpose.  On CPUs the first
-    drags the activation's backward into a strided copy: a gated FFN of width 256 and 1,024 on
+    JAX's transpose of an einsum computes dy^T x and then transposes it.  On CPUs XLA fuses the
+    activation's backward pass into a strided copy for dy^T: a gated FFN of widths 256 and 1,024 on
     2,048 tokens takes 107 ms forward and backward that way, and 45 ms this way (2 cores).
     """
     D, out = w.shape[0], w.shape[1:]
@@ -29,7 +29,7 @@ def _forward(x_ND, w_DF):
 
 def _backward(saved, dy_NF):
     x_ND, w_DF = saved
-    dy_NF = jax.lax.optimization_barrier(dy_NF)  # both products read it: compute it once
+    dy_NF = jax.lax.optimization_barrier(dy_NF)  # compute it once, because both products read it
     return dy_NF @ jnp.transpose(w_DF), jnp.transpose(x_ND) @ dy_NF
 
 

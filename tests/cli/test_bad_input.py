@@ -144,7 +144,7 @@ CONFIGS = {
     ),
     "attention of another platform": (
         {"model.attention": "cudnn"},
-        r"model\.attention 'cudnn' runs on gpu and these devices are cpu: set it to 'auto'",
+        r"model\.attention is 'cudnn', which runs on gpu only.*are cpu\. Set it to 'auto'",
     ),
     "sequence longer than the store": (
         {"data.sequence_length": 10_000_000},

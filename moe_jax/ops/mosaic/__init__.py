@@ -1,6 +1,6 @@
-"""The experts on Hopper GPUs: grouped matmuls, activation and the copies that bring their rows.
+"""Kernels for the experts on Hopper GPUs: grouped matmuls, activation and dispatch of their rows.
 
-Pallas kernels lowered by Mosaic GPU.
+They are Pallas kernels, lowered by Mosaic GPU.
 
 Only `choose` may be imported anywhere; the kernels need a jax that has Mosaic GPU's interfaces.
 """

@@ -1,6 +1,6 @@
-"""y[rows of e] = x[rows of e] @ w[e], or @ w[e]^T: the forward product and the input gradient.
+"""The forward product y[rows of e] = x[rows of e] @ w[e], or @ w[e]^T: the input gradient.
 
-Axes: N rows, E groups, K contraction, M output columns.
+Axes: N rows, E groups (experts), K contracted width, M output columns, T row tiles.
 """
 
 import functools
@@ -17,7 +17,8 @@ from moe_jax.ops.mosaic import ring
 from moe_jax.ops.mosaic.choose import ALIGN, Tiles, product_tiles
 from moe_jax.ops.mosaic.ring import SQUARE
 
-# Rows that a group's edge is written in: a copy's shape is static, and each shape costs start-up.
+# Lengths of the runs in which rows at a group's edge are written.  A copy's shape is static; each
+# shape costs start-up time.
 RUNS = (16, 4, 1)
 
 
@@ -27,13 +28,13 @@ def grouped_product(
     sizes_E: Int[Array, "E"],
     transpose: bool = False,
 ) -> BFloat16[Array, "N M"]:
-    """x times w [E, K, M], or w [E, M, K] with `transpose`; float32 sums, rounded once.
+    """Multiply x by w [E, K, M], or w [E, M, K] with `transpose`: float32 sums, rounded once.
 
-    Both in bfloat16, or both in float8_e4m3fn with `transpose`: Hopper's tensor cores read float8
-    with the contraction last alone.
+    Both are bfloat16, or both float8_e4m3fn with `transpose`, because Hopper's tensor cores read
+    float8 only with the contracted axis last.
 
-    A row tile belongs to one group.  Its other rows are multiplied too but never stored, so NaN
-    in them stays there.  Rows past the last group are not written.
+    A row tile belongs to one group.  Its rows of other groups are multiplied but not stored, so NaN
+    in them does not spread.  Padding rows (past the last group) are not written.
     """
     N, K = x_NK.shape
     M = w.shape[1] if transpose else w.shape[2]
@@ -42,7 +43,7 @@ def grouped_product(
     table, count = row_tiles(sizes_E, N, tiles.rows)
 
     def place(unit, table, count):
-        """(row tile, its first row, first column) of a unit."""
+        """The row tile of a unit, its first row and its first column."""
         m, n = ring.locate(unit, count[0], col_tiles, tiles)
         return m, pl.multiple_of(table[1, m], ALIGN), pl.multiple_of(n * tiles.cols, tiles.cols)
 
@@ -82,7 +83,7 @@ def grouped_product(
         ring.run(full, empty, tiles, count[0] * col_tiles, loads, products)
 
     b_shape = (tiles.cols, depth) if transpose else (depth, tiles.cols)
-    # Whole pieces leave swizzled; the edges of a group plain, as runs of rows.
+    # Whole pieces are stored swizzled; at the edges of a group, runs of rows are stored plain.
     plain = plgpu.SMEM((ring.MULTIPLIERS, ring.STAGED, SQUARE, SQUARE), jnp.bfloat16)
     out = plgpu.RefUnion(ring.staging(jnp.bfloat16), plain)
     out_type = jax.ShapeDtypeStruct((N, M), jnp.bfloat16)
@@ -91,12 +92,12 @@ def grouped_product(
     return kernel(table, count, x_NK, w)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all kernels of a model
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so it is traced once per model
 def row_tiles(sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array]:
-    """The row tiles in order, [4, tiles], and how many of them are used, [1].
+    """The table of row tiles in order [4, tiles], and the number of tiles in use [1].
 
-    The four: group, first row of the tile, first row to store, end of the rows to store.  A
-    tile begins at a multiple of ALIGN, the group's first up to ALIGN - 1 rows before the group.
+    Its rows are: group, first row of the tile, first row to store, end of the rows to store.  A
+    tile begins at a multiple of ALIGN, so a group's first tile begins up to ALIGN - 1 rows early.
     """
     E = sizes_E.shape[0]
     first_E, last_E = bounds(sizes_E)
@@ -112,7 +113,7 @@ def row_tiles(sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.
 
 
 def bounds(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First and last-plus-one of consecutive runs; a masked sum, since cumsum is a slow kernel."""
+    """The first and end row of each group, by a masked sum because cumsum is a slow kernel."""
     e = jnp.arange(sizes_E.shape[0])
     sizes_E = sizes_E.astype(jnp.int32)
     last_E = jnp.where(e[:, None] >= e, sizes_E, 0).sum(1, dtype=jnp.int32)
@@ -120,7 +121,7 @@ def bounds(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _store(sums, out, y, tiles: Tiles, top, left, begin, end) -> None:
-    """Write rows [begin, end) of a piece whose corner is y[top, left]."""
+    """Write rows [begin, end) of a piece whose first number is y[top, left]."""
     squares, plain = out
     rows, cols = tiles.piece
     assert rows == SQUARE
@@ -147,7 +148,7 @@ def _store(sums, out, y, tiles: Tiles, top, left, begin, end) -> None:
 
 
 def _runs(begin, end) -> list[tuple[int, Any, Any]]:
-    """Rows [begin, end) as (length of a run, where the first one begins, how many)."""
+    """Cut rows [begin, end) into runs: (length, row at which the first begins, number of runs)."""
     runs = []
     for length in RUNS:
         count = lax.div(jnp.maximum(end - begin, 0), length)
@@ -157,9 +158,9 @@ def _runs(begin, end) -> list[tuple[int, Any, Any]]:
 
 
 def _store_runs(squares, y, top, left, runs) -> None:
-    """These rows of squares that belong side by side at y[top, left].
+    """Copy the runs of rows of `squares`, which are side by side in y from y[top, left].
 
-    The last copy is of the last square: of all copies, `store_squares` does not wait for one.
+    The last copy must be of the last square, because `store_squares` leaves one copy unfinished.
     """
     for length, begin, count in runs:
 

@@ -1,8 +1,8 @@
 """A ring of operand tiles in shared memory: one warpgroup loads, two multiply.
 
-The grid fills the chip, once or several times, and every block goes through its units of work
-(output tiles) in one loop.  The loader runs ahead across units, so that a unit's epilogue hides
-the next one's first loads.  Each completion of a barrier is waited for exactly once.
+The grid fills the chip once or several times, and every block computes its units of work (output
+tiles) in one loop.  The loader runs ahead across units, so that the first loads of a unit overlap
+with the epilogue of the unit before.  Each completion of a barrier is waited for exactly once.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,20 @@ from jax.typing import DTypeLike
 
 from moe_jax.ops.mosaic.choose import MULTIPLIERS, Tiles, count_waves, multiprocessors
 
-SWIZZLE = 128  # bytes of one step of the contraction: the widest swizzle
-SQUARE = 64  # side of the pieces in which results leave
-STAGED = 2  # squares of one multiplier on their way out
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # a thread; 64 Ki for three warpgroups
+SWIZZLE = 128  # bytes per step of the contraction: the widest swizzle
+SQUARE = 64  # rows and columns of the pieces in which results are stored
+STAGED = 2  # squares that one multiplier stores at a time
+LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232  # per thread; three warpgroups share 64 Ki
 
 
 def depth(dtype: DTypeLike) -> int:
-    """Of one step of the contraction."""
+    """The number of elements in one step of the contraction."""
     return SWIZZLE // jnp.dtype(dtype).itemsize
 
 
 def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory that both the copy engine and the tensor cores read without bank conflicts."""
-    # To pyright jax 0.12's classes are abstract; they are not.
+    # pyright takes jax 0.12's classes for abstract ones, which they are not.
     tiling = plgpu.TilingTransform((8, depth(dtype)))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
     transforms = (tiling, swizzle)
@@ -38,7 +38,7 @@ def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 
 
 def staging(dtype: DTypeLike) -> Any:
-    """Room for the squares that leave."""
+    """Shared memory for the squares being stored."""
     return swizzled((MULTIPLIERS, STAGED, SQUARE, SQUARE), dtype)
 
 
@@ -52,10 +52,17 @@ def launch(
     b_shape,
     out: Any,
 ) -> Callable:
-    """A kernel of body(*inputs, result, a, b, full, empty, out); a and b are the ring's operands.
+    """Build a kernel of body(*inputs, result, a, b, full, empty, out).
 
-    units: of work, about.  dtype: of a and b.  full: both operands of a slot have come.  empty:
-    both multipliers are done with them.
+    Args:
+      body: a and b are the ring's operands; barrier `full` of a slot completes if both operands are
+        loaded, barrier `empty` if both multipliers have finished with them.
+      units: of work, approximately.
+      out_type: of the result.
+      tiles: of the output.
+      dtype: of a and b.
+      a_shape, b_shape: of one slot.
+      out: memory from which results are stored.
     """
     return plgpu.kernel(
         body,
@@ -76,7 +83,7 @@ def launch(
 
 
 def locate(unit, row_tiles, col_tiles: int, tiles: Tiles):
-    """Row and column tile of a unit: bands of row tiles, in each the columns one after another."""
+    """The row and column tile of a unit: band by band, and column by column inside a band."""
     per_band = jnp.int32(tiles.band * col_tiles)
     first = lax.div(unit, per_band) * tiles.band
     width = jnp.minimum(row_tiles - first, tiles.band)
@@ -85,11 +92,11 @@ def locate(unit, row_tiles, col_tiles: int, tiles: Tiles):
 
 
 def run(full, empty, tiles: Tiles, total, loads: Callable, products: Callable) -> None:
-    """Let each warpgroup play its part in units 0 .. total - 1.
+    """Run the loader or a multiplier, by warpgroup, on this block's part of units 0 .. total - 1.
 
-    loads(unit): (steps, load), where load(step, slot, barrier) starts the copies of one step.
-    products(unit): (steps, multiply, store), where multiply(accumulator, step, slot) starts the
-    products of one step and store(sums) takes the unit's result.
+    loads(unit) returns (steps, load), where load(step, slot, barrier) starts the copies of a step.
+    products(unit) returns (steps, multiply, store), where multiply(accumulator, step, slot) starts
+    the matmuls of a step and store(sums) writes the unit's result.
     """
     warpgroup = lax.axis_index("warpgroup")
 
@@ -103,17 +110,17 @@ def run(full, empty, tiles: Tiles, total, loads: Callable, products: Callable) -
 
 
 def _my_units(total) -> tuple[Callable, Any]:
-    """(i -> unit, how many) of this block."""
+    """The units of this block: a function from i to unit, and their number."""
     chip = multiprocessors()
     return share(lax.axis_index("block"), chip, lax.axis_size("block") // chip, total)
 
 
 def share(block, chip: int, waves: int, total) -> tuple[Callable, Any]:
-    """(i -> unit, how many) of one of chip * waves blocks, of `total` units.
+    """The units of `block`, one of chip * waves: a function from i to unit, and their number.
 
-    A round is one unit for each multiprocessor; each wave of blocks goes through as many rounds as
-    the others, or one more.  Rounds are dealt forwards and backwards in turn: where units get
-    smaller in their order, nobody always gets the larger one.
+    A round is one unit for each multiprocessor; waves of blocks differ by at most one round.
+    Rounds are dealt forwards and backwards in turn: if units are sorted by size, dealing always
+    forwards would give the first blocks the larger unit of every round.
     """
     wave, mine = lax.div(block, jnp.int32(chip)), lax.rem(block, jnp.int32(chip))
     rounds = lax.div(total + (chip - 1), jnp.int32(chip))
@@ -162,7 +169,7 @@ def _multiply_all(full, empty, tiles: Tiles, total, products: Callable) -> None:
                 slot = _slot(done + k, tiles)
                 plgpu.barrier_wait(full.at[slot])
                 multiply(sums, k, slot)
-                plgpu.wgmma_wait(1)  # all but the products just started
+                plgpu.wgmma_wait(1)  # for all matmuls but those just started
 
                 @pl.when(k > 0)
                 def _():
@@ -188,7 +195,7 @@ def _slot(step, tiles: Tiles) -> jax.Array:
 
 
 def my_piece(tiles: Tiles) -> tuple[Any, Any]:
-    """First row and column of this warpgroup's piece within the tile."""
+    """The first row and column of this warpgroup's piece within the tile."""
     rows, cols = tiles.piece
     warpgroup = lax.axis_index("warpgroup")
     if tiles.by_rows:

@@ -1,10 +1,10 @@
-"""How a block of one warpgroup reads rows: as many columns at once as make 16 bytes a thread."""
+"""Reads rows by a block of one warpgroup, with 16 bytes per thread at once."""
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-THREADS = 128  # of a warpgroup
+THREADS = 128  # per warpgroup
 CHUNK = 8 * THREADS  # columns in bfloat16 that a block reads at once
 
 
@@ -14,9 +14,9 @@ def chunk_of(columns: int) -> int:
 
 
 def read(ref, row: jax.Array, first: int, chunk: int) -> jax.Array:
-    """ref[row, first : first + chunk] in registers."""
-    # As many columns a thread as one load takes; the default layout has half of that.
+    """Read ref[row, first : first + chunk] into registers."""
+    # Each thread reads its columns in one load; the default layout halves them.
     layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=chunk // THREADS)
     source = ref.at[row, pl.ds(first, chunk)]
-    # pyright reads jax 0.10's signature; the kernels run from 0.11 on.
+    # pyright checks jax 0.10's signature; the kernels run from 0.11 on.
     return plgpu.load(source, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]

@@ -1,8 +1,8 @@
-"""weight * silu(gate) * up and its gradients, each in one reading: a block a row, in registers.
+"""The kernels of weight * silu(gate) * up and its gradients, which read each operand once.
 
-Rows from `used` on are left alone: neither read nor written.
+One block computes one row, in registers.  Rows >= `used` are padding: neither read nor written.
 
-Axes: N rows, F columns; gate stands before up.
+Axes: N rows, F columns, H = 2*F columns of gate and up (gate first), C columns read at once.
 """
 
 import jax
@@ -18,7 +18,7 @@ from moe_jax.ops.mosaic.rows import chunk_of, read
 def swiglu(
     h_NH: BFloat16[Array, "N H"], weights_N: Float32[Array, "N"], used_1: Int32[Array, "1"]
 ) -> BFloat16[Array, "N F"]:
-    """The weighted activation; F = H / 2 is a multiple of rows.THREADS."""
+    """The weighted activation; F = H / 2 must be a multiple of rows.THREADS."""
     N, F = h_NH.shape[0], h_NH.shape[1] // 2
     chunk = chunk_of(F)
 
@@ -46,7 +46,7 @@ def swiglu_gradient(
     weights_N: Float32[Array, "N"],
     used_1: Int32[Array, "1"],
 ) -> tuple[BFloat16[Array, "N 2*F"], Float32[Array, "N"]]:
-    """(dh, dweights) of `swiglu`."""
+    """The gradients (dh, dweights) of `swiglu`."""
     N, F = da_NF.shape
     chunk = chunk_of(F)
 

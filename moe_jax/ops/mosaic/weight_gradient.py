@@ -1,6 +1,6 @@
-"""dw[e] = x[rows of e]^T @ dy[rows of e].
+"""The weight gradient dw[e] = x[rows of e]^T @ dy[rows of e].
 
-Axes: N rows (the contraction), E groups, D and F the two sides of a weight.
+Axes: N rows (contracted), E groups (experts), D and F the two sides of a weight.
 """
 
 import jax
@@ -21,10 +21,11 @@ DEPTH = ring.depth(jnp.bfloat16)
 def grouped_weight_gradient(
     x_ND: BFloat16[Array, "N D"], dy_NF: BFloat16[Array, "N F"], sizes_E: Int[Array, "E"]
 ) -> BFloat16[Array, "E D F"]:
-    """float32 sums over a group's rows, rounded once; 0 for an empty group.
+    """Compute the weight gradient: float32 sums over a group's rows, rounded once.
 
-    Steps of the contraction begin at a multiple of ALIGN rows.  In a group's first and last step
-    the rows of others are zeroed on both sides: 0 * NaN is NaN.
+    An empty group's gradient is 0.  Steps of the contraction begin at a multiple of ALIGN rows.  In
+    a group's first and last step, rows of other groups are zeroed in both operands, because 0 * NaN
+    is NaN.
     """
     (_, D), F, E = x_ND.shape, dy_NF.shape[1], sizes_E.shape[0]
     tiles = weight_gradient_tiles(F)
@@ -37,7 +38,7 @@ def grouped_weight_gradient(
     table = longest_first(table.astype(jnp.int32), steps_E)
 
     def place(unit):
-        """(column of the table, first row, first column) of a unit."""
+        """The column of the table, the first row and the first column of a unit."""
         per_group = jnp.int32(row_tiles * col_tiles)
         m, n = ring.locate(lax.rem(unit, per_group), row_tiles, col_tiles, tiles)
         row, col = pl.multiple_of(m * tiles.rows, tiles.rows), n * tiles.cols
@@ -94,7 +95,7 @@ def grouped_weight_gradient(
 
 
 def longest_first(table: jax.Array, steps_E: jax.Array) -> jax.Array:
-    """The columns ordered by steps, so that blocks work on units of one length at a time."""
+    """Sort the columns by steps, so that blocks work on units of similar length at a time."""
     e = jnp.arange(steps_E.shape[0])
     before = (steps_E > steps_E[:, None]) | ((steps_E == steps_E[:, None]) & (e < e[:, None]))
     place_E = before.sum(1, dtype=jnp.int32)
@@ -102,7 +103,7 @@ def longest_first(table: jax.Array, steps_E: jax.Array) -> jax.Array:
 
 
 def _keep_rows(part, first, last) -> None:
-    """Zero all rows but [first, last).  Where both multipliers share a part they write the same."""
+    """Zero all rows but [first, last); multipliers that share a part write the same values."""
     row = lax.broadcasted_iota(jnp.int32, (DEPTH, SQUARE), 0)
     row = plgpu.layout_cast(row, plgpu.Layout.WGMMA)
     for col in range(0, part.shape[1], SQUARE):
