@@ -1,4 +1,8 @@
-"""Inputs of one router call, and what routers have in common, in NumPy."""
+"""Inputs of router calls, and NumPy versions of the parts that routers share.
+
+Axes: G routing groups, R rows per group, T positions per row, S = R*T tokens per group, D width, E
+experts.
+"""
 
 import functools
 
@@ -14,7 +18,7 @@ SCOPES = ("group", "row", "global")
 
 
 def inputs(seed=0, train=True, padded=True, groups=G, positions=T) -> RouterIn:
-    """Random tokens; with `padded` the rows have tails, and one row is all padding."""
+    """Random tokens; with `padded`, rows end in padding and one row is all padding."""
     rng = np.random.default_rng(seed)
     shape = (groups, R, positions)
     lengths = rng.integers(0, positions + 1, (groups, R, 1)) if padded else positions
@@ -35,7 +39,7 @@ def kernel(seed=1):
 
 
 def logits_inputs(logits_SE, train=False) -> RouterIn:
-    """One row of real tokens whose logits are `logits_SE` under the kernel `jnp.eye(E)`."""
+    """One row of real tokens that get the logits `logits_SE` with the kernel `jnp.eye(E)`."""
     x_GSD = jnp.asarray(logits_SE, jnp.float64)[None]
     return RouterIn(
         x_GSD=x_GSD,
@@ -47,7 +51,7 @@ def logits_inputs(logits_SE, train=False) -> RouterIn:
 
 
 def route_all(router, given: RouterIn, params, state):
-    """`router.route` in one compiled function a router and shape."""
+    """`router.route`, compiled once per router and shape."""
     arrays = (given.x_GSD, given.token_ids_GS, given.mask_GS, given.keys_GR)
     return _route(router, given.train, arrays, params, state)
 
@@ -58,7 +62,7 @@ def _route(router, train, arrays, params, state):
 
 
 def same_rows_in_other_groups(given: RouterIn) -> RouterIn:
-    """The same rows, in groups of one and in reverse order: as another microbatch would."""
+    """The same rows in groups of one and in reverse order, as a different microbatch holds them."""
     rows = G * R
 
     def turn(a):
@@ -79,12 +83,12 @@ def softmax(logits):
 
 
 def scope_parts(scope):
-    """(parts, tokens of a part)."""
+    """The number of parts, and the tokens per part."""
     return {"group": (G, S), "row": (G * R, T), "global": (1, G * S)}[scope]
 
 
 def numpy_balance(probs, ids, mask, scope):
-    """(sum, count) of E * sum_e f_e * P_e, by a loop over the parts of `scope`."""
+    """The (sum, count) of E * sum_e f_e * P_e, by a loop over the parts of `scope`."""
     parts = scope_parts(scope)
     probs, ids = probs.reshape(*parts, E), ids.reshape(*parts, -1)
     total = count = 0.0
@@ -98,7 +102,7 @@ def numpy_balance(probs, ids, mask, scope):
 
 
 def assert_aux(aux, mask, balance, logits=None, probs=None):
-    """`balance` is (sum, count); z is of `logits` and entropy of `probs`, zero where None."""
+    """Assert balance (sum, count), z-loss (of `logits`) and entropy (of `probs`); None: zero."""
     zero = np.zeros(mask.shape)
     z = zero if logits is None else np.log(np.exp(logits).sum(-1)) ** 2
     entropy = zero if probs is None else -(probs * np.log(probs)).sum(-1)
@@ -109,12 +113,12 @@ def assert_aux(aux, mask, balance, logits=None, probs=None):
 
 
 def worth(choice, value_E):
-    """The combined output where expert e says value_E[e] for every token, padding included."""
+    """The combined output, summed over all tokens, if expert e outputs value_E[e] for every one."""
     return (choice.weights_GSK * value_E[choice.ids_GSK] * choice.valid_GSK).sum()
 
 
 def central_difference(function, array, index, step=1e-6):
-    """d function / d array[index]."""
+    """The derivative of `function` with respect to array[index], by central differences."""
     shift = np.zeros(array.shape)
     shift[index] = step
     return (float(function(array + shift)) - float(function(array - shift))) / (2 * step)

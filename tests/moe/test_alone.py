@@ -1,4 +1,4 @@
-"""The layer called with plain tokens: defaults, other people's meshes, and what does not fit."""
+"""The layer called alone, with plain tokens: defaults, callers' meshes and bad arguments."""
 
 import inspect
 
@@ -40,7 +40,7 @@ def x_BTD():
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless", "dense", "einsum"])
 def test_it_gives_the_same_without_a_mesh_and_on_a_mesh_of_the_callers(dispatch, x_BTD):
-    """One device, a caller's mesh of eight with another name, and ours with experts sharded."""
+    """On one device, on a caller's mesh with other axis names, and on ours with expert shards."""
     moe = layer(dispatch=dispatch, group_rows=1)
     graph, state = nnx.split(moe)
 
@@ -118,7 +118,7 @@ def test_mistakes_are_one_sentence(x_BTD, mesh_of):
 
 
 def unchecked(method):
-    """A method as a person calls it: without the signatures that the tests check first."""
+    """A method as users call it, without the signature checks of the test suite."""
     return inspect.unwrap(method)
 
 
@@ -243,7 +243,7 @@ ROW = np.zeros((1, 4), np.int32)
     ],
 )
 def test_a_model_refuses_what_does_not_fit(tokens, arguments, sentence):
-    """Both parts of a call: what makes its context, and what takes one."""
+    """Both parts of a call refuse: `make_context` its arguments, `apply` what comes with them."""
     whole = model(router="sigmoid_bias")  # in two layers
     tokens, arguments = jax.tree.map(jnp.asarray, (tokens, arguments))
     with pytest.raises(UserError, match=sentence):
@@ -257,7 +257,7 @@ def test_a_model_refuses_what_does_not_fit(tokens, arguments, sentence):
 
 @pytest.mark.lifecycle
 def test_the_modes_of_a_model_are_those_of_its_layers():
-    """An evaluation until train(); after it and eval() as a call that says so."""
+    """Calls are evaluations until train(); train() and eval() are like passing `deterministic`."""
     whole, tokens_BT, key = model(expert_dropout=0.5), jnp.zeros((2, 4), int), jax.random.key(0)
     evaluated = whole(tokens_BT, deterministic=True)
     trained = whole(tokens_BT, key=key, deterministic=False)
@@ -288,7 +288,7 @@ def test_a_sentence_names_the_object_that_took_a_names_place():
 
 
 class Mine(Dense):
-    """A dispatch path that no table holds."""
+    """A dispatch path that is in no table."""
 
 
 @pytest.mark.parametrize("router", sorted(moe_jax.ROUTERS))

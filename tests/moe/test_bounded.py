@@ -1,4 +1,4 @@
-"""Capacity in tokens, and who gets a slot, against a loop that hands out slots one by one."""
+"""Capacity, and the assignments that get slots, against a loop that assigns slots one by one."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from moe_jax.moe.types import TokenChoice
         (4096, 2, 1.0, 64, 128),
         (4096, 2, 2.0, 64, 256),
         (10, 1, 1.1, 1, 10),  # never more than the tokens
-        (100, 1, 1.1, 10, 11),  # 1.1 as written: float arithmetic gives 12
+        (100, 1, 1.1, 10, 11),  # exactly 1.1 * 10: float arithmetic gives 12
         (1000, 1, 1.1, 100, 11),
         (256, 2, 1.25, 128, 5),
         (100, 1, 1.0, 7, 15),  # rounded up
@@ -50,7 +50,7 @@ def test_capacity_is_the_exact_ceiling(tokens, choices, hundredths, experts):
 
 
 def test_token_priority_takes_positions_then_rows_each_with_all_choices():
-    """Assignments are numbered row, position, choice."""
+    """Assignments are numbered by row, then position, then choice."""
     numbers = jnp.arange(2 * 3 * 2)[None]  # 2 rows, 3 positions, 2 choices
     found = Order("token", rows=2, choices=2).take(numbers)[0]
     assert found.tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
@@ -81,7 +81,7 @@ def test_batch_priority_takes_all_first_choices_first_by_weight():
 
 
 def shuffled_tokens(priority, groups, tokens):
-    """What `Order.tokens_GS` is: a permutation for `batch`, else None."""
+    """Values of `Order.tokens_GS`: a random permutation for `batch`, else None."""
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(tokens) for _ in range(groups)])
     return jnp.asarray(order) if priority == "batch" else None
@@ -96,7 +96,7 @@ def test_undo_is_the_inverse_of_take(priority):
 
 
 def hand_out(ids_GN, experts, capacity, order: Order):
-    """slot[g][n] = (expert, number in that expert) or None."""
+    """Assign slots one by one: slot[g][n] is (expert, its slot) or None."""
     slots, rows, choices = [], order.rows, order.choices
     for g, ids in enumerate(ids_GN):
         positions = len(ids) // (rows * choices)
@@ -125,13 +125,13 @@ def hand_out(ids_GN, experts, capacity, order: Order):
     priority=st.sampled_from(PRIORITIES),
 )
 def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority):
-    """`experts` as an id means nobody: padding, or a choice that was not sampled."""
+    """The id E means no expert: padding, or an unsampled assignment."""
     G, rows, positions, K, E = shape
     N = rows * positions * K
     ids = data.draw(st.lists(st.integers(0, E), min_size=G * N, max_size=G * N))
     ids_GN = np.array(ids, np.int32).reshape(G, N)
     order = Order(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
-    # Compiled for each of the few shapes: one operation after the other takes ten times as long.
+    # Compiled for each of the few shapes, because eager execution takes ten times as long.
     moves = jax.jit(lambda ids_GN: slot_moves(ids_GN, E, capacity, order))(ids_GN)
     kept_GN = jax.jit(lambda ids_GN: within_capacity(ids_GN, E, capacity, order))(ids_GN)
     place_GN, choice_M = np.asarray(moves.place_NK).reshape(G, N), np.asarray(moves.choice_M)

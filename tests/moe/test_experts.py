@@ -1,4 +1,4 @@
-"""Experts start with the spread of one expert's fan-in, however many of them there are."""
+"""The experts' initial std is that of one expert's fan-in, for any number of experts."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ def weights(experts: int, num_layers: int = 2):
 
 @pytest.mark.parametrize("experts", [1, 4, 16])
 def test_std_is_the_fan_in_of_one_expert(experts):
-    """A stack initialised as one [E, D, F] tensor would start sqrt(E) too small."""
+    """A stack initialised as one [E, D, F] tensor would be too small by a factor of sqrt(E)."""
     w_in_EDUF, w_out_EFD = weights(experts, num_layers=3)
     for e in range(experts):
         assert w_in_EDUF[e].std() == pytest.approx(1 / np.sqrt(D), rel=0.05)

@@ -1,4 +1,4 @@
-"""Expert choice, hash and soft routing: their load does not depend on what was learned."""
+"""Expert choice, hash and soft routing, whose load does not depend on learned weights."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ VALUE_E = jnp.arange(1.0, E + 1)
 
 
 def route(router, given, kernel_DE=None):
-    """(choice, aux)."""
+    """The router's (choice, aux)."""
     return route_all(router, given, {"kernel": kernel() if kernel_DE is None else kernel_DE}, {})
 
 
@@ -56,7 +56,7 @@ def numpy_probs(given):
 
 @pytest.mark.parametrize(("top_k", "slots"), [(1, 2), (2, 4), (E, S)])
 def test_experts_take_their_best_tokens(top_k, slots):
-    """Real tokens by weight, then padding; S is 12, E is 6."""
+    """Experts take real tokens by weight, then padding; S is 12, E is 6."""
     given = inputs()
     mask = np.asarray(given.mask_GS)
     choice, aux = route(ExpertChoiceRouter(top_k=top_k), given)
@@ -72,14 +72,14 @@ def test_experts_take_their_best_tokens(top_k, slots):
 
 @pytest.mark.parametrize(("experts", "top_k", "slots"), [(5, 2, 5), (5, 1, 3), (8, 1, 2)])
 def test_slots_are_rounded_up(experts, top_k, slots):
-    """ceil(12 * 2 / 5), ceil(12 / 5), ceil(12 / 8)."""
+    """C is ceil(12 * 2 / 5), ceil(12 / 5), ceil(12 / 8)."""
     kernel_DE = jnp.ones((D, experts))
     choice, _ = route(ExpertChoiceRouter(top_k=top_k), inputs(padded=False), kernel_DE)
     assert choice.ids_GEC.shape[2] == slots
 
 
 def test_expert_choice_by_hand():
-    """Expert 0 prefers tokens 2 and 0, expert 1 tokens 3 and 1 with 0 close behind."""
+    """Expert 0 prefers tokens 2 and 0; expert 1 prefers tokens 3, 1 and, little less, 0."""
     share = np.array([[0.6, 0.4], [0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
     choice, _ = route(ExpertChoiceRouter(top_k=1), logits_inputs(np.log(share)), jnp.eye(2))
     assert choice.ids_GEC[0].tolist() == [[2, 0], [3, 1]]
@@ -92,7 +92,7 @@ def test_ties_go_to_the_lower_token():
 
 
 def test_every_expert_fills_its_slots_with_different_real_tokens():
-    """However skewed the router is, and by token as well."""
+    """For a router of any skew, also after the conversion to a TokenChoice."""
     given = inputs()
     mask = np.asarray(given.mask_GS)
     skewed = kernel().at[:, 0].add(9 * given.x_GSD.reshape(-1, D).mean(0))
@@ -117,7 +117,7 @@ def test_padding_decides_nothing():
 
 @pytest.mark.parametrize("router", [ExpertChoiceRouter(), Soft(num_experts=E)])
 def test_the_output_moves_the_router(router):
-    """Against central differences; the balance loss has no gradient."""
+    """The output's gradient equals central differences; the balance loss has none."""
     given = inputs()
 
     def output(kernel_DE):
@@ -159,13 +159,13 @@ def test_the_table_is_balanced_and_its_choices_differ(size, experts, choices):
         count = np.bincount(table[:, k], minlength=experts)
         assert count.min() >= size // experts
         assert count.max() <= -(-size // experts)
-    # Second experts are not tied to the first one.
+    # The second expert of an id does not follow from the first.
     assert len({tuple(row) for row in table[:, :2].tolist()}) > experts
     assert (table != expert_table(size, experts, choices, 1)).any()
 
 
 def test_the_table_never_changes():
-    """A model in training would lose its experts: the same on every version of NumPy."""
+    """The table is the same in every version of NumPy; a change would reassign trained experts."""
     first, second = expert_table(12, 4, 2, 0).T.tolist()
     assert first == [3, 0, 3, 2, 0, 0, 1, 1, 2, 2, 3, 1]
     assert second == [0, 2, 1, 0, 1, 1, 3, 2, 3, 3, 0, 2]
@@ -177,7 +177,7 @@ def test_hash_looks_token_ids_up(scope, top_k):
     router = Hash(num_experts=E, top_k=top_k, balance_scope=scope, table_size=24)
     given = inputs()
     ids, mask = np.asarray(given.token_ids_GS), np.asarray(given.mask_GS)
-    assert ids.max() > 24  # some wrap
+    assert ids.max() > 24  # some ids wrap around
     choice, aux = route_all(router, given, {}, {})
     expected = expert_table(24, E, top_k, 0)[ids % 24]
     assert router.choices == top_k
@@ -189,7 +189,7 @@ def test_hash_looks_token_ids_up(scope, top_k):
 
 
 def test_hash_balance_by_hand():
-    """One id an expert.  Shares 1/2, 1/2, 0, 0: 4 * (1/4 + 1/4) = 2; all different: 1."""
+    """One id per expert: shares 1/2, 1/2, 0, 0 give 4 * (1/4 + 1/4) = 2; equal shares give 1."""
     router = Hash(num_experts=4, top_k=1, table_size=4)
     given = logits_inputs(np.zeros((4, 4)))
     for ids, value in (([0, 1, 0, 1], 2), ([0, 1, 2, 3], 1), ([3] * 4, 4)):
@@ -226,7 +226,7 @@ def test_hash_knobs_that_cannot_work_are_refused(options, message):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_is_built_from_the_shared_knobs(name):
-    """num_experts and top_k of the model reach it; its kernels are [D, E]."""
+    """The router gets num_experts and top_k of the model; its kernels are [D, E]."""
     router = make_router(MoEConfig(router=name, num_experts=12, top_k=3))
     expected = {"switch": 1, "gshard": 2, "soft": 12}.get(name, 3)
     assert router.choices == expected

@@ -1,4 +1,4 @@
-"""The whole layer: what stands beside the routed experts, and experts without a gate."""
+"""The whole layer: shared experts, expert dropout, and experts with and without a gate."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.moe.types import MoEContext
 
 
 def layer(mesh, dispatch="capacity", activation="swiglu", shared=0, dropout=0.0, train=True):
-    """(module, apply(x_BTD, order of the rows' keys)) with room for all; float64."""
+    """The module in float64, without drops, and apply(x_BTD, order of the rows' keys)."""
     moe = MoEConfig(
         num_experts=4,
         top_k=2,
@@ -40,7 +40,7 @@ def layer(mesh, dispatch="capacity", activation="swiglu", shared=0, dropout=0.0,
 
 
 def by_hand(module, x_BTD):
-    """Top-2 of a softmax router, renormalised, over GELU or SwiGLU experts, in NumPy."""
+    """The layer in NumPy: a softmax router, renormalised top-2, and GELU or SwiGLU experts."""
     x_ND = np.asarray(x_BTD).reshape(-1, x_BTD.shape[-1])
     logits = x_ND @ np.asarray(module.router_kernel[...])
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -79,7 +79,7 @@ def test_shared_experts_are_added_and_learn(x64, mesh_of):
 
 
 def test_expert_dropout(x64, mesh_of):
-    """Numbers of the routed experts' output vanish or grow; shared experts keep theirs."""
+    """Dropout zeroes or scales the routed experts' output, not that of shared experts."""
     rate = 0.25
     x_BTD = jax.random.normal(jax.random.key(1), (2, 5, 8), jnp.float64)
     plain = layer(mesh_of())[1](x_BTD)
@@ -88,7 +88,7 @@ def test_expert_dropout(x64, mesh_of):
     assert 8 <= gone.sum() <= 32  # of 80: six sigma around 20
     assert np.allclose(dropped, np.where(gone, 0, plain / (1 - rate)), atol=1e-12)
 
-    # A row's mask comes from its key, wherever the row stands.
+    # A row's mask depends on its key, not on its index.
     turned = layer(mesh_of(), dropout=rate)[1](x_BTD[::-1], (1, 0))
     np.testing.assert_array_equal(turned[::-1], dropped)
     assert (np.asarray(dropped[0] == 0) != np.asarray(dropped[1] == 0)).any()

@@ -1,4 +1,4 @@
-"""Gathers there and back against the one-hot products they stand for, gradients included."""
+"""Dispatch and combine by gathers against equal one-hot products, with their gradients."""
 
 import dataclasses
 import functools
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @pytest.fixture
 def moves() -> Moves:
-    """Random places for most assignments, some dropped, some places empty."""
+    """Random buffer rows for most assignments; some are dropped, and some rows are padding."""
     rng = np.random.default_rng(0)
     place_NK = rng.permutation(M)[: N * K].reshape(N, K)
     place_NK[rng.random((N, K)) < 0.3] = M
-    place_NK[4] = M  # a token that went nowhere
+    place_NK[4] = M  # a token whose assignments are all dropped
     choice_M = np.full(M, N * K)
     for number, place in enumerate(place_NK.reshape(-1)):
         if place < M:
@@ -54,7 +54,7 @@ def test_the_fixture_has_every_kind(moves):
 
 
 def same_gradients(ours, plain, args):
-    """Values and pullbacks of one random cotangent."""
+    """Assert equal values, and equal gradients for one random cotangent."""
     y, pullback = jax.vjp(ours, *args)
     expected, expected_pullback = jax.vjp(plain, *args)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
@@ -75,9 +75,9 @@ def test_gather_tokens(moves, one_hot):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rows_moved_in_pairs_are_the_rows(moves, dtype):
-    """What GPUs run in place of the plain gather, bit for bit."""
+    """The gather that GPUs run equals the plain gather bit for bit."""
     bits = jax.random.bits(jax.random.key(3), (N, 6), jnp.uint16)
-    x_ND = jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))  # NaN and infinity among them
+    x_ND = jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))  # some are NaN or infinity
     operands = x_ND, moves.token_M, moves.place_NK
     found, expected = _gathered_in_pairs(*operands), _gathered(*operands)
     for rows in (found, expected):
@@ -88,7 +88,7 @@ def test_rows_moved_in_pairs_are_the_rows(moves, dtype):
 
 @pytest.mark.parametrize("columns", [128, 384, 2 * 1024])  # one chunk and several
 def test_spread_rows_are_the_gathered_ones(moves, columns):
-    """Where a place is filled, bit for bit; the kernel in the interpreter, which starts at NaN."""
+    """Bit for bit, except in padding rows: they stay NaN, with which the interpreter starts."""
     x_ND = jax.random.normal(jax.random.key(4), (N, columns), jnp.bfloat16)
     operands = x_ND, moves.token_M, moves.place_NK
     found_MD = np.asarray(interpreted(_spread, _gathered, *operands), np.float32)
@@ -117,7 +117,7 @@ def test_what_nvidia_gpus_run(monkeypatch, zeros, dtype, columns, chosen):
 
 
 def test_a_gpu_spreads_inside_shard_map(monkeypatch, mesh_of, moves):
-    """There and, as the gradient of the way back, from there; a CPU's program stays without."""
+    """Dispatch and the gradient of combine use the kernel; a program for a CPU does not."""
     new = jax.__version_info__ >= choose.FIRST_JAX
     monkeypatch.setattr(choose, "runs_here", lambda: new)
     everywhere = PartitionSpec()

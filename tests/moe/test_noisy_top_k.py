@@ -1,4 +1,4 @@
-"""Noisy top-k against NumPy in float64, by hand, and where its formulas turn singular."""
+"""Noisy top-k against NumPy in float64, against values by hand, and at singular points."""
 
 import dataclasses
 import math
@@ -41,14 +41,14 @@ def params():
 
 
 def numpy_noise(given):
-    """N(0, 1) of each row from its key alone, in float32."""
+    """Draw N(0, 1) noise of each row from its key alone, in float32."""
     keys = given.keys_GR.reshape(-1)
     rows = [jax.random.normal(jax.random.fold_in(key, 2), (T, E), jnp.float32) for key in keys]
     return np.stack(rows).reshape(*given.mask_GS.shape, E).astype(np.float64)
 
 
 def numpy_route(given, choices):
-    """(clean logits, ids, weights, gates [G, S, E], load [G, S, E]), token by token."""
+    """Compute (clean logits, ids, weights, gates [G, S, E], load [G, S, E]) token by token."""
     x, both = np.asarray(given.x_GSD), params()
     clean, std = x @ np.asarray(both["kernel"]), np.ones(1)
     noisy = clean
@@ -72,7 +72,7 @@ def numpy_route(given, choices):
 
 
 def numpy_variation(gates, load, mask, scope):
-    """(sum, count) of 1 + CV^2 + CV^2 over the parts of `scope`."""
+    """The (sum, count) of 1 + CV^2 + CV^2 over the parts of `scope`."""
     parts, total = scope_parts(scope), 0.0
     gates, load, mask = gates.reshape(*parts, E), load.reshape(*parts, E), mask.reshape(parts)
     for part in range(parts[0]):
@@ -119,7 +119,7 @@ def test_importance_and_load_by_hand():
 
 
 def test_the_probability_to_be_kept_by_hand():
-    """K = 2.  Second of the others: -1 for the kept experts 0 and 1, 0.2 for expert 2."""
+    """K = 2: the second largest of the others is -1 for experts 0 and 1 (chosen), 0.2 for 2."""
     probability = kept_probability(
         jnp.array([[[1.0, 0.0, -1.0]]]),
         jnp.ones((1, 1, 3)),
@@ -132,7 +132,7 @@ def test_the_probability_to_be_kept_by_hand():
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_balance_is_one_when_balanced(scope):
-    """Token n prefers expert n, then n + 1; in every row each expert comes equally often."""
+    """Token n prefers expert n, then n + 1, so each row chooses all experts equally often."""
     logits = 3.0 * np.eye(E) + 2.0 * np.roll(np.eye(E), 1, 1)
     given = inputs(padded=False, train=False)
     x_GSD = jnp.zeros((G, R * T, D)).at[..., :E].set(np.tile(logits, (R, 1)))
@@ -146,7 +146,7 @@ def test_balance_is_one_when_balanced(scope):
 
 
 def test_zero_kernels_spread_tokens_evenly():
-    """At the start only noise chooses: K / E of the tokens for each expert, within 4 sigma."""
+    """Initially noise alone chooses: each expert gets K / E of the tokens, within 4 sigma."""
     positions = 1000
     given = inputs(padded=False, positions=positions)
     specs = NoisyTopK().param_specs(D, E)
@@ -164,7 +164,7 @@ def test_zero_kernels_spread_tokens_evenly():
 
 
 def total(router, given, both):
-    """A function of both kernels through the output and through the balance loss."""
+    """Sum output and balance loss, which depend on both kernels."""
     choice, aux = route_all(router, given, both, {})
     return worth(choice, VALUE_E) + aux.balance.value()
 
@@ -172,7 +172,7 @@ def total(router, given, both):
 @pytest.mark.parametrize("choices", [2, E])
 @pytest.mark.parametrize("name", ["kernel", "noise_kernel"])
 def test_the_output_and_the_losses_move_both_kernels(name, choices):
-    """Against central differences; with K = E there is no expert to stay above."""
+    """Gradients equal central differences, also with K = E, where the load has no threshold."""
     router, given, both = NoisyTopK(top_k=choices), inputs(), params()
     gradient = jax.grad(lambda both: total(router, given, both))(both)[name]
     difference = central_difference(
@@ -184,7 +184,7 @@ def test_the_output_and_the_losses_move_both_kernels(name, choices):
 
 @pytest.mark.parametrize("name", ["kernel", "noise_kernel"])
 def test_load_alone_has_a_gradient(name):
-    """The count of tokens has none; its smooth estimate must, at the zero start as well."""
+    """The smooth load has a gradient, also at the initial zeros; the count of tokens has none."""
     given = inputs()
 
     def balance(both):
@@ -197,7 +197,7 @@ def test_load_alone_has_a_gradient(name):
 
 
 def test_vanishing_noise_leaves_no_nan():
-    """softplus of -150 is 0 in float32, and so is the square of what is left of it."""
+    """In float32 softplus(-150) is 0; softplus(-60) is not, but its square is."""
     given = inputs()
     x_GSD = given.x_GSD.astype(jnp.float32).at[..., 0].set(1)
     given = dataclasses.replace(given, x_GSD=x_GSD)

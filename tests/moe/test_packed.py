@@ -1,4 +1,4 @@
-"""Capacity without slots, as GPUs run it: the same tokens kept, the same outputs and gradients."""
+"""Capacity without slots, as GPUs run it: equal kept assignments, outputs and gradients."""
 
 import functools
 
@@ -34,7 +34,7 @@ def forward_backward(
     dispatch: str = "capacity",
     top_k: int = 2,
 ):
-    """(y, aux, gradients) of a layer that drops, with padding, for one cotangent."""
+    """Run a layer with drops and padding: ((y, aux), gradients) for one cotangent."""
     moe = MoEConfig(
         num_experts=4,
         top_k=top_k,
@@ -68,8 +68,8 @@ def forward_backward(
 PAIRS = [*((priority, "top_k") for priority in PRIORITIES), ("token", "soft")]
 
 
-# Two pairs on one device, each of the other meshes once; the other priorities on one device are
-# the lifecycle stage's, the rest is left to --full.
+# By default: two pairs on one device, and one pair on each other mesh.  The lifecycle stage runs
+# the other priorities on one device, --full the rest.
 @pytest.mark.parametrize(
     ("sizes", "priority", "router"),
     [
@@ -94,7 +94,7 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router
     asked = []
     monkeypatch.setattr(Experts, "packs", lambda self, rows: asked.append(rows) or True)
     (packed_BTD, packed_aux), packed_gradients = forward_backward(mesh, priority, router)
-    assert asked  # the second run went the other way
+    assert asked  # the second run took the fast path
     kept = aux.stats.fates.kept
     assert 0 < kept < aux.stats.assignments and packed_aux.stats.fates.kept == kept
     np.testing.assert_allclose(packed_BTD, y_BTD, rtol=0, atol=1e-13)
@@ -111,13 +111,14 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router
         ("capacity", 2, {}),
         ("dropless", 2, {}),
         pytest.param("dropless", 2, {"expert": 2}, marks=pytest.mark.full),
-        ("dropless", 3, {"expert": 2}),  # more choices than experts of a shard
+        ("dropless", 3, {"expert": 2}),  # K is larger than the experts per shard
     ],
 )
 def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, top_k, sizes):
-    """Those of dropped choices, of padding and of other shards, which the kernels do not write.
+    """Padding rows may hold anything, from dispatch to the activation's gradients: here NaN.
 
-    Whatever stands there, from the gather to the activation's gradients: here NaN.
+    They belong to dropped assignments, padding tokens and other shards; the kernels do not write
+    them.
     """
 
     def rows_of_nobody(rows, used):
@@ -158,7 +159,7 @@ def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, top_k,
 
 
 def test_only_packed_rows_may_leave_places_unwritten():
-    """Batched experts multiply every slot, and what travels is sent whole: NaN would spread."""
+    """Slots are multiplied, and send buffers sent, with their padding rows: NaN would spread."""
     ids_GN = jnp.array([[0, 1, 3, 4]])
     slots = slot_moves(ids_GN, 4, 2, Order("token", 1, 1))
     sent, _ = shard_moves(ids_GN[0], 4, Order("token", 1, 1), 2, 3)
@@ -167,7 +168,7 @@ def test_only_packed_rows_may_leave_places_unwritten():
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
-    """Every token may be any expert's where experts choose: E times as many rows."""
+    """If experts choose, every token has E assignments, so sorted rows would be more than slots."""
     monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
     (_, aux), _ = forward_backward(mesh_of(), "token", "expert_choice")
     assert aux.stats.fates.kept > 0

@@ -1,4 +1,4 @@
-"""Each router against a NumPy implementation in float64, and the traps routers fall into."""
+"""Each router against a NumPy implementation in float64, and known faults of routers."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ from moe_jax.moe.routers.switch import Switch
 from moe_jax.moe.routers.top_k import TopK
 from moe_jax.moe.types import Mean, RouterIn
 
-# (router, K, renormalised, choices that its balance loss counts)
+# (router, K, renormalised, assignments per token that its balance loss counts)
 ROUTERS = {
     "switch": (Switch(jitter=0.0), 1, False, 1),
     "gshard": (GShard(random_second=False), 2, True, 1),
@@ -41,12 +41,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def route(router, given: RouterIn, kernel_DE):
-    """(choice, aux) of a router whose one parameter is its kernel."""
+    """The (choice, aux) of a router whose only parameter is its kernel."""
     return route_all(router, given, {"kernel": kernel_DE}, {})
 
 
 def numpy_route(given: RouterIn, kernel_DE, choices, renormalize):
-    """(logits, probabilities, ids, weights), by a full sort."""
+    """Compute (logits, probabilities, ids, weights) by a full sort."""
     logits = np.asarray(given.x_GSD) @ np.asarray(kernel_DE)
     probs = softmax(logits)
     ids = np.argsort(-probs, axis=-1, kind="stable")[..., :choices]
@@ -82,7 +82,7 @@ def test_choices_weights_and_losses(name, scope):
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("scope", ["group", "row", "global"])
 def test_balance_is_one_when_balanced(name, scope):
-    """Every expert chosen equally often and of equal mean probability: 1 for any K."""
+    """With equal load and equal mean probability of all experts the loss is 1, for any K."""
     router = dataclasses.replace(ROUTERS[name][0], balance_scope=scope)
     given = inputs(padded=False, positions=E)
     preference = 3.0 * np.eye(E) + 2.0 * np.roll(np.eye(E), 1, 1) + np.roll(np.eye(E), 2, 1)
@@ -108,7 +108,7 @@ def test_padding_changes_no_loss(name):
 
 
 def test_z_loss_masks_the_loss_not_the_logits():
-    """Zeroed logits of padding would cost log(E)^2 each."""
+    """Zeroed logits would add log(E)^2 per padding token."""
     logits = jnp.ones((1, 4, E)).at[:, 2:].set(0.0)
     mask = jnp.array([[True, True, False, False]])
     aux = router_aux(logits, jax.nn.softmax(logits), Mean(jnp.zeros(()), jnp.ones(())), mask)
@@ -123,7 +123,7 @@ def test_nothing_real_gives_zero_losses():
 
 @pytest.mark.parametrize("choices", [1, 3, E])
 def test_top_choices_with_ties_and_nan(choices):
-    """Ties go to the lower expert; a token of NaN stays NaN and keeps its ids in range."""
+    """Ties go to the lower expert; a token with NaN gives NaN weights, and ids in range."""
     probs = jnp.asarray(np.random.default_rng(3).integers(0, 3, (2, 50, E)) / 4.0)
     weights, ids = top_choices(probs, choices)
     expected_weights, expected_ids = jax.lax.top_k(probs, choices)
@@ -138,7 +138,7 @@ def test_top_choices_with_ties_and_nan(choices):
 
 
 def output_gradient(router, given, value_E):
-    """d/dkernel of the combined output, where expert e says value_E[e] for every token."""
+    """d/dkernel of the combined output, if expert e outputs value_E[e] for every token."""
 
     def output(kernel_DE):
         choice, _ = route(router, given, kernel_DE)
@@ -149,7 +149,7 @@ def output_gradient(router, given, value_E):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_output_moves_the_router(name):
-    """Against central differences: at K = 1 the weight is a probability, not the constant 1."""
+    """Gradients equal central differences; at K = 1 the weight is a probability, not 1."""
     router, given, value_E = ROUTERS[name][0], inputs(), jnp.arange(1.0, E + 1)
     gradient = output_gradient(router, given, value_E)
     step = np.zeros((D, E))
@@ -165,7 +165,7 @@ def test_the_output_moves_the_router(name):
 
 
 def test_the_trap_softmax_after_top_1_has_no_gradient():
-    """The control: what a renormalised top-1 would do, and why TopK refuses it."""
+    """The control: a renormalised top-1 has no gradient, so TopK refuses it."""
     trap = TopK(top_k=1, renormalize=False)
     object.__setattr__(trap, "renormalize", True)
     gradient = output_gradient(trap, inputs(), jnp.arange(1.0, E + 1))
@@ -175,7 +175,7 @@ def test_the_trap_softmax_after_top_1_has_no_gradient():
 
 
 def test_balance_gradient_pulls_towards_balance():
-    """One step down the gradient lowers the probability of the busiest expert."""
+    """One gradient step lowers the probability of the expert with the largest load."""
     given = inputs(padded=False)
     skewed = kernel().at[:, 0].add(given.x_GSD.reshape(-1, D).mean(0) * 8)
     router = TopK(top_k=2)
@@ -213,7 +213,7 @@ def test_balance_does_not_depend_on_the_split_into_microbatches(scope):
 
 
 def test_global_balance_sees_what_groups_do_not():
-    """Groups that are each collapsed on another expert are balanced only globally."""
+    """If each group routes all tokens to a different expert, only the global load is balanced."""
     ids = jnp.arange(G)[:, None, None] * jnp.ones((1, E, 1), jnp.int32)
     probs = jax.nn.one_hot(ids[..., 0], G, dtype=jnp.float64)
     mask = jnp.ones((G, E), bool)
@@ -251,7 +251,7 @@ def test_noise_only_in_training_and_from_the_key(router):
 
 
 def test_jitter_multiplies_the_input_within_its_bounds():
-    """With one feature the logit is x * kernel, so the logits show the noise itself."""
+    """With D = 1 the logit is x * kernel, so the logits show the noise itself."""
     given = dataclasses.replace(inputs(padded=False, positions=500), x_GSD=None)
     given = dataclasses.replace(given, x_GSD=jnp.ones((G, R * 500, 1)))
     router = Switch(jitter=0.1)
@@ -263,7 +263,7 @@ def test_jitter_multiplies_the_input_within_its_bounds():
 
 
 def test_the_second_expert_is_sampled_with_probability_min_1_2g():
-    """Over many tokens of one weight g2: below 1/2 a share of 2 g2 is sampled."""
+    """Of many tokens with the same weight g2 < 1/2, a share of 2 g2 is sampled."""
     tokens = 2000
     given = inputs(padded=False, positions=tokens)
     n = G * R * tokens
@@ -281,7 +281,7 @@ def test_the_second_expert_is_sampled_with_probability_min_1_2g():
 
 
 def test_a_logit_cap_bounds_large_logits_and_leaves_small_ones():
-    """c * tanh(l / c): below c everywhere, in the order it had, l - l^3 / (3 c^2) near zero."""
+    """c * tanh(l / c) is below c, keeps the order, and is l - l^3 / (3 c^2) near zero."""
     given, cap = inputs(padded=False), 0.5
     plain = np.asarray(given.x_GSD) @ np.asarray(kernel())
     capped = np.asarray(TopK(logit_cap=cap).logits(given, kernel()))

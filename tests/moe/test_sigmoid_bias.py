@@ -1,4 +1,4 @@
-"""Sigmoid routing with a bias against NumPy in float64, and what the bias must not touch."""
+"""Sigmoid routing with a bias against NumPy in float64; the bias must not change weights."""
 
 import dataclasses
 
@@ -32,12 +32,12 @@ BIAS_E = np.array([0.3, -0.2, 0.0, 0.4, -0.1, -0.3], np.float32)
 
 
 def route(router, given, kernel_DE, bias_E=BIAS_E):
-    """(choice, aux)."""
+    """The router's (choice, aux)."""
     return route_all(router, given, {"kernel": kernel_DE}, {"bias": jnp.asarray(bias_E)})
 
 
 def numpy_ids(scores, bias, router: SigmoidBias):
-    """Chosen experts of one token, by listing everything."""
+    """The experts that one token chooses, by sorting groups and experts in full."""
     biased, size = scores + bias, E // router.expert_groups
     best = [np.sort(biased[n * size : (n + 1) * size])[-2:].sum() for n in range(E // size)]
     stay = np.argsort(-np.array(best), kind="stable")[: router.top_groups]
@@ -77,7 +77,7 @@ def test_choices_weights_and_losses(router, scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_balance_is_one_when_balanced(scope):
-    """Fed sigmoids that are not normalised it would be near E/2 times the mean score."""
+    """The loss is 1; with sigmoids that are not normalised it would be E times their mean."""
     logits = 3.0 * np.eye(E) + 2.0 * np.roll(np.eye(E), 1, 1)
     x_GSD = jnp.zeros((G, S, D)).at[..., :E].set(np.tile(logits, (R, 1)))
     given = dataclasses.replace(inputs(padded=False), x_GSD=x_GSD)
@@ -90,13 +90,13 @@ def test_balance_is_one_when_balanced(scope):
 
 
 def test_the_bias_selects_and_does_not_weigh():
-    """Scores 1/2, 1/4, 1/5; a bias on expert 2 has it chosen first, with weight 2/7 as scored."""
+    """Scores are 1/2, 1/4, 1/5; a bias makes expert 2 the first choice, with weight 2/7."""
     odds = np.array([[1, 1 / 3, 1 / 4]])
     given, router = logits_inputs(np.log(odds)), SigmoidBias(num_experts=3)
     for bias, ids, weights in (
         ([0, 0, 0], [0, 1], [2 / 3, 1 / 3]),
         ([0, 0, 0.4], [2, 0], [2 / 7, 5 / 7]),
-        ([7, 7, 7.4], [2, 0], [2 / 7, 5 / 7]),  # only differences count
+        ([7, 7, 7.4], [2, 0], [2 / 7, 5 / 7]),  # only differences between biases matter
     ):
         choice, aux = route(router, given, jnp.eye(3), np.array(bias, np.float32))
         assert choice.ids_GSK[0, 0].tolist() == ids
@@ -119,7 +119,7 @@ def test_the_bias_has_no_gradient():
 
 
 def test_next_state_by_hand():
-    """One step of the rate towards the mean, whatever the distance; no load, no step."""
+    """The bias moves by the rate towards the mean, at any distance; without load it does not."""
     state = {"bias": jnp.array([[0.5, 0, -0.5], [0.1, 0.2, 0.3], [0, 0, 0]], jnp.float32)}
     load_LE = jnp.array([[900, 2, 301], [0, 0, 0], [7, 7, 7]], jnp.int32)  # means 401, 0, 7
     after = SigmoidBias(num_experts=3, update_rate=0.125).next_state(state, load_LE)
@@ -129,7 +129,7 @@ def test_next_state_by_hand():
 
 
 def test_following_the_load_balances():
-    """The closed loop: a router that favours two experts ends with an even load."""
+    """With the update in a loop, a router that favours two experts ends with a balanced load."""
     router = SigmoidBias(num_experts=E, update_rate=0.01)
     given = inputs(padded=False)
     skewed = kernel().at[:, :2].add(2 * given.x_GSD.reshape(-1, D).mean(0)[:, None])
@@ -151,7 +151,7 @@ def test_following_the_load_balances():
     [
         # Best two: 1.0, 1.15, 0.6.  The best single expert is not in the best group.
         ([0.9, 0.1, 0.55, 0.6, 0.3, 0.3], 0.0, [3, 2]),
-        # Below zero a group that left must not win by a score of zero.
+        # All scores are below zero, so an excluded expert with score 0 would win.
         ([0.9, 0.1, 0.55, 0.6, 0.3, 0.3], -2.0, [3, 2]),
         ([0.9, 0.3, 0.55, 0.6, 0.3, 0.3], 0.0, [0, 1]),
     ],
@@ -169,7 +169,7 @@ def test_the_best_group_by_hand(scores, bias, ids):
 
 @pytest.mark.parametrize("options", [{}, {"renormalize": False, "top_k": 1}])
 def test_the_output_moves_the_router(options):
-    """Against central differences."""
+    """Gradients equal central differences."""
     router, given = SigmoidBias(num_experts=E, **options), inputs()
 
     def output(kernel_DE):
@@ -183,7 +183,7 @@ def test_the_output_moves_the_router(options):
 
 @pytest.mark.parametrize("logit", [-45.0, -200.0])
 def test_vanishing_scores_leave_no_nan(logit):
-    """In float32 a sigmoid of -200 is 0 and 1 / s^2 overflows long before."""
+    """In float32 the sigmoid s of -200 is 0; 1 / s^2 overflows at logits much closer to 0."""
     given = logits_inputs(np.full((1, 4), logit))
     given = dataclasses.replace(given, x_GSD=given.x_GSD.astype(jnp.float32))
 
