@@ -1,4 +1,7 @@
-"""Operands of a grouped matmul and what must come out, by a loop over groups in NumPy."""
+"""Operands of a grouped matmul, and the expected results by a loop over groups in NumPy.
+
+Axes: N rows, D input width, F output width, E groups.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 
 
 def arrays(sizes, N, D, F, dtype):
-    """x, w and dy; rows of x and dy that no group owns are NaN, to see whether they leak."""
+    """x, w and dy; padding rows of x and dy are NaN, which would show if they reached a result."""
     rng = np.random.default_rng(0)
     x_ND, dy_NF = rng.normal(size=(N, D)), rng.normal(size=(N, F))
     w_EDF = rng.normal(size=(len(sizes), D, F))
@@ -17,7 +20,7 @@ def arrays(sizes, N, D, F, dtype):
 
 
 def loop(x_ND, w_EDF, dy_NF, sizes):
-    """(y, dx, dw) of the owned rows, group by group in float64."""
+    """Compute (y, dx, dw) without padding rows, group by group in float64."""
     x_ND, w_EDF, dy_NF = (np.asarray(a, np.float64) for a in (x_ND, w_EDF, dy_NF))
     ends = np.cumsum(sizes)
     groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
@@ -27,13 +30,13 @@ def loop(x_ND, w_EDF, dy_NF, sizes):
 
 
 def close(found, expected):
-    """Within bfloat16's rounding of one result."""
+    """True if the difference is within bfloat16's rounding of one result."""
     found = np.asarray(found, np.float64)
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
 
 
 def gradient_program(platform, N, D, F) -> str:
-    """StableHLO of both gradients of a grouped matmul inside shard_map, lowered for a platform."""
+    """The StableHLO of both gradients of a grouped matmul in shard_map, lowered for a platform."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
 

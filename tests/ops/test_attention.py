@@ -12,7 +12,7 @@ from moe_jax.ops.attention import attention, best_attention
 
 
 def oracle(q_BTHA, k_BTJA, v_BTJA, segments_BT):
-    """One query at a time; q, k, v as NumPy float64."""
+    """Attention of one query at a time; q, k, v are NumPy float64."""
     B, T, H, A = q_BTHA.shape
     share = H // k_BTJA.shape[2]
     out = np.zeros_like(q_BTHA)
@@ -25,7 +25,7 @@ def oracle(q_BTHA, k_BTJA, v_BTJA, segments_BT):
 
 
 def run(q, k, v, segments, mesh):
-    """The reference under jit."""
+    """Run the reference under jit."""
     return jax.jit(lambda *x: attention(*x, segments, mesh, "xla"))(q, k, v)
 
 
@@ -36,13 +36,13 @@ def make(T, H, J, dtype=jnp.float64, B=2, A=8):
 
 
 def documents(T):
-    """Row 0: three documents; row 1: one, then padding."""
+    """Segment ids: row 0 has three documents; row 1 has one, then padding."""
     first = np.repeat([1, 2, 3], [T // 3, T // 3, T - 2 * (T // 3)])
     second = np.where(np.arange(T) < T - 5, 1, 0)
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
-# 7: one chunk; 64, 96: two and three chunks, borders inside and between documents.
+# T = 7 is one chunk; 64 and 96 are two and three, with borders inside and between documents.
 @pytest.mark.parametrize("T", [7, 64, 96])
 @pytest.mark.parametrize(("H", "J"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("confined", [False, True])
@@ -121,7 +121,7 @@ def outputs_and_gradients(name, q, k, v, segments, mesh):
 
 @pytest.mark.parametrize("confined", [False, True])
 def test_splash_equals_the_reference(mesh_of, confined):
-    """The TPU kernel, forward and backward, in Pallas's TPU interpreter, which knows one row."""
+    """Run the TPU kernel, forward and backward, in Pallas's TPU interpreter, with one row."""
     q, k, v = make(128, 2, 1, jnp.float32, B=1, A=128)
     segments = documents(128)[:1] if confined else None
     want = outputs_and_gradients("xla", q, k, v, segments, mesh_of())
@@ -133,7 +133,7 @@ def test_splash_equals_the_reference(mesh_of, confined):
 
 @pytest.mark.parametrize("confined", [False, True])
 def test_what_cudnn_is_asked_for_is_the_reference(x64, mesh_of, monkeypatch, confined):
-    """The same call with JAX's own formulation behind it: mask, scale, order of axes, gradients."""
+    """The same call, computed by JAX's own formulation: mask, scale, order of axes, gradients."""
     plain = jax.nn.dot_product_attention
 
     def on_any_device(*operands, implementation, **how):
@@ -150,7 +150,7 @@ def test_what_cudnn_is_asked_for_is_the_reference(x64, mesh_of, monkeypatch, con
 
 
 def test_deterministic_cudnn_gets_another_call_from_each_layer(mesh_of, monkeypatch):
-    """Scales that differ for XLA and are one float32 for cuDNN; equal ones without the flag."""
+    """The layers' scales differ but round to one float32; without the flag all are equal."""
     scales = []
 
     def note(q, *operands, scale, **how):
@@ -161,7 +161,7 @@ def test_deterministic_cudnn_gets_another_call_from_each_layer(mesh_of, monkeypa
     for flags, different in (("", 1), ("--xla_gpu_deterministic_ops=true", 50)):
         monkeypatch.setenv("XLA_FLAGS", flags)
         scales.clear()
-        for layer in [*range(50), *range(50)]:  # traced again, a layer's call is the same
+        for layer in [*range(50), *range(50)]:  # a second trace of a layer gives the same call
             attention(*make(8, 2, 2, jnp.bfloat16), None, mesh_of(), "cudnn", layer)
         assert len(set(scales)) == different and scales[:50] == scales[50:]
         assert {np.float32(scale) for scale in scales} == {np.float32(1 / np.sqrt(8))}

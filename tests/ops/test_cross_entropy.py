@@ -24,7 +24,7 @@ def make(dtype=jnp.float64):
 
 
 def oracle(x, head, targets, mask, z_weight):
-    """Loss sum and its gradients in NumPy float64, from the definition."""
+    """The loss sum and its gradients in NumPy float64, by the definition."""
     x, head = np.asarray(x, np.float64).reshape(-1, D), np.asarray(head, np.float64)
     targets, mask = np.asarray(targets).reshape(-1), np.asarray(mask).reshape(-1)
     logits = x @ head
@@ -97,7 +97,7 @@ def test_same_on_every_mesh_and_tokens_stay_where_they_are(x64, mesh_of, sizes):
 
     def loss(x, head):
         sums = cross_entropy(x, head, targets, mask, z_weight=0.1, chunk=5, mesh=mesh)
-        return sums.loss_sum, sums  # the targets' logits, too, which no gradient needs
+        return sums.loss_sum, sums  # `sums` holds the targets' logits, which no gradient needs
 
     both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     hlo = both.lower(x, head).compile().as_text()
@@ -164,13 +164,13 @@ def compiled(mesh, tokens, vocab, chunk, implementation) -> str:
     ("implementation", "chunk", "exists"),
     [
         ("tokens", 128, "[128,777]"),
-        ("tokens", 4096, "[512,777]"),  # a chunk that would take the whole batch
+        ("tokens", 4096, "[512,777]"),  # a chunk as large as the whole batch
         ("vocabulary", 128, "[1024,98]"),
         ("vocabulary", 4096, "[1024,389]"),
     ],
 )
 def test_all_logits_never_exist_at_once(mesh_of, implementation, chunk, exists):
-    """No array of tokens x V in the compiled step, as one or as chunks, only of one chunk."""
+    """The compiled step holds no array of all logits, whole or in chunks, only one chunk."""
     hlo = compiled(mesh_of(), 1024, 777, chunk, implementation)
     assert exists in hlo
     sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", hlo)}

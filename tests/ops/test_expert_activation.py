@@ -1,4 +1,4 @@
-"""The weighted activation between an expert's matmuls: against its definition in NumPy."""
+"""The weighted activation between an expert's matmuls against its definition in NumPy."""
 
 import functools
 
@@ -24,7 +24,7 @@ N = 6
 
 
 def operands(name: str, columns: int, dtype):
-    """(da, h, weights); one weight is zero, one negative."""
+    """Random (da, h, weights); one weight is zero, one negative."""
     keys = jax.random.split(jax.random.key(columns), 3)
     da_NF = jax.random.normal(keys[0], (N, columns), dtype)
     h_NH = jax.random.normal(keys[1], (N, columns * ACTIVATE[name][0]), dtype)
@@ -44,7 +44,7 @@ def test_forward_is_the_definition():
 
 
 def test_bfloat16_is_rounded_once():
-    """Half a unit in the last place from the exact value, which two roundings would exceed."""
+    """The error is at most half a unit in the last place; rounding twice would exceed that."""
     _, h_NH, weights_N = operands("swiglu", 4096, jnp.bfloat16)
     found = np.asarray(weighted_activate("swiglu", h_NH, weights_N), np.float64)
     exact = numpy_swiglu(h_NH, weights_N)
@@ -54,7 +54,7 @@ def test_bfloat16_is_rounded_once():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ACTIVATE)
-@pytest.mark.parametrize("shape", [(N,), (2, 3)])  # of grouped rows, and of slots
+@pytest.mark.parametrize("shape", [(N,), (2, 3)])  # rows of a grouped matmul, and slots
 def test_gradients_are_those_of_the_product(name, shape):
     da_NF, h_NH, weights_N = operands(name, 10, jnp.float64)
     da, h, weights = (a.reshape(*shape, *a.shape[1:]) for a in (da_NF, h_NH, weights_N))
@@ -81,7 +81,7 @@ def test_weights_gradient_sums_in_float32():
 
 
 def kernels(da, h, weights, used=None):
-    """What the two kernels make, interpreted: (a, dh, dweights)."""
+    """Run both kernels in the interpreter: (a, dh, dweights)."""
     forward, backward = (functools.partial(f, "swiglu") for f in (plain_forward, plain_backward))
     a = interpreted(_mosaic, forward, h, weights, used)
     return a, *interpreted(_mosaic_backward, backward, da, h, weights, used)
@@ -97,7 +97,7 @@ def test_kernels_are_the_plain_passes(columns, shape):
     assert [a.shape for a in found] == [a.shape for a in expected]
     assert [a.dtype for a in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     a, dh, dweights = (np.asarray(a, np.float32) for a in expected)
-    # The same formulas in float32, and one rounding: a tie may fall to either side.
+    # Both compute in float32 and round once, so they may differ only in the rounding of a tie.
     for made, wanted in zip(found[:2], (a, dh), strict=True):
         np.testing.assert_allclose(np.asarray(made, np.float32), wanted, rtol=2**-7, atol=1e-6)
         assert wanted.any(-1).sum() == N - 1  # one row's weight is zero
@@ -106,7 +106,7 @@ def test_kernels_are_the_plain_passes(columns, shape):
 
 
 def test_kernels_keep_each_row_to_itself():
-    """Whatever stands in others; large gates overflow nothing."""
+    """A row's result does not depend on other rows, and large gates do not overflow."""
     da_NF, h_NH, weights_N = operands("swiglu", 128, jnp.bfloat16)
     h_NH = h_NH.at[0].mul(1000).at[1].mul(-1000)
     alone = [np.asarray(a, np.float32) for a in kernels(da_NF, h_NH, weights_N)]
@@ -120,7 +120,10 @@ def test_kernels_keep_each_row_to_itself():
 
 @pytest.mark.parametrize("used", [0, 4, N])
 def test_kernels_leave_the_rows_of_nobody_alone(used):
-    """The interpreter's buffers begin as NaN; an older jax runs what computes all rows."""
+    """The kernels do not write padding rows: they stay NaN, as the interpreter's buffers begin.
+
+    An older jax runs the reference, which computes all rows.
+    """
     all_rows = operands("swiglu", 256, jnp.bfloat16)
     expected = [np.asarray(a, np.float32) for a in kernels(*all_rows)]
     for found, wanted in zip(kernels(*all_rows, jnp.int32(used)), expected, strict=True):
@@ -160,7 +163,7 @@ def test_what_the_kernel_takes(monkeypatch, name, columns, dtype, weights, chose
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_gpu_gets_the_kernel_inside_shard_map(monkeypatch, mesh_of, kernel):
-    """Lowered for one that is not here; a CPU's program stays without."""
+    """A program lowered for CUDA (without a GPU) has the kernel; one for a CPU has not."""
     new = jax.__version_info__ >= choose.FIRST_JAX
     monkeypatch.setattr(choose, "runs_here", lambda: new)
     mesh, rows = mesh_of(data=2), PartitionSpec("data")

@@ -1,4 +1,4 @@
-"""The router's product in bfloat16 parts, against float64."""
+"""The router's matmul in bfloat16 parts against float64."""
 
 import re
 
@@ -16,13 +16,13 @@ from moe_jax.ops.float32_matmul import (
 )
 
 D, E = 96, 5
-# Sums of D terms in float32, relative to the largest result; a bfloat16 product is 4e-3 off.
+# Error of float32 sums over D, relative to the largest result; a bfloat16 matmul's is 4e-3.
 FLOAT32 = 2e-6
 
 
 @pytest.fixture
 def case():
-    """Activations in bfloat16, weights and cotangent in float32, and the same in float64."""
+    """Activations in bfloat16, weights and cotangent in float32; then all three in float64."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (3, 40, D), jnp.bfloat16)
     w = 0.02 * jax.random.normal(keys[1], (D, E))
@@ -36,7 +36,7 @@ def close(found, expected, bound):
 
 
 def test_three_parts_are_the_number():
-    """Signs, small and large exponents, ties between two bfloat16 numbers."""
+    """For both signs, small and large exponents, and ties between two bfloat16 numbers."""
     bits = jax.random.bits(jax.random.key(1), (4096,), jnp.uint32)
     a = jax.lax.bitcast_convert_type(bits, jnp.float32)
     a = jnp.where((jnp.abs(a) > 1e-20) & (jnp.abs(a) < 1e37), a, 1 + 2.0**-8)
@@ -59,7 +59,7 @@ def test_gradients_in_parts(case):
     dx, dw = jax.jit(gradients_in_parts)(x, w, dy)
     assert (dx.dtype, dw.dtype) == (x.dtype, w.dtype)
     close(dw, np.einsum("abd,abe->de", x64, dy64), FLOAT32)
-    # Within the rounding to bfloat16 of each number, and little more.
+    # The bound is bfloat16's rounding of each number, plus a small margin.
     exact = dy64 @ w64.T
     error = np.abs(np.asarray(dx).astype(np.float64) - exact)
     assert (error <= 2.0**-8 * np.abs(exact) * 1.01 + 2e-5 * np.abs(exact).max()).all()

@@ -1,4 +1,4 @@
-"""Float8 products against a loop over groups in NumPy on the same rounded operands."""
+"""Float8 grouped matmuls against a loop over groups in NumPy on the same rounded operands."""
 
 import functools
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from moe_jax.ops import float8
 from moe_jax.ops.expert_activation import weighted_activate
 
 N, D, F = 256, 128, 256
-SIZES = [37, 0, 150, 60]  # nine rows belong to nobody
+SIZES = [37, 0, 150, 60]  # nine rows are padding
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +27,27 @@ def operands():
 
 
 def rounded(x, w):
-    """Both as float8 holds them, in float64."""
+    """x and w rounded to float8, scaled back, in float64."""
     x8, scale = (np.asarray(a, np.float64) for a in float8.round_rows(x))
     w8, scale_E = (np.asarray(a, np.float64) for a in float8.round_experts(w))
     return x8 * scale, w8 * scale_E[:, None, None]
 
 
 def test_rounding_keeps_three_bits_of_every_row(operands):
-    """However large or small the row is; a row of zeros stays one."""
+    """For rows of any size; a row of zeros stays zero."""
     x = np.asarray(operands[0], np.float64)[: sum(SIZES)]
     x = jnp.asarray(x * np.logspace(-18, 18, len(x))[:, None], jnp.bfloat16).at[5].set(0)
     x8, scale = float8.round_rows(x)
     want = np.asarray(x, np.float64)
     found = np.asarray(x8, np.float64) * np.asarray(scale, np.float64)
     highest = np.abs(want).max(1, keepdims=True)
-    # Half a unit of three bits, and below 2^-6 of 448 half the smallest step.
+    # Half a unit of a 3-bit mantissa; for numbers below 2^-6 (of 448) half the smallest step.
     assert (np.abs(found - want) <= np.maximum(np.abs(want) / 16, highest * 2**-10 / 448)).all()
     assert (found[5] == 0).all() and np.isfinite(found).all()
 
 
 def test_product_and_gradients(operands):
-    """Forward and dx multiply rounded operands, dw those that came; nobody's NaN leaks."""
+    """Forward and dx multiply rounded operands, dw unrounded ones; NaN in padding rows stays."""
     x, w, dy = operands
     owned, sizes_E = sum(SIZES), jnp.array(SIZES, jnp.int32)
     x8, w8 = rounded(x, w)
@@ -61,7 +61,7 @@ def test_product_and_gradients(operands):
 
 
 def test_each_expert_has_its_own_scale():
-    """A small expert beside a large one keeps its digits, however small rows and expert are."""
+    """A small expert beside a large one keeps its precision, also if the rows are small too."""
     x, w, _ = (jnp.asarray(a) for a in arrays([128, 128], N, D, F, np.float32))
     x, w = x * 1e-20, w * jnp.array([1.0, 1e-15])[:, None, None]
     y = float8.float8_grouped_matmul(x, w, jnp.array([128, 128], jnp.int32))
@@ -72,7 +72,7 @@ def test_each_expert_has_its_own_scale():
 
 
 def test_the_kernel_is_chosen_for_gpus(operands, monkeypatch):
-    """Where it supports the operands; a sine stands for it, which nothing else here computes."""
+    """The kernel runs if it supports the operands; here a sine marks its place in the program."""
 
     def kernel(x8, w8, sizes_E):
         del sizes_E
@@ -87,7 +87,7 @@ def test_the_kernel_is_chosen_for_gpus(operands, monkeypatch):
 
 
 def test_experts_multiply_as_the_config_says():
-    """Through the layer's experts: near the plain product, and not it."""
+    """The layer's experts in float8 are close to the compute dtype's result, but not equal."""
     rng = np.random.default_rng(0)
     w_in, w_out = rng.normal(size=(4, 128, 2, 64)), rng.normal(size=(4, 64, 128))
     x = jnp.asarray(rng.normal(size=(N, 128)), jnp.float32)
@@ -101,7 +101,7 @@ def test_experts_multiply_as_the_config_says():
 
 
 def test_between_float8_products_no_kernel_stands(operands, monkeypatch):
-    """XLA would write copies of its operands with their scales: 5% of a step."""
+    """Before a kernel XLA would write scaled copies of its operands: 5% of a step."""
     x, w, _ = operands
     asked = []
 
@@ -121,7 +121,7 @@ def test_between_float8_products_no_kernel_stands(operands, monkeypatch):
 
 
 def test_kernel_in_the_interpreter(operands, monkeypatch):
-    """The kernel on float8 operands; where jax is too old for it, what runs instead."""
+    """Run the kernel on float8 operands; if jax is too old for it, run the plain path."""
     x, w, _ = operands
     sizes_E = jnp.array(SIZES, jnp.int32)
     x8, _ = float8.round_rows(x)

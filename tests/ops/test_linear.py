@@ -1,4 +1,4 @@
-"""The projection with its backward written out, against an einsum and its autodiff."""
+"""The projection with its own backward pass against an einsum and its autodiff."""
 
 import jax
 import jax.numpy as jnp

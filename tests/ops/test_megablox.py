@@ -1,6 +1,6 @@
 """The TPU kernels in Pallas's TPU interpreter, on a CPU, against a loop over groups in NumPy.
 
-The interpreter fills what nobody wrote with NaN.
+The interpreter fills unwritten memory with NaN.
 """
 
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_the_legs_against_a_loop(case):
     ],
 )
 def test_tiles_divide_what_they_cut(sizes, tiles):
-    """Rows, groups, depth and columns; small groups have small tiles."""
+    """`sizes` are rows, groups, depth and columns; small groups get small row tiles."""
     assert megablox.tiling(*sizes) == tiles
 
 
@@ -69,7 +69,7 @@ def test_what_the_kernels_take(monkeypatch, rows, d, f, dtype, chosen):
 
 @pytest.mark.parametrize(("width", "kernels"), [(256, 3), (192, 0)])
 def test_a_program_for_a_tpu_holds_the_kernels_inside_shard_map(monkeypatch, width, kernels):
-    """Lowered for TPUs on this machine; a width that the kernels do not take falls back."""
+    """Lowered for TPUs on this machine; an unsupported width uses the fallback."""
     monkeypatch.setattr(megablox, "runs_here", lambda: True)
     text = gradient_program("tpu", N, D, width)
     assert text.count("stablehlo.custom_call @tpu_custom_call") == kernels

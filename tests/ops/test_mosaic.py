@@ -1,7 +1,7 @@
 """The Hopper kernels in the interpreter, on a CPU, against a loop over groups in NumPy.
 
-The interpreter runs a block's warpgroups, barriers and copies; most wrong orders of waits hang or
-are reported.
+The interpreter runs a block's warpgroups, barriers and copies; with most wrong orders of waits it
+hangs or reports an error.
 """
 
 import jax
@@ -30,13 +30,13 @@ SIZES = {
 
 @pytest.fixture(params=[1, 2])
 def three_blocks(request, monkeypatch):
-    """Fewer blocks than units of work, so that every block goes round its loop, in 1 or 2 waves."""
+    """Fewer blocks than units of work, so that every block loops over several, in 1 or 2 waves."""
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.multiprocessors", lambda: 3)
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.count_waves", lambda units: request.param)
 
 
 def leg(name, *operands):
-    """A leg of the kernels, interpreted."""
+    """Run a leg of the kernels in the interpreter."""
     ours, other = (getattr(IMPLEMENTATIONS[which], name) for which in ("mosaic", "ragged"))
     return interpreted(ours, other, *operands)
 
@@ -54,7 +54,7 @@ def test_the_legs_against_a_loop(case, three_blocks):
 
 @pytest.mark.parametrize("width", [128, 384])
 def test_narrow_outputs(width, three_blocks):
-    """Columns that the wide tile does not divide."""
+    """Numbers of columns that the wide tile does not divide."""
     x, w, dy = (jnp.asarray(a) for a in arrays([130, 126], N, D, F, ml_dtypes.bfloat16))
     w, dy = jnp.concatenate([w, w], 2)[:, :, :width], jnp.concatenate([dy, dy], 1)[:, :width]
     y, _, dw = loop(x, w, dy, [130, 126])
@@ -83,7 +83,7 @@ def test_waves_follow_the_devices_and_the_work(monkeypatch):
 
 
 def test_every_row_is_stored_once():
-    """Over random sizes: the tiles' rows to store are the groups' rows, each in its own group."""
+    """For random sizes, tiles store each group's rows exactly once, with that group's number."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         sizes = rng.multinomial(900, rng.dirichlet(np.full(6, 0.3)))
@@ -121,7 +121,7 @@ def test_what_the_kernels_take(monkeypatch, rows, d, f, dtype, chosen):
 
 
 def test_a_program_for_a_gpu_holds_the_kernels_inside_shard_map(monkeypatch):
-    """Lowered for CUDA on this machine: three kernels, no ragged_dot; the axes' types agree."""
+    """Lowered for CUDA on this machine: three kernels, no ragged_dot, and varying axes agree."""
     monkeypatch.setattr(choose, "runs_here", lambda: True)
     text = gradient_program("cuda", N, D, F)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
