@@ -1,7 +1,7 @@
-"""Compile the train step of a small model on eight devices: `compile_step.py DISPATCH data=2 ...`.
+"""Compiles the train step of a small model on eight devices: `compile_step.py DISPATCH data=2 ...`.
 
-A process of its own, so that a test can read all that XLA logs about it.  The dispatch path
-`all_at_once` is the control: XLA finds no way to reshard its backward.
+It runs as a separate process, so that a test can read everything XLA logs.  The dispatch path
+`all_at_once` is the control: XLA can reshard its backward pass only by full replication.
 """
 
 import sys

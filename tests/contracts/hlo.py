@@ -19,7 +19,7 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled_text: str) -> list[Collective]:
-    """All-gathers and all-to-alls of a compiled program."""
+    """The all-gathers and all-to-alls of a compiled program."""
     found = []
     for instruction in itertools.chain(*parse(compiled_text)[0].values()):
         op = instruction.op.removesuffix("-start")
@@ -36,9 +36,9 @@ def _numbers(text: str) -> list[int]:
 
 
 def floating_scatters(lowered_text: str) -> list[tuple[int, ...]]:
-    """Shapes of the scatters of floating-point values in a lowered StableHLO program."""
+    """The shapes of floating-point scatters in a lowered StableHLO program."""
     shapes = []
-    # A scatter's types stand after the region that combines two values.
+    # The types of a scatter follow the region that combines two values.
     for body in lowered_text.split('"stablehlo.scatter"(')[1:]:
         result = re.search(r"\) -> \(?tensor<((?:\d+x)*)(\w+)>", body[body.index("}) :") :])
         assert result is not None

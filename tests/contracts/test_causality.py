@@ -1,4 +1,4 @@
-"""Tokens after position t never change an output up to t: not by a value, not by a bit."""
+"""Tokens after position t never change an output at or before t, not even by one bit."""
 
 import dataclasses
 import functools
@@ -24,11 +24,11 @@ from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEContext, TokenChoice
 
 B, T, D, E = 8, 16, 16, 8
-ROWS = 4  # several rows share a group's slots
+ROWS = 4  # per group: several rows share its slots
 
 
 def config(dispatch: str, priority: str) -> ModelConfig:
-    """Two MoE layers; a capacity at which most experts overflow."""
+    """A model of two MoE layers with a capacity at which most experts overflow."""
     moe = MoEConfig(
         num_experts=E,
         expert_width=12,
@@ -62,7 +62,7 @@ def context(mesh) -> MoEContext:
 
 
 def one_layer(config: ModelConfig, mesh):
-    """(inputs [seed] -> x_BTD, x_BTD -> (y_BTD, aux))."""
+    """The functions seed -> x_BTD, and x_BTD -> (y_BTD, aux) of one layer."""
     layer = MoE(
         config.moe,
         config.width,
@@ -83,7 +83,7 @@ def one_layer(config: ModelConfig, mesh):
 
 
 def whole_model(config: ModelConfig, mesh):
-    """(inputs [seed] -> tokens_BT, tokens_BT -> (hidden_BTD, aux))."""
+    """The functions seed -> tokens_BT, and tokens_BT -> (hidden_BTD, aux) of the model."""
     model = define(config, jnp.float32)
     params = jax.jit(functools.partial(init, model))(jax.random.key(0))
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -97,7 +97,7 @@ def whole_model(config: ModelConfig, mesh):
 
 
 def leaks(make, config: ModelConfig, mesh) -> int:
-    """Earlier outputs that changed with later tokens, over several borders t."""
+    """The number of outputs before t that change with tokens from t on, over several t."""
     inputs, run = make(config, mesh)
     before, after = inputs(2), inputs(3)
     y, aux = run(before)
@@ -108,7 +108,7 @@ def leaks(make, config: ModelConfig, mesh) -> int:
         later, _ = run(before.at[:, t:].set(after[:, t:]))
         differs_BT = (np.asarray(later) != np.asarray(y)).any(-1)
         changed += int(differs_BT[:, :t].sum())
-        assert t > 1 or differs_BT[:, t:].sum() > B  # the change did reach the layer
+        assert t > 1 or differs_BT[:, t:].sum() > B  # later outputs did change
     return changed
 
 
@@ -120,7 +120,7 @@ def test_a_layer_is_causal_with_token_priority(dispatch, mesh_of):
 @pytest.mark.parametrize("dispatch", ["capacity", "einsum"])
 @pytest.mark.parametrize("priority", ["choice", "batch"])
 def test_other_priorities_are_not(dispatch, priority, mesh_of):
-    """The control: a later token's choice evicts an earlier token's."""
+    """The control: a later token's assignment evicts an earlier token's."""
     assert leaks(one_layer, config(dispatch, priority), mesh_of()) > 10
 
 
@@ -138,10 +138,10 @@ def test_the_whole_model_with_batch_priority_is_refused(mesh_of):
         whole_model(config("capacity", "batch"), mesh_of())
 
 
-# Of a dispatch path alone: groups on a device, rows in a group, positions, experts, choices.
+# Sizes for a dispatch path alone: groups, rows per group, positions, experts, choices.
 GROUPS, GROUP_ROWS, POSITIONS, EXPERTS, CHOICES = 8, 2, 8, 8, 2
 TOKENS = GROUP_ROWS * POSITIONS
-# Each knob that decides who is dropped, by the field of the path; a path without it ignores it.
+# Values of every knob that affects drops, by field; a path without the field ignores them.
 DROP_KNOBS = {
     "priority": [*PRIORITIES],
     "recv_factor": [0.0, 1.0, 1.25, 2.0],
@@ -157,7 +157,7 @@ PATH_MESHES = [{}, {"expert": 2}, {"expert": 4}, {"data": 2, "expert": 2, "tenso
 
 
 class Drawn(NamedTuple):
-    """Tokens with their choices; `real` is False for padding."""
+    """Tokens with their choices; `real_GS` is False for padding."""
 
     x_GSD: Any
     choice: TokenChoice
@@ -165,7 +165,7 @@ class Drawn(NamedTuple):
 
 
 def draw(seed: int, choices: int) -> Drawn:
-    """Most tokens choose experts of the first shard, and there those of the lowest numbers."""
+    """Draw tokens, most of which choose experts of the first shard, mostly the lowest ids."""
     rng = np.random.default_rng(seed)
     scores_GSE = rng.normal(size=(GROUPS, TOKENS, EXPERTS)) + np.linspace(3, -3, EXPERTS)
     ids_GSK = np.argsort(-scores_GSE, axis=-1)[..., :choices].astype(np.int32)
@@ -178,7 +178,7 @@ def draw(seed: int, choices: int) -> Drawn:
 
 
 def path_alone(dispatch, mesh, train: bool):
-    """Drawn -> (y_GSD, kept_GSK) of a dispatch path on `mesh`."""
+    """The function Drawn -> (y_GSD, kept_GSK) of a dispatch path on `mesh`."""
     w_in, w_out = (
         0.3 * jax.random.normal(jax.random.key(seed), shape)
         for seed, shape in enumerate([(EXPERTS, D, 2, 12), (EXPERTS, 12, D)])
@@ -193,10 +193,10 @@ def path_alone(dispatch, mesh, train: bool):
 
 
 def moved(dispatch, mesh, train: bool = True, choices: int = CHOICES) -> tuple[int, int, int]:
-    """Of several borders t, what changes before t when everything from t on is drawn again.
+    """Count the changes before t if everything from t on is redrawn, over several t.
 
-    Returns how many assignments have another fate, how many tokens another output, and how many
-    assignments of real tokens were dropped at first.
+    Returns the number of assignments whose outcome changed, the number of tokens whose output
+    changed, and the number of real tokens' assignments that were dropped before the change.
     """
     run = path_alone(dispatch, mesh, train)
     before, after = draw(0, choices), draw(1, choices)
@@ -221,14 +221,14 @@ def moved(dispatch, mesh, train: bool = True, choices: int = CHOICES) -> tuple[i
 
 
 def sizes_of(mesh, choices: int = CHOICES) -> LayerSizes:
-    """What a path is told of the layer above."""
+    """The LayerSizes of `path_alone`."""
     devices = mesh.shape["data"] * mesh.shape["expert"]
     shards = mesh.shape["expert"]
     return LayerSizes(GROUPS * TOKENS // devices, TOKENS, choices, EXPERTS, shards)
 
 
 def assert_as_announced(dispatch, mesh, **how) -> int:
-    """The past stays as it is unless `lookahead` names a knob; returns how many were dropped."""
+    """Assert that the past changes only if `lookahead` names a knob; return the drops."""
     fates, outputs, dropped = moved(dispatch, mesh, **how)
     sizes = sizes_of(mesh, how.get("choices", CHOICES))
     if dispatch.lookahead(sizes):
@@ -239,7 +239,7 @@ def assert_as_announced(dispatch, mesh, **how) -> int:
 
 
 def label(value) -> str:
-    """A path with its knobs, or a mesh."""
+    """The test id of a path with its knobs, or of a mesh."""
     name, knobs = value if isinstance(value, tuple) else ("", value)
     return "-".join([name, *(f"{key}_{knob}" for key, knob in knobs.items())]).strip("-") or "one"
 
@@ -258,7 +258,7 @@ def test_what_a_path_announces_is_what_it_does(path, sizes, mesh_of):
 
 @pytest.mark.parametrize("name", DISPATCH)
 def test_one_choice_is_causal_under_choice_priority(name, mesh_of):
-    """First choices are all there is."""
+    """With K = 1 there are only first choices."""
     path = DISPATCH[name]
     if "priority" in {field.name for field in dataclasses.fields(path)}:
         path = functools.partial(path, priority="choice", capacity_factor=0.6)
@@ -267,7 +267,7 @@ def test_one_choice_is_causal_under_choice_priority(name, mesh_of):
 
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_packed_rows_are_as_causal_as_slots(priority, mesh_of, monkeypatch):
-    """As GPUs run `capacity` on one expert shard."""
+    """The fast path of `capacity`, which GPUs run on one expert shard."""
     monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
     dispatch = DISPATCH["capacity"](capacity_factor=1.0, priority=priority)
     assert assert_as_announced(dispatch, mesh_of(data=2)) > 20
@@ -275,7 +275,7 @@ def test_packed_rows_are_as_causal_as_slots(priority, mesh_of, monkeypatch):
 
 @pytest.mark.parametrize("name", DISPATCH)
 def test_paths_are_causal_in_evaluation(name, mesh_of):
-    """With the other factor."""
+    """Evaluation uses `eval_capacity_factor`."""
     path = DISPATCH[name]
     if "eval_capacity_factor" in {field.name for field in dataclasses.fields(path)}:
         path = functools.partial(path, eval_capacity_factor=0.6)

@@ -31,7 +31,7 @@ def test_the_chosen_cells_hold_every_pair_of_values():
         for other in range(one):
             every = {(cell[one], cell[other]) for cell in CELLS}
             assert {(cell[one], cell[other]) for cell in CHOSEN} == every
-    # The default run: each path on each mesh, and every other value.
+    # The default cells hold each path on each mesh, and every value of every other field.
     assert {cell[1:3] for cell in DEFAULT} == {cell[1:3] for cell in CELLS}
     for axis in range(5):
         assert {cell[axis] for cell in DEFAULT} == {cell[axis] for cell in CELLS}
@@ -54,12 +54,12 @@ def test_the_scenarios_are_what_they_are_called():
     assert list(load("empty") == 0) == [False, False, *[True] * 4, False, False]
     assert list(load("one_expert", 1) > 0) == [e == 5 for e in range(cases.E)]
     assert 0 < given["padded"].mask_BT.sum() < cases.B * cases.T
-    assert not given["padded"].mask_BT[2:4].any()  # a group of padding
+    assert not given["padded"].mask_BT[2:4].any()  # a group that is all padding
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_no_choice_hangs_on_rounding(router):
-    """Tokens and weights moved by 30 times what float32 rounds move no token elsewhere."""
+    """Moving tokens and weights by 30 times float32's rounding changes no assignment."""
     rng = np.random.default_rng(0)
 
     def moved(array):
@@ -94,7 +94,7 @@ def test_a_router_without_formulas_is_compared_with_itself(monkeypatch):
 
 
 def conformance(monkeypatch, outcomes):
-    """(exit code, lines) of the command where cells end as `outcomes` say."""
+    """The command's (exit code, lines) if cells end as `outcomes` say."""
     cells = {ONE._replace(mesh=mesh): outcome for mesh, outcome in outcomes.items()}
 
     def run_cell(cell):

@@ -1,4 +1,4 @@
-"""What the matrix of test_conformance.py leaves out: who overflows, and a small receive buffer."""
+"""Cases beyond the matrix of test_conformance.py: which assignments overflow slots and buffers."""
 
 import dataclasses
 import itertools
@@ -19,14 +19,14 @@ BOUNDED = [name for name, path in DISPATCH.items() if path().capacity(8, 1, 2, T
 
 
 def layer(router: str, dispatch: str, mesh: str, **moe) -> cases.Layer:
-    """A layer of the matrix with other knobs."""
+    """A layer of the matrix with different knobs."""
     plain = cases.layer(router, dispatch, mesh, "float32", remat=False)
     changed = dataclasses.replace(plain.model.moe, **moe)
     return dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=changed))
 
 
 def assert_agrees(layer: cases.Layer, keep=None) -> int:
-    """In every scenario; returns how many assignments were dropped."""
+    """Assert agreement with the oracle in every scenario; return the number of drops."""
     step, dropped = compiled(layer), 0
     for name, case in cases.scenarios(layer.model).items():
         right = expected(layer, case, keep)
@@ -37,7 +37,7 @@ def assert_agrees(layer: cases.Layer, keep=None) -> int:
     return dropped
 
 
-# `einsum` hands out slots by the code of `capacity`: by default it shows that once.
+# `einsum` orders assignments by the code of `capacity`, so by default one priority is enough.
 @pytest.mark.parametrize(
     ("dispatch", "priority"),
     [
@@ -55,9 +55,9 @@ def test_who_overflows(dispatch, priority):
 
 
 def fits_the_buffer(shards: int, factor: float):
-    """Assignments that send buffers of 8 devices hold, each asking in turn: position, row, choice.
+    """The oracle's `keep` for send buffers of 8 devices, filled by position, row, then choice.
 
-    The rows of a device are consecutive, whatever the routing groups.
+    The rows of a device are consecutive, independent of the routing groups.
     """
 
     def keep(wanted_GSK, ids_GSK):

@@ -1,4 +1,4 @@
-"""Random layers against the oracle, and random configs that have to be refused in one sentence."""
+"""Random layers against the oracle, and random illegal configs, each refused in one sentence."""
 
 import collections
 import itertools
@@ -24,28 +24,28 @@ from moe_jax.tools.doctor.conformance.compare import errors
 from moe_jax.tools.doctor.conformance.oracle import Outcome, expected, route
 from moe_jax.tools.doctor.conformance.subject import compiled
 
-# Parts of few draws each: after some draws hypothesis rather varies those it has.
-DRAWS = 9  # the first of each part is the smallest there is, the same in all: part 0 has it
+# Each part has few draws, because after some draws hypothesis mostly varies earlier ones.
+DRAWS = 9  # the first draw is the smallest case, the same in all parts: only part 0 runs it
 PARTS, FULL = range(250), [pytest.mark.full]
 CONFIG_PARTS = [pytest.param(part, marks=FULL * (part > 4)) for part in PARTS]
 # Each draw compiles a layer and its oracle, which takes seconds.  The matrix of test_conformance
-# holds every router, path, mesh and precision by default; draws add sizes that nobody thought of.
+# holds every router, path, mesh and precision by default; draws add unusual sizes.
 LAYER_PARTS = [pytest.param(part, marks=FULL * (part > 0)) for part in PARTS]
 
-# More than the matrix allows: random sizes and weights are not all as well conditioned.
+# Larger than in the matrix, because random sizes and weights can be ill-conditioned.
 ALLOWED = {"float32": 1e-4, "bfloat16": 1e-1}
-# Roundings between weights and a result, of which the worst add up: products, activation, sums.
+# Roundings between weights and a result, which at worst add up: products, activation, sums.
 ROUNDINGS = 10
 SIZES = [sizes for sizes in itertools.product((1, 2, 3, 4, 8), repeat=4) if math.prod(sizes) <= 8]
 
 
 def drawn(test, strategy, part: int) -> None:
-    """Runs a test on draws of its own: the same ones each time, others in each part."""
+    """Run a test on the draws of a part: the same in every run, different in every part."""
     plain = settings(
         max_examples=DRAWS,
         deadline=None,
         database=None,
-        phases=[Phase.generate],  # to shrink a failure would compile hundreds of layers
+        phases=[Phase.generate],  # shrinking a failure would compile hundreds of layers
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
@@ -60,7 +60,7 @@ def drawn(test, strategy, part: int) -> None:
 
 @st.composite
 def options(draw, router: str, experts: int) -> tuple[int, dict]:
-    """(top_k, knobs of the router), all legal."""
+    """Draw legal (top_k, knobs of the router)."""
     least = 2 if router == "noisy_top_k" else 1
     top_k = draw(st.integers(least, experts))
     knobs = {}
@@ -85,7 +85,7 @@ def options(draw, router: str, experts: int) -> tuple[int, dict]:
 
 @st.composite
 def layers(draw) -> tuple[cases.Layer, cases.Case]:
-    """A legal layer with a batch that it can split."""
+    """Draw a legal layer, with a batch that its mesh can split."""
     mesh = MeshConfig(*draw(st.sampled_from(SIZES)))
     router = draw(st.sampled_from(sorted(ROUTERS)))
     few = 2 if router in ("gshard", "noisy_top_k") else 1
@@ -97,7 +97,7 @@ def layers(draw) -> tuple[cases.Layer, cases.Case]:
     microbatches = 1 if scope == "global" else draw(st.integers(1, 3))
     group_rows = draw(st.integers(1, 3))
     rows = mesh.batch_shards * microbatches * group_rows * draw(st.integers(1, 2))
-    # With and without a bound on what a shard receives, here one that no load reaches.
+    # Without a bound on the receive buffer, and with a bound that no load reaches.
     bound = draw(st.sampled_from([0.0, float(mesh.expert)]))
     moe = MoEConfig(
         num_experts=experts,
@@ -133,7 +133,7 @@ def layers(draw) -> tuple[cases.Layer, cases.Case]:
 
 
 def steady_case(layer: cases.Layer, rows: int, positions: int, lengths, number: int) -> cases.Case:
-    """Random arrays in which rounding decides nothing; some seeds do not give that."""
+    """Draw arrays for which rounding changes no assignment; seeds that fail this are skipped."""
     for attempt in range(5):
         case = cases.draw(number + attempt, layer.model, rows, positions)
         case = case._replace(mask_BT=np.arange(positions) < lengths[:, None])
@@ -144,7 +144,7 @@ def steady_case(layer: cases.Layer, rows: int, positions: int, lengths, number: 
 
 
 def steady(layer: cases.Layer, case: cases.Case) -> bool:
-    """Whether tokens moved a little go where they went, and in the same order of weight."""
+    """True if slightly moved tokens keep their experts, in the same order of weight."""
 
     def places(x_BTD):
         routed = route(layer.model, case._replace(x_BTD=x_BTD), layer.train)
@@ -160,10 +160,10 @@ def steady(layer: cases.Layer, case: cases.Case) -> bool:
 
 
 def rounding_moves(layer: cases.Layer, case: cases.Case, right: Outcome) -> dict[str, float]:
-    """How far one rounding of weights and cotangent moves each quantity of the oracle.
+    """The change of each quantity of the oracle if weights and cotangent are rounded once.
 
-    A layer one wide can sum numbers that cancel; no arithmetic of eight bits gives that sum.
-    Tokens and routers stay, and so does where tokens go.
+    In a layer of width 1, sums can cancel, and no 8-bit mantissa can represent the result.  Tokens
+    and routers are not rounded, so the assignments stay the same.
     """
     rng = np.random.default_rng(0)
     step = float(jnp.finfo(layer.dtype).eps) / 2
@@ -203,7 +203,7 @@ def test_layers_agree_with_the_oracle(part):
     drawn(agrees, layers(), part)
 
 
-# What makes a legal config illegal: a key and values, each wrong whatever the others are.
+# Changes that make a legal config illegal: a key and values, each illegal on its own.
 ILLEGAL = {
     "model.moe.num_experts": st.integers(-9, 0),
     "model.moe.top_k": st.integers(-9, 0) | st.integers(9, 99),
@@ -233,7 +233,7 @@ ILLEGAL = {
     "model.moe.options.hash.table_size": st.integers(-9, 7),
     "model.moe.options.hash.seed": st.integers(-9, -1),
     "model.moe.options.dropless.recv_factor": st.floats(1e-9, 0.99) | st.floats(max_value=-1e-9),
-    # Keys of model.moe, where their checks are.
+    # Keys of model.moe.
     "model.moe.options.capacity.priority": st.just("batch"),
     "model.moe.options.top_k.balance_scope": st.just("group"),
     "model.width": st.integers(-9, 0),
@@ -252,7 +252,7 @@ NUMBERS = [key for key in ILLEGAL if not key.endswith(WORDS)]  # none of KINDS i
 
 @st.composite
 def illegal(draw) -> tuple[str, object]:
-    """A key of the config and a value it must not have."""
+    """Draw a key of the config and an illegal value."""
     if draw(st.integers(0, 3)) == 0:
         return draw(st.sampled_from(NUMBERS)), draw(KINDS)
     key = draw(st.sampled_from(sorted(ILLEGAL)))
@@ -260,12 +260,12 @@ def illegal(draw) -> tuple[str, object]:
 
 
 def settled(changes: dict[str, object]) -> None:
-    """What the trainer does with a config before it compiles anything."""
+    """Check a changed config as the trainer does before it compiles anything."""
     plain = default_config().to_dict()
     legal = {"mesh.expert": 4, "mesh.data": 2, "train.batch_size": 16, "model.moe.top_k": 2}
     for key, value in (legal | changes).items():
         *path, last = key.split(".")
-        if "options" in path:  # its owner has to be in use
+        if "options" in path:  # options are checked only if their owner is in use
             table = "dispatch" if path[-1] in DISPATCH else "router"
             plain["model"]["moe"][table] = path[-1]
         node = plain
@@ -289,7 +289,7 @@ def test_the_config_without_a_change_is_legal():
 
 @pytest.mark.parametrize("value", [None, "0.1", [0.1], True])
 def test_an_option_of_another_type_is_refused_by_name(value):
-    """Found by the test below: options were passed on as they came."""
+    """The test below found this: options were passed on unchecked."""
     with pytest.raises(UserError, match=r"config.model.moe.options.top_k.jitter is .* float\.$"):
         settled({"model.moe.options.top_k.jitter": value})
 

@@ -1,4 +1,4 @@
-"""What the compiled layer communicates, holds and computes in."""
+"""Collectives, memory and matmul precision of the compiled layer."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ SHARDED = ["data2_expert4", "fsdp2_expert2_tensor2"]
 
 
 def lowered(router: str, dispatch: str, where: str, **knobs: float):
-    """Forward and backward of the layer in float32, gradients sharded like the parameters."""
+    """Lower the layer in float32, forward and backward; gradients are sharded like parameters."""
     layer = cases.layer(router, dispatch, "one_device", "float32", remat=False)
     moe = dataclasses.replace(layer.model.moe, options=layer.model.moe.options | {dispatch: knobs})
     model = dataclasses.replace(layer.model, moe=moe)
@@ -43,7 +43,7 @@ def lowered(router: str, dispatch: str, where: str, **knobs: float):
 def over_expert(
     op: str, router: str, dispatch: str, where: str, **knobs: float
 ) -> list[hlo.Collective]:
-    """Floating-point collectives `op` of the compiled layer that cross the expert axis."""
+    """The floating-point collectives `op` of the compiled layer that cross the expert axis."""
     # [devices] -> position on the expert axis; the axes are data, fsdp, expert, tensor.
     sizes = dataclasses.astuple(SIZES[where])
     position = np.indices(sizes)[2].reshape(-1)
@@ -61,9 +61,9 @@ BOUNDED = [("gshard", "capacity", {}), ("top_k", "dropless", {"recv_factor": 2.0
 @pytest.mark.parametrize("where", SHARDED)
 @pytest.mark.parametrize(("router", "dispatch", "knobs"), BOUNDED, ids=["capacity", "dropless"])
 def test_only_all_to_all_crosses_the_expert_axis(router, dispatch, knobs, where):
-    """No weight, no token and no probability is gathered over it."""
+    """Weights, tokens and probabilities are not gathered over it."""
     assert over_expert("all-gather", router, dispatch, where, **knobs) == []
-    # There and back, forward and backward.
+    # Dispatch and combine, each in the forward and the backward pass.
     assert len(over_expert("all-to-all", router, dispatch, where, **knobs)) >= 4
 
 
@@ -73,28 +73,28 @@ def test_dropless_without_a_bound_gathers_tokens_and_nothing_else(where):
     everyone = cases.B * cases.T * shards // SIZES[where].batch_shards
     assert over_expert("all-to-all", "top_k", "dropless", where) == []
     shapes = {one.shape for one in over_expert("all-gather", "top_k", "dropless", where)}
-    # Tokens, their gradients on the way home, and the weights of their choices.
+    # Tokens (dispatch), gradients (backward pass of combine), and combine weights.
     assert shapes == {(everyone, cases.D), (everyone, 3)}  # top-3
 
 
 def test_a_gather_of_experts_would_be_seen():
-    """The control: the dense oracle needs all experts everywhere."""
+    """The control: the dense oracle needs all experts on every device."""
     shapes = [one.shape for one in over_expert("all-gather", "top_k", "dense", "data2_expert4")]
     assert any(shape[0] == E for shape in shapes)
 
 
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "hash"])
 def test_the_router_product_is_at_highest_precision(router):
-    """The default float32 product is TF32 on Hopper and bfloat16 on TPU."""
+    """The default float32 matmul is TF32 on Hopper and bfloat16 on TPU."""
     text = lowered(router, "capacity", "one_device").as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     ours = [line for line in products if re.search(rf"-> tensor<\d+x\d+x{E}xf32>", line)]
     assert ours and all("precision = [HIGHEST, HIGHEST]" in line for line in ours)
-    assert len(ours) < len(products)  # the experts' products are at the default
+    assert len(ours) < len(products)  # the experts' matmuls have the default
 
 
 def temporary_bytes(path, experts: int) -> int:
-    """Of forward and backward, one group, 32 tokens an expert."""
+    """Temporary bytes of the forward and backward pass of one group, with 32 tokens per expert."""
     tokens, width, hidden = 32 * experts, 16, 8
 
     def loss(x_GSD, weights_GSK, w_in, w_out, ids_GSK):
@@ -120,17 +120,17 @@ def temporary_bytes(path, experts: int) -> int:
 
 
 def test_capacity_memory_is_linear_in_tokens_and_moves_nothing_by_scatter():
-    """16 times the experts and tokens; a [tokens, E, C] array would grow 256 times."""
+    """With 16 times the experts and tokens, a [tokens, E, C] array would grow 256 times."""
     assert temporary_bytes(Capacity(), 64) < 1.3 * 16 * temporary_bytes(Capacity(), 4)
 
 
 def test_the_one_hot_formulation_is_not_linear():
-    """The control: what the capacity path is there to avoid."""
+    """The control: the growth that the capacity path avoids."""
     assert temporary_bytes(Einsum(), 64) > 5 * 16 * temporary_bytes(Einsum(), 4)
 
 
 def test_a_scatter_of_values_would_be_seen():
-    """The control: the transpose of a plain gather."""
+    """The control: the transpose of a plain gather is a scatter."""
     index = jnp.arange(4)
     step = jax.jit(jax.grad(lambda x: (x[index] ** 2).sum()))
     text = step.lower(jax.ShapeDtypeStruct((9, 3), jnp.float32)).as_text()
@@ -138,7 +138,7 @@ def test_a_scatter_of_values_would_be_seen():
 
 
 def compile_log(env, dispatch: str, where: str) -> str:
-    """What XLA logs while a process of its own compiles the train step of a small model."""
+    """XLA's log while a separate process compiles the train step of a small model."""
     sizes = [f"{axis}={size}" for axis, size in dataclasses.asdict(SIZES[where]).items()]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_step.py"), dispatch, *sizes],
@@ -157,17 +157,17 @@ def compile_log(env, dispatch: str, where: str) -> str:
     [
         ("capacity", "fsdp2_expert2_tensor2"),
         pytest.param("dropless", "data2_expert4", marks=pytest.mark.full),
-        # The readable reference: nobody trains on it.
+        # The readable reference, which is not for training.
         pytest.param("einsum", "data2_expert4", marks=pytest.mark.full),
     ],
 )
 def test_the_train_step_reshards_nothing_by_full_replication(dispatch, where, cli_env):
-    """XLA says so where it finds no better way between two shardings."""
+    """XLA logs a full replication if it finds no better way between two shardings."""
     assert "Involuntary full rematerialization" not in compile_log(cli_env, dispatch, where)
 
 
 @pytest.mark.lifecycle
 def test_a_full_replication_would_be_logged(cli_env):
-    """The control: all experts at once, whose backward XLA cannot reshard."""
+    """The control: all experts at once, whose backward pass XLA can reshard only by replication."""
     log = compile_log(cli_env, "all_at_once", "data2_expert4")
     assert "Involuntary full rematerialization" in log

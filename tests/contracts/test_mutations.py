@@ -1,8 +1,8 @@
-"""Bugs that trainers have shipped, planted one by one: each is caught, and by the check it should.
+"""Plants bugs that trainers have shipped, one by one; the right check must catch each.
 
-A mutant changes the real layer in memory; the oracle shares nothing with it.  MATRIX mutants go
-through one cell of the conformance matrix and must show in the quantity named; the others through
-a small check of their own.
+A mutant changes the real layer in memory; the oracle shares no code with it.  MATRIX mutants run in
+one cell of the conformance matrix and must show in the quantity named; the others have a small
+check of their own.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ EXPERTS_CUT = MeshConfig(data=1, tensor=2)
 
 
 class Mutant(NamedTuple):
-    """A bug, the layer and scenario that show it, and the quantity that is wrong."""
+    """A bug, the quantity that it makes wrong, and the layer and scenario that show it."""
 
     name: str
-    plant: Callable[[Any], None]  # given a patch(object, attribute, value)
+    plant: Callable[[Any], None]  # takes a function patch(object, attribute, value)
     quantity: str
     router: str = "top_k"
     dispatch: str = "capacity"
@@ -50,7 +50,7 @@ class Mutant(NamedTuple):
 
 
 def wrapped(owner: Any, name: str, change: Callable) -> Callable[[Any], None]:
-    """A plant that replaces owner.name by change(what was there)."""
+    """A plant that replaces owner.name by change(owner.name)."""
     return lambda patch: patch(owner, name, change(getattr(owner, name)))
 
 
@@ -60,7 +60,7 @@ def replaced(owner: Any, name: str, value: Any) -> Callable[[Any], None]:
 
 
 def knob(**knobs) -> Callable[[Any], None]:
-    """A plant of a router that ignores how it was configured."""
+    """A plant that builds the router with these knobs, whatever the config says."""
 
     def plant(make):
         def ill(*given):
@@ -74,7 +74,7 @@ def knob(**knobs) -> Callable[[Any], None]:
 
 
 def weights(change: Callable) -> Callable[[Any], None]:
-    """A plant in the weights with which choices are combined."""
+    """A plant that changes the combine weights."""
 
     def of_path(gather_weights):
         return lambda weights_NK, moves: gather_weights(change(weights_NK), moves)
@@ -83,7 +83,7 @@ def weights(change: Callable) -> Callable[[Any], None]:
 
 
 def losses(change: Callable) -> Callable[[Any], None]:
-    """A plant in what balance_loss is given: (probs, ids, mask) -> the same."""
+    """A plant that changes the inputs (probs, ids, mask) of balance_loss."""
 
     def of_loss(balance_loss):
         return lambda *arrays, **knobs: balance_loss(*change(*arrays), **knobs)
@@ -92,7 +92,7 @@ def losses(change: Callable) -> Callable[[Any], None]:
 
 
 def logits(change: Callable) -> Callable[[Any], None]:
-    """A plant in linear_logits: change(linear_logits, inputs, kernel, jitter)."""
+    """A plant that replaces linear_logits: change(linear_logits, inputs, kernel, jitter)."""
 
     def of_logits(linear_logits):
         return lambda *given: change(linear_logits, *given)
@@ -101,14 +101,14 @@ def logits(change: Callable) -> Callable[[Any], None]:
 
 
 def region_psum(psum: Callable) -> Callable[[Any], None]:
-    """A plant in the sum over tensor shards that closes the dispatch region."""
+    """A plant that replaces the sum over tensor shards at the end of the dispatch region."""
     lax = SimpleNamespace(psum=psum)
     shim = SimpleNamespace(lax=lax, shard_map=jax.shard_map, Array=jax.Array)
     return replaced(region, "jax", shim)
 
 
 def z_of_padding(router_aux):
-    """The logits of padding are zeroed, and their logsumexp counted."""
+    """Zeroes the logits of padding, but counts their logsumexp."""
 
     def aux(logits_GSE, probs_GSE, balance, mask_GS):
         right = router_aux(logits_GSE, probs_GSE, balance, mask_GS)
@@ -119,7 +119,7 @@ def z_of_padding(router_aux):
 
 
 def biased_weights(top_choices):
-    """Weights of the scores that selected, bias and all."""
+    """Weights by the scores that selected the experts, including the bias."""
 
     def choose(log_scores_GSE, choices, ranked_by_GSE=None):
         if ranked_by_GSE is None:
@@ -133,7 +133,7 @@ def biased_weights(top_choices):
 
 
 def noise_by_place(row_uniform):
-    """Noise of the row's number in what this device or microbatch holds."""
+    """Draws noise from a row's index on this device or in this microbatch, not from its key."""
 
     def noise(keys_GR, purpose, shape, dtype):
         keys = jax.random.split(jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)), keys_GR.shape)
@@ -340,7 +340,7 @@ def layer_of(mutant: Mutant) -> cases.Layer:
 
 
 def wrong(mutant: Mutant) -> set[str]:
-    """Quantities beyond the tolerance."""
+    """The quantities of the mutant's layer beyond the tolerance."""
     layer = layer_of(mutant)
     case = cases.scenarios(layer.model)[mutant.scenario]
     found = errors(compiled(layer)(case), expected(layer, case))
@@ -353,7 +353,7 @@ def wrong_unbroken(*layer_and_scenario) -> set[str]:
 
 
 def _params():
-    """By default the first mutant of each quantity; the rest with --full."""
+    """The test parameters: by default the first mutant of each quantity; all with --full."""
     seen: set[str] = set()
     for mutant in MATRIX:
         marks = [pytest.mark.full] if mutant.quantity in seen else []
@@ -370,7 +370,7 @@ def test_the_matrix_catches(mutant, monkeypatch):
 
 
 def stds_of_experts() -> np.ndarray:
-    """Of each expert's w_in at init, as multiples of 1 / sqrt(fan-in)."""
+    """The std of each expert's initial w_in, in multiples of 1 / sqrt(fan-in)."""
     plain = cases.layer("top_k", "dense", "one_device", "float32", remat=False).model
     moe = dataclasses.replace(plain.moe, num_experts=64)
     layer = moe_layer.MoE(moe, plain.width, dtype=jnp.float32, rngs=nnx.Rngs(params=0))
@@ -385,7 +385,7 @@ def test_init_catches_experts_scaled_by_the_stack(monkeypatch):
 
 
 def bias_after_a_step() -> np.ndarray:
-    """Of three experts with loads below, at and above the mean, in steps."""
+    """The bias of experts with loads below, at and above the mean, in units of `update_rate`."""
     router = SigmoidBias(num_experts=3, top_k=2, update_rate=0.25)
     state = router.next_state({"bias": jnp.zeros((1, 3))}, jnp.array([[0, 2, 4]]))
     return np.asarray(state["bias"][0]) / 0.25

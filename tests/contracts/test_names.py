@@ -1,4 +1,4 @@
-"""Nothing outside a dispatch path's file asks for its name: one under another name is the same."""
+"""No code outside a dispatch path's file depends on its name: a renamed copy behaves the same."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ CASES = [(name, knobs) for name in DISPATCH for knobs in KNOBS.get(name, ({},))]
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *case[1]]))
 def twins(request, monkeypatch):
-    """(config of a path, config of its copy under another name)."""
+    """The config of a path, and the config of its copy under a different name."""
     name, knobs = request.param
     copy = dataclasses.make_dataclass("Copy", [], bases=(DISPATCH[name],), frozen=True)
     monkeypatch.setitem(DISPATCH, "copy", copy)
@@ -90,7 +90,7 @@ def test_the_held_out_evaluation_is_that_of_the_path_itself(twins, mesh_of):
     ],
 )
 def test_all_to_alls_are_those_of_the_compiled_program(dispatch, remat):
-    """What XLA sends, against what the planner says that the path exchanges."""
+    """The all-to-alls that XLA compiles are those that the planner counts."""
     plan = make_plan(config_of(dispatch, remat=remat), 8)
     text = lower(plan, jax.devices()).compile().as_text() or ""
     sent = collections.Counter()
@@ -104,7 +104,7 @@ def test_all_to_alls_are_those_of_the_compiled_program(dispatch, remat):
 
 
 def test_what_lets_later_tokens_evict_earlier_ones_is_a_note():
-    """`choice` does; a bound on the receive buffer of dropless does not (test_causality.py)."""
+    """`choice` lets them; a bounded receive buffer of dropless does not (test_causality.py)."""
     notes = make_plan(config_of("capacity"), 8).notes
     assert any("priority choice is not causal" in note for note in notes)
     assert not make_plan(config_of("dropless", {"recv_factor": 2.0}), 8).notes
