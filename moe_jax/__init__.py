@@ -1,7 +1,7 @@
-"""moe_jax: sparse mixtures of experts in JAX and Flax, for the whole life of a model.
+"""moe_jax: sparse mixtures of experts in JAX and Flax, from data to trained model.
 
-docs/library.md shows each name in use.  Names are looked up when they are first asked for:
-`import moe_jax` imports neither JAX nor Flax, so launchers run where there is none.
+docs/library.md shows each name in use.  Names are imported on first use: `import moe_jax` imports
+neither JAX nor Flax, so launchers run on machines without them.
 """
 
 import importlib
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from moe_jax.train.state import TrainState, init_train_state
     from moe_jax.train.step import StepOptions, jit_train_step, make_train_step
 
-# Module -> the names that are exported from it; None: the module itself.
+# Module -> the names that it exports; None: the module itself is exported.
 _EXPORTS: dict[str, tuple[str, ...] | None] = {
     "config": ("Config",),
     "config_file": ("load_config",),

@@ -1,7 +1,7 @@
-"""Which values a key of a config takes, declared with its type.
+"""Declares the valid values of a config key together with its type.
 
-`steps: Training[Annotated[int, at_least(1)]] = 200`: `check` refuses what is out of bounds, and
-docs/configuration.md and `--help` print the same bounds (keys.py).  A key may have several.
+`steps: Training[Annotated[int, at_least(1)]] = 200`: `check` refuses values out of bounds, and
+docs/configuration.md and `--help` print the same bounds (keys.py).  A key may have several bounds.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from moe_jax.registry import suggest
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Values that a key takes, by a condition on the value alone.
+    """A condition on the value of a key alone.
 
     Attributes:
-      text: the values in words, such as `1 or more`.
-      holds: True for a value that is taken; NaN must not be.
-      advice: what a sentence puts before `text`.
+      text: the valid values in words, such as `1 or more`.
+      holds: True for a valid value; must be False for NaN.
+      advice: words before `text` in the error message.
     """
 
     text: str
@@ -30,18 +30,18 @@ class Limit:
     advice: str = "set"
 
     def fault(self, key: str, value: Any) -> str:
-        """The sentence that refuses a value of `key`; "" for one that is taken."""
+        """The error message for a value of `key`; "" if the value is valid."""
         return "" if self.holds(value) else f"{key} is {value!r}: {self.advice} {self.text}."
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Names that a key takes.
+    """The names that are valid values of a key.
 
     Attributes:
-      names: called when they are needed, so a table may stand below the config, or grow.
-      other: what else the key takes, in words; "": nothing.
-      takes: True for a value that is such.
+      names: returns the names; called late, because tables may be filled after the config exists.
+      other: the other valid values in words; "": there are none.
+      takes: True for one of those other values.
     """
 
     names: Callable[[], Iterable[str]]
@@ -55,7 +55,7 @@ class Choice:
         return f"{names}, or {self.other}" if self.other else names
 
     def fault(self, key: str, value: str) -> str:
-        """The sentence that refuses a value of `key`; "" for one that is taken."""
+        """The error message for a value of `key`; "" if the value is valid."""
         names = [*self.names()]
         if value in names or self.takes(value):
             return ""
@@ -65,16 +65,16 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a key asks for beyond its value alone: its dataclass checks that itself.
+    """A condition that depends on more than the key's value; the dataclass itself checks it.
 
     Attributes:
-      text: the values in words, such as `between 1 and num_experts`.
+      text: the valid values in words, such as `between 1 and num_experts`.
     """
 
     text: str
 
     def fault(self, key: str, value: Any) -> str:
-        """Always "": it is not known from here."""
+        """Always "": the dataclass checks the value."""
         return ""
 
 
@@ -82,22 +82,22 @@ Bound = Limit | Choice | Rule
 
 
 def at_least(low: int | float) -> Limit:
-    """`low` or more."""
+    """The bound `low` or more."""
     return Limit(f"{low:g} or more", lambda value: value >= low)
 
 
 def above(low: int | float) -> Limit:
-    """More than `low`."""
+    """The bound more than `low`."""
     return Limit(f"above {low:g}", lambda value: value > low, "set it")
 
 
 def at_most(high: int | float) -> Limit:
-    """`high` or less."""
+    """The bound `high` or less."""
     return Limit(f"at most {high:g}", lambda value: value <= high)
 
 
 def within(interval: str) -> Limit:
-    """A finite interval as mathematics writes it, such as `[0, 1)`: 0 belongs to it, 1 does not."""
+    """The bound of a finite interval in mathematical notation: `[0, 1)` contains 0 but not 1."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     over = operator.ge if interval[0] == "[" else operator.gt
     under = operator.le if interval[-1] == "]" else operator.lt
@@ -105,7 +105,7 @@ def within(interval: str) -> Limit:
 
 
 def one_of(names: Iterable[str]) -> Choice:
-    """A name out of `names`."""
+    """The bound to one of `names`."""
     return Choice(lambda: names)
 
 
@@ -117,7 +117,7 @@ def declared(cls: type) -> dict[str, tuple[Bound, ...]]:
       cls: a dataclass.
 
     Returns:
-      Name -> its bounds in their order; none for most.
+      Field name -> its bounds in order; empty for most fields.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in _fields(cls)}
@@ -125,14 +125,14 @@ def declared(cls: type) -> dict[str, tuple[Bound, ...]]:
 
 
 def check(record: Any, prefix: str) -> None:
-    """Holds a dataclass to the bounds that its fields declare.
+    """Check a dataclass instance against the bounds that its fields declare.
 
     Args:
-      record: an instance; `__post_init__` calls this.
-      prefix: what stands before a field's name in a sentence, such as `train.`.
+      record: the instance, whose `__post_init__` calls this.
+      prefix: prefix of a field's name in error messages, such as `train.`.
 
     Raises:
-      UserError: the first field that is out of bounds.
+      UserError: a field is out of bounds; the message names the first one.
     """
     for name, found in declared(type(record)).items():
         for bound in found:

@@ -1,4 +1,4 @@
-"""The whole configuration: ConfigDict -> frozen dataclasses, each validating itself."""
+"""Builds the typed configuration: ConfigDict -> frozen dataclasses, which validate themselves."""
 
 import dataclasses
 import hashlib
@@ -37,9 +37,9 @@ from moe_jax.sections import (
 )
 from moe_jax.train.optim import OptimizerConfig
 
-LARGEST = 2**40  # no key of a config counts further
+LARGEST = 2**40  # maximum of an integer value in a config
 PRECISIONS = ("float32", "bfloat16", "float64")
-# Keys whose choices stand in tables above the dataclass that holds them.
+# Keys whose values are names in tables that the dataclass of the key cannot import.
 TABLES: dict[str, Mapping[str, type]] = {
     "model.moe.router": ROUTERS,
     "model.moe.dispatch": DISPATCH,
@@ -49,30 +49,30 @@ SEED = Limit("between 0 and 2**32 - 1", lambda seed: 0 <= seed < 2**32, "set it"
 
 
 class UnregisteredError(UserError):
-    """A config names a router or a dispatch path that this process has not registered."""
+    """The config names a router or dispatch path that this process has not registered."""
 
 
 class _Renamed(NamedTuple):
-    """The key that takes the place of one that earlier versions had."""
+    """The key that replaces a key of earlier versions."""
 
     key: str  # dotted, in the section of the old key
-    means: str  # for the sentence that refuses the old one
-    value: Callable[[Any, Mapping[str, Any]], Any]  # from the old value and the whole saved config
+    means: str  # its meaning, for the message that refuses the old key
+    value: Callable[[Any, Mapping[str, Any]], Any]  # (old value, whole saved config) -> new value
 
 
 def _rows_of_batches(batches: Any, saved: Mapping[str, Any]) -> Any:
-    """Rows of so many batches; what is no number is left to the check of types."""
+    """Rows in `batches` batches; a value that is not a number is returned for the type check."""
     train = saved.get("train")
     size = train.get("batch_size") if isinstance(train, Mapping) else None
     return batches * size if isinstance(batches, int) and isinstance(size, int) else batches
 
 
-# A config file or a flag with one of these keys is refused and told the new one.  A saved config of
-# an earlier version (config.json, settings.jsonl) is read with the new key in its place.
+# A config file or flag with one of these keys is refused, and the message names the new key.  In a
+# saved config of an earlier version (config.json, settings.jsonl) the key is replaced.
 _RENAMED = {
     "eval.batches": _Renamed(
         "eval.rows",
-        "held-out rows of an evaluation, whatever train.batch_size is",
+        "held-out rows of an evaluation, independent of train.batch_size",
         _rows_of_batches,
     )
 }
@@ -80,26 +80,27 @@ _RENAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: everything that decides what it trains and how; every field has a default.
+    """The configuration of one run; every field has a default.
 
     Raises:
-      UserError: an unknown precision, router or dispatch path, or a seed out of range.
+      UserError: the precision, router or dispatch path is unknown, or the seed is out of range.
     """
 
-    seed: Data[Annotated[int, SEED]] = 0  # of parameters, data order and noise; 0 is one as any
-    # The compute dtype; float64 is for oracles, on the CPU.
+    # Seed of parameters, data order and noise; 0 is an ordinary seed.
+    seed: Data[Annotated[int, SEED]] = 0
+    # The compute dtype; float64 is for reference results on the CPU.
     precision: Training[Annotated[str, one_of(PRECISIONS)]] = "float32"
     mesh: MeshConfig = MeshConfig()  # how the devices share the work
     model: ModelConfig = ModelConfig()  # the shape of the Transformer
     data: DataConfig = DataConfig()  # text, tokenizer and rows
     optimizer: OptimizerConfig = OptimizerConfig()  # update rule and learning rate
-    train: TrainConfig = TrainConfig()  # steps, batch and what is logged
+    train: TrainConfig = TrainConfig()  # steps, batch, safeguards and logging
     eval: EvalConfig = EvalConfig()  # held-out loss and samples
-    checkpoint: CheckpointConfig = CheckpointConfig()  # when to save, what to keep
+    checkpoint: CheckpointConfig = CheckpointConfig()  # saving and retention
     watchdog: WatchdogConfig = WatchdogConfig()  # seconds until a run counts as hung
-    # Programs that are compiled once and read at the next start.
+    # Compiled programs on disk, which the next start loads.
     compile_cache: CompileCacheConfig = CompileCacheConfig()
-    wandb: WandbConfig = WandbConfig()  # Weights & Biases beside TensorBoard
+    wandb: WandbConfig = WandbConfig()  # Weights & Biases in addition to TensorBoard
 
     def __post_init__(self):
         bounds.check(self, "")
@@ -112,8 +113,8 @@ class Config:
 
 
 def default_config() -> ConfigDict:
-    """Every key with its default: what the files under configs/ start from."""
-    config: Any = ConfigDict(to_dict(Config()))  # pyright sees None behind every attribute
+    """A ConfigDict of every key with its default; the files under configs/ start from it."""
+    config: Any = ConfigDict(to_dict(Config()))  # Any: pyright takes each attribute for Optional
     config.model.moe.options = ConfigDict(
         {name: {f.name: f.default for f in fields} for name, fields in option_fields().items()}
     )
@@ -121,7 +122,7 @@ def default_config() -> ConfigDict:
 
 
 def is_group(name: str) -> bool:
-    """Whether a dotted key names a group of keys of `Config`, such as `model.moe`, and no value."""
+    """True if a dotted key names a group of keys of `Config`, such as `model.moe`."""
     hint: Any = Config
     for key in name.split("."):
         hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
@@ -129,7 +130,7 @@ def is_group(name: str) -> bool:
 
 
 def option_fields() -> dict[str, list[dataclasses.Field]]:
-    """The knobs below `model.moe.options`: name of a router or dispatch path -> its own fields."""
+    """The options below `model.moe.options`: router or dispatch path -> its own fields."""
     shared = MoEConfig()
     found = {
         name: own_fields(cls, shared)
@@ -140,17 +141,17 @@ def option_fields() -> dict[str, list[dataclasses.Field]]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of a config dataclass (JSON-able)."""
+    """Convert a config dataclass to nested plain dicts of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def to_flat_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass by dotted key, such as `model.moe.top_k`; an empty mapping has no key."""
+    """The values of a config by dotted key, such as `model.moe.top_k`, without empty mappings."""
     return flatten_dict(to_dict(config), sep=".")
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Typed config; raises UserError naming an unknown key, a wrong type or a bad value."""
+    """Build the typed config; raises UserError for an unknown key, a wrong type or a bad value."""
     plain = plain_dict(config) if isinstance(config, ConfigDict) else config
     typed_config = _build(Config, plain, "")
     for name in typed_config.model.moe.options:
@@ -159,23 +160,25 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def plain_dict(config: ConfigDict) -> dict[str, Any]:
-    """Nested plain dicts of what a config file made; None for a value that it asks for.
+    """Convert the ConfigDict of a config file to nested plain dicts.
+
+    The value of a `required_placeholder` is None.
 
     Raises:
-      UserError: keys that are not texts, or a config inside itself.
+      UserError: a key is not a string, or the config contains itself.
     """
     try:
         return {key: _plain_value(config, key) for key in config}
     except (TypeError, RecursionError) as error:
         raise UserError(
-            f"The config is no tree of named values ({error}): give keys that are texts."
+            f"The config is not a tree of named values ({error}): use strings as keys."
         ) from None
 
 
 def _plain_value(config: ConfigDict, key: str) -> Any:
     try:
         value = config[key]
-    except RequiredValueError:  # of config_dict.required_placeholder
+    except RequiredValueError:  # raised by config_dict.required_placeholder
         return None
     return plain_dict(value) if isinstance(value, ConfigDict) else value
 
@@ -186,12 +189,12 @@ def to_json(config: Config) -> str:
 
 
 def sealed_json(config: Config) -> str:
-    """As `to_json`, with a seal by which `read_config` knows what was written."""
+    """As `to_json`, with a seal (SHA-256) that `read_config` checks."""
     return json.dumps(seals.sealed(to_dict(config)), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """Config written by `to_json` or `sealed_json`; the text is data and never run."""
+    """Parse a config written by `to_json` or `sealed_json`; the text is never executed."""
     try:
         plain = json_files.parse(text)
     except ValueError as error:
@@ -200,7 +203,7 @@ def from_json(text: str) -> Config:
 
 
 def read_config(path: pathlib.Path | epath.Path) -> Config:
-    """The config in a file that `to_json` or `sealed_json` has written.
+    """Read the config in a file that `to_json` or `sealed_json` wrote.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -210,15 +213,15 @@ def read_config(path: pathlib.Path | epath.Path) -> Config:
 
 
 def config_of_record(plain: Any, where: pathlib.Path | epath.Path | str) -> Config:
-    """The config in what a run has written down; the record is data and never run.
+    """Parse a config that a run recorded; the record is never executed.
 
     Args:
       plain: the record, as `to_dict` gives it.
-      where: it stands, for the sentence.
+      where: place of the record, for error messages.
 
     Raises:
-      UnregisteredError: its router or dispatch path is registered by a file that was not run here.
-      UserError: it is damaged, or of another version.
+      UnregisteredError: the file that registers its router or dispatch path was not run here.
+      UserError: the record is damaged, or of another version.
     """
     try:
         return from_saved(plain)
@@ -232,10 +235,10 @@ def config_of_record(plain: Any, where: pathlib.Path | epath.Path | str) -> Conf
 
 
 def from_saved(plain: Any) -> Config:
-    """The config that this version or an earlier one has saved as `to_dict` gives it.
+    """Parse a config that this or an earlier version saved, as `to_dict` gives it.
 
     Raises:
-      UserError: it is damaged, or holds what no version has saved.
+      UserError: the config is damaged, or no version could have saved it.
     """
     try:
         plain = seals.unsealed(plain)
@@ -252,19 +255,19 @@ def from_saved(plain: Any) -> Config:
 
 
 def refuse_renamed(key: str) -> None:
-    """Raises UserError for a dotted key that an earlier version had under another name."""
+    """Raise UserError for a dotted key that has been renamed since an earlier version."""
     if key in _RENAMED:
         new = _RENAMED[key]
         raise UserError(f"config.{key} is now config.{new.key} ({new.means}): set that instead.")
 
 
 def fingerprint(config: Any) -> str:
-    """SHA-256 of a config dataclass's canonical JSON."""
+    """The SHA-256 of a config dataclass's canonical JSON."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
 
 def _build(cls: type, plain: Mapping[str, Any], path: str) -> Any:
-    """Dataclass `cls` from a mapping, checking keys and types on the way down."""
+    """Build the dataclass `cls` from a mapping; keys and types are checked recursively."""
     hints = typing.get_type_hints(cls)
     unknown = set(plain) - set(hints)
     if unknown:
@@ -276,10 +279,10 @@ def _build(cls: type, plain: Mapping[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """`value` checked against its annotation; ints are welcome where floats are asked for."""
+    """Check `value` against its annotation; an int is accepted for a float."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise UserError(f"config.{path} is {value!r}: it holds keys of its own.")
+            raise UserError(f"config.{path} is {value!r}: it is a group of keys. Set its keys.")
         return _build(typing.cast(type, hint), value, f"{path}.")
     origin = typing.get_origin(hint) or hint
     if isinstance(origin, types.UnionType):
@@ -290,12 +293,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _check_size(value: Any, path: str) -> None:
-    """Raises UserError for a float that is not finite and an int larger than anything it counts."""
+    """Raise UserError for a float that is not finite, or an int beyond LARGEST."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             if not isinstance(part, Mapping | str | int | float | list | tuple | None):
                 raise UserError(
-                    f"config.{path}.{key} is {part!r} ({type(part).__name__}): give a text, a "
+                    f"config.{path}.{key} is {part!r} ({type(part).__name__}): give a string, a "
                     f"number, true or false."
                 )
             _check_size(part, f"{path}.{key}")

@@ -1,4 +1,4 @@
-"""A config from the Python file that makes it."""
+"""Loads a config from a Python file that defines get_config()."""
 
 import contextlib
 import inspect
@@ -20,18 +20,18 @@ from moe_jax.registry import dotted_keys, suggest_key
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The config of a file such as configs/tiny.py, as `python -m moe_jax train` reads it.
+    """Load the config of a file such as configs/tiny.py, as `python -m moe_jax train` does.
 
     Args:
-      path: FILE.py, or FILE.py:ARG for `get_config(ARG)`.  The file is run.
-      overrides: {"train.steps": 200}: keys to set, as --config.train.steps=200 does; None: none.
+      path: FILE.py, or FILE.py:ARG for `get_config(ARG)`.  The file is executed.
+      overrides: keys to set: {"train.steps": 200} is --config.train.steps=200; None: no keys.
 
     Returns:
       The typed config.
 
     Raises:
-      UserError: no such file, no `get_config` in it, an error in it, an unknown key, or a bad
-        value.
+      UserError: the file is missing, has no `get_config` or raises an error; or a key is unknown or
+        a value invalid.
     """
     config = read_config_file(path)
     for name, value in (overrides or {}).items():
@@ -42,17 +42,17 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
             node = node[key]
         try:
             node[last] = value
-        except (TypeError, ValueError) as error:  # ml_collections keeps the type of each value
+        except (TypeError, ValueError) as error:  # ml_collections fixes the type of each value
             text = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"config.{name} cannot be {value!r}: {text}.") from None
     return from_config_dict(config)
 
 
 def value_of(config: ConfigDict, name: str) -> Any:
-    """The value of a key that can be set.
+    """Look up the value of a key that can be set.
 
     Args:
-      config: what a config file made.
+      config: the config that a config file returned.
       name: dotted key, such as `train.steps`.
 
     Returns:
@@ -79,14 +79,14 @@ def value_of(config: ConfigDict, name: str) -> Any:
 
 
 def read_config_file(path: str) -> ConfigDict:
-    """What `get_config` of FILE.py[:ARG] returns.
+    """Run FILE.py[:ARG] and return the ConfigDict of its `get_config`.
 
     Args:
-      path: `~` in front is the home folder.
+      path: path of the file; a leading `~` is the user's home folder.
 
     Raises:
-      UserError: no such file, no get_config in it, an error or an exit in it, an argument that
-        get_config does not read or a missing one, or it returns something else.
+      UserError: the file is missing, has no get_config, raises or exits; the argument is missing or
+        is never read; or get_config does not return a ConfigDict.
     """
     file, _, argument = os.path.expanduser(path).partition(":")
     flag = f"--config={path}"
@@ -96,16 +96,16 @@ def read_config_file(path: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     if not isinstance(config, ConfigDict):
         raise UserError(f"{flag}: get_config() returns {type(config).__name__}, not a ConfigDict.")
-    if isinstance(config, FrozenConfigDict):  # it could take no override
+    if isinstance(config, FrozenConfigDict):  # overrides must be able to change it
         return ConfigDict(cast(Any, config))
     return config
 
 
 def _check_argument(get_config: Callable[..., Any], argument: str, file: str, flag: str) -> None:
-    """Refuse an argument that get_config does not take or never reads, or lacks."""
+    """Raise UserError for an argument that get_config does not take, never reads, or lacks."""
     try:
         signature = inspect.signature(get_config)
-    except (TypeError, ValueError):  # something callable that does not tell
+    except (TypeError, ValueError):  # a callable without a readable signature
         return
     try:
         signature.bind(*[argument] if argument else [])
@@ -124,10 +124,11 @@ def _check_argument(get_config: Callable[..., Any], argument: str, file: str, fl
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Config files that are run meanwhile leave nothing to those that are run afterwards.
+    """Isolate the config files run in the body from those run afterwards.
 
-    The tables of routers and dispatch paths are put back.  Modules that hold the config's own code
-    are imported again by the next file that needs them, and so register their names again.
+    The tables of routers and dispatch paths are restored.  Modules with a config's own code are
+    removed, so the next file that needs them imports them again, and they register their names
+    again.
     """
     tables = [(table, dict(table)) for table in (ROUTERS, DISPATCH)]
     imported = {_package(name) for name in sys.modules}
@@ -149,8 +150,8 @@ def _package(module: str) -> str:
 
 
 def _installed(module: ModuleType) -> bool:
-    """Whether it is of Python or of an installed package, which may not bear a second import."""
-    # A folder without __init__.py has no file but a path; what is built into Python has neither.
+    """True for a module of Python or an installed package, which may fail if imported twice."""
+    # A folder without __init__.py has no file but a path; a built-in module has neither.
     file: str | None = getattr(module, "__file__", None)
     places: Iterable[str] = [file] if file else getattr(module, "__path__", ())
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]

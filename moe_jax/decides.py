@@ -1,7 +1,7 @@
-"""What each field of a config decides, declared with its type: `width: Weights[int] = 256`.
+"""Declares with a config field's type what the field decides: `width: Weights[int] = 256`.
 
-Where two configs are compared (`run/changes.py`) this says what a changed key means, so a new
-field needs no list of its own.
+The comparison of two configs (`run/changes.py`) uses it to classify a changed key, so a new field
+need not be added to any list.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Decides(enum.Enum):
-    """What becomes another when the field does."""
+    """The part of a run that changes when the field changes."""
 
     WEIGHTS = "weights"
     DATA = "data"
@@ -21,20 +21,20 @@ class Decides(enum.Enum):
     RUN = "run"
 
 
-Weights = Annotated[T, Decides.WEIGHTS]  # the function that the parameters compute, their shapes
-Data = Annotated[T, Decides.DATA]  # the tokens that a step sees, and how they are grouped
-Training = Annotated[T, Decides.TRAINING]  # how a step changes the parameters, and how many do
-Run = Annotated[T, Decides.RUN]  # where files lie, how fast it goes, what is evaluated and kept
+Weights = Annotated[T, Decides.WEIGHTS]  # shapes of the parameters, the function they compute
+Data = Annotated[T, Decides.DATA]  # the tokens of a step, and how they are grouped
+Training = Annotated[T, Decides.TRAINING]  # how a step changes the parameters; number of steps
+Run = Annotated[T, Decides.RUN]  # paths, speed, evaluation and what is kept
 
 
 def declared(cls: type) -> dict[str, Decides | None]:
-    """What the fields of a dataclass decide, in their order.
+    """The declarations of a dataclass's fields, in field order.
 
     Args:
       cls: a dataclass.
 
     Returns:
-      Name -> its declaration; None: it has none, as one that holds a dataclass has.
+      Field name -> its declaration; None: it has none, such as a field that holds a dataclass.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     found: dict[str, Decides | None] = {}

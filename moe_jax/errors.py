@@ -1,13 +1,12 @@
-"""The one exception for mistakes a user can make."""
+"""The exception for mistakes that a user can make."""
 
-LONGEST = 1000  # characters of a sentence; what is left out of a longer one is its middle
+LONGEST = 1000  # characters of a message; the middle of a longer one is cut out
 
 
 def one_line(text: str) -> str:
-    """A text that may quote a file which anybody has written, as it can be printed.
+    """Make a text printable that may quote an untrusted file.
 
-    Line ends and whatever else a terminal would obey rather than show become escapes, and a
-    quotation without end is cut.
+    Line ends and other characters that control a terminal become escapes, and a long text is cut.
     """
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if len(shown) > LONGEST:
@@ -18,11 +17,11 @@ def one_line(text: str) -> str:
 class UserError(Exception):
     """A mistake in a config, a file or a command line.
 
-    The message is one sentence that says what to change.  Entry points print it without a
-    traceback and exit 1; anything else that escapes is a bug and keeps its traceback.
+    The message says in one or two sentences what to change.  Entry points print it without a
+    traceback and exit 1.  Any other exception that escapes is a bug and keeps its traceback.
 
     Args:
-      message: the sentence; what a terminal would obey in it is escaped, and a long one is cut.
+      message: the sentence; control characters in it are escaped, and a long one is cut.
     """
 
     def __init__(self, message: str):

@@ -1,4 +1,4 @@
-"""What the source says about each field of a class: the comment beside it, or else above it."""
+"""Reads the comment on each field of a class from the source: beside the field, or above it."""
 
 import ast
 import functools
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The comments of a class and of those that it inherits from.
+    """The comments on the fields of a class and its base classes.
 
     Args:
-      cls: its annotated names are the fields.
+      cls: a class; its annotated names are the fields.
 
     Returns:
-      Field -> the comment on its lines, or else the lines of comment directly above, joined.  None
-      of a class whose source is not there.
+      Field -> the comment on its lines, or else the joined comment lines directly above it.  A
+      class without readable source has no comments.
     """
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
@@ -26,7 +26,7 @@ def field_comments(cls: type) -> dict[str, str]:
 
 
 def own_comments(cls: type) -> dict[str, str]:
-    """As `field_comments`, without those of the classes that it inherits from."""
+    """As `field_comments`, without those of base classes."""
     file = _file(cls)
     if not file or not (node := definition(file, cls.__qualname__)):
         return {}
@@ -47,21 +47,21 @@ def own_comments(cls: type) -> dict[str, str]:
 
 
 def definition(file: str, qualname: str) -> ast.ClassDef | None:
-    """Where a file defines a class; None where it does not, as it is made otherwise."""
+    """The definition of a class in a file; None if the file does not define it."""
     body = _parsed(file).body
     node = None
     for name in qualname.split("."):
         inner = [one for one in body if isinstance(one, ast.ClassDef) and one.name == name]
         if not inner:
             return None
-        node, body = inner[-1], inner[-1].body  # the last definition of a name holds
+        node, body = inner[-1], inner[-1].body  # the last definition of a name wins
     return node
 
 
 def _file(cls: type) -> str:
-    """The file that defines a class; "": there is none to read.
+    """The file that defines a class; "" if there is no readable file.
 
-    A config file is run without a place in sys.modules, but its functions know where they stand.
+    A config file is run without an entry in sys.modules, but its functions record their file.
     """
     module = sys.modules.get(cls.__module__)
     members = (getattr(member, "fget", member) for member in vars(cls).values())
@@ -83,7 +83,7 @@ def _parsed(file: str) -> ast.Module:
 
 @functools.cache
 def _comments(file: str) -> tuple[dict[int, str], set[int]]:
-    """Line -> its comment; the lines that hold nothing else."""
+    """(line -> its comment, the set of lines that contain only a comment)."""
     comments, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(_source(file)).readline):
         if token.type == tokenize.COMMENT:

@@ -1,7 +1,7 @@
-"""Every key of a config as a list: its type, default, what it decides, its meaning and its bounds.
+"""Lists every config key with its type, default, what it decides, its meaning and its bounds.
 
-All of it is read from the dataclasses, which alone say it; docs/configuration.md and --help print
-it (cli/keys.py, cli/help.py).
+All of it is read from the dataclasses, the only source; docs/configuration.md and --help print it
+(cli/keys.py, cli/help.py).
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ class Key(NamedTuple):
     """One key of a config."""
 
     name: str  # dotted, such as train.steps
-    type: str  # as Python names it; `mapping` for one that holds keys of the user's own
+    type: str  # its name in Python; `mapping` for one with keys that the user chooses
     default: Any  # a plain value
-    decides: str  # weights, data, training or run; "": its class does not say
-    meaning: str  # the comment of its field; "": there is none
+    decides: str  # weights, data, training or run; "": not declared
+    meaning: str  # the comment of its field; "": there is no comment
     constraint: str  # "": any value of its type
 
 
 class Section(NamedTuple):
-    """The keys that one dataclass holds, those of dataclasses inside it left out."""
+    """The keys of one dataclass, without those of dataclasses inside it."""
 
-    name: str  # dotted, such as model.moe; "": the keys outside any section
+    name: str  # dotted, such as model.moe; "": the section of the top-level keys
     meaning: str  # one sentence
     keys: list[Key]
 
 
 def sections(corpora: Iterable[str] = ("NAME",)) -> list[Section]:
-    """All keys, section by section; those of registered routers and dispatch paths included.
+    """All keys by section, including those of registered routers and dispatch paths.
 
     Args:
       corpora: names of the entries of `data.mixture`.
@@ -55,7 +55,7 @@ def sections(corpora: Iterable[str] = ("NAME",)) -> list[Section]:
 
 
 def _below(cls: type, name: str, meaning: str) -> Iterator[Section]:
-    """The section of a config dataclass, then those of the dataclasses that it holds."""
+    """Yield the section of a config dataclass, then those of the dataclasses in it."""
     yield _section(cls, name, meaning)
     hints, comments = typing.get_type_hints(cls), field_comments(cls)
     for field, hint in hints.items():
@@ -65,7 +65,7 @@ def _below(cls: type, name: str, meaning: str) -> Iterator[Section]:
 
 
 def _options() -> Iterator[Section]:
-    """What routers and dispatch paths alone know."""
+    """Yield the sections of keys that belong to one router or dispatch path."""
     classes: dict[str, type] = {**ROUTERS, **DISPATCH}
     for name, fields in option_fields().items():
         own = {field.name for field in fields}
@@ -73,7 +73,7 @@ def _options() -> Iterator[Section]:
 
 
 def _section(cls: type, name: str, meaning: str = "", own: set[str] | None = None) -> Section:
-    """A dataclass's keys with plain values; `own`: those alone."""
+    """The section of a dataclass's keys with plain values; `own`: only keys of these names."""
     hints, comments = typing.get_type_hints(cls), field_comments(cls)
     kinds, limits = decides.declared(cls), bounds.declared(cls)
     keys = []
@@ -97,7 +97,7 @@ def _section(cls: type, name: str, meaning: str = "", own: set[str] | None = Non
 
 
 def _sentence(text: str) -> str:
-    """A comment as a sentence: begun in capitals, unless with a letter of a formula, and ended."""
+    """Format a comment as a sentence: capitalised, except a formula's letter, with a full stop."""
     text = " ".join(text.split())
     text = text[:1].upper() + text[1:] if text[1:2].isalpha() else text
     return text if not text or text.endswith((".", ":")) else f"{text}."
@@ -115,5 +115,5 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _first_sentence(cls: type) -> str:
-    """The first line of a class's docstring; "" where it has none of its own."""
+    """The first line of a class's own docstring; "" if it has none."""
     return inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n")[0]

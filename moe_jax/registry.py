@@ -1,4 +1,4 @@
-"""Look a name up in a plain dict, with an error that names the nearest key."""
+"""Looks up names in dicts, with errors that suggest the nearest name, and builds components."""
 
 import dataclasses
 import difflib
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the nearest of `known`, or the sorted list of all of them."""
+    """A hint: ' (did you mean X?)' with the nearest of `known`, or the sorted list of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
 
 
 def dotted_keys(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Every key of nested mappings by its dotted name, groups (`model.moe`) included."""
+    """Yield the dotted name of every key of nested mappings, including groups (`model.moe`)."""
     for key, value in nested.items():
         yield f"{above}{key}"
         if isinstance(value, Mapping):
@@ -30,12 +30,12 @@ def suggest_key(name: str, known: Iterable[str]) -> str:
     """The hint for a dotted key that does not exist.
 
     Args:
-      name: the key as it was typed, such as `learning_rate` or `train.stepz`.
-      known: all dotted keys, `optimizer.learning_rate` among them.
+      name: the key as the user typed it, such as `learning_rate` or `train.stepz`.
+      known: all dotted keys, such as `optimizer.learning_rate`.
 
     Returns:
-      ' (did you mean X?)' with the nearest keys of any group, by their last name or the whole; else
-      the list of keys in the group that `name` is in.
+      ' (did you mean X?)' with the nearest keys of any group, compared by their last part and as a
+      whole; if none is near, the list of keys in the group of `name`.
     """
     known = sorted(known)
     groups = {above for key in known for above in _above(key)}
@@ -47,14 +47,14 @@ def suggest_key(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, near[:_SHOWN]))}?)"
 
 
-_GROUP = 0.85  # takes no value: a key that is as alike comes first
-_ALIKE = 0.6  # likeness below which a key is no suggestion
-_CLOSE = 0.08  # further suggestions are at most this much less alike
-_SHOWN = 3
+_GROUP = 0.85  # factor for groups, which take no value: an equally similar key ranks first
+_ALIKE = 0.6  # minimum similarity of a suggestion
+_CLOSE = 0.08  # maximum difference in similarity of further suggestions
+_SHOWN = 3  # maximum number of suggestions
 
 
 def _likeness(name: str, key: str) -> float:
-    """From 0 to 1: of the last names, and less so of the groups, which other trainers cut anew."""
+    """Similarity from 0 to 1, mainly of the last parts: other trainers group keys differently."""
     group, dot, typed = name.replace("-", "_").rpartition(".")
     own_group, _, last = key.rpartition(".")
     words = last.split("_")
@@ -73,7 +73,7 @@ def _likeness(name: str, key: str) -> float:
 
 
 def _above(key: str) -> list[str]:
-    """The groups that a dotted key is in."""
+    """The groups that contain a dotted key."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
@@ -83,7 +83,7 @@ def _ratio(a: str, b: str) -> float:
 
 
 def _siblings(name: str, known: Sequence[str]) -> list[str]:
-    """The last names of the keys in the deepest group of `name` that exists."""
+    """The last parts of the keys in the deepest existing group of `name`."""
     group = name.rpartition(".")[0]
     while group and group not in known:
         group = group.rpartition(".")[0]
@@ -93,14 +93,14 @@ def _siblings(name: str, known: Sequence[str]) -> list[str]:
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`; raises UserError naming `what` and the nearest known name."""
+    """Return `table[name]`; raises UserError naming `what` and the nearest known name."""
     if name not in table:
         raise UserError(f"{what} {name!r} is unknown{suggest(name, table)}.")
     return table[name]
 
 
 def typed(hint: Any, value: Any, path: str) -> Any:
-    """`value` if it is a `hint`, a plain type; ints are welcome where floats are asked for.
+    """Return `value` if it has the plain type `hint`; an int is accepted for a float.
 
     Raises UserError naming the config key `path`.
     """
@@ -116,21 +116,21 @@ def typed(hint: Any, value: Any, path: str) -> Any:
 
 
 def own_fields(cls: type, shared: Any) -> list[dataclasses.Field]:
-    """Fields of a component's dataclass that the `shared` config does not hold itself."""
+    """The fields of a component's dataclass that the `shared` config does not have."""
     return [f for f in dataclasses.fields(cls) if not hasattr(shared, f.name)]
 
 
 def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
-    """The component `name`: fields that `shared` has come from it, the rest from its options.
+    """Build the component `name` from the fields it has in common with `shared` and its options.
 
     Args:
       table: name -> frozen dataclass.
-      name: which entry.
-      shared: a config dataclass with an `options` mapping (name -> {knob: value}).
-      what: the config key, for the error.
+      name: name of the component.
+      shared: a config dataclass with an `options` mapping (name -> {option: value}).
+      what: the config key, for error messages.
 
     Raises:
-      UserError: unknown name, an option the component does not have, or one of another type.
+      UserError: the name is unknown, or an option is unknown or has the wrong type.
     """
     cls = lookup(table, name, what)
     fields = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -138,7 +138,7 @@ def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
     where = f"{what.rpartition('.')[0]}.options.{name}"
     options = dict(typed(Mapping, shared.options.get(name, {}), where))
     for key, value in options.items():
-        if hasattr(shared, key):  # its checks there would be passed by
+        if hasattr(shared, key):  # as an option it would bypass the checks of `shared`
             raise UserError(f"{what} {name!r} shares {key!r} with the others: set it in model.moe.")
         if key not in fields:
             raise UserError(f"{what} {name!r} has no option {key!r}{suggest(key, fields)}.")

@@ -1,4 +1,7 @@
-"""Sections of the config that no other room owns: how long, what is kept, watched and shown."""
+"""Sections of the config that no other package owns: training, evaluation, checkpoints, watchdog.
+
+Also Weights & Biases.
+"""
 
 import dataclasses
 import re
@@ -17,29 +20,27 @@ HEARTBEAT = Limit("seconds, 1 or more", lambda seconds: seconds >= 1)
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how large a batch, and what is logged."""
+    """Length of the run, batch size, safeguards and logging."""
 
     steps: Training[Annotated[int, at_least(1)]] = 200  # length of the run
     # Rows per step, over all devices and microbatches; a multiple of accumulation.
     batch_size: Data[Annotated[int, at_least(1)]] = 32
     accumulation: Training[Annotated[int, at_least(1)]] = 1  # microbatches per step
     log_every: Run[Annotated[int, at_least(1)]] = 10  # steps between rows of metrics
-    # "20:23" captures a trace of steps 20, 21, 22 into WORKDIR/profile.
+    # Steps to trace; "20:23" writes a trace of steps 20, 21, 22 to WORKDIR/profile.
     profile_steps: Run[Annotated[str, Rule("FIRST:END, or empty for none")]] = ""
-    deterministic: Run[bool] = False  # NVIDIA: kernels that repeat bit for bit, at a cost
-    max_skipped: Training[Annotated[int, at_least(0)]] = (
-        3  # refused steps in a row that the run bears
-    )
-    # A step is refused where its loss or gradient norm is more than so many times the running
-    # mean; 0: never.
+    deterministic: Run[bool] = False  # NVIDIA: bit-for-bit reproducible but slower kernels
+    # Skipped steps in a row that the run tolerates; one more is divergence.
+    max_skipped: Training[Annotated[int, at_least(0)]] = 3
+    # A step is skipped if its loss or gradient norm exceeds the running mean times this factor; 0:
+    # never.
     spike_factor: Training[Annotated[float, SPIKE]] = 100.0
-    # Times the whole run may go back and leave out batches; 0: it ends.
+    # Rewinds allowed in the whole run, each of which skips batches; 0: divergence ends the run.
     max_rewinds: Training[Annotated[int, at_least(0)]] = 2
-    ledger_every: Run[Annotated[int, at_least(0)]] = (
-        100  # steps between rows of ledger.jsonl; 0: none
-    )
-    # Steps between comparisons of the state's copies on several devices, each also compared before
-    # a save; 0: never.  One comparison reads the state once, as each optimizer update does.
+    # Steps between rows of ledger.jsonl; 0: no rows.
+    ledger_every: Run[Annotated[int, at_least(0)]] = 100
+    # Steps between comparisons of the state's replicas, which are also compared before each save;
+    # 0: never.  One comparison reads the state once, as each optimizer update does.
     replica_check_every: Run[Annotated[int, at_least(0)]] = 1000
     debug: Run[bool] = False  # assert inside the step that no assignment is lost or counted twice
 
@@ -53,7 +54,7 @@ class TrainConfig:
         self.profile_range()
 
     def profile_range(self) -> range:
-        """The steps to trace; empty when no trace is asked for."""
+        """The steps to trace; empty if no trace is requested."""
         if not self.profile_steps:
             return range(0)
         first, _, last = self.profile_steps.partition(":")
@@ -71,10 +72,10 @@ class EvalConfig:
 
     every: Run[Annotated[int, at_least(0)]] = 100  # steps between evaluations; 0: only at the end
     rows: Run[Annotated[int, at_least(0)]] = 512  # held-out rows per evaluation; 0: the whole split
-    samples: Run[Annotated[int, at_least(0)]] = 2  # texts generated at the end
-    sample_tokens: Run[Annotated[int, at_least(0)]] = 200  # tokens per text, after the prompt
-    sample_prompt: Run[str] = "def "  # each text begins with it
-    temperature: Run[Annotated[float, at_least(0)]] = 0.8  # of sampling; 0: greedy
+    samples: Run[Annotated[int, at_least(0)]] = 2  # sample texts generated at the end of the run
+    sample_tokens: Run[Annotated[int, at_least(0)]] = 200  # tokens per sample, after the prompt
+    sample_prompt: Run[str] = "def "  # prompt of every sample
+    temperature: Run[Annotated[float, at_least(0)]] = 0.8  # sampling temperature; 0: greedy
 
     def __post_init__(self):
         bounds.check(self, "eval.")
@@ -82,12 +83,13 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
+    """Saving and retention of checkpoints."""
 
     every_steps: Run[Annotated[int, at_least(0)]] = 100  # steps between saves; 0: off
     every_minutes: Run[Annotated[float, at_least(0)]] = 30.0  # minutes between saves; 0: off
-    keep_last: Run[Annotated[int, at_least(1)]] = 3  # newest checkpoints that are kept
-    keep_every: Run[Annotated[int, at_least(0)]] = 0  # also keep every n-th step for good; 0: off
+    keep_last: Run[Annotated[int, at_least(1)]] = 3  # number of newest checkpoints to keep
+    # Checkpoints of steps divisible by this are never deleted; 0: off.
+    keep_every: Run[Annotated[int, at_least(0)]] = 0
 
     def __post_init__(self):
         bounds.check(self, "checkpoint.")
@@ -98,16 +100,16 @@ class WatchdogConfig:
     """Seconds after which a run counts as hung and ends with exit code 42; 0: never."""
 
     compile: Run[Annotated[float, SECONDS]] = 7200.0  # compiling the train step
-    # One step, or what several hosts agree on between two.
+    # One step, or an agreement of several hosts between two steps.
     step: Run[Annotated[float, SECONDS]] = 1800.0
     data: Run[Annotated[float, SECONDS]] = 1800.0  # waiting for a batch
-    # Copying a checkpoint to the host, waiting for one that is written, loading one.
+    # Copying a checkpoint to the host, waiting until one is written, or loading one.
     checkpoint: Run[Annotated[float, SECONDS]] = 7200.0
-    # A whole evaluation, its compilation included.
+    # A whole evaluation, including its compilation.
     evaluation: Run[Annotated[float, SECONDS]] = 7200.0
-    # Before the first step, without a document read or stored meanwhile.
+    # Time before the first step in which no document is read or stored.
     start: Run[Annotated[float, SECONDS]] = 1800.0
-    # Another process that gives no sign of life: JAX then aborts all others (exit code 134).
+    # Time without a heartbeat from one process; JAX then aborts all others (exit code 134).
     heartbeat: Run[Annotated[int, HEARTBEAT]] = 100
 
     def __post_init__(self):
@@ -116,12 +118,12 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases (extra `wandb`), which shows the rows that TensorBoard shows."""
+    """Weights & Biases (extra `wandb`), which shows the same rows as TensorBoard."""
 
-    project: Run[str] = ""  # the project that the run is shown in; empty: not used
-    # offline: files in WORKDIR/wandb, for `wandb sync`; no network is used.
+    project: Run[str] = ""  # project of the run; empty: Weights & Biases is not used
+    # Offline writes files to WORKDIR/wandb, for `wandb sync`, and uses no network.
     mode: Run[Annotated[str, one_of(MODES)]] = "online"
-    name: Run[str] = ""  # of the run; empty: the last part of --workdir
+    name: Run[str] = ""  # name of the run; empty: the last part of --workdir
     entity: Run[str] = ""  # user or team; empty: the account's default
 
     def __post_init__(self):

@@ -51,20 +51,20 @@ FILES = {
     "a list for a text": (RETURNS + "ConfigDict({'data': {'files': ['a']}})", "of type str"),
     "a value in the place of a group": (
         RETURNS + "ConfigDict({'train': 3})",
-        r"config\.train is 3: it holds keys",
+        r"config\.train is 3: it is a group of keys",
     ),
     "a value that is asked for": (
         RETURNS + "ConfigDict({'train': {'steps': config_dict.required_placeholder(int)}})",
         r"config\.train\.steps is None",
     ),
-    "keys that are numbers": (RETURNS + "ConfigDict({1: 2, 'seed': 3})", "keys that are texts"),
+    "keys that are numbers": (RETURNS + "ConfigDict({1: 2, 'seed': 3})", "use strings as keys"),
     "a config inside itself": (
         "def get_config():\n    c = ConfigDict({'seed': 1})\n    c.model = c\n    return c",
-        "no tree",
+        "not a tree",
     ),
     "a function as an option": (
         SETS.format("optimizer.options = {'mask': len}"),
-        r"config\.optimizer\.options\.mask is .*give a text, a number",
+        r"config\.optimizer\.options\.mask is .*give a string, a number",
     ),
     "a set as an option": (
         SETS.format("model.moe.options = {'gshard': {'jitter': {1}}}"),
