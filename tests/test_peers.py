@@ -54,7 +54,7 @@ def test_the_vocabulary_of_bytes():
     ],
 )
 def test_what_the_peer_has_not(name, key, value):
-    with pytest.raises(UserError, match=rf"set config\.{key}, now"):
+    with pytest.raises(UserError, match=rf"config\.{key} is"):
         peer_shape(config(name, **{key.replace(".", "__"): value}))
 
 
