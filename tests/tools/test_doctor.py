@@ -246,7 +246,7 @@ def test_a_check_that_breaks_ends_no_other(well):
     checks = {"first": breaks, "second": lambda subject: Finding(True, "1")}
     assert examine(well[0], checks, lines.append) == 1
     assert [line[:5].strip() for line in lines] == ["FAIL", "", "ok"]
-    assert lines[1].strip() == "Fix what raised ZeroDivisionError: by zero"
+    assert lines[1].strip() == "Fix the cause of ZeroDivisionError: by zero"
 
 
 def test_command_says_in_one_sentence_what_does_not_fit(run_cli, corpus, tmp_path):
