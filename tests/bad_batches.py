@@ -1,8 +1,8 @@
-"""Trainers that meet bad batches: the gradient of some steps of the data is not what it should be.
+"""Trainers with bad batches: the gradients of some data steps are multiplied by a factor.
 
-`python -m bad_batches PLAN ARGUMENTS` is the trainer with the bad batches of PLAN, a JSON object:
-`factors` maps steps of the data to what their gradients are multiplied by ("nan" or a number), and
-`kill` names a method that ends the process with SIGKILL instead of being called the n-th time.
+`python -m bad_batches PLAN ARGUMENTS` runs the trainer with the bad batches of PLAN, a JSON object:
+`factors` maps data steps to the factors of their gradients ("nan" or a number), and `kill` maps a
+method to n: its n-th call kills the process with SIGKILL.
 """
 
 import json
@@ -35,10 +35,10 @@ METHODS = {
 
 
 def patches(factors: Mapping[int, float], asked: list[int]) -> list[tuple[Any, str, Any]]:
-    """(object, attribute, value) to set; the steps of the data that are read go to `asked`.
+    """The (object, attribute, value) to set; the data steps that are read are appended to `asked`.
 
-    The factor travels in `bytes_BT`, which training does not look at, and the step stays one
-    program for good and bad batches.
+    The factor is carried in `bytes_BT`, which training does not use, so good and bad batches run
+    the same compiled step.
     """
     rows, make_gradients = Batches.rows, step_module.make_gradients
 
@@ -63,7 +63,7 @@ def patches(factors: Mapping[int, float], asked: list[int]) -> list[tuple[Any, s
 
 
 def kill_at(name: str, times: int) -> None:
-    """Ends the process with SIGKILL in place of the n-th call, counted from 1."""
+    """Kill the process with SIGKILL at the n-th call, counted from 1, before the method runs."""
     owner, attribute = METHODS[name]
     method, calls = getattr(owner, attribute), []
 

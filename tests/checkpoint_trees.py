@@ -1,4 +1,4 @@
-"""Trees of parameters on several meshes, and what the checkpoint tests do to their files."""
+"""Parameter trees on several meshes, and helpers that damage files of a checkpoint."""
 
 import pathlib
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 class Moments(NamedTuple):
-    """Stands for an optimizer's state."""
+    """A stand-in for an optimizer's state."""
 
     mu: dict
     count: int
@@ -31,7 +31,7 @@ SPECS = {"w_in": P("expert", "fsdp", "tensor"), "scale": P(), "half": P(("data",
 
 
 def make_tree(layout: str, seed: int = 0):
-    """The same values for a seed, laid out on a mesh."""
+    """Make a tree on the mesh of `layout`; its values depend only on the seed."""
     config, devices = LAYOUTS[layout]
     mesh = make_mesh(config, jax.devices()[:devices])
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def same_bits(a, b) -> bool:
 
 
 def files_of(root: pathlib.Path, step: int) -> list[pathlib.Path]:
-    """The files of a step that its manifest lists, the largest (weights) first."""
+    """The files of a step that its manifest lists, largest (weights) first."""
     files = [p for p in (root / str(step)).rglob("*") if p.is_file() and p.stat().st_size]
     listed = [p for p in files if p.name != "manifest.json"]
     return sorted(listed, key=lambda p: -p.stat().st_size)

@@ -1,4 +1,4 @@
-"""What every test stands on: 8 virtual CPU devices, checked signatures, a warm compile cache."""
+"""Settings and fixtures of all tests: 8 virtual CPU devices, checked signatures, compile cache."""
 
 import json
 import os
@@ -17,29 +17,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# For this process and, as environment variables, for those it starts.  The defaults of the cache
-# keep only what took a second to compile, which leaves out nearly every jit of a test.
+# For this process and, as environment variables, for the processes that it starts.  By default the
+# cache keeps only programs that took a second to compile, and hardly any jit of a test does.
 JAX_SETTINGS = {
     "jax_platforms": "cpu",
     "jax_compilation_cache_dir": str(ROOT / ".cache" / "jax"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    # Tests compile long and run short: LLVM at its least takes half the time.
+    # Tests spend their time compiling: without LLVM's optimizations they take half the time.
     "jax_disable_most_optimizations": True,
 }
 for _name, _value in JAX_SETTINGS.items():
     jax.config.update(_name, _value)
-# Not for processes we start: they have one device unless they ask for more with --devices.
+# Only for this process: started ones have one device unless --devices says more.
 jax.config.update("jax_num_cpu_devices", 8)
-# And so do XLA's older kernel emitters, which newer versions no longer have.
+# XLA's older kernel emitters compile faster as well; newer versions no longer have them.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
-# No example has a time limit: a busy machine is no failure.
+# Examples have no time limit, because a busy machine must not fail a test.
 hypothesis.settings.register_profile("moe_jax", deadline=None)
 hypothesis.settings.load_profile("moe_jax")
 
-# Before the first import of moe_jax: from here on its signatures are checked at each call.
+# Before the first import of moe_jax: its signatures are then checked at each call.
 jaxtyping.install_import_hook("moe_jax", "signatures.check")
 
 
@@ -53,7 +53,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def cli_env() -> dict[str, str]:
-    """Environment for processes that a test starts: this one's, CPU only, the same cache."""
+    """Environment variables for started processes: ours, with CPU only and the same cache."""
     env = os.environ | {name.upper(): str(value) for name, value in JAX_SETTINGS.items()}
     env["XLA_FLAGS"] = XLA_FLAGS
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
@@ -62,10 +62,10 @@ def cli_env() -> dict[str, str]:
 
 @pytest.fixture
 def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
-    """`run_cli(["moe_jax", "train", "--config=...", ...], timeout=...)` in a process of its own.
+    """`run_cli(["moe_jax", "train", "--config=...", ...], timeout=...)` runs a new process.
 
-    The process works in `tmp_path` unless `cwd` says otherwise, so nothing lands in the checkout.
-    Raises subprocess.TimeoutExpired, the process killed, when `timeout` seconds do not suffice.
+    It runs in `tmp_path` unless `cwd` is given, so it writes nothing into the checkout.  After
+    `timeout` seconds it is killed and subprocess.TimeoutExpired is raised.
     """
 
     def run(args: list[str], timeout: float = 300, cwd: Path | None = None) -> Finished:
@@ -85,11 +85,11 @@ def run_cli(cli_env: dict[str, str], tmp_path: Path) -> Callable[..., Finished]:
 
 @pytest.fixture
 def pair(cli_env: dict[str, str]):
-    """`pair(arguments)` starts two trainers of two devices that can find each other.
+    """`pair(arguments)` starts two trainers of two devices each, connected to each other.
 
-    `program` is what Python is given instead of the trainer, which reads the same flags; `each`
-    holds the flags that are one process's own; further keywords are environment variables.  Both
-    are gone when the test ends.
+    `program` are Python's arguments for another program that reads the same flags; `each` holds
+    the flags of one process only; other keywords are environment variables.  Both processes are
+    killed when the test ends.
     """
     started: list[subprocess.Popen] = []
 
@@ -125,7 +125,7 @@ def pair(cli_env: dict[str, str]):
 
 @pytest.fixture
 def mesh_of() -> Callable[..., jax.sharding.Mesh]:
-    """`mesh_of(data=2, expert=4)`: a mesh of the first so many virtual devices, others size 1."""
+    """`mesh_of(data=2, expert=4)` makes a mesh of the first 8 virtual devices; other axes are 1."""
     from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
     def make(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
@@ -137,17 +137,17 @@ def mesh_of() -> Callable[..., jax.sharding.Mesh]:
 
 @pytest.fixture
 def x64():
-    """float64 for the length of one test."""
+    """Enable float64 for one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def golden() -> Callable[..., None]:
-    """`golden("name", value)`: value equals tests/golden/name.json, floats within `rtol`.
+    """`golden("name", value)` asserts that value equals tests/golden/name.json, floats to `rtol`.
 
-    Under MOE_JAX_WRITE_GOLDENS=1 a missing file is written, and the test fails once so that
-    nobody refreshes by accident.
+    Under MOE_JAX_WRITE_GOLDENS=1 a missing file is written and the test fails once, so that no
+    golden is replaced by accident.
     """
 
     def compare(name: str, value: object, rtol: float = 0.0) -> None:

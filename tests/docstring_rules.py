@@ -1,6 +1,6 @@
-"""What the documentation of a public name has to say, as rules that find what is missing.
+"""Rules for docstrings of public names; each yields a sentence per missing part.
 
-A docstring has sections: `Args:` and `Attributes:` with an entry for each name (`name: text`, or
+A docstring has the sections `Args:` and `Attributes:` with an entry per name (`name: text`, or
 `a, b: text` for several), `Returns:`, `Raises:` and `Reference:`.
 """
 
@@ -25,7 +25,7 @@ CONSTRUCTORS = ("__init__", "__post_init__")
 
 
 def sections(text: str) -> dict[str, str]:
-    """Name of a section -> its text; a line that is not indented ends it."""
+    """Split a docstring: name of a section -> its text.  A line that is not indented ends it."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -40,7 +40,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def entries(section: str) -> dict[str, str]:
-    """What a section says of each name."""
+    """Parse the entries of a section: name -> its text."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in section.splitlines():
@@ -54,7 +54,7 @@ def entries(section: str) -> dict[str, str]:
 
 
 def value_faults(what: str, text: str | None, hint: Any, default: Any) -> Iterator[str]:
-    """What is missing of the text about one parameter or field."""
+    """Yield what the text about one parameter or field lacks."""
     if text is None:
         yield f"{what} is not documented"
         return
@@ -68,7 +68,7 @@ def value_faults(what: str, text: str | None, hint: Any, default: Any) -> Iterat
 
 
 def function_faults(what: str, function: Any, owner: type | None = None) -> Iterator[str]:
-    """What the docstring of a function or method lacks."""
+    """Yield what the docstring of a function or method lacks."""
     found = sections_of(function)
     yield from sentence_faults(what, function)
     yield from parameter_faults(what, function, entries(found.get("Args", "")))
@@ -80,18 +80,18 @@ def function_faults(what: str, function: Any, owner: type | None = None) -> Iter
 
 
 def says_user_error(found: dict[str, str]) -> bool:
-    """Whether the section Raises says for which mistakes."""
+    """True if the section Raises names the mistakes that raise UserError."""
     return re.search(r"UserError: \S", found.get("Raises", "")) is not None
 
 
 def sentence_faults(what: str, found: Any) -> Iterator[str]:
-    """Whether it has a docstring that begins with a sentence."""
+    """Yield a fault unless the docstring begins with a sentence."""
     if not re.match(r"(?s)\S.{3,}?[.:](\s|$)", found.__doc__ or ""):
         yield f"{what} has no sentence that says what it is"
 
 
 def parameter_faults(what: str, function: Any, said: dict[str, str]) -> Iterator[str]:
-    """Where the entries of Args are not the parameters."""
+    """Yield the differences between the entries of Args and the parameters."""
     parameters = inspect.signature(function).parameters
     taken = {name: p for name, p in parameters.items() if name not in ("self", "cls")}
     hints = hints_of(function)
@@ -102,9 +102,9 @@ def parameter_faults(what: str, function: Any, said: dict[str, str]) -> Iterator
 
 
 def class_faults(what: str, cls: type, contract: type | None = None) -> Iterator[str]:
-    """What a class, its fields or constructor and its own public methods lack.
+    """Yield what a class, its fields or constructor and its own public methods lack.
 
-    A method of the protocol `contract` needs a sentence alone: the protocol's own is checked.
+    A method of the protocol `contract` needs only a sentence: the rest is in the protocol.
     """
     found = sections_of(cls)
     yield from sentence_faults(what, cls)
@@ -138,13 +138,13 @@ def sections_of(found: Any) -> dict[str, str]:
 
 
 def is_record(cls: type) -> bool:
-    """Whether its annotations are its fields: a dataclass, a NamedTuple or a protocol."""
+    """True if its annotations are its fields: a dataclass, a NamedTuple or a protocol."""
     is_protocol = getattr(cls, "_is_protocol", False)
     return dataclasses.is_dataclass(cls) or hasattr(cls, "_fields") or is_protocol
 
 
 def field_faults(what: str, cls: type) -> Iterator[str]:
-    """Fields, inherited ones included, that neither Attributes nor a comment documents."""
+    """Yield the fields, also inherited ones, that neither Attributes nor a comment documents."""
     hints, said = {}, {}
     for owner in filter(is_ours, reversed(cls.__mro__)):
         found = sections_of(owner)
@@ -168,7 +168,7 @@ def parsed(module: str) -> ast.Module:
 
 
 def definition(found: Any) -> ast.AST | None:
-    """Where a function or class is written; None for one that is made, as of a dataclass."""
+    """The syntax tree of a function or class; None for a generated one, such as a dataclass's."""
     node: Any = parsed(found.__module__)
     for name in found.__qualname__.split("."):
         inner = [one for one in node.body if getattr(one, "name", "") == name]
@@ -179,7 +179,7 @@ def definition(found: Any) -> ast.AST | None:
 
 
 def hints_of(found: Any) -> dict[str, Any]:
-    """Its annotations; as they stand where a name in them is known to type checkers alone."""
+    """The annotations; unresolved if a name in them is imported only for type checkers."""
     try:
         return typing.get_type_hints(found)
     except NameError:
@@ -187,7 +187,7 @@ def hints_of(found: Any) -> dict[str, Any]:
 
 
 def raises_user_error(function: Any, owner: type | None, seen: set[Any] | None = None) -> bool:
-    """Whether it, or what it calls by name in the package, has a `raise UserError`."""
+    """True if it, or a function of the package that it calls by name, has `raise UserError`."""
     seen = set() if seen is None else seen
     function = inspect.unwrap(function)
     if function in seen or not inspect.isfunction(function):
@@ -211,7 +211,7 @@ def raises_user_error(function: Any, owner: type | None, seen: set[Any] | None =
 
 
 def called(callee: Any) -> list[Any]:
-    """The functions of the package that a call of it runs."""
+    """The functions of the package that calling it runs."""
     if inspect.isclass(callee):
         makers = [getattr(callee, name, None) for name in CONSTRUCTORS]
         return [maker for maker in makers if is_ours(maker)]
@@ -223,7 +223,7 @@ def is_ours(found: Any) -> bool:
 
 
 def resolved(node: ast.expr, function: Any, owner: type | None) -> Any:
-    """What `name`, `module.name` or `self.name` stands for inside a function."""
+    """The object that `name`, `module.name` or `self.name` means inside a function."""
     if isinstance(node, ast.Name):
         return owner if node.id == "cls" else vars(sys.modules[function.__module__]).get(node.id)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -236,11 +236,11 @@ def resolved(node: ast.expr, function: Any, owner: type | None) -> Any:
 
 
 def named_by(functions: Iterable[Any], public: Iterable[type]) -> set[type]:
-    """The package's classes that functions take or return, or that stand in fields of those.
+    """The package's classes in the signatures of functions, and in the fields of these classes.
 
     Args:
-      functions: whose annotations say so.
-      public: classes that are known already, whose fields are not looked into.
+      functions: the functions whose annotations are searched.
+      public: known classes, which are left out and whose fields are not searched.
     """
     found, public = set(), set(public)
     waiting = [hint for function in functions for hint in hints_of(function).values()]
@@ -255,14 +255,14 @@ def named_by(functions: Iterable[Any], public: Iterable[type]) -> set[type]:
 
 
 def methods(cls: type) -> list[Any]:
-    """Its own public methods."""
+    """The public methods that the class itself defines."""
     names = [name for name in vars(cls) if not name.startswith("_") or name == "__call__"]
     found = [inspect.unwrap(getattr(cls, name)) for name in names if callable(getattr(cls, name))]
     return [getattr(one, "__func__", one) for one in found]
 
 
 def reference_faults(what: str, found: Any) -> Iterator[str]:
-    """Whether its docstring names a paper: by its arXiv number, or its authors and year."""
+    """Yield a fault unless the docstring cites a paper, by arXiv number or by authors and year."""
     if not re.search(
         r"arXiv \d{4}\.\d{5}|, (19|20)\d\d\b", sections_of(found).get("Reference", "")
     ):

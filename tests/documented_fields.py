@@ -1,4 +1,4 @@
-"""The fields that docs/metrics.md defines, and those of rows that a run has written."""
+"""Compares the fields that docs/metrics.md defines with the rows that a run wrote."""
 
 import json
 import re
@@ -12,10 +12,10 @@ CHOSEN = {"eval_loss_by_source.": "SOURCE", "epochs.": "STREAM"}
 
 
 def documented(title: str) -> set[str]:
-    """The fields in the tables below a heading, up to the next one of its level or above.
+    """The fields in the tables under a heading, up to the next one of its level or above.
 
     Raises:
-      AssertionError: there is no such heading, or a field without unit, meaning or occasion.
+      AssertionError: there is no such heading, or a field lacks its unit, meaning or "when".
     """
     text = PAGE.read_text()
     level = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
@@ -25,18 +25,18 @@ def documented(title: str) -> set[str]:
     for row in re.findall(r"^\| `.*\|$", below, re.MULTILINE):
         field, *said = (cell.strip() for cell in row.strip("|").split("|"))
         assert len(said) == 3 and all(said), row
-        assert field.strip("`") not in found, f"{field} is there twice"
+        assert field.strip("`") not in found, f"{field} is defined twice"
         found.add(field.strip("`"))
     return found
 
 
 def written(path: Path) -> list[set[str]]:
-    """The fields of each row of a file of JSON lines, by their names on the page."""
+    """The fields of each row in a file of JSON lines, under their names on the page."""
     return [fields(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def fields(row: Mapping[str, Any]) -> set[str]:
-    """Dotted names; for a name that a user or an axis chose, what the page has in its place."""
+    """Dotted names of a row's fields; a user's names and axes are replaced as on the page."""
     return set(_names(row, ""))
 
 
@@ -51,12 +51,12 @@ def _names(row: Mapping[str, Any], above: str) -> Iterator[str]:
 
 
 def differences(rows: Iterable[set[str]], title: str, seldom: Iterable[str] = ()) -> list[str]:
-    """What rows have and the page lacks below `title`, and the reverse.
+    """Compare the fields of rows with those that the page defines under `title`.
 
     Args:
-      rows: as of `written`.
+      rows: the result of `written`.
       title: a heading of the page.
-      seldom: fields that rows may lack.
+      seldom: fields that no row needs to have.
     """
     there, said = set().union(*rows), documented(title)
     missing = [f"{name} is not defined below {title!r}" for name in sorted(there - said)]

@@ -1,6 +1,7 @@
-"""A device whose copy of the state loses one bit.
+"""A faulty device, which flips one bit in its replica of the state.
 
-`python faulty_device.py STEP ARGUMENTS` is `moe_jax train` whose last device does so after STEP.
+`python faulty_device.py STEP ARGUMENTS` is `moe_jax train` with this fault on the last device after
+STEP.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from moe_jax.cli.exit import run
 
 
 def one_ulp(x: jax.Array, number: int) -> jax.Array:
-    """`x` whose copy on device `number` has the lowest bit of its first element flipped."""
+    """Flip the lowest bit of the first element of `x` in the replica on device `number`."""
     buffers = []
     for shard in x.addressable_shards:
         value = np.array(shard.data)
@@ -27,7 +28,7 @@ def one_ulp(x: jax.Array, number: int) -> jax.Array:
 
 
 def corrupts(step: int, number: int = -1):
-    """`start_lowering`, but after `step` device `number` (the last) has its own `embed_VD`."""
+    """A `start_lowering` whose step corrupts `embed_VD` on device `number` (-1: last) at `step`."""
     start = program.start_lowering
 
     def start_lowering(run):

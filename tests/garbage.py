@@ -1,4 +1,4 @@
-"""Garbage that looks nearly right: valid files with bytes or JSON values exchanged."""
+"""Nearly valid garbage: valid files in which bytes or JSON values were changed."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 from hypothesis import strategies as st
 
-# JSON texts, not values: a number that no float holds and a key that comes twice are among them.
+# JSON texts, not values: they include numbers beyond any float, and duplicate keys.
 ODD = (
     *("null", "true", "false", "0", "-1", "1.5", "-0.0", "1e400", "-1e400", "NaN", "-Infinity"),
     *(str(2**n) for n in (31, 32, 40, 53, 63, 64)),
@@ -23,7 +23,7 @@ ODD = (
 
 
 def paths(value: Any, above: tuple = ()) -> Iterator[tuple]:
-    """The place of every value inside a JSON value."""
+    """Yield the path of every value inside a JSON value."""
     yield above
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
@@ -31,7 +31,7 @@ def paths(value: Any, above: tuple = ()) -> Iterator[tuple]:
 
 
 def _like(valid: Any, place: tuple) -> list[str]:
-    """Texts of the kind of value that is at `place`: odd ones, and those of other places."""
+    """Texts of the same type as the value at `place`: odd ones, and values of other places."""
     values = [at(valid, other) for other in paths(valid)]
     old = at(valid, place)
     if isinstance(old, int | float):
@@ -42,7 +42,7 @@ def _like(valid: Any, place: tuple) -> list[str]:
 
 
 def at(value: Any, place: tuple) -> Any:
-    """What is at one of `paths(value)`."""
+    """The value at one of `paths(value)`."""
     for key in place:
         value = value[key]
     return value
@@ -50,7 +50,7 @@ def at(value: Any, place: tuple) -> Any:
 
 @st.composite
 def changed_json(draw: st.DrawFn, valid: Any) -> bytes:
-    """`valid` with a few of its values exchanged for others, or with keys gone or twice there."""
+    """Draw `valid` with a few values replaced, or with keys removed or duplicated."""
     texts = {}
     for number in range(draw(st.integers(1, 3))):
         places = list(paths(valid))
@@ -82,7 +82,7 @@ def changed_json(draw: st.DrawFn, valid: Any) -> bytes:
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
-    """`valid` with bytes flipped, exchanged, cut out or put in; ends of files are hit most."""
+    """Draw `valid` with bytes flipped, replaced, removed or inserted, most of them near its end."""
     raw = bytearray(valid)
     for _ in range(draw(st.integers(1, 6))):
         last = max(0, len(raw) - 1)
@@ -107,12 +107,12 @@ def changed_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
 
 
 def json_file(valid: Any) -> st.SearchStrategy[bytes]:
-    """A file of one JSON value, nearly `valid`."""
+    """A file with one JSON value that is nearly `valid`."""
     return changed_json(valid) | changed_bytes(json.dumps(valid).encode())
 
 
 def lines_file(rows: list[Any]) -> st.SearchStrategy[bytes]:
-    """A file of JSON lines, of which some are not quite the `rows`."""
+    """A file of JSON lines: some of the `rows`, and lines that are nearly rows."""
     right = [st.just(json.dumps(row).encode()) for row in rows]
     wrong = [json_file(row) for row in rows] + [st.binary(max_size=40)]
     lines = st.lists(st.one_of(*right, *wrong), max_size=5)
@@ -122,7 +122,7 @@ def lines_file(rows: list[Any]) -> st.SearchStrategy[bytes]:
 
 
 def corpus_with_a_bad_record(folder: Path, kind: str) -> str:
-    """Two good files and one that is bad at one place, as a glob."""
+    """Write two good files and one with a bad record; returns their glob."""
     folder.mkdir()
     for name in "abc":
         path, texts = folder / f"{name}.{kind}", [f"{name} {i} words" for i in range(300)]

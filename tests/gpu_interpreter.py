@@ -1,8 +1,8 @@
-"""The Hopper kernels without a GPU: in Pallas's interpreter, whose buffers begin as NaN.
+"""Runs the Hopper kernels without a GPU, in Pallas's interpreter, whose buffers start as NaN.
 
-It needs jax 0.12; with an older one what runs instead is called.  jax 0.10 never runs the kernels,
-and a test holds that it chooses none.  0.11 runs them on GPUs, but its interpreter refuses a
-barrier whose last phase one of the warpgroups need not wait for.
+It needs jax 0.12; under an older jax the plain function is called instead.  jax 0.10 never uses the
+kernels, which a test checks.  jax 0.11 uses them on GPUs, but its interpreter refuses a barrier
+whose last phase one of the warpgroups does not wait for.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ INTERPRETED = jax.__version_info__ >= (0, 12)
 
 
 def interpreted(kernel: Callable[..., Any], plain: Callable[..., Any], *operands: Any) -> Any:
-    """`kernel` on the operands in the interpreter, or `plain` where jax is too old for it."""
+    """Run `kernel` on the operands in the interpreter, or `plain` if jax is too old for that."""
     if not INTERPRETED:
         return plain(*operands)
     # Private: jax has no public switch for kernels that do not take `interpret` themselves.

@@ -1,4 +1,4 @@
-"""Runs that launchers start: their flags, and what they leave behind."""
+"""Helpers for runs that launchers start: their flags, their processes, their results."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from moe_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two processes of one device; enough steps to be disturbed between two of them.
+# Two processes with one device each; enough steps that a test can disturb the run on its way.
 TWO = {
     "model.num_layers": 1,
     "model.moe.every": 1,
@@ -28,12 +28,12 @@ TWO = {
 
 
 def two_process_flags(workdir: Path, files: str) -> tuple[str, ...]:
-    """Arguments of the run that two processes share."""
+    """The trainer's arguments for a run of two processes."""
     return tuple(flags(workdir, files, **TWO))
 
 
 def digest(workdir: Path) -> str:
-    """SHA-256 of the parameters of the last checkpoint, which is whole and the run's last step."""
+    """SHA-256 of the final parameters; asserts that the last step has a good checkpoint."""
     checkpoints, last = Checkpoints(workdir / "checkpoints"), TWO["train.steps"]
     assert checkpoints.steps()[-1] == last
     assert checkpoints.verify(last) is None
@@ -41,7 +41,7 @@ def digest(workdir: Path) -> str:
 
 
 def trainer(workdir: Path, variable: str) -> int:
-    """The process id of a run's trainer, of the one with NAME=VALUE in its environment."""
+    """The process id of the run's trainer that has `variable` (NAME=VALUE) in its environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
@@ -56,7 +56,7 @@ def trainer(workdir: Path, variable: str) -> int:
 
 @contextlib.contextmanager
 def following(path: Path) -> Iterator["Follower"]:
-    """The lines of a file that another process writes, as they come; it need not exist yet."""
+    """Follow the lines of a file that another process writes; it need not exist yet."""
     process = subprocess.Popen(
         ["tail", "-n", "+1", "--sleep-interval=0.1", "-F", str(path)],
         stdout=subprocess.PIPE,
@@ -71,14 +71,14 @@ def following(path: Path) -> Iterator["Follower"]:
 
 
 class Follower:
-    """Reads on until a line says what a test waits for."""
+    """Reads lines until one of them matches a pattern."""
 
     def __init__(self, process: subprocess.Popen):
         self._process = process
         self.lines: list[str] = []
 
     def until(self, pattern: str, unless: str = r"exit code [13]$") -> str:
-        """The next line in which `pattern` is found; a run that has failed ends the wait."""
+        """The next line that matches `pattern`; fails at a line that matches `unless`."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line)

@@ -1,4 +1,4 @@
-"""Folders of finished runs, written by hand."""
+"""Writes workdirs of finished runs without training."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A disk that is full for a while, as this process sees it."""
+"""Makes the disk look full to this process for a while."""
 
 import contextlib
 import resource
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_room(leave: int = 0) -> Iterator[None]:
-    """No file may grow beyond `leave` bytes: a write stops there, and the next one fails (EFBIG).
+    """Limit files to `leave` bytes: a write stops there, and the next one fails (EFBIG).
 
-    The kernel does it, to native code as well.  Standard output must not be a file meanwhile, which
-    pytest makes of it: take `capsys`.
+    The kernel enforces the limit, also for native code.  Use `capsys` in the test: otherwise pytest
+    redirects standard output to a file, which the limit would affect.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (leave, hard))

@@ -1,7 +1,7 @@
-"""A process that reads what it is told to: native readers may abort, hang or ask for all memory.
+"""A process that reads files for a test: native readers may abort, hang or take all memory.
 
-One JSON object a line on stdin, {"read": NAME, "path": FILE}; one on stdout for each: what came of
-it ("ok", "refused" or "raised"), the message, and how many bytes the process has ever held.
+Each line of stdin is a JSON object {"read": NAME, "path": FILE}.  Each line of stdout answers one:
+`outcome` ("ok", "refused" or "raised"), `message`, and `held`, the peak memory in bytes.
 """
 
 import json
@@ -19,7 +19,7 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import UserError
 
 ADDRESSES = 16 << 30  # bytes: an allocation beyond this fails, as it would on a full machine
-TEXTS = ["def f(x):\n    return x\n", "größe 日本 🙂", "", "the router sends a token"]
+TEXTS = ["def f(x):\n    return x\n", "größe 日本 🙂", "", "the router picks an expert"]
 
 
 def _parquet(path: str) -> None:
@@ -54,7 +54,7 @@ READERS: dict[str, Callable[[str], None]] = {
 
 
 def answer(order: dict[str, str]) -> dict[str, object]:
-    """What came of one order."""
+    """Read one file and describe the outcome."""
     outcome, message = "ok", ""
     try:
         READERS[order["read"]](order["path"])

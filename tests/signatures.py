@@ -6,10 +6,11 @@ from beartype import beartype
 
 
 def check(function: Callable) -> Callable:
-    """beartype on every function but constructors.
+    """Apply beartype to every function except constructors.
 
-    JAX rebuilds registered dataclasses around leaves that are no arrays (shapes, None, tangents,
-    shardings), so their fields cannot be held to the annotations; a NamedTuple's are not either.
+    JAX rebuilds registered dataclasses with leaves that are not arrays (shapes, None, tangents,
+    shardings), so their fields may differ from the annotations; a NamedTuple's are not checked
+    either.
     """
     if function.__name__ == "__init__":
         return function
@@ -20,7 +21,7 @@ def check(function: Callable) -> Callable:
 
 
 def _checkable(hint: type) -> bool:
-    """False for a Protocol that is for static checkers only; beartype would refuse it."""
+    """False for a Protocol that only static checkers support; beartype would refuse it."""
     try:
         isinstance(None, hint)
     except TypeError:

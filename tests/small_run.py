@@ -1,4 +1,4 @@
-"""Runs small enough for tests: their corpus, their flags, what they leave behind."""
+"""Runs small enough for tests: their corpus, flags, config and rows."""
 
 import json
 import random
@@ -10,7 +10,8 @@ from moe_jax.config_file import read_config_file
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the", "model", "reads", "a", "small", "text", "and", "learns", "which", "word", "follows")
 
-# configs/tiny.py shrunk to what compiles in seconds.  Log every step, so that runs can be compared.
+# Overrides that shrink configs/tiny.py until it compiles in seconds.  Every step is logged, so that
+# runs can be compared.
 SMALL = {
     "model.num_layers": 2,
     "model.width": 32,
@@ -24,7 +25,7 @@ SMALL = {
     "data.source": "text",
     "data.sequence_length": 32,
     "optimizer.learning_rate": 3e-3,
-    "optimizer.warmup_steps": 0,  # which fits a run of any length
+    "optimizer.warmup_steps": 0,  # valid for a run of any length
     "train.steps": 8,
     "train.log_every": 1,
     "eval.every": 0,
@@ -34,17 +35,17 @@ SMALL = {
     "checkpoint.every_steps": 0,
 }
 
-# For tests that need no dense layer beside the sparse one: half as much to compile.
+# For tests that need no dense layer: half as much to compile.
 ONE_LAYER = {"model.num_layers": 1, "model.moe.every": 1}
 
-# How to compile a step whose float64 has to be exact to rounding.  At the level of the tests, 0, it
-# has nine digits; at this one losses of 20 steps are those of the default within 2e-15, and
-# compiling takes half as long.
+# Compiler options for a step whose float64 must be exact to rounding.  At level 0, the tests'
+# default, results have nine correct digits.  At level 1 the losses of 20 steps differ by at most
+# 2e-15 from those at XLA's default level, and compiling takes half as long as there.
 EXACT = {"xla_backend_optimization_level": 1}
 
 
 def write_corpus(folder: Path, documents: int = 64) -> str:
-    """Text files of words in random order, the same each time; returns their glob."""
+    """Write text files of words in a fixed random order; returns their glob."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     for number in range(documents):
@@ -54,7 +55,7 @@ def write_corpus(folder: Path, documents: int = 64) -> str:
 
 
 def flags(workdir: Path, files: str, **overrides: object) -> list[str]:
-    """Arguments of `moe_jax train` for a small run; `train__steps=3` overrides train.steps."""
+    """The arguments of `moe_jax train` for a small run; `train__steps=3` sets train.steps."""
     values = SMALL | {"data.files": files} | _dotted(overrides)
     return [
         f"--config={ROOT / 'configs' / 'tiny.py'}",
@@ -72,17 +73,17 @@ def small_config(files: str, **overrides: object) -> Config:
 
 
 def rows(workdir: Path) -> list[dict]:
-    """Rows of metrics.jsonl."""
+    """All rows of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def train_rows(workdir: Path) -> list[dict]:
-    """Rows of train steps."""
+    """The rows of train steps."""
     return [row for row in rows(workdir) if "loss" in row]
 
 
 def eval_rows(workdir: Path) -> list[dict]:
-    """Rows of held-out evaluations."""
+    """The rows of held-out evaluations."""
     return [row for row in rows(workdir) if "eval_loss" in row]
 
 

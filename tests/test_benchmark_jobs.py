@@ -1,4 +1,4 @@
-"""Jobs on devices, and what the GPU report makes of them; no job is run."""
+"""Scheduling of benchmark jobs on devices, and the GPU report; no benchmark is run."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ DONE = Outcome("", 1.0, ())
 
 
 def never(line: str) -> None:
-    """Takes lines of progress."""
+    """Ignore lines of progress."""
 
 
 def job(name: str, devices: int = 1, alone: bool = False) -> Job:
@@ -31,7 +31,7 @@ def test_jobs_run_side_by_side_each_on_its_own_devices():
     def work(job, taken):
         seen[job.name] = list(taken)
         if job.name in "ab":
-            both.wait()  # would never be passed by one after the other
+            both.wait()  # passes only if both jobs run at the same time
         return DONE
 
     kept = []
@@ -53,7 +53,7 @@ def test_alone_means_last_and_beside_nobody():
         if job.name == "first":
             begun.set()
         if job.name == "b":
-            begun.wait(0.2)  # time enough for `first` to begin too early
+            begun.wait(0.2)  # long enough that a wrongly early `first` would begin
         busy.remove(job.name)
         return DONE
 
@@ -126,7 +126,7 @@ def test_parts_share_what_they_compare_with(given):
 
 
 def test_like_is_compared_with_like(given):
-    """A load that is even on one side and not on the other would be the ratio."""
+    """Both sides of a ratio need the same router load, or the ratio would measure the load."""
     jobs = {job.name: job for job in jobs_of(PARTS, given) if isinstance(job, Step)}
 
     def load(job):
@@ -134,9 +134,11 @@ def test_like_is_compared_with_like(given):
 
     pairs = [(job, jobs[job.against]) for job in jobs.values() if job.against]
     assert all(load(job) == load(unit) for job, unit in pairs)
-    assert "--random" in EVEN  # text is even over no table
+    assert "--random" in EVEN  # no hash table spreads text evenly over experts
     shifted = [job.name for job, _ in pairs if load(job) == set(EVEN)]
-    assert len(shifted) == 2 * (2 + 1)  # of each config, capacity at two batches and experts on two
+    assert len(shifted) == 2 * (
+        2 + 1
+    )  # per config: capacity at two batch sizes, and experts on two GPUs
     meshes = {name.partition("8x2-")[2] for name in jobs if "8x2" in name}
     assert meshes == {"data-random", "fsdp-random", "expert-random", "expert-even"}
     assert {"mixtral_2b-dropless-16-random", "olmoe_half-dropless-16-even"} < set(jobs)  # losses
@@ -156,7 +158,7 @@ def test_the_peers_part_is_what_compare_takes(given):
 
 
 def test_a_process_over_its_time_takes_its_own_with_it(tmp_path):
-    """A GPU that a forgotten one still uses would falsify what comes next."""
+    """A forgotten child that still uses a GPU would distort the next measurement."""
     child = "import os, threading; print(os.getpid(), flush=True); threading.Event().wait()"
     parent = (
         "import pathlib, sys; from benchmarks.jobs import end_with_children, run;"

@@ -1,4 +1,4 @@
-"""The whole configuration as plain values."""
+"""Configs as plain values: dotted keys, saved files, renamed keys, declarations of keys."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from moe_jax.moe.routers import ROUTERS
 
 
 def test_dotted_keys_hold_every_value_of_a_config():
-    """ml_collections sets them one by one: what comes out is the config they were taken from."""
+    """Setting them one by one in ml_collections gives the config that they were taken from."""
     data = dataclasses.replace(Config().data, mixture={"a": {"weight": 2.0}})
     config = dataclasses.replace(Config(seed=7), data=data)
     flat = to_flat_dict(config)
@@ -82,7 +82,7 @@ def test_a_renamed_key_in_a_flag_or_a_config_file_names_the_new_one(tmp_path):
 
 
 def undeclared(cls: type, path: str = "") -> Iterator[str]:
-    """Keys below a config dataclass that do not say what they decide."""
+    """Yield the keys of a config dataclass whose type does not say what they decide."""
     hints = typing.get_type_hints(cls)
     for name, decides in declared(cls).items():
         if dataclasses.is_dataclass(hints[name]):

@@ -1,4 +1,4 @@
-"""What a config file may do wrong: one sentence that names the flag, and the line where known."""
+"""Mistakes in a config file are one sentence that names the flag and, if known, the line."""
 
 import pytest
 
@@ -16,7 +16,7 @@ SETS = """def get_config():
     return config
 """
 
-# the file after HEAD -> what the sentence must say
+# name of the mistake -> (the file after HEAD, a pattern of the sentence)
 FILES = {
     "an exit with 0": ("def get_config(): sys.exit(0)", "line 4 exits with 0"),
     "an exit on import": ("sys.exit()", "line 4 exits with None"),
@@ -120,7 +120,7 @@ def test_a_mistake_in_the_file(tmp_path, name):
     ],
 )
 def test_the_argument_of_a_file(tmp_path, signature, body, argument, sentence):
-    """It is refused where nothing reads it: a typed variant would silently be the plain one."""
+    """An argument that the file ignores is refused, or the user would get the default variant."""
     text = f"{HEAD}def get_config({signature}):\n    {body}\n    return default_config()\n"
     (tmp_path / "c.py").write_text(text)
     path = f"{tmp_path / 'c.py'}{argument}"
@@ -132,7 +132,7 @@ def test_the_argument_of_a_file(tmp_path, signature, body, argument, sentence):
 
 
 def test_a_decorated_function_is_given_its_argument(tmp_path):
-    """What its wrapper does with it cannot be told."""
+    """A wrapper may use the argument in any way, so it is never refused."""
     text = """import functools
 def with_steps(function):
     @functools.wraps(function)

@@ -23,7 +23,7 @@ ALL = [
     for arg in ARGUMENTS.get(path.stem, ("",))
 ]
 
-# Totals from the released checkpoints; active parameters (embedding included) beside them.
+# (total, active) parameters, embedding included; the totals are those of the released checkpoints.
 PUBLISHED = {
     "mixtral_8x7b": (46_702_792_704, 12_879_925_248),  # "12.9B"
     "olmoe_1b_7b": (6_919_161_856, 1_282_017_280),  # "1.3B"
@@ -54,7 +54,7 @@ def test_builds(name, arg):
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in ALL}))
 def test_resolved(name, golden):
-    """As the run record of 8 devices has it (bench_*: of one): no default changes unnoticed."""
+    """The resolved config on 8 devices (bench_*: one) is a golden: no default changes unnoticed."""
     devices = 1 if name.startswith("bench_") else 8
     arguments = [arg for other, arg in ALL if other == name]
     resolved = {arg: resolve(load(name, arg), devices, BYTES)[0] for arg in arguments}
@@ -84,7 +84,7 @@ def test_switch_c_by_hand():
 
 
 def test_dense_twins_cost_the_same_per_token():
-    """The router is all that a sparse model adds to a token's FLOPs."""
+    """A sparse model needs more FLOPs per token than its dense twin only for the router."""
     for name, sparse in (("tiny", ""), ("cpu_small", "8")):
         twins = [
             dataclasses.replace(load(name, a).model, vocab_size=BYTES) for a in (sparse, "dense")
@@ -104,7 +104,7 @@ def test_flops_by_hand():
 
 @pytest.mark.parametrize("router", ["switch", "gshard", "soft", "sigmoid_bias"])
 def test_one_expert_is_refused(router):
-    """Its softmax would be 1 and the router without a gradient; gshard takes two."""
+    """With one expert the softmax is 1 and the router gets no gradient; gshard needs two."""
     config = default_config()
     config.model.moe.update({"router": router, "num_experts": 1, "top_k": 1})
     config.model.moe.options.sigmoid_bias.renormalize = False
@@ -116,7 +116,7 @@ def test_one_expert_is_refused(router):
 
 
 def test_the_options_of_a_named_transformation_are_a_mapping_of_a_config_file():
-    """A key set there has a type, as any other; a resolved config keeps all of them."""
+    """A key set there has a type, like any other; a resolved config keeps all of them."""
     config = default_config()
     config.optimizer.name, config.optimizer.options = "optax.scale_by_lion", {"b1": 0.8}
     config.optimizer.options.mode = "smooth"
@@ -128,7 +128,7 @@ def test_the_options_of_a_named_transformation_are_a_mapping_of_a_config_file():
 
 
 def test_factors_by_group_are_keys_and_may_be_given_for_some_groups():
-    """So each is a flag too; the resolved config has those of all groups."""
+    """Each factor is a flag as well; the resolved config has the factors of all groups."""
     config, other = default_config(), default_config()
     config.optimizer.rate_of.router = 0.1
     other.optimizer.rate_of = {"router": 0.1}
@@ -140,7 +140,7 @@ def test_factors_by_group_are_keys_and_may_be_given_for_some_groups():
 
 
 def test_an_option_cannot_replace_a_key_of_all():
-    """Else priority batch would pass by the refusal for next-token models."""
+    """Otherwise priority "batch" would bypass the check that refuses it for next-token models."""
     config = default_config()
     config.model.moe.options.capacity = {"priority": "batch"}
     with pytest.raises(UserError, match="shares 'priority' with the others"):

@@ -1,4 +1,4 @@
-"""The ground the other tests stand on holds what conftest.py promises."""
+"""The settings and fixtures of conftest.py do what they promise to the other tests."""
 
 import importlib
 import sys
@@ -25,7 +25,7 @@ class State:
 
 @pytest.fixture
 def checked_module(tmp_path, monkeypatch):
-    """A module imported under the checker that stands over moe_jax."""
+    """A module imported under the same checker as moe_jax."""
     (tmp_path / "checked_module.py").write_text(CHECKED_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     with jaxtyping.install_import_hook("checked_module", "signatures.check"):

@@ -1,4 +1,4 @@
-"""The control of docstring_rules.py: each kind of gap, planted alone in a sample, is found."""
+"""Tests docstring_rules.py: each kind of gap, planted alone in a sample, is found."""
 
 import importlib.util
 import sys
@@ -104,7 +104,7 @@ class Pair(NamedTuple):
 
 
 def sample_faults(folder, text):
-    """What the rules find in a module with this text."""
+    """The faults that the rules find in a module with this text."""
     (folder / "moe_jax_sample.py").write_text(text)
     spec = importlib.util.spec_from_file_location("moe_jax.sample", folder / "moe_jax_sample.py")
     assert spec is not None and spec.loader is not None
@@ -157,7 +157,7 @@ def sample_faults(folder, text):
     ],
 )
 def test_a_planted_gap_in_the_documentation_is_found(tmp_path, old, new, fault):
-    """The control: the sample has no fault, and one for each rule that a change of it breaks."""
+    """The sample has no fault; each change of it breaks one rule, which is reported."""
     assert old in SAMPLE
     found = sample_faults(tmp_path, SAMPLE.replace(old, new, 1) if old else SAMPLE)
     assert any(fault in one for one in found) if fault else found == []

@@ -1,4 +1,4 @@
-"""What `import moe_jax` offers: each name is there, and nothing is imported before it is used."""
+"""`import moe_jax` exports each of its names, and imports a module only when a name is used."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_importing_the_package_imports_no_jax(cli_env):
-    """A launcher imports moe_jax.errors on machines that may hold no JAX."""
+    """A launcher imports moe_jax.errors on machines that may not have JAX."""
     code = (
         "import sys, moe_jax, moe_jax.data\n"
         "print(sorted({'jax', 'flax', 'numpy'} & set(sys.modules)))"

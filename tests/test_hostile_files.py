@@ -1,8 +1,8 @@
-"""Files of a workdir, a store or a corpus that hold garbage: a value or one sentence, never more.
+"""Garbage in files of a workdir, a store or a corpus gives a value or one sentence, nothing else.
 
-Each reader is given what it should read with bytes flipped, cut or put in, and with JSON values
-exchanged for others (tests/garbage.py).  It may take the file; else it says in one sentence which
-file is damaged.  The long form gives it thousands.
+Each reader gets its files with bytes flipped, removed or inserted, and with JSON values replaced
+(tests/garbage.py).  It may accept a file, or say in one sentence which file is damaged.  The long
+form tries thousands of files.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ COUNTS = pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.m
 
 
 def fuzz(count: int, files: st.SearchStrategy, check: Callable[[bytes], None]) -> None:
-    """Calls `check` with so many of `files`, the same each time."""
+    """Call `check` with `count` examples of `files`, the same in each run."""
 
     @settings(
         max_examples=count,
@@ -61,7 +61,7 @@ def is_sentence(text: str, name: str) -> None:
 
 
 def refused_or_fine(read: Callable[[], object], name: str) -> None:
-    """The oracle: anything but a UserError escapes, and fails the test."""
+    """Call `read`; it may raise a UserError with a good sentence, and any other error fails."""
     try:
         read()
     except UserError as error:
@@ -92,7 +92,7 @@ def test_the_resolved_config(tmp_path, count):
 @pytest.mark.full
 @pytest.mark.parametrize("number", [0, -1, 2**31, 2**40])
 def test_every_number_of_a_config_may_be_absurd(tmp_path, number):
-    """No size may keep the program busy for long: it counts parameters and computes groups."""
+    """Huge sizes must not take long: the program counts parameters and computes routing groups."""
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     plain = to_dict(CONFIG)
     for place in paths(plain):
@@ -239,7 +239,7 @@ def test_corpora(tmp_path, kind, count):
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
-    """A pipe in the place of a file: opening it would wait for whoever writes to it."""
+    """A FIFO in the place of a file is refused: opening it would block until a process writes."""
     logs = ("metrics.jsonl", "ledger.jsonl", "goodput.jsonl")
     for name in ("config.json", *logs, "data.json", "manifest.json"):
         os.mkfifo(tmp_path / name)

@@ -1,8 +1,8 @@
-"""Parquet, tokenizers and stores that hold garbage, where native code reads them.
+"""Garbage in Parquet files, tokenizers and stores, which native code reads.
 
-Arrow, Rust and TensorStore may abort, hang or allocate what a file declares, so a process of its
-own reads (reader_child.py), with a limit to its memory.  Nothing but a value or one sentence that
-names the file counts as well.
+Arrow, Rust and TensorStore may abort, hang or allocate what a file declares, so a separate process
+with a memory limit reads the files (reader_child.py).  The only good outcomes are a value, or one
+sentence that names the file.
 """
 
 import io
@@ -30,12 +30,12 @@ from moe_jax.data.tokenizers import train_bpe
 
 GROWTH = 512 << 20  # bytes that reading a file of a few KiB may take beyond the good ones
 CHILD = Path(__file__).with_name("reader_child.py")
-SAMPLE = ["the router sends a token to an expert\n" * 20, "größe und 日本\n" * 20]
+SAMPLE = ["the router picks an expert for a token\n" * 20, "größe und 日本\n" * 20]
 counts = pytest.mark.parametrize("count", [60, pytest.param(6000, marks=pytest.mark.full)])
 
 
 class Reader:
-    """The child; `tally` counts what came of the files it was given."""
+    """The reading process; `tally` counts the outcomes of the garbage files."""
 
     def __init__(self, env: dict[str, str]):
         self.tally = {"ok": 0, "refused": 0}
@@ -44,13 +44,13 @@ class Reader:
         self._process = self._start()
 
     def good(self, kind: str, path: Path) -> None:
-        """Reads a file that nothing is wrong with; what it takes is what reading takes."""
+        """Read a valid file; its memory is what reading needs."""
         answer = self._ask(kind, path)
         assert answer["outcome"] == "ok", answer
         self._least = max(self._least, answer["held"])
 
     def bad(self, kind: str, path: Path) -> None:
-        """Reads garbage; fails where anything but a value or a sentence comes of it."""
+        """Read garbage; fail if the outcome is neither a value nor a sentence."""
         answer = self._ask(kind, path)
         assert answer["outcome"] in self.tally, answer["message"]
         if answer["message"]:
@@ -127,7 +127,7 @@ def test_parquet(tmp_path, reader, count):
 
 
 def tokenizer_files(folder: Path) -> list[dict]:
-    """One tokenizer.json of each model, with the parts that published ones have."""
+    """Write a tokenizer.json per model type, with the parts that published ones have."""
     train_bpe(iter(SAMPLE), 280, folder / "bpe.json")
     words = {word: i for i, word in enumerate(["[UNK]", "</s>", "the", "router", "##s", "send"])}
     sequence = pre_tokenizers.Sequence(
@@ -168,7 +168,7 @@ def test_tokenizer_json(tmp_path, reader, count):
     for name in ("bpe", "words", "pieces", "unigram"):
         reader.good("tokenizer", tmp_path / f"{name}.json")
     path = tmp_path / "bad.json"
-    # Few of a vocabulary's thousand values, so that the others are hit as well.
+    # Keep few of the vocabulary's entries, so that changes hit other values as well.
     good[0]["model"]["vocab"] = dict(list(good[0]["model"]["vocab"].items())[:9])
     good[0]["model"]["merges"] = []
 
@@ -206,7 +206,7 @@ def test_sentencepiece(tmp_path, reader, count):
 @counts
 @pytest.mark.parametrize("file", ["manifest.json", "train/tokens/zarr.json"])
 def test_store_sealed_by_whoever_changed_it(tmp_path, reader, count, file):
-    """The seals find what rots; here they are made anew over the garbage."""
+    """The digests are recomputed over the garbage, so they do not reveal it."""
     for name in range(20):
         (tmp_path / f"{name}.txt").write_text(f"{name} words " * 20)
     config = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.2)

@@ -1,4 +1,4 @@
-"""The reference of config keys: complete, up to date, and what it says is what is enforced."""
+"""The reference of config keys is complete, up to date, and states the bounds that are enforced."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ KEYS = {key.name: key for section in sections() for key in section.keys}
 
 
 def test_the_page_is_up_to_date():
-    """Made again by: python -m moe_jax.cli.keys > docs/configuration.md"""
+    """To update the page: python -m moe_jax.cli.keys > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == page()
 
 
@@ -45,19 +45,19 @@ def test_every_key_is_there():
 def test_every_key_says_what_it_is(key: Key):
     assert list(value_faults(key.name, key.meaning, None, key.default)) == []
     assert key.decides and key.type in ("int", "float", "str", "bool", "mapping")
-    # `a (why) | b`: names that a comment explains are those that the key takes, and all of them.
+    # `a (why) | b`: a comment that lists names lists exactly those that the key accepts.
     said = re.findall(r"(?:^|[:|] ?)([a-z]\w*)(?: \([^)]*\))?(?= \||\.$)", key.meaning)
     if " | " in key.meaning:
         assert f"one of {', '.join(sorted(said))}" == sorted_names(key.constraint)
 
 
 def sorted_names(constraint: str) -> str:
-    """`one of b, a` as `one of a, b`."""
+    """Sort the names of a constraint: `one of b, a` -> `one of a, b`."""
     return f"one of {', '.join(sorted(constraint.removeprefix('one of ').split(', ')))}"
 
 
 class Field(typing.NamedTuple):
-    """One field that holds a value, in the dataclass that has it."""
+    """One field with a value, and the dataclass that declares it."""
 
     key: str
     cls: type
@@ -81,7 +81,7 @@ for _name, _own in option_fields().items():
 
 
 def refusal(field: Field, value: Any) -> str:
-    """What the dataclass says of a value; "": it takes it."""
+    """The error message of the dataclass for a value; "": the value is valid."""
     try:
         field.cls(**{field.name: value})
     except UserError as error:
@@ -89,7 +89,7 @@ def refusal(field: Field, value: Any) -> str:
     return ""
 
 
-# Values of each type, some of which nearly every bound refuses.
+# Test values per type; nearly every bound refuses some of them.
 PROBES = {
     "int": (-7, -1, 0, 1, 2, 3, 2**33),
     "float": (-7.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2e6, float("nan")),
@@ -99,10 +99,9 @@ PROBES = {
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.key)
 def test_what_a_key_refuses_is_what_it_says(field: Field):
-    """A value out of the bounds that the page shows is refused with them; no other is.
+    """A value is refused exactly if it violates the bounds on the page, which the message names.
 
-    So a bound that is declared and not checked fails here, and one that is checked by hand and not
-    declared.
+    This finds a bound that is declared but not checked, and one that is checked but not declared.
     """
     marks = bounds.declared(field.cls)[field.name]
     more = field.key in TOGETHER or any(isinstance(mark, Rule) for mark in marks)
@@ -115,9 +114,9 @@ def test_what_a_key_refuses_is_what_it_says(field: Field):
             assert more or not sentence, value
 
 
-# Keys that must also fit other keys of their section, with a value that their own bounds take.
+# Keys that must also fit other keys of their section, with a value within their own bounds.
 TOGETHER = {
-    "mesh.fsdp": -1,  # one axis at most takes the rest, and `data` does
+    "mesh.fsdp": -1,  # at most one axis may take the rest, and by default `data` does
     "mesh.expert": -1,
     "mesh.tensor": -1,
     "model.num_heads": 3,

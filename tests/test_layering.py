@@ -1,8 +1,9 @@
-"""Reads the source: who imports whom, what is never called, how long things are.
+"""Checks the source: the order of imports, unsafe calls, lengths of files and functions.
 
-The table below is the order that ARCHITECTURE.md describes: a row is a folder, or a module of one
-that has an order inside.  A module belongs to the entry with the longest matching name.  It may
-import its own entry and entries of a lower rank; entries of one rank never import each other.
+The table RANKS is the order that ARCHITECTURE.md describes.  An entry is a folder, or a module of a
+folder that has an order inside.  A module belongs to the entry with the longest matching name.  It
+may import its own entry and entries of a lower rank; entries of equal rank must not import each
+other.
 """
 
 import ast
@@ -65,15 +66,15 @@ RANKS = {
     "moe_jax.__main__": 13,
     "moe_jax.train.__main__": 13,  # the older form of `python -m moe_jax train`
 }
-# Folders whose modules each have a line of their own: their __init__.py is empty.
+# Folders whose modules have one entry each; the __init__.py of these folders is empty.
 SPLIT = ("moe_jax.moe", "moe_jax.tools")
-# Pairs that their ranks would allow.
+# Pairs that must not import each other although their ranks allow it.
 FORBIDDEN = {
     (low, high)
     for low in ("moe_jax.data", "moe_jax.checkpoint")
     for high in ("moe_jax.nn", "moe_jax.moe", "moe_jax.model")
 }
-# A launcher builds command lines on machines that may hold no JAX at all.
+# A launcher runs on machines that may not have JAX.
 LAUNCH_MAY_IMPORT = (
     "moe_jax.errors",
     "moe_jax.files.links",
@@ -81,8 +82,8 @@ LAUNCH_MAY_IMPORT = (
     "moe_jax.registry",
 )
 
-# Each would run what a file or a config says, or parse a command that was put together from it.
-# np.load may unpickle, and makes room for whatever shape a file declares.
+# These could run code from a file or a config, or let a shell parse a command made from it.
+# np.load may unpickle, and allocates any shape that a file declares.
 NEVER_IMPORTED = {
     "pickle",
     "cPickle",
@@ -106,12 +107,12 @@ NEVER_TRUE = {"shell", "allow_pickle"}
 
 FILE_LINES = 400
 FUNCTION_LINES = 80
-# path or path:function -> why it may be longer.
+# path or path:function -> the reason for its length.
 LONGER: dict[str, str] = {}
 
 
 def sources(root: Path) -> dict[str, Path]:
-    """Module name -> file, for everything we wrote except the tests."""
+    """Module name -> file, for moe_jax, configs and launch."""
     found = {}
     for top in ("moe_jax", "configs", "launch"):
         for path in sorted((root / top).rglob("*.py")):
@@ -121,7 +122,7 @@ def sources(root: Path) -> dict[str, Path]:
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of every import, those inside functions included."""
+    """Yield (line, absolute module name) of every import, also inside functions."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -137,7 +138,7 @@ def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[i
 
 
 def layer(module: str) -> str | None:
-    """The entry of RANKS that `module` belongs to; None: it has to be given a place."""
+    """The entry of RANKS that `module` belongs to; None: it has no entry."""
     name = module
     while name and name not in RANKS:
         name = name.rpartition(".")[0]
@@ -145,7 +146,7 @@ def layer(module: str) -> str | None:
 
 
 def layering_faults(root: Path) -> list[str]:
-    """One line for each import that goes against the order."""
+    """One line per import that violates the order."""
     known, faults = sources(root), []
     for module, path in known.items():
         top, here = module.partition(".")[0], layer(module)
@@ -174,7 +175,7 @@ def layering_faults(root: Path) -> list[str]:
 
 
 def dotted(node: ast.expr) -> str:
-    """`os.system` of the expression os.system; empty for anything that is not a dotted name."""
+    """The text of a dotted name, such as "os.system"; "" for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and dotted(node.value):
@@ -183,7 +184,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def unsafe_faults(root: Path) -> list[str]:
-    """One line for each import or call that could run what a file or a flag says."""
+    """One line per import or call that could run code from a file or a flag."""
     faults = []
     known = sources(root) | {
         ".".join(path.relative_to(root).with_suffix("").parts): path
@@ -213,7 +214,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def length_faults(root: Path) -> list[str]:
-    """One line for each file of FILE_LINES or more, each function of FUNCTION_LINES or more."""
+    """One line per file with FILE_LINES or more, and per function with FUNCTION_LINES or more."""
     faults = []
     for path in [*sources(root).values(), *sorted((root / "tests").rglob("*.py"))]:
         name = str(path.relative_to(root))
@@ -272,7 +273,7 @@ def test_exactly_one_train_step():
     ],
 )
 def test_a_planted_import_is_found(tmp_path, file, text, fault):
-    """The control: each kind of wrong import, planted alone in a small tree, is reported."""
+    """Each kind of wrong import, planted alone in a small tree, is reported."""
     for name in (file, "moe_jax/train/losses.py", "moe_jax/model/config.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

@@ -1,4 +1,4 @@
-"""docs/library.md: every block runs as written, one after the other, in a folder of its own."""
+"""docs/library.md: its code blocks run as written, in order; its public names are documented."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "library.md").read_text()
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What the page's blocks have defined once all of them ran."""
+    """The names that the page's code blocks defined, after all of them ran."""
     folder, back = tmp_path_factory.mktemp("library"), Path.cwd()
     write_corpus(folder / "texts")
     unpack(folder / "old")
@@ -62,7 +62,7 @@ def test_the_routers_state_of_the_page_follows_the_load(names):
 
 
 def public() -> dict[str, Any]:
-    """Functions and classes of the namespaces, of their tables, or in signatures of these."""
+    """Functions and classes in the namespaces, in their tables, and in the signatures of these."""
     spaces = {"moe_jax": moe_jax, "moe_jax.data": moe_jax.data, "moe_jax.ops": moe_jax.ops}
     found = {
         f"{title}.{name}": inspect.unwrap(getattr(space, name))
@@ -81,7 +81,7 @@ def public() -> dict[str, Any]:
 
 
 PUBLIC = public()
-# Exported names that implement nothing published; every other one gives a reference.
+# Exported names that implement nothing published.  All others cite a reference.
 WITHOUT_REFERENCE = {
     "moe_jax": """Config DataConfig Dispatch LoadedModel MeshConfig MoEContext Optimizer Router
         RouterIn StepOptions TokenChoice TrainState UserError define forward init init_router_state
@@ -92,8 +92,8 @@ WITHOUT_REFERENCE = {
 }
 OWN = {f"{space}.{name}" for space, names in WITHOUT_REFERENCE.items() for name in names.split()}
 EXPORTED = [name for name in PUBLIC if name.count(".") < 3]
-# They call what can raise UserError, but `define` has refused such a model before, and a Dropless
-# of default knobs is never refused.
+# They call functions that can raise UserError, but `define` has already refused such a model, and a
+# Dropless with default knobs is never refused.
 NEVER_RAISE = {
     "moe_jax.init": "moe_jax.init",
     "moe_jax.LoadedModel": "moe_jax.LoadedModel.module",
@@ -102,7 +102,7 @@ NEVER_RAISE = {
 
 
 def contract(cls: type) -> type | None:
-    """The protocol that a class stands for, which says what its methods take and return."""
+    """The protocol that a class implements, which documents its methods."""
     if cls in moe_jax.ROUTERS.values() or issubclass(cls, moe_jax.LinearRouter):
         return moe_jax.Router
     return moe_jax.Dispatch if cls in moe_jax.DISPATCH.values() else None

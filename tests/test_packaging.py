@@ -1,4 +1,4 @@
-"""The wheel holds moe_jax only, and its console commands work away from the checkout."""
+"""The wheel contains only moe_jax, and its console commands work outside the checkout."""
 
 import configparser
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def console_commands() -> dict[str, EntryPoint]:
-    """Name -> entry point, as setup.cfg declares them."""
+    """Name -> entry point, from setup.cfg."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options.entry_points"]["console_scripts"].strip().splitlines()
@@ -25,7 +25,7 @@ def console_commands() -> dict[str, EntryPoint]:
 
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory) -> Path:
-    """What git holds, copied: builds leave files beside the sources, and stale ones misinform."""
+    """A copy of the tracked files, because builds leave stale files next to the sources."""
     copy = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("moe_jax", "configs", "launch", "tests"):
@@ -37,7 +37,7 @@ def source_copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source_copy: Path, tmp_path_factory) -> Path:
-    """A wheel of the copy, built with the setuptools of this environment: no network."""
+    """A wheel of the copy, built without network by this environment's setuptools."""
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
@@ -76,7 +76,7 @@ def test_console_command_is_callable(name: str):
 
 @pytest.mark.parametrize("name", console_commands())
 def test_console_command_answers_help(name: str, cli_env, tmp_path):
-    """As its script in bin/ does, whose name says which command it is: import, call, leave."""
+    """Does what the script in bin/ does: import, call, exit.  Its name selects the command."""
     entry = console_commands()[name]
     script = tmp_path / name
     script.write_text(
@@ -89,7 +89,7 @@ def test_console_command_answers_help(name: str, cli_env, tmp_path):
 
 
 def test_help_and_import_come_without_jax():
-    """In a process whose imports of JAX and Flax fail: seconds that nobody waits for."""
+    """JAX and Flax cannot be imported in the process: --help must not spend seconds on them."""
     program = (
         "import sys; sys.modules['jax'] = sys.modules['flax'] = None\n"
         "import moe_jax; moe_jax.UserError\n"
@@ -106,7 +106,7 @@ def test_help_and_import_come_without_jax():
 
 @pytest.mark.full
 def test_install_into_an_empty_environment(source_copy: Path, tmp_path: Path):
-    """`pip install .` brings everything that each command needs, with no checkout in sight."""
+    """`pip install .` installs everything that each command needs, without the checkout."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     bin_dir = tmp_path / "venv" / "bin"
     install = subprocess.run(

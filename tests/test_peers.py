@@ -1,4 +1,4 @@
-"""The comparison with peers: a config as the peer's model, and the table; without torch."""
+"""The comparison with peers: a config as the peer's model, and the table.  Needs no torch."""
 
 import pytest
 from small_run import ROOT
@@ -26,7 +26,7 @@ def test_few_large_experts():
     )
     assert (model["num_local_experts"], model["num_experts_per_tok"]) == (8, 2)
     assert (model["num_attention_heads"], model["num_key_value_heads"]) == (16, 4)
-    # By hand: attention, router and experts of 6 layers, embedding and head, two norms a layer.
+    # By hand: attention, router, experts and two norms in each of 6 layers, embedding and head.
     layer = 2 * 2048**2 + 2 * 2048 * 512 + 2048 * 8 + 8 * 3 * 2048 * 7168 + 2 * 2048
     assert shape["params"] == 6 * layer + 2 * 32000 * 2048 + 2048
 

@@ -1,4 +1,4 @@
-"""What the README tells a person to type exists: scripts, modules, configs, config keys."""
+"""The scripts, modules, configs and config keys in the README's commands exist."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[str]:
-    """The command lines of the README's bash blocks, continued lines joined, comments gone."""
+    """The command lines of the README's bash blocks, with continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if shlex.split(line, comments=True)]
@@ -63,7 +63,7 @@ def test_command_names_what_exists(line: str):
 
 
 def flatten(config: ConfigDict) -> set[str]:
-    """Dotted names of all leaves."""
+    """The dotted names of all leaves."""
     return {
         f"{key}.{inner}" if inner else key
         for key, value in config.items()
@@ -82,7 +82,7 @@ def test_every_config_is_in_the_table():
 
 
 PATH = re.compile(r"(?<![\w/.-])(?:tests|moe_jax|launch|configs|benchmarks|docs)/[\w./-]*\w")
-# What CONTRIBUTING.md asks a person to write.
+# Files that CONTRIBUTING.md tells the reader to write.
 TO_BE_WRITTEN = {"moe_jax/moe/routers/my_router.py", "moe_jax/moe/dispatch/my_path.py"}
 
 
@@ -90,7 +90,7 @@ TO_BE_WRITTEN = {"moe_jax/moe/routers/my_router.py", "moe_jax/moe/dispatch/my_pa
     "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name
 )
 def test_paths_that_a_page_names_exist(page: Path):
-    """A path of tests is written in full, so that it is found by this pattern."""
+    """A page writes paths of tests in full, or this pattern would miss them."""
     text = page.read_text()
     named = set(PATH.findall(text)) - TO_BE_WRITTEN
     assert sorted(path for path in named if not (ROOT / path).exists()) == []

@@ -1,4 +1,4 @@
-"""The README's own commands, run in its order on a small model and a small text."""
+"""The README's commands, run in its order on a small model and a small text."""
 
 import shlex
 
@@ -7,13 +7,13 @@ from small_run import ONE_LAYER, SMALL, write_corpus
 from test_readme import ROOT, commands
 
 LINES = [line for line in commands() if line.startswith("python -m moe_jax ")]
-# The groups are those that tiny itself has.
+# The routing groups are those of configs/tiny.py.
 SMALLER = ONE_LAYER | {"eval.samples": 0, "model.moe.group_rows": 1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands are typed: configs beside it, text of each kind in it."""
+    """The working directory of the commands, with configs and a text of each kind."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     write_corpus(folder / "path")
@@ -24,11 +24,17 @@ def folder(tmp_path_factory):
 
 
 def typed(line: str, folder, more_steps: int) -> list[str]:
-    """The arguments after `python -m`, shrunk: what the README sets itself stays."""
+    """The arguments after `python -m`, with overrides for a small run.
+
+    Keys that the README sets keep its values, except train.steps.
+    """
     words = [word.replace("/path/", f"{folder}/path/") for word in shlex.split(line)[2:]]
     if words[:2] in (["moe_jax", "checkpoint"], ["moe_jax", "goodput"]):
         return words
-    if words[:2] == ["moe_jax", "results"]:  # of a sweep that this test does not run
+    if words[:2] == [
+        "moe_jax",
+        "results",
+    ]:  # the README plots a sweep, which this test does not run
         return [word.replace("runs/dense", "runs/tiny") for word in words]
     text = {"data.source": "text", "data.files": f"{folder}/path/*.txt"}
     small = SMALL | SMALLER | text | {"train.steps": more_steps, "model.moe.num_experts": 8}
@@ -44,7 +50,7 @@ def typed(line: str, folder, more_steps: int) -> list[str]:
 
 @pytest.mark.lifecycle
 def test_commands_in_order(folder, run_cli):
-    """Later commands go on from what earlier ones left, as a reader would."""
+    """Later commands use the files of earlier ones, as for a reader."""
     assert len(LINES) >= 7
     first = "python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny"
     for number, line in enumerate([first, *LINES]):

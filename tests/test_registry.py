@@ -1,4 +1,4 @@
-"""Hints for names that do not exist."""
+"""Suggestions for config keys that do not exist."""
 
 import pytest
 

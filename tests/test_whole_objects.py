@@ -1,7 +1,7 @@
-"""Reads the source: an object is whole once its `__init__` has run.
+"""Checks the source: an object has all its attributes after `__init__`.
 
-An attribute that is first assigned later, or only on some way through `__init__`, is one that a
-reader and every other method must guess about.
+If an attribute is first assigned later, or only on some paths through `__init__`, readers and other
+methods cannot know whether it exists.
 """
 
 import ast
@@ -12,7 +12,7 @@ from test_layering import ROOT, sources
 
 
 def stored(node: ast.AST) -> set[str]:
-    """Names of the attributes of `self` that are assigned somewhere in `node`."""
+    """The names of attributes of `self` that are assigned somewhere in `node`."""
     return {
         part.attr
         for part in ast.walk(node)
@@ -24,7 +24,7 @@ def stored(node: ast.AST) -> set[str]:
 
 
 def always_stored(body: list[ast.stmt]) -> set[str]:
-    """Those that exist once `body` has run to its end, whatever its conditions were."""
+    """The names that are assigned on every path through `body`."""
     found: set[str] = set()
     for node in body:
         if isinstance(node, ast.Return):
@@ -41,7 +41,7 @@ def always_stored(body: list[ast.stmt]) -> set[str]:
 
 
 def born_late(root: Path) -> list[str]:
-    """One line for each attribute that an object may lack after its `__init__`."""
+    """One line per attribute that an object may lack after its `__init__`."""
     faults = []
     for module, path in sources(root).items():
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
@@ -56,7 +56,7 @@ def born_late(root: Path) -> list[str]:
 
 
 def declared(node: ast.stmt) -> set[str]:
-    """Names that a statement of a class's body declares: fields of a dataclass, defaults."""
+    """The names that a statement in a class body declares: dataclass fields, defaults."""
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
