@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
             "expert_mlp = 33, which mesh tensor (2) does not divide",
         ),
         (["--config=configs/tiny.py", "--config.model.moe.router=expert_choice"], "see the future"),
-        (["--config=configs/tiny.py", "--config.model.moe.priority=batch"], "use priority token"),
+        (["--config=configs/tiny.py", "--config.model.moe.priority=batch"], "Set priority token"),
         (["--config=configs/tiny.py:moe"], "takes the argument 'dense' or none"),
         (["--config=configs/missing.py"], "there is no file"),
         (["--config=broken.py"], "ZeroDivisionError: division by zero"),
