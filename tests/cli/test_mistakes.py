@@ -69,7 +69,7 @@ MISTAKES = [
     (f"data {TINY} --config.model.moe.options.gshard=3", "is not a JSON object"),
     (f"data {TINY} --config.data.mixture='{{\"a\": NaN}}'", "finite numbers"),
     (f"data {TINY} --config.data.mixture='{{\"a.b\": {{}}}}'", "without dots"),
-    (f"data {TINY} --config.data.mixture=\"{{'a': 1, 2: 3}}\"", "keys that are texts"),
+    (f"data {TINY} --config.data.mixture=\"{{'a': 1, 2: 3}}\"", "use strings as keys"),
     (f'data {TINY} --config.data.mixture=\'{{"a": {{"files": true}}}}\'', r"a\.files is True"),
     (f"data {TINY} --config.data.mixture='{'[' * 5000}'", "is not JSON"),
     # ---- flags of all commands
