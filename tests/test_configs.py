@@ -108,7 +108,7 @@ def test_one_expert_is_refused(router):
     config = default_config()
     config.model.moe.update({"router": router, "num_experts": 1, "top_k": 1})
     config.model.moe.options.sigmoid_bias.renormalize = False
-    sentence = rf"num_experts is 1, which leaves router {router} .*: set 2 or more"
+    sentence = rf"num_experts is 1: router {router} .* Set 2 or more"
     with pytest.raises(UserError, match=sentence):
         resolve(from_config_dict(config), 1, BYTES)
     config.model.dense = True

@@ -1,4 +1,4 @@
-"""Whether the processes of a run were started alike: same config, flags, packages and text."""
+"""Checks that all processes of a run have the same config, flags, packages and text."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from moe_jax.record.provenance import package_versions
 from moe_jax.run.context import Run
 from moe_jax.run.resume import data_record
 
-# Settings of JAX that change numbers or programs, by the environment as by a caller.
+# JAX settings that change numbers or programs, whether the environment or a caller sets them.
 _OF_JAX = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
@@ -25,27 +25,30 @@ _OF_JAX = (
 )
 _OF_COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OF_ONE_HOST = ("--xla_dump", "--xla_force_host_platform_device_count")
-NAMED = 3  # differences that a sentence names
-LONGEST = 80  # characters of a value in it
+NAMED = 3  # differences that a message names
+LONGEST = 80  # characters of a value in a message
 _PARTS = {
-    "content": "the fingerprint of the text without its files' names",
-    "tokenizer": "the SHA-256 of its tokenizer",
-    "streams": "the list of its streams",
-    "documents": "the number of its documents",
-    "tokens": "the number of its tokens",
+    "content": "the fingerprint of the text without its file names",
+    "tokenizer": "the SHA-256 of the tokenizer",
+    "streams": "the list of streams",
+    "documents": "the number of documents",
+    "tokens": "the number of tokens",
 }
 _TEXT = "the fingerprint of the text (data.files, data.mixture)"
 
 
 def check_start(config: Config | None, flags: Mapping[str, Any]) -> None:
-    """Every process calls this before any of them touches a device, with what it was started with.
+    """Check that all processes were started with the same config, flags and environment.
+
+    Every process must call this before any process touches a device.
 
     Args:
-      config: as written; None: the command has none.
-      flags: values of those that all processes must have alike, by name.
+      config: as written; None: the command has no config.
+      flags: values that must be equal on all processes, by flag name.
 
     Raises:
-      UserError: on every process, the same sentence: what differs, and on which of them.
+      UserError: the processes differ; every process raises the same message, which says what
+        differs and on which processes.
     """
     mine = {f"config.{key}": value for key, value in _flat(config).items()}
     mine |= {f"--{name}": value for name, value in flags.items()}
@@ -56,31 +59,34 @@ def check_start(config: Config | None, flags: Mapping[str, Any]) -> None:
 
 
 def check_run(run: Run, alive: Callable[[], None]) -> None:
-    """Every process calls this before the first collective, with what it has made of the config.
+    """Check that all processes have the same resolved config and the same text.
 
-    The text is not read once more: the store knows its fingerprint.
+    Every process must call this before the first collective.  The text is not read again: the
+    store holds its fingerprint.
 
     Args:
       run: what this process has prepared.
-      alive: called whenever a process that this one waits for has got on with its text.
+      alive: called whenever a process that this one waits for makes progress with its text.
 
     Raises:
-      UserError: on every process, the same sentence: what differs, and on which of them.
+      UserError: the processes differ; every process raises the same message, which says what
+        differs and on which processes.
     """
     mine = {_TEXT: run.store.fingerprint}
     mine |= {_PARTS[name]: value for name, value in data_record(run.store).items()}
     mine |= {f"config.{key}, resolved,": value for key, value in _flat(run.config).items()}
-    _check("run", mine, "let all processes see the same files, tokenizer and --workdir", alive)
+    _check("run", mine, "give all processes the same files, tokenizer and --workdir", alive)
 
 
 def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
-    """What is not the same in every mapping; empty where all of it is.
+    """Name the keys whose values differ between processes.
 
     Args:
-      everyone: one mapping a process, in their order.
+      everyone: one mapping per process, in process order.
 
     Returns:
-      `config.seed is 1 on process 0 and 2 on processes 1, 2` for each of the first few keys.
+      `config.seed is 1 on process 0 and 2 on processes 1, 2` for each of the first NAMED keys;
+      empty if all mappings are equal.
     """
     said, more = [], 0
     for key in dict.fromkeys(key for one in everyone for key in one):
@@ -99,7 +105,7 @@ def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _settings() -> dict[str, str]:
-    """What decides numbers and programs and is in no config."""
+    """Settings outside the config that change numbers or programs."""
     found = {name.upper(): repr(getattr(jax.config, name, None)) for name in _OF_JAX}
     for name in _OF_COMPILERS:
         flags = os.environ.get(name, "").split()

@@ -1,4 +1,4 @@
-"""What is different between the config of a run and the one that it goes on, or begins, with."""
+"""Compares the config of a run with the config it resumes, or whose weights it starts from."""
 
 import dataclasses
 import json
@@ -13,17 +13,17 @@ from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
 
 _CONSEQUENCES = {
-    "train.steps": "the schedule follows it",
-    "data.max_epochs": "same batches, another end",
+    "train.steps": "the learning-rate schedule changes with it",
+    "data.max_epochs": "same batches, the run may end at a different step",
 }
 
 
 class Change(NamedTuple):
-    """One key with another value."""
+    """One key whose value differs."""
 
     key: str  # dotted, without `config.`
-    old: Any  # None: it has no such key
-    new: Any
+    old: Any  # None: the old config does not have the key
+    new: Any  # None: the new config does not have the key
     decides: Decides
 
 
@@ -33,11 +33,11 @@ class _Entry(NamedTuple):
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """Every key whose value is another, in the order of the new config.
+    """The keys whose values differ, in the order of the new config.
 
-    A key that a config does not name has its default.  So have the knobs below
-    `model.moe.options`; those of a component that is not in use decide nothing, as all of
-    `model.moe` in a dense model.
+    A key that a config does not set has its default, and this includes the keys below
+    `model.moe.options`.  Keys of a router or dispatch path that is not in use decide nothing, and
+    neither does any key of `model.moe` if both models are dense.
 
     Args:
       old: resolved, as a run has written it.
@@ -55,24 +55,26 @@ def changes(old: Config, new: Config) -> list[Change]:
 
 
 def lines(changed: Sequence[Change], old: Config, new: Config) -> list[str]:
-    """One line for each change, the sizes of the mesh in one."""
+    """One log line per change; all mesh sizes share one line."""
     said = []
     for key, was, now, _ in changed:
         if not key.startswith("mesh."):
             more = f": {_CONSEQUENCES[key]}" if key in _CONSEQUENCES else ""
             said.append(f"{key} was {_text(was)}, is {_text(now)}{more}")
     if old.mesh != new.mesh:
-        said.append(f"mesh was {old.mesh}, is {new.mesh}: same batches, equal to rounding")
+        said.append(
+            f"mesh was {old.mesh}, is {new.mesh}: same batches, results equal up to rounding"
+        )
     return said
 
 
 def of_kind(changed: Sequence[Change], kinds: Collection[Decides]) -> list[Change]:
-    """The changes that decide one of `kinds`."""
+    """The changes whose key decides one of `kinds`."""
     return [change for change in changed if change.decides in kinds]
 
 
 def sentence(refused: Sequence[Change], where: str) -> str:
-    """`config.seed is 7 but the run in this workdir has 0, config.model.width is ...`"""
+    """The refused changes: `config.seed is 7 but the run in this workdir has 0, config...`."""
     first, *rest = refused
     was, now = _text(first.old), _text(first.new)
     said = [f"config.{first.key} is {now} but the run {where} has {was}"]
@@ -85,7 +87,7 @@ def _text(value: Any) -> str:
 
 
 def _entries(config: Any, path: str = "") -> Iterator[tuple[str, _Entry]]:
-    """Each key with its value, as JSON has it, and what it decides."""
+    """Yield each dotted key with its value in JSON form and what the key decides."""
     kinds = declared(type(config))
     for field in dataclasses.fields(config):
         key, value = f"{path}{field.name}", getattr(config, field.name)
@@ -105,7 +107,10 @@ def _entries(config: Any, path: str = "") -> Iterator[tuple[str, _Entry]]:
 
 
 def _options(moe: MoEConfig, path: str) -> Iterator[tuple[str, _Entry]]:
-    """The knobs of every router and dispatch path; a declaration counts for those in use."""
+    """Yield the options of every router and dispatch path.
+
+    A declared kind applies only to the router and the dispatch path in use.
+    """
     for name, fields in option_fields().items():
         given = moe.options.get(name, {})
         used = {moe.router: ROUTERS, moe.dispatch: DISPATCH}.get(name)

@@ -1,4 +1,4 @@
-"""What does not change during a run, and what its parts take from the config."""
+"""`Run`, the parts of a run that do not change, and the optimizer and step options it needs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +19,10 @@ Say = Callable[[str], None]
 
 
 def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
-    """The optimizer of a config, which leaves a frozen router's parameters alone.
+    """Make the optimizer of a config; it does not update the parameters of a frozen router.
 
     Raises:
-      UserError: one that cannot be applied to the model's parameters.
+      UserError: the optimizer cannot be applied to the model's parameters.
     """
     frozen = ("router",) if config.model.moe.freeze_router else ()
     optimizer = Optimizer(config.optimizer, config.train.steps, frozen=frozen)
@@ -31,7 +31,7 @@ def make_optimizer(config: Config, model: ModelDef) -> Optimizer:
 
 
 def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:
-    """What the train step takes from a resolved config."""
+    """The settings of a resolved config that the train step needs."""
     return StepOptions(
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
@@ -42,14 +42,14 @@ def make_step_options(config: Config, num_sources: int = 1) -> StepOptions:
 
 
 def microbatch_of(config: Config) -> tuple[int, int, int]:
-    """(accumulation, rows, T) of a global batch."""
+    """The shape (microbatches, rows per microbatch, T) of a global batch."""
     train = config.train
     return train.accumulation, train.batch_size // train.accumulation, config.data.sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What does not change during a run."""
+    """The parts of a run that do not change during it."""
 
     config: Config
     workdir: Folder
@@ -58,16 +58,16 @@ class Run:
     optimizer: Optimizer
     store: Store
     batches: Batches
-    supply: Supply | None  # of steps of the data, under data.max_epochs; None: for ever
+    supply: Supply | None  # batches available under data.max_epochs; None: no limit
     heldout: HeldOut
     checkpoints: Checkpoints
 
     @property
     def microbatch(self) -> tuple[int, int, int]:
-        """(accumulation, rows, T) of a global batch."""
+        """The shape (microbatches, rows per microbatch, T) of a global batch."""
         return microbatch_of(self.config)
 
     @property
     def step_options(self) -> StepOptions:
-        """What the train step takes from the config."""
+        """The settings of the config that the train step needs."""
         return make_step_options(self.config, len(self.store.sources))

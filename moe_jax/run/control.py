@@ -1,4 +1,4 @@
-"""When a run saves and when it ends, agreed by all processes."""
+"""Decides when a run saves and when it ends; all processes get the same decision."""
 
 import contextlib
 import enum
@@ -16,31 +16,32 @@ STOP_FILE = "STOP"
 
 
 class Stop(enum.Enum):
-    """Why a run ends."""
+    """The reason why a run ends."""
 
-    NO = 0
+    NO = 0  # the run continues
     END = 1  # the last step
     PREEMPTED = 2  # SIGTERM
     ASKED = 3  # the file WORKDIR/STOP
-    DIVERGED = 4  # more refused steps in a row than train.max_skipped
-    DIFFER = 5  # devices hold unequal copies of the state
+    DIVERGED = 4  # more skipped steps in a row than train.max_skipped
+    DIFFER = 5  # replicas of the state differ
 
 
 class Control:
-    """Decides after every step.
+    """Decides after every step whether to save and whether to stop.
 
-    Clocks and file systems differ between processes, so what depends on them is read by process 0
-    and told to the others every `log_every` steps; a single process looks after every step.
+    Clocks and file systems differ between processes.  Process 0 therefore reads the clock and
+    looks for the STOP file, and broadcasts the result every `log_every` steps.  A single process
+    looks after every step.
     """
 
     def __init__(self, config: Config, workdir: Folder, last: int):
         self._config, self._last = config, last
         self._stop_file = workdir / STOP_FILE
         self._saved_at = time.monotonic()
-        self.save_now = False  # after the last `after`
+        self.save_now = False  # set by `after`
 
     def after(self, done: int, preemption: Preemption) -> Stop:
-        """What to do after `done` steps; sets `save_now`."""
+        """Set `save_now` after `done` steps and return the reason to stop, if there is one."""
         save = self._config.checkpoint
         asked = due = False
         if jax.process_count() == 1:
@@ -59,12 +60,12 @@ class Control:
         if self.save_now or stop is not Stop.NO:
             self._saved_at = time.monotonic()
         if asked and jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # the step is not saved yet: nothing may fail here
-                self._stop_file.unlink(missing_ok=True)  # heard: the next run goes on
+            with contextlib.suppress(OSError):  # an error here would lose the step, not saved yet
+                self._stop_file.unlink(missing_ok=True)  # the next attempt must not stop at it
         return stop
 
     def _look(self) -> tuple[bool, bool]:
-        """(the STOP file is there, the minutes between checkpoints are over)."""
+        """Read (the STOP file exists, checkpoint.every_minutes have passed since the last save)."""
         minutes = self._config.checkpoint.every_minutes
         due = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
         asked = self._stop_file.exists() and not self._stop_file.is_dir()

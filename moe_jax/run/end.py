@@ -1,4 +1,4 @@
-"""Where a run ends: at train.steps, or where a source was read data.max_epochs times."""
+"""The step at which a run ends: train.steps, or earlier if data.max_epochs exhausts the text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,43 +10,46 @@ from moe_jax.run.context import Run
 
 
 class End(NamedTuple):
-    """The end of a run, as long as it does not go back once more."""
+    """The end of a run; valid until the next rewind."""
 
-    step: int  # the last one
+    step: int  # the last step
     of: int  # train.steps
-    epochs: int  # data.max_epochs where that ends the run before train.steps, else 0
-    text: str  # what is used up by then
-    line: str  # for the start-up log; empty where text is read for ever
+    epochs: int  # data.max_epochs if it ends the run before train.steps, else 0
+    text: str  # names the stream that data.max_epochs exhausts; empty if none is
+    line: str  # for the start-up log; empty without a limit from data.max_epochs
 
     def reached(self, step: int) -> str:
-        """That `step`, the run's last, is done, and what would take it further."""
+        """The line that says `step` was the last, and which key to raise to train longer."""
         if self.epochs:
-            return f"{self.used_up(step)} is done, raise data.max_epochs to go on"
-        return f"step {step} of {self.of} is done: raise train.steps to go on"
+            return f"{self.used_up(step)} is done, raise data.max_epochs to continue"
+        return f"step {step} of {self.of} is done: raise train.steps to continue"
 
     def used_up(self, step: int) -> str:
-        """Where `data.max_epochs` ended the run."""
+        """The line that says at which step `data.max_epochs` ended the run."""
         return f"the {self.text} is used up: step {step} of {self.of}"
 
 
 def end_of(run: Run, rewinds: Sequence[Rewind]) -> End:
-    """Batches that the run has left out by going back are used up as well."""
+    """Compute the end of a run; batches that a rewind skipped count as read."""
     steps, epochs = run.config.train.steps, run.config.data.max_epochs
     if run.supply is None:
         return End(steps, steps, 0, "", "")
     last, text = last_step(rewinds, run.supply.steps), run.supply.text(run.store.streams)
     line = f"data.max_epochs {epochs}: the {text} is used up after step {last}"
     if last >= steps:
-        return End(steps, steps, 0, "", f"{line}, the run ends at {steps}")
+        return End(steps, steps, 0, "", f"{line}; the run ends at train.steps {steps}")
     share = float(run.optimizer.schedule(last - 1)) / run.config.optimizer.learning_rate
-    line += f", the run ends there and not at train.steps {steps}, at {share:.0%} of the peak rate"
+    line += (
+        f"; the run ends there, before train.steps {steps}, with the learning rate at {share:.0%} "
+        f"of its peak"
+    )
     return End(last, steps, epochs, text, line)
 
 
 def is_finished(run: Run, end: End, step: int) -> bool:
-    """Whether the run has come to its end at `step`, its last evaluation included.
+    """True if the run has reached its end at `step` and its last evaluation is recorded.
 
-    All processes must call this: process 0 reads the metrics.
+    All processes must call this, because process 0 reads the metrics for all.
     """
     if step < end.step:
         return False

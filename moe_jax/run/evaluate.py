@@ -12,11 +12,11 @@ from moe_jax.train.state import TrainState, everywhere
 
 
 class Evaluator:
-    """Compiles once, then gives a row of held-out numbers for any parameters."""
+    """Computes held-out metrics of a train state; compiled once per run."""
 
     def __init__(self, run: Run):
-        # A microbatch is a whole number of routing groups on every mesh, so a group always holds
-        # the same rows of the sample.
+        # A microbatch is a whole number of routing groups on every mesh, so that each group holds
+        # the same held-out rows on all of them.
         _, rows, length = run.microbatch
         self._run = run
         self._shape = (1, rows, length)
@@ -24,7 +24,7 @@ class Evaluator:
         self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The same held-out rows every time, so curves are comparable."""
+        """Evaluate `state` on the same held-out rows as every other call; returns a metrics row."""
         total: Any = None
         where = batch_shardings(self._run.mesh)
         heldout = self._run.heldout
@@ -38,5 +38,5 @@ class Evaluator:
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
-    """Host sums over many batches: counts outgrow int32, and float32 sums lose digits."""
+    """Widen the dtype for sums over batches: int32 counts overflow, float32 sums lose digits."""
     return np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)

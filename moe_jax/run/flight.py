@@ -1,4 +1,4 @@
-"""The flight record: what a person needs to look at a step that was refused, and to repeat it."""
+"""The flight record: a JSON file with what is needed to examine and repeat a skipped step."""
 
 import collections
 import dataclasses
@@ -23,25 +23,26 @@ from moe_jax.run.context import Run
 from moe_jax.train.step import StepMetrics
 
 FLIGHT = "flight"
-MOST = 20  # records of a run
-STEPS = 50  # of routing statistics before the refused one
+MOST = 20  # records per run
+STEPS = 50  # whose metrics a record holds before those of the skipped step
 
 Row = dict[str, Any]
 
 
 def record_path(workdir: Folder, step: int) -> Folder:
-    """Where the newest record of a step is, if there is one."""
+    """The path of the newest record of a step, whether or not it exists."""
     return workdir / FLIGHT / str(step) / "record.json"
 
 
 class FlightRecorder:
-    """Keeps the metrics of the last steps in memory and writes them beside a step that went wrong.
+    """Keeps the metrics of the last steps in memory and writes a record of a skipped step.
 
-    WORKDIR/flight/<step>/record.json, by process 0.  A step that is refused again with other data,
-    after the run went back, sets the older record aside as record.1.json and so on.
+    Process 0 writes WORKDIR/flight/<step>/record.json.  If a step is skipped again with other
+    data, after a rewind, the older record is renamed to record.1.json, record.2.json and so on.
 
     Args:
-      row: what makes a row of a step's metrics (`step_log.step_row`); called only for a record.
+      row: makes a metrics row of a step's metrics (`step_log.step_row`); called only when a
+        record is written.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class FlightRecorder:
         )
 
     def saw(self, step: int, metrics: StepMetrics) -> None:
-        """The metrics of `step`, read from the devices."""
+        """Add the metrics of `step`, already on the host."""
         self._steps.append((step, metrics))
 
     def write(self, why: str, last: bool = False) -> None:
-        """A record of the step seen last, also where there are many if that is the `last` refused.
+        """Write a record of the newest step; the run continues if that fails.
 
-        Where it cannot be written the run goes on.
+        MOST limits the records of a run, except for the `last` skipped step before it ends.
         """
         if not lead():
             return
@@ -71,14 +72,17 @@ class FlightRecorder:
         folder = self._run.workdir / FLIGHT
         try:
             if len(list(folder.glob("*/record*.json"))) >= MOST and not last:
-                self._say(f"no flight record of step {step}: {folder} holds {MOST}, move some away")
+                self._say(
+                    f"flight record of step {step} not written: {folder} holds {MOST} records, "
+                    f"move some away"
+                )
                 return
             self._replace(record_path(self._run.workdir, step), self._record(step, why))
         except OSError as error:
             said = cannot_write(folder, error, "change its permissions")
-            self._say(f"no flight record of step {step}: {said}")
+            self._say(f"flight record of step {step} not written: {said}")
         except UserError as error:
-            self._say(f"no flight record of step {step}: {error}")
+            self._say(f"flight record of step {step} not written: {error}")
 
     def _replace(self, path: Folder, record: Row) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +101,8 @@ class FlightRecorder:
             "why": why,
             "row": history[-1],
             "data_step": data_step,
-            "rewinds": len(self._rewinds.history),  # lines of rewinds.jsonl that were in force
-            "settings": len(read_settings(run.workdir)),  # and of settings.jsonl
+            "rewinds": len(self._rewinds.history),  # records of rewinds.jsonl in force then
+            "settings": len(read_settings(run.workdir)),  # records of settings.jsonl in force then
             "batch": _batch(run, data_step),
             "rng": {
                 "seed": run.config.seed,
@@ -115,7 +119,7 @@ class FlightRecorder:
 
 
 def _batch(run: Run, data_step: int) -> Row:
-    """Window and sources of every row of the global batch."""
+    """The window and the sources of every row of the global batch."""
     row_ids = np.arange(run.batches.batch_size)
     batch, names = run.batches.rows(data_step, row_ids), run.store.sources
     pairs = zip(batch.sources_BT, batch.loss_mask_BT, strict=True)

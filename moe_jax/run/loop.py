@@ -1,4 +1,4 @@
-"""The run from its first step to its last."""
+"""The training loop: steps, evaluations, checkpoints, rewinds and the end of a run."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,14 +32,14 @@ SAMPLES = "samples.txt"
 
 
 class _Program(NamedTuple):
-    """What is compiled for the steps, once per process."""
+    """The compiled programs of a step, made once per process."""
 
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]  # donates the state
     replicas: ReplicaCheck
 
 
 class _Steps(NamedTuple):
-    """Consecutive steps, up to a reason to stop."""
+    """The result of consecutive steps, up to a reason to stop."""
 
     stop: Stop
     state: TrainState | None  # after the last step, saved; None after DIVERGED and DIFFER
@@ -47,17 +47,17 @@ class _Steps(NamedTuple):
 
 
 class Trainer:
-    """A run in progress: takes its steps and brings it to an end.
+    """Runs the steps of a run until it ends.
 
     Args:
-      run: what does not change during the run.
-      lowered: the train step, from `start_lowering`; it is compiled when the first batch is there.
-      reporter: gets rows and lines.
-      preemption: notices SIGTERM.
-      watch: is told what the main thread waits for.
-      rewinds: the times the run went back; those of this process are added.
-      alone: raises UserError where another run may be in the workdir; all processes call it
-        before a checkpoint is written or moved.
+      run: the parts of the run that do not change.
+      lowered: the train step, from `start_lowering`; it is compiled after the first batch arrives.
+      reporter: receives metrics rows and log lines.
+      preemption: detects SIGTERM.
+      watch: labels what the main thread is doing.
+      rewinds: the rewinds of the run so far; the trainer adds new ones.
+      alone: raises UserError if another process may be writing to the workdir; all processes call
+        it before a checkpoint is written or moved.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Trainer:
         diverged or replicas of the state differ.
 
         Args:
-          state: what the first step starts from; it is donated.
+          state: the train state before the first step; it is donated.
 
         Returns:
           The exit code of the process.
@@ -100,7 +100,7 @@ class Trainer:
             rewound = self._rewind(steps.log)
             if rewound is None:
                 return DIVERGED
-            if int(rewound.step) >= self._end().step:  # the rewind skipped all data that was left
+            if int(rewound.step) >= self._end().step:  # the rewind skipped all remaining data
                 steps = steps._replace(stop=Stop.END, state=rewound)
             else:
                 steps = self._take_steps(rewound)
@@ -115,14 +115,14 @@ class Trainer:
         return end_of(self._run, self._rewinds.history)
 
     def _nothing_left(self, state: TrainState, end: End) -> int:
-        """All steps are done: makes up for what a kill after the last one has cost."""
+        """Finish a run whose steps are all done but which was killed during its last work."""
         self._reporter.say(end.reached(int(state.step)))
         if not is_finished(self._run, end, int(state.step)):
             self._finish(state, end)
         return DONE
 
     def _take_steps(self, state: TrainState) -> _Steps:
-        """Take steps from `state`, which is before the end, until there is a reason to stop."""
+        """Run steps from `state`, which is before the end, until there is a reason to stop."""
         run, reporter, watch = self._run, self._reporter, self._watch
         every, start, total = run.config.eval.every, int(state.step), self._end().step
         rows = self._rewinds.rows(run.batches)
@@ -167,7 +167,7 @@ class Trainer:
                 if save_now:
                     with watch("checkpoint", "saving"):
                         self._alone()
-                        # First: a store that is slow to copy rows to must not cost a step.
+                        # Save first: a slow remote copy of the rows must not cost a step.
                         save(run, state, done, self._rewinds.beside())
                         reporter.flush()
                 log.restart_clock(evaluate_now or control.save_now)
@@ -183,18 +183,18 @@ class Trainer:
             took = time.perf_counter() - began
             what = "read the compiled train step" if kept else "compiled the train step"
             self._reporter.say(f"{what} in {took:.1f} s")
-            if not kept and not lead():  # whose reporter is silent
+            if not kept and not lead():  # the reporter is silent on these processes
                 print(
-                    f"process {jax.process_index()} {what} in {took:.1f} s: process 0 alone writes "
-                    f"to the compile cache, which others find where they see its folder",
+                    f"process {jax.process_index()} {what} in {took:.1f} s: only process 0 writes "
+                    f"the compile cache; put its folder on a shared file system",
                     flush=True,
                 )
         return self._program
 
     def _rewind(self, log: StepLog) -> TrainState | None:
-        """The state of an earlier checkpoint; None, and the user is told, if there is none."""
+        """Restore an earlier checkpoint; None, with advice in the log, if there is none."""
         run, reporter = self._run, self._reporter
-        with self._watch("checkpoint", "going back to a checkpoint"):
+        with self._watch("checkpoint", "rewinding to a checkpoint"):
             step = self._choose_rewind(log)
             if step is None:
                 return None
@@ -208,7 +208,7 @@ class Trainer:
         return state
 
     def _choose_rewind(self, log: StepLog) -> int | None:
-        """The step to go on from; None, and the advice is given, if there is none."""
+        """Choose the step to rewind to; None, with advice in the log, if there is none."""
         run, rewinds, say = self._run, self._rewinds, self._reporter.say
         allowed, used = run.config.train.max_rewinds, len(rewinds.history)
         self._alone()
@@ -218,17 +218,17 @@ class Trainer:
             if step is not None:
                 first, last = rewinds.history[-1].skipped
                 say(
-                    f"REWIND {used + 1} of {allowed}: {log.diverged}: going on from step {step} "
-                    f"without steps {first} to {last} of the data"
+                    f"REWIND {used + 1} of {allowed}: {log.diverged}; resumes from step {step}, "
+                    f"skips the batches of data steps {first} to {last}"
                 )
                 return step
         advice = way_on(run.checkpoints.steps(), log.changed)
-        spent = f" ({used} of {allowed} train.max_rewinds are used)" if used else ""
+        spent = f" (rewinds: {used} of train.max_rewinds {allowed} used)" if used else ""
         say(f"{log.diverged}: {advice}{spent}")
         return None
 
     def _stop(self, stop: Stop, state: TrainState) -> int:
-        """End with `state`, which is saved or being saved; returns the exit code."""
+        """End the run with `state`, which is saved or being saved; returns the exit code."""
         step = int(state.step)
         if stop is Stop.END:
             end = self._end()
@@ -245,7 +245,7 @@ class Trainer:
         return DONE
 
     def _finish(self, state: TrainState, end: End) -> None:
-        """The last evaluation and the samples; the last checkpoint is written meanwhile."""
+        """Run the last evaluation and write the samples, while the last checkpoint is written."""
         run, step = self._run, int(state.step)
         texts: list[str] = []
         with self._watch("evaluation", "evaluating"):
@@ -260,19 +260,19 @@ class Trainer:
         with self._watch("checkpoint"):
             if texts and lead():
                 save_samples(run.workdir / SAMPLES, texts, self._reporter.say)
-            # Last: its presence says that all of this was done.
+            # Log this row last: `is_finished` takes it as the sign that the rest is done.
             self._reporter.log({"step": step, **why, **row})
 
 
 def lower_step(run: Run) -> jax.stages.Lowered:
-    """The train step, traced and lowered; its state is donated."""
+    """Trace and lower the train step, which donates its state."""
     jitted = jit_train_step(run.model, run.optimizer, run.step_options, run.mesh)
     state = placed_state(run.model, run.optimizer, run.mesh)
     return jitted.lower(state, abstract_batch(run.microbatch, run.mesh))
 
 
 def start_lowering(run: Run) -> Future[jax.stages.Lowered]:
-    """`lower_step` in a thread: Python's part, while XLA compiles what makes the state."""
+    """Run `lower_step` in a thread, so that tracing overlaps with making the first state."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="lowering")
     lowered = thread.submit(lower_step, run)
     thread.shutdown(wait=False)
@@ -280,13 +280,17 @@ def start_lowering(run: Run) -> Future[jax.stages.Lowered]:
 
 
 def compile_step(run: Run) -> jax.stages.Compiled:
-    """The compiled train step."""
+    """Compile the train step."""
     return lower_step(run).compile()
 
 
 def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {}) -> None:
-    """Start writing a checkpoint; returns once the values are copied.
+    """Start writing a checkpoint; returns when its values are copied.
 
-    `beside`: as `Checkpoints.save` takes it.
+    Args:
+      run: the run that the state belongs to.
+      state: the train state after `step`.
+      step: names the checkpoint.
+      beside: extra files, as for `Checkpoints.save`.
     """
     run.checkpoints.save(step, to_disk(state, run.model.layout), beside)

@@ -1,4 +1,4 @@
-"""The run whose weights another one begins with: `--init_from`."""
+"""`--init_from`: opens and checks the run, or saved model, whose weights a new run starts from."""
 
 import dataclasses
 
@@ -13,13 +13,15 @@ from moe_jax.run.changes import Change, changes, lines, of_kind, sentence
 
 
 def open_origin(init_from: str) -> tuple[Config, Checkpoints]:
-    """The resolved config and the checkpoints of the run, or saved model, in a folder.
+    """Open a workdir or saved model: its resolved config and its checkpoints.
 
     Raises:
-      UserError: it holds no checkpoint, or its config.json is missing or damaged.
+      UserError: the folder holds no checkpoint, or its config.json is missing or damaged.
     """
     folder = epath.Path(init_from).expanduser()
-    empty = f"--init_from={init_from} holds no checkpoint: name another run's workdir."
+    empty = (
+        f"--init_from={init_from} holds no checkpoint: name the workdir of a run that saved one."
+    )
     if not (folder / "checkpoints").is_dir():
         raise UserError(empty)
     config, checkpoints = open_folder(folder, f"--init_from={init_from}")
@@ -30,24 +32,24 @@ def open_origin(init_from: str) -> tuple[Config, Checkpoints]:
 
 
 def check_origin(config: Config, init_from: str) -> list[str]:
-    """Compares a resolved config with that of the run whose weights it begins with.
+    """Compare a resolved config with that of the run whose weights it starts from.
 
-    A run may begin with another router than that run's: its parameters are then those of the
-    other one, where the shapes agree, and its state starts anew.
+    The new run may have a different router.  It then takes the router parameters of the old run if
+    the shapes agree, and its router state is reset.
 
     Returns:
-      A line for the log for each key that has another value.
+      A log line for each key that differs.
 
     Raises:
-      UserError: as `open_origin`, or the weights would compute another function.
+      UserError: as `open_origin`, or the weights would compute a different function.
     """
     origin, checkpoints = open_origin(init_from)
     checkpoints.close()
     refused = _other_function(origin, config)
     if refused:
         raise UserError(
-            f"--init_from={init_from}: {sentence(refused, 'there')}, which makes its weights "
-            f"compute something else: use that."
+            f"--init_from={init_from}: {sentence(refused, 'there')}, so that its weights would "
+            f"compute a different function. Set the values of that run."
         )
     return lines(changes(origin, config), origin, config)
 

@@ -1,4 +1,4 @@
-"""Ends a run whose copies of the state have come to differ."""
+"""Ends a run if replicas of its state differ between devices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ _LISTED = 8  # devices
 
 
 class ReplicaCheck:
-    """Every `train.replica_check_every` steps and before each save: do all copies agree?
+    """Compares the replicas every `train.replica_check_every` steps and before each save.
 
-    A checkpoint holds one copy of each part.  As none is written from copies that differ, the
-    newest is always one to go on from, and nothing that was saved has to be doubted.
+    A checkpoint holds one replica of each shard.  It is written only if the replicas agree, so the
+    newest checkpoint is always safe to resume from.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]):
-        """Compiles; where the config has 0 steps nothing is ever compared."""
+        """Compile the comparison; with `train.replica_check_every` 0 nothing is ever compared."""
         self._run, self._say = run, say
         self._every = run.config.train.replica_check_every
         self._replicas = None
@@ -27,9 +27,9 @@ class ReplicaCheck:
         self._step, self._found, self._agreed = 0, [], None
 
     def differ(self, step: int, state: TrainState, save_now: bool) -> bool:
-        """Whether the state after `step` has copies that differ; False where no check is due.
+        """True if a check is due after `step` and finds that replicas of the state differ.
 
-        Every process must call this, and all get the same.
+        Every process must call this, and all get the same result.
         """
         if self._replicas is None or not (save_now or step % self._every == 0):
             return False
@@ -39,26 +39,35 @@ class ReplicaCheck:
         return bool(self._found)
 
     def give_up(self) -> None:
-        """After a difference: ends the save under way and says what to do."""
+        """After a difference, wait for the save in progress and log what to do."""
         self._run.checkpoints.wait()
         saved = self._run.checkpoints.steps()
         self._say(
-            f"REPLICAS DIFFER: {describe(self._step, self._found, self._agreed)}.  Nothing is "
-            f"saved: run the same command again, which goes on from "
-            f"{f'step {saved[-1]}' if saved else 'the beginning'}.  Take a device out that is "
-            f"named again."
+            f"REPLICAS DIFFER: {describe(self._step, self._found, self._agreed)}.  The state was "
+            f"not saved.  Run the same command again to resume from "
+            f"{f'step {saved[-1]}' if saved else 'the beginning'}.  If the same device is named "
+            f"again, take it out of service."
         )
 
 
 def describe(step: int, found: Sequence[Difference], agreed: int | None) -> str:
-    """What differs after `step`, and since when it may: one sentence without its end."""
+    """Describe what differs after `step` and when it was last equal; without a full stop.
+
+    Args:
+      step: of the check that found the difference.
+      found: the differences; at least one.
+      agreed: the last step at which all replicas were equal; None: no earlier check.
+
+    Returns:
+      `at step 6 params/x differs on device 5 (process 0) from device 0 (process 0) (equal at ...)`.
+    """
     leaves = list(dict.fromkeys(each.leaf for each in found))
     more = f" and {len(leaves) - 1} more leaves" if len(leaves) > 1 else ""
     first = found[0]
     where = f"between {_devices(first.odd)}"
     if first.others:
         where = f"on {_devices(first.odd)} from {_devices(first.others)}"
-    before = "nothing was compared before" if agreed is None else f"equal at step {agreed}"
+    before = "no earlier check" if agreed is None else f"equal at step {agreed}"
     return f"at step {step} {leaves[0]}{more} differ{'' if more else 's'} {where} ({before})"
 
 

@@ -1,4 +1,7 @@
-"""From the config as written to the config as run: everything that depends on the machine."""
+"""Resolves a config: fills in what depends on the devices, and describes it in start-up lines.
+
+K assignments per token, E experts, S tokens per routing group.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -18,31 +21,31 @@ from moe_jax.train.optim import DECAY_OF, RATE_OF, OptimizerConfig
 
 
 class Resolved(NamedTuple):
-    """A config as it runs, and what is built from it once."""
+    """A resolved config and what is built from it once."""
 
     config: Config
-    components: Components | None  # of the MoE layers; None: dense
+    components: Components | None  # of the MoE layers; None: dense model
     notes: list[str]  # for the start-up log
 
 
 def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> Resolved:
-    """Fill in what the config leaves open.
+    """Fill in the values that the config leaves open.
 
     Args:
       config: as written.
-      num_devices: over all processes.
-      tokenizer_vocab: token ids of the data are below it.
+      num_devices: of all processes.
+      tokenizer_vocab: vocabulary size of the tokenizer; token ids are below it.
 
     Raises:
-      UserError: sizes that do not fit the devices, the batch or the vocabulary.
+      UserError: sizes do not fit the devices, the batch or the vocabulary.
     """
     mesh = config.mesh.resolve(num_devices)
     model, notes = config.model, []
     vocab = model.vocab_size or tokenizer_vocab
     if tokenizer_vocab > vocab:
         raise UserError(
-            f"The tokenizer has token ids up to {tokenizer_vocab - 1}, beyond model.vocab_size "
-            f"({vocab}): set model.vocab_size to {tokenizer_vocab} or more."
+            f"config.model.vocab_size is {vocab}: the tokenizer has {tokenizer_vocab} token ids. "
+            f"Set {tokenizer_vocab} or more."
         )
     rows = _rows_together(config, mesh)
     components = None if model.dense else _checked_components(model.moe)
@@ -54,18 +57,21 @@ def resolve(config: Config, num_devices: int, tokenizer_vocab: int) -> Resolved:
     if components is not None:
         lookahead = components.dispatch.lookahead(layer_sizes(config))
         if lookahead:
-            notes.append(f"{lookahead} is not causal: a later token can evict an earlier one's")
+            notes.append(
+                f"{lookahead} is not causal: assignments of later tokens can displace those of "
+                f"earlier tokens"
+            )
     return Resolved(config, components, notes)
 
 
 def _checked_components(moe: MoEConfig) -> Components:
-    """What the config names, where a next-token model may have it."""
+    """Make the router and dispatch path of the config, if a next-token model can use them."""
     components = make_components(moe)
     refuse_lookahead(components, moe)
-    if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard takes two
+    if moe.num_experts == 1:  # a softmax over one expert is always 1, and gshard needs two experts
         raise UserError(
-            f"model.moe.num_experts is 1, which leaves router {moe.router} nothing to choose: "
-            f"set 2 or more, or model.dense=True."
+            f"config.model.moe.num_experts is 1: router {moe.router} needs at least 2 to choose "
+            f"from. Set 2 or more, or set model.dense=True."
         )
     return components
 
@@ -73,29 +79,29 @@ def _checked_components(moe: MoEConfig) -> Components:
 def _resolved_moe(
     config: Config, mesh: MeshConfig, rows: int, components: Components, notes: list[str]
 ) -> MoEConfig:
-    """The router's own K, and the rows of a routing group."""
+    """Resolve K, which a router may fix, and the rows per routing group."""
     moe, choices = config.model.moe, components.router.choices
     if choices != moe.top_k:
-        notes.append(f"router {moe.router} makes {choices} choices a token: top_k is {choices}")
+        notes.append(f"top_k: set to {choices}, because router {moe.router} fixes it")
         moe = dataclasses.replace(moe, top_k=choices)
     if moe.num_experts % mesh.expert:
         raise UserError(
-            f"model.moe.num_experts ({moe.num_experts}) is not divisible by mesh.expert "
-            f"({mesh.expert}): change one of them."
+            f"config.model.moe.num_experts ({moe.num_experts}) is not divisible by mesh.expert "
+            f"({mesh.expert}). Set one to fit the other."
         )
     group_rows = moe.group_rows or _group_rows(config, rows, moe.top_k, notes)
     if rows % group_rows:
         raise UserError(
-            f"model.moe.group_rows ({group_rows}) does not divide the {rows} rows that one "
-            f"device holds in a microbatch, so the mesh or train.accumulation would split a "
-            f"routing group: let train.batch_size / (train.accumulation x mesh data x fsdp x "
-            f"expert) be a multiple of {group_rows} (a run that has begun keeps its groups)."
+            f"config.model.moe.group_rows ({group_rows}) does not divide the {rows} rows per "
+            f"device of a microbatch, and a routing group must not be split. Make "
+            f"train.batch_size / (train.accumulation x mesh data x fsdp x expert) a multiple of "
+            f"{group_rows} (a resumed run keeps its group_rows)."
         )
     return dataclasses.replace(moe, group_rows=group_rows)
 
 
 def layer_sizes(config: Config) -> LayerSizes:
-    """Sizes of one MoE layer of a resolved config on one device."""
+    """The sizes of one MoE layer of a resolved config on one device."""
     moe, length = config.model.moe, config.data.sequence_length
     return LayerSizes(
         tokens=_rows_together(config, config.mesh) * length,
@@ -107,53 +113,57 @@ def layer_sizes(config: Config) -> LayerSizes:
 
 
 def _rows_together(config: Config, mesh: MeshConfig) -> int:
-    """Rows of a microbatch that one device holds."""
+    """Compute the rows per device of a microbatch."""
     parts = config.train.accumulation * mesh.batch_shards
     if config.train.batch_size % parts:
         raise UserError(
-            f"train.batch_size ({config.train.batch_size}) is not divisible by train.accumulation "
-            f"x mesh data x fsdp x expert ({parts}): change one of them."
+            f"config.train.batch_size ({config.train.batch_size}) is not divisible by "
+            f"train.accumulation x mesh data x fsdp x expert ({parts}). Set a multiple of {parts}."
         )
     return config.train.batch_size // parts
 
 
 def _group_rows(config: Config, rows: int, choices: int, notes: list[str]) -> int:
-    """The fewest rows that give enough tokens per expert; see `groups.fewest_rows`."""
+    """Choose the fewest rows that give enough assignments per expert (`groups.fewest_rows`)."""
     length, experts = config.data.sequence_length, config.model.moe.num_experts
     found = fewest_rows(rows, length, choices, experts)
     mean = found * length * choices / experts
     if mean < TOKENS_PER_EXPERT:
         notes.append(
-            f"a routing group of {rows} rows gives {mean:.0f} tokens an expert on average, "
-            f"under {TOKENS_PER_EXPERT}: expect more drops, or raise the rows a device holds"
+            f"routing group of {rows} rows: {mean:.0f} assignments per expert at balanced load, "
+            f"below {TOKENS_PER_EXPERT}, so more are dropped; more rows per device would help"
         )
     return found
 
 
 def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError naming what the mesh cannot split."""
+    """Check that the mesh can split all parameters of the model.
+
+    Raises:
+      UserError: names the axis that the mesh cannot split.
+    """
     fault = mesh_fault(model, mesh)
     if fault is not None:
-        raise UserError(f"{fault}: change config.mesh or the model's size.")
+        raise UserError(f"{fault}. Change config.mesh or the model's size.")
 
 
 def _describe_global_balance(config: Config) -> list[str]:
-    """How many rows `balance_scope` global stands for: microbatches are balanced one by one."""
+    """The rows that `balance_scope` global covers: those of one microbatch."""
     moe, train = config.model.moe, config.train
     if moe.balance_scope != "global" or not moe.balance_weight:
         return []
     rows = train.batch_size // train.accumulation
-    line = f"balance loss: over {rows} rows at once (balance_scope global)"
+    line = f"balance loss: over {rows} rows (balance_scope global)"
     if train.accumulation == 1:
         return [line]
     return [
-        f"{line}, one microbatch of the {train.batch_size} rows of a step: "
-        f"train.accumulation {train.accumulation} changes it"
+        f"{line}, one of the {train.accumulation} microbatches of {train.batch_size} rows per "
+        f"step: train.accumulation changes the loss"
     ]
 
 
 def _describe_factors(optimizer: OptimizerConfig) -> list[str]:
-    """The groups of parameters with another learning rate or weight decay than by default."""
+    """The groups of parameters whose learning rate or weight decay is not the default."""
     said = []
     for what, peak, factors, default in (
         ("learning rate", optimizer.learning_rate, optimizer.rate_of, RATE_OF),
@@ -169,7 +179,7 @@ def _describe_factors(optimizer: OptimizerConfig) -> list[str]:
 
 
 def describe(config: Config, components: Components | None) -> list[str]:
-    """Start-up lines: what the optimizer does by group, routing groups, capacity in tokens."""
+    """The start-up lines about experts, routing groups, capacity and per-group optimizer values."""
     model, moe = config.model, config.model.moe
     factors = _describe_factors(config.optimizer)
     if components is None:
@@ -180,8 +190,8 @@ def describe(config: Config, components: Components | None) -> list[str]:
         for train in (True, False)
     )
     lines = [
-        f"{model.moe_layers} of {model.num_layers} layers hold {moe.num_experts} experts, "
-        f"top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
+        f"MoE: {model.moe_layers} of {model.num_layers} layers, {moe.num_experts} experts per "
+        f"layer, top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
         f"routing group: {moe.group_rows} rows = {tokens} tokens",
         *_describe_global_balance(config),
         *factors,
@@ -191,6 +201,6 @@ def describe(config: Config, components: Components | None) -> list[str]:
     mean = tokens * moe.top_k / moe.num_experts
     return [
         *lines,
-        f"capacity: {train} tokens an expert and group in training, {evaluate} in evaluation "
-        f"({mean:g} at an even load), priority {moe.priority}",
+        f"capacity: {train} slots per expert per routing group in training, {evaluate} in "
+        f"evaluation (balanced load: {mean:g}), priority {moe.priority}",
     ]

@@ -1,4 +1,4 @@
-"""The state that a run begins or goes on with: a checkpoint's, another run's weights, or new."""
+"""Makes the first train state: from a checkpoint, from the weights of another run, or new."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ from moe_jax.train.state import (
 
 
 def first_state(run: Run, init_from: str, say: Say) -> TrainState:
-    """The newest good checkpoint of the workdir, else other weights, else a fresh state."""
+    """Restore the newest good checkpoint of the workdir, or make a fresh state."""
     found = run.checkpoints.restore_latest(lambda step: _target(run, step), say)
     if found is not None:
         step, tree = found
@@ -46,11 +46,11 @@ def first_state(run: Run, init_from: str, say: Say) -> TrainState:
 
 
 def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
-    """What a run begins with: other weights, else new ones."""
+    """Make the state of step 0, with the weights of `init_from` or, if it is empty, new ones."""
     weights: dict[str, Any] = {}
     if init_from:
         say(f"starting from the weights in {init_from}")
-        weights = _weights_of(run, init_from, say)  # refused before anything is compiled
+        weights = _weights_of(run, init_from, say)  # before compiling, which an error would waste
     key = jax.random.key(run.config.seed, impl="threefry2x32")
     state = init_train_state(run.model, run.optimizer, run.mesh, key)
     if weights:
@@ -60,7 +60,7 @@ def fresh_state(run: Run, init_from: str, say: Say) -> TrainState:
 
 
 def _disk_target(run: Run) -> dict[str, Any]:
-    """Abstract tree of a checkpoint, with shardings: that of the model's unrolled twin."""
+    """The abstract tree of a checkpoint, with shardings: its layers are never stacked."""
     model = dataclasses.replace(run.config.model, scan_layers=False)
     flat = define(model, run.model.dtype, run.model.components)
     target = placed_state(flat, run.optimizer, run.mesh)
@@ -68,19 +68,19 @@ def _disk_target(run: Run) -> dict[str, Any]:
 
 
 def restored_state(run: Run, step: int, say: Say) -> TrainState:
-    """The checkpoint of `step`, which verifies, on the run's mesh."""
+    """Restore the checkpoint of `step`, already verified, onto the run's mesh."""
     return _placed(run, step, run.checkpoints.restore(step, _target(run, step)), say)
 
 
 def moved_state(state: TrainState, old: Run, new: Run, say: Say) -> TrainState:
-    """The state of `old` as `new` has it: on its mesh, its layers stacked as that model's are."""
+    """Move the state of `old` to the mesh and the layer stacking of `new`."""
     where = jax.tree.map(lambda leaf: leaf.sharding, _disk_target(new))
     tree = jax.device_put(to_disk(state, old.model.layout), where)
     return _placed(new, int(state.step), tree, say)
 
 
 def _target(run: Run, step: int) -> dict[str, Any]:
-    """`_disk_target`, without the step guard where the checkpoint of `step` is older than that."""
+    """`_disk_target`, without the step guard if the checkpoint of `step` has none (old version)."""
     target = _disk_target(run)
     if not any(name.startswith("guard/") for name in run.checkpoints.describe(step)):
         del target["guard"]
@@ -88,9 +88,9 @@ def _target(run: Run, step: int) -> dict[str, Any]:
 
 
 def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
-    """The state of a checkpoint's tree, its layers stacked as the model has them."""
+    """Make the train state from a checkpoint's tree; stacks the layers as the model does."""
     if "guard" not in tree:
-        say("the checkpoint is older than the step guard: its running means start anew")
+        say("step guard: running means reset, because the checkpoint has none")
         fresh = jax.jit(
             lambda: first_guard(param_dtype(run.model.dtype), step),
             out_shardings=everywhere(run.mesh),
@@ -103,7 +103,7 @@ def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
 
 
 def _placing(run: Run) -> jax.stages.Wrapped:
-    """The program that stacks the layers of a checkpoint's tree."""
+    """Make the program that stacks the layers of a checkpoint's tree."""
 
     def place(tree: dict[str, Any], fall: jax.Array) -> TrainState:
         return from_disk(tree, run.model, fall)
@@ -112,7 +112,7 @@ def _placing(run: Run) -> jax.stages.Wrapped:
 
 
 def _compile_for_resume(run: Run) -> None:
-    """Puts into the compile cache, in a thread, what the next start runs and this one does not."""
+    """Compile, in a thread, what only a resumed start needs, to have it in the compile cache."""
 
     def compile_it() -> None:
         tree = _disk_target(run)
@@ -127,9 +127,9 @@ def _compile_for_resume(run: Run) -> None:
 
 
 def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
-    """`params` of another run's newest good checkpoint, and `router` state.
+    """Read `params` and `router` state of the newest good checkpoint of another run.
 
-    Without `router` where that run's router keeps other state: this one's then starts anew.
+    Without `router` if that run's router keeps different state: the state is then reset.
     """
     check_origin(run.config, workdir)
     _, other = open_origin(workdir)
@@ -138,7 +138,8 @@ def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
         there = other.steps()
         why = f" that can be used (step {there[-1]}: {other.examine(there[-1])})" if there else ""
         raise UserError(
-            f"--init_from={workdir} holds no checkpoint{why}: name another run's workdir."
+            f"--init_from={workdir} holds no checkpoint{why}: name the workdir of a run that saved "
+            f"one."
         )
     found: dict[str, Any] = {"params": read_params(other, step, run.model, run.mesh)}
     here = sorted(jax.eval_shape(lambda: initial_router_state(run.model)))
@@ -147,6 +148,8 @@ def _weights_of(run: Run, workdir: str, say: Say) -> dict[str, Any]:
         found["router"] = read_router_state(other, step, run.model, run.mesh)
     else:
         mine, its = (", ".join(names) or "none" for names in (here, there))
-        say(f"router state starts anew: this run's router keeps {mine}, that run's kept {its}")
+        say(
+            f"router state reset: this run's router keeps {mine}, the router of that run kept {its}"
+        )
     other.close()
     return found

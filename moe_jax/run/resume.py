@@ -1,4 +1,4 @@
-"""Whether a run goes on as it began: its config and its text against those of the workdir."""
+"""Checks before a resume that config, tokenizer and text fit the run in the workdir."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,11 @@ from moe_jax.run.changes import changes, lines, of_kind, sentence
 
 
 def saved_config(workdir: Folder) -> Config | None:
-    """The resolved config of the run that is in `workdir`, if it has a checkpoint to go on from."""
+    """The resolved config of the run in `workdir`; None if there is no checkpoint to resume from.
+
+    Raises:
+      UserError: config.json is missing or damaged, or `checkpoints` is not a folder.
+    """
     path, checkpoints = workdir / CONFIG_RECORD, workdir / "checkpoints"
     if not checkpoints.exists():
         return None
@@ -32,7 +36,7 @@ def saved_config(workdir: Folder) -> Config | None:
 
 
 def keep_groups(config: Config, saved: Config) -> Config:
-    """Routing groups were resolved once, with the first mesh; they stay as they were."""
+    """Keep the group_rows that the saved run resolved on its first mesh, if `config` sets none."""
     if config.model.moe.group_rows:
         return config
     moe = dataclasses.replace(config.model.moe, group_rows=saved.model.moe.group_rows)
@@ -40,30 +44,30 @@ def keep_groups(config: Config, saved: Config) -> Config:
 
 
 def check_resume(config: Config, saved: Config) -> list[str]:
-    """Compares a resolved config with that of the run that it goes on with.
+    """Compare a resolved config with that of the run that it resumes.
 
-    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with an update rate of 0: knobs of the
-    router, and whatever else decides neither the weights nor the data, may change.
+    Keys that decide neither the weights nor the data may change, such as those of the router:
+    DeepSeek-V3 (arXiv 2412.19437) trains its last tokens with a bias update rate of 0.
 
     Returns:
-      A line for the log for each key that has another value.
+      A log line for each key that differs.
 
     Raises:
-      UserError: the weights would compute another function, or a step would see other tokens.
+      UserError: the weights would compute a different function, or a step would see other tokens.
     """
     changed = changes(saved, config)
     refused = of_kind(changed, (Decides.WEIGHTS, Decides.DATA))
     if refused:
         keeps = not of_kind(changed, (Decides.WEIGHTS,))
         raise UserError(
-            f"{sentence(refused, 'in this workdir')}: use that, or another --workdir"
+            f"{sentence(refused, 'in this workdir')}. Set the old value, or use a new --workdir"
             f"{' (with --init_from to keep the weights)' if keeps else ''}."
         )
     return lines(changed, saved, config)
 
 
 def data_record(store: Store) -> dict[str, Any]:
-    """What data.json says of a store beside its fingerprint."""
+    """The fields of data.json that describe a store, apart from its fingerprint."""
     return {
         "content": store.content,
         "tokenizer": store.tokenizer,
@@ -74,27 +78,35 @@ def data_record(store: Store) -> dict[str, Any]:
 
 
 def check_tokenizer(identity: str, workdir: Folder) -> None:
-    """Raises UserError where a resumed run has another tokenizer, before any text is read."""
+    """Check, before any text is read, that a resumed run has the tokenizer that it began with.
+
+    Raises:
+      UserError: the tokenizer differs.
+    """
     if _data(workdir).get("tokenizer", identity) != identity:
-        raise _changed_text(workdir, "data.tokenizer names another tokenizer")
+        raise _changed_text(workdir, "data.tokenizer differs")
 
 
 def check_same_text(store: Store, workdir: Folder) -> None:
-    """Raises UserError where the content behind a resumed run's data is another."""
+    """Check that a resumed run has the text that it began with.
+
+    Raises:
+      UserError: the text differs.
+    """
     recorded, now = _data(workdir), data_record(store)
     if not recorded or store.same_text(recorded["fingerprint"]):
         return
-    if store.content and recorded.get("content") == store.content:  # files with other names
+    if store.content and recorded.get("content") == store.content:  # only file names changed
         return
-    named = [key for key in now if key != "content"]  # a hash tells nobody anything
+    named = [key for key in now if key != "content"]  # a hash would not help the user
     others = (key for key in named if key in recorded and recorded[key] != now[key])
     key = next(others, None)
-    what = f"it has {now[key]!r} {key} and had {recorded[key]!r}" if key else "another fingerprint"
+    what = f"{key} was {recorded[key]!r}, is {now[key]!r}" if key else "the fingerprint differs"
     raise _changed_text(workdir, what)
 
 
 def _data(workdir: Folder) -> Mapping[str, Any]:
-    """WORKDIR/data.json; empty where nothing was saved yet and there is none."""
+    """Read WORKDIR/data.json; empty if the file is missing and nothing was saved yet."""
     path = workdir / DATA_RECORD
     try:
         found = seals.unsealed(json_files.read(path))
@@ -116,14 +128,14 @@ def _has_steps(workdir: Folder) -> bool:
 def _unusable(path: Folder, error: Exception) -> UserError:
     why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
     return UserError(
-        f"{path}, which says what the checkpoints beside it are, cannot be used ({why}): bring "
-        f"it back, or use another --workdir (with --init_from to keep the weights)."
+        f"{path}, which describes the checkpoints, cannot be used ({why}): restore the file, or "
+        f"use a new --workdir (with --init_from to keep the weights)."
     )
 
 
 def _changed_text(workdir: Folder, what: str) -> UserError:
     return UserError(
-        f"The text of the run in {workdir}, or its tokenizer, has changed since it began "
+        f"The text or the tokenizer of the run in {workdir} has changed since it began "
         f"({DATA_RECORD} there: {what}): "
-        f"bring the files back, or use another --workdir (with --init_from to keep the weights)."
+        f"restore the files, or use a new --workdir (with --init_from to keep the weights)."
     )

@@ -1,4 +1,7 @@
-"""Texts that a run generates at its end, for a person to look at.  B texts, T positions."""
+"""Generates sample texts at the end of a run, for the user to read.
+
+B texts, T positions.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,12 +23,15 @@ from moe_jax.train.state import TrainState
 
 
 def check_samples(config: Config) -> list[str]:
-    """A line for the start-up log where samples will be shorter than asked for.
+    """Check that the prompt fits, and make a start-up line if samples will be cut short.
 
-    No position beyond `data.sequence_length` was ever trained: prompt and text fit one row.
+    Positions beyond `data.sequence_length` are never trained, so prompt and sample share one row.
+
+    Returns:
+      The start-up line, if there is one.
 
     Raises:
-      UserError: the prompt leaves no room for a token, or the tokenizer cannot be read.
+      UserError: the prompt fills the row, or the tokenizer cannot be read.
     """
     if not config.eval.samples:
         return []
@@ -33,19 +39,26 @@ def check_samples(config: Config) -> list[str]:
     prompt = len(_prompt(config, config_tokenizer(config.data)))
     if prompt >= length:
         raise UserError(
-            f"config.eval.sample_prompt has {prompt} tokens, which leaves no room for text in a "
-            f"row of data.sequence_length ({length}): shorten it, or set eval.samples=0."
+            f"config.eval.sample_prompt has {prompt} tokens and fills a row of "
+            f"data.sequence_length ({length}): shorten it, or set eval.samples=0."
         )
     if prompt + asked <= length:
         return []
     return [
-        f"eval.sample_tokens {asked}: samples end after {length - prompt}, where they and their "
-        f"prompt of {prompt} fill the {length} positions that are trained (data.sequence_length)"
+        f"eval.sample_tokens {asked}: samples end after {length - prompt} tokens, because prompt "
+        f"({prompt} tokens) and sample share data.sequence_length {length}"
     ]
 
 
 def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str], None]) -> None:
-    """Generate texts from the configured prompt and pass each on, decoded."""
+    """Generate texts from `eval.sample_prompt` and pass each, decoded, to `write`.
+
+    Args:
+      run: the run that the state belongs to.
+      state: holds the parameters that generate.
+      step: named in the heading of each text.
+      write: called once per text.
+    """
     config = run.config.eval
     if not config.samples:
         return
@@ -73,7 +86,13 @@ def write_samples(run: Run, state: TrainState, step: int, write: Callable[[str],
 
 
 def save_samples(path: Folder, texts: Sequence[str], say: Callable[[str], None]) -> None:
-    """Replace the file of samples; if that fails, a line says so and the run goes on."""
+    """Replace the samples file; if that fails, log why and continue.
+
+    Args:
+      path: of the file.
+      texts: the samples.
+      say: receives the log line.
+    """
     try:
         json_files.replace_text(path, "\n".join(texts) + "\n")
     except OSError as error:
@@ -81,9 +100,9 @@ def save_samples(path: Folder, texts: Sequence[str], say: Callable[[str], None])
 
 
 def _prompt(config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids that every sample begins with, as documents do: a bos, where they have one.
+    """Token ids that every sample begins with: bos, if documents have one, then the prompt.
 
-    The end of a document where there is neither bos nor prompt.
+    An end-of-document token if there is neither.
     """
     ids = [*bos_ids(config.data, tokenizer), *tokenizer.encode(config.eval.sample_prompt)]
     return np.array(ids or [tokenizer.eos_id], np.int32)

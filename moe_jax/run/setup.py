@@ -1,4 +1,4 @@
-"""Everything a run stands on before its first step: config, mesh, model, data."""
+"""Prepares a run before its first step: resolves the config, makes mesh, model and data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,22 +43,22 @@ def prepare(
     text: Callable[..., Store] = build_store,
     init_from: str = "",
 ) -> Run:
-    """Resolve the config, build or open the store, define the model, check that all of it fits.
+    """Resolve the config, build or open the store, define the model and check that all fit.
 
     Args:
       config: as written.
-      workdir: folder of the run; nothing is written to it here.
-      say: called with lines for the start-up log.
-      devices: to run on; None: every device of every process.
-      alive: called whenever some of the text was read or stored, which may take hours.
-      text: what gets the store, called as `build` is.
-      init_from: folder of the run whose weights a new one begins with; empty: none.
+      workdir: directory of the run; nothing is written to it here.
+      say: called with the lines of the start-up log.
+      devices: to run on; None: all devices of all processes.
+      alive: called when building the store, which may take hours, makes progress.
+      text: builds or opens the store; called like `build_store`.
+      init_from: workdir of the run whose weights a new run starts from; empty: none.
 
     Raises:
-      UserError: anything the user has to change, before anything is compiled.
+      UserError: the user has to change something; raised before anything is compiled.
     """
     devices = jax.devices() if devices is None else devices
-    # What needs no text comes first: tokenising may take hours.
+    # Checks that need no text come first, because tokenising may take hours.
     config, components, notes = settle(config, workdir, len(devices), init_from)
     check_attention(
         config.model.attention,
@@ -87,9 +87,9 @@ def prepare(
     supply = batches.supply(config.data.max_epochs)
     if supply is not None and not supply.steps:
         raise UserError(
-            f"The {supply.text(store.streams)}, read {config.data.max_epochs} times "
-            f"(data.max_epochs), makes no batch of {config.train.batch_size}: add text, raise that "
-            f"or lower train.batch_size."
+            f"config.data.max_epochs is {config.data.max_epochs}: the {supply.text(store.streams)} "
+            f"is too short for one batch of {config.train.batch_size} rows. Add text, raise "
+            f"data.max_epochs or lower train.batch_size."
         )
     heldout = HeldOut(
         store,
@@ -106,10 +106,10 @@ def prepare(
 
 
 def set_numerics(config: Config) -> None:
-    """JAX's own settings for a config: after `distributed.start`, before anything is compiled.
+    """Apply the JAX settings of a config, after `distributed.start` and before any compilation.
 
     Raises:
-      UserError: a platform that is not there, or float64 on devices that do not have it.
+      UserError: a platform is missing, or float64 is set on devices that do not support it.
     """
     if config.train.deterministic:
         use_deterministic_kernels()
@@ -118,26 +118,25 @@ def set_numerics(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
         if jax.default_backend() != "cpu":
             raise UserError(
-                "precision float64 is the oracle and runs on the CPU: set "
-                "JAX_PLATFORMS=cpu or another precision."
+                "config.precision is float64: it is for reference results and runs only on the "
+                "CPU. Set JAX_PLATFORMS=cpu, or set precision float32 or bfloat16."
             )
 
 
 def settle(
     config: Config, workdir: Folder, num_devices: int, init_from: str = ""
 ) -> resolve.Resolved:
-    """The config as it will run, with notes for the log, from all but the text.
+    """Resolve the config, without reading the text, and collect notes for the start-up log.
 
     Args:
       config: as written.
-      workdir: folder of the run.
-      num_devices: over all processes.
-      init_from: folder of the run whose weights a new one begins with; a run that goes on does
-        not look at it.
+      workdir: directory of the run.
+      num_devices: of all processes.
+      init_from: workdir of the run whose weights a new run starts from; ignored on resume.
 
     Raises:
-      UserError: sizes that do not fit, another run than the one that is in `workdir`, or weights
-        that are another model's.
+      UserError: sizes do not fit, the config is not that of the run in `workdir`, or the weights
+        of `init_from` belong to a different model.
     """
     saved = saved_config(workdir)
     if saved is not None:
@@ -145,7 +144,7 @@ def settle(
     tokenizer = config_tokenizer(config.data)
     found = resolve.resolve(config, num_devices, tokenizer.vocab_size)
     if saved is not None:
-        check_tokenizer(tokenizer.identity, workdir)  # which decides sizes: first
+        check_tokenizer(tokenizer.identity, workdir)  # first: it decides sizes compared below
         notes = check_resume(found.config, saved)
     else:
         notes = check_origin(found.config, init_from) if init_from else []

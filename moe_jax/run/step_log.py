@@ -1,4 +1,4 @@
-"""Reads each step's metrics one step late, so that the device always has the next step to run."""
+"""Logs each step's metrics one step late, so that the device always has the next step queued."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,23 +17,23 @@ from moe_jax.train.step import StepMetrics
 
 
 class StepLog:
-    """Waits for steps, times them, logs them and counts those that the guard refused.
+    """Waits for steps, times and logs them, and counts those that the step guard skipped.
 
-    A step is started before the one in front of it is waited for: the host's work of starting one
-    would otherwise leave the device idle (on an H200 7.8 ms of a step, 4.1 this way).
+    Step n + 1 is launched before the host waits for step n.  Otherwise the device would be idle
+    while the host launches a step (on an H200: 7.8 ms per step idle, 4.1 ms this way).
 
     Args:
-      start: the step that the run goes on from.
-      changed: the last step that changed the parameters, as the state has it: `start`, or an
-        earlier one where the run was stopped among refused steps.
+      start: the step that the run resumes from.
+      changed: the last step that changed the parameters, as recorded in the state: `start`, or an
+        earlier step if the run was stopped among skipped steps.
       end: the last step of the run.
-      data_step: the step of the data that the step after so many others takes; the two differ
+      data_step: maps the number of steps done to the data step of the next step; the two differ
         after a rewind.
 
     Attributes:
-      diverged: why the run cannot go on, once too many steps in a row were refused; else "".
+      diverged: why the run must stop, after too many skipped steps in a row; else "".
       changed: the last step that changed the parameters.
-      last: the last step that was logged; after `diverged`, the last of those refused.
+      last: the last step that was logged; after `diverged`, the last skipped step.
     """
 
     def __init__(
@@ -52,19 +52,25 @@ class StepLog:
         self._running: tuple[int, StepMetrics, float] | None = None
 
     def started(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
-        """`step` was started and its successor's batch waited for; the step before is finished."""
+        """Call after launching `step` and fetching the next batch; logs the previous step.
+
+        Args:
+          step: 1-based.
+          metrics: of `step`, still on the devices.
+          data_wait: seconds that the host waited for the next batch.
+        """
         before, self._running = self._running, (step, metrics, data_wait)
         if before is not None:
             self._finish(*before)
 
     def flush(self) -> None:
-        """Wait for the step that was started last, and log it."""
+        """Wait for the step that was launched last, and log it."""
         if self._running is not None:
             last, self._running = self._running, None
             self._finish(*last)
 
     def restart_clock(self, now: bool) -> None:
-        """Leave what happened since the last step out of the count, if anything did."""
+        """Exclude the time since the last step from the step times, if `now`."""
         if now:
             self._clock.restart()
 
@@ -73,19 +79,19 @@ class StepLog:
         return every > 0 and (step % every == 0 or step == self._end)
 
     def _epochs(self, step: int) -> dict[str, float]:
-        """How often each stream was read, what a rewind has left out included."""
+        """Epochs read per stream; batches that a rewind skipped count as read."""
         read = self._run.batches.epochs(self._data_step(step - 1) + 1)
         return dict(zip(self._run.store.streams, read, strict=True))
 
     def overflowed(self) -> None:
-        """What was to be saved after the step logged last is not finite."""
+        """Record a divergence: the state after the newest step is not finite, so not saved."""
         why = "the parameters or the optimizer's moments are not finite"
         self._flight.write(why, last=True)
-        self.diverged = f"step {self.last} diverged ({why}) and is not saved"
+        self.diverged = f"step {self.last} diverged ({why}) and was not saved"
 
     def _finish(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
-        metrics = jax.device_get(metrics)  # all of it small, and once
-        if self.diverged:  # one more step was under way
+        metrics = jax.device_get(metrics)  # one transfer: all metrics are small
+        if self.diverged:  # this step was launched before the divergence was seen
             return
         self._clock.stepped(data_wait)
         train, self.last = self._run.config.train, step
@@ -97,7 +103,7 @@ class StepLog:
         if due or refused:
             row = {"step": step, **step_row(metrics), **self._clock.read(step)}
             self._reporter.log(row | {"epochs": self._epochs(step)})
-        if self._ledger_due(step) and not refused:  # what is left out counts nowhere
+        if self._ledger_due(step) and not refused:  # a skipped step counts nowhere
             self._reporter.ledger(
                 {"step": step, **ledger_row(metrics.moe, self._run.store.sources)}
             )
@@ -107,41 +113,44 @@ class StepLog:
     def _refused(self, step: int, refused: int, why: str) -> None:
         over = refused > self._run.config.train.max_skipped
         if over:
-            several = f"{refused} steps in a row were refused; of the last " if refused > 1 else ""
-            self.diverged = f"step {step} diverged ({several}{why}) and is not saved"
+            several = f"{refused} steps in a row were skipped; the last: " if refused > 1 else ""
+            self.diverged = f"step {step} diverged ({several}{why}) and was not saved"
         else:
-            self._reporter.say(f"step {step} is left out: {why}")
+            most = self._run.config.train.max_skipped
+            self._reporter.say(
+                f"step {step} skipped: {why} ({refused} in a row, train.max_skipped {most})"
+            )
         if over or refused == 1:
             self._flight.write(why, last=over)
 
 
 def why_refused(metrics: StepMetrics, factor: float) -> str:
-    """Why the guard refused a step; empty where it did not."""
+    """The reason why the step guard skipped a step; empty if it did not."""
     if not metrics.skipped:
         return ""
     if metrics.spike:
-        return f"the loss or gradient norm is more than {factor:g} times its running mean"
-    return "the loss or gradient is not finite"
+        return f"loss or gradient norm is more than {factor:g} times its running mean"
+    return "loss or gradient norm is not finite"
 
 
 def way_on(saved: Sequence[int], changed: int) -> str:
-    """What to do about a run that diverged: the end of the sentence that `diverged` begins.
+    """The advice after a divergence; completes the sentence in `StepLog.diverged`.
 
-    Checkpoints written since step `changed`, the last that changed the parameters, hold the very
-    parameters that diverge.
+    Checkpoints written at or after step `changed`, the last that changed the parameters, hold the
+    parameters that diverged, so resuming from them would diverge again.
     """
     before = [step for step in saved if step < changed]
     useless = ", ".join(str(step) for step in saved if step >= changed)
-    first = f"move {useless} out of the folder checkpoints, which hold what diverges, "
+    first = f"move {useless} out of checkpoints/ (they hold the parameters that diverged), "
     origin = f"step {before[-1]}" if before else "the beginning"
     return (
-        f"{first if useless else ''}lower optimizer.learning_rate and run again, which goes on "
-        f"from {origin}"
+        f"{first if useless else ''}lower optimizer.learning_rate and run again to resume from "
+        f"{origin}"
     )
 
 
 def step_row(metrics: StepMetrics) -> dict[str, Any]:
-    """A step's numbers, read from the devices if they are still there."""
+    """Make the metrics row of a step; reads arrays from the devices if they are still there."""
     host: StepMetrics = jax.tree.map(np.asarray, metrics)
     return {
         "loss": float(host.loss.total),
@@ -163,7 +172,7 @@ def step_row(metrics: StepMetrics) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds between readings, evaluations and saves left out."""
+    """Measures speed between readings; evaluations and saves are excluded."""
 
     def __init__(self, run: Run):
         config = run.config
@@ -177,7 +186,7 @@ class Clock:
         self._mark = time.perf_counter()
 
     def stepped(self, data_wait: float) -> None:
-        """A step has ended; the host waited so many seconds for data meanwhile."""
+        """Count a finished step, during which the host waited `data_wait` seconds for data."""
         now = time.perf_counter()
         self._wait += data_wait
         self._seconds += now - self._mark
@@ -185,14 +194,14 @@ class Clock:
         self._steps += 1
 
     def restart(self) -> None:
-        """Leave what happened since the last step out of the count."""
+        """Exclude the time since the last step from the step times."""
         self._mark = time.perf_counter()
 
     def read(self, step: int) -> dict[str, Any]:
-        """Speed since the last reading.
+        """The speed since the last reading.
 
-        `tokens` counts places of all batches so far, padding included; model FLOPs are those of
-        active parameters (model/flops.py).
+        `tokens` counts the positions of all batches so far, padding included; model FLOPs are
+        those of active parameters (model/flops.py).
         """
         seconds = self._seconds / self._steps
         rate = self._tflops / seconds

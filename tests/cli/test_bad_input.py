@@ -78,7 +78,7 @@ def test_a_source_that_may_be_read_too_seldom_for_one_batch(place, tmp_path):
     train = dataclasses.replace(config.train, batch_size=64)
     config = dataclasses.replace(config, data=data, train=train)
     with pytest.raises(
-        UserError, match=r"The text of data.mixture.short, read 1 times .*, makes no batch of 64"
+        UserError, match=r"max_epochs is 1: the text of data.mixture.short is too short .* of 64"
     ):
         prepare(config, tmp_path / "run", lambda line: None)
 
@@ -160,7 +160,7 @@ CONFIGS = {
     ),
     "token id beyond the vocabulary": (
         {"model.vocab_size": 100},
-        r"token ids up to 257, beyond model\.vocab_size \(100\)",
+        r"config\.model\.vocab_size is 100: the tokenizer has 258 token ids",
     ),
     "no files named": ({"data.files": ""}, r"data\.files is empty"),
     "missing files": ({"data.files": "/nowhere/*.txt"}, r"no file matches '/nowhere/\*\.txt'"),
@@ -234,7 +234,7 @@ def test_workdir_is_not_writable(place, tmp_path, below):
         ({"model.moe.expert_width": 48}, r"config\.model\.moe\.expert_width is 48 .* has 32"),
         (
             {"model.width": 48, "model.num_layers": 4},
-            r"model\.num_layers is 4 but .* has 2, config\.model\.width is 48 and was 32: use",
+            r"model\.num_layers is 4 but .* has 2, config\.model\.width is 48 and was 32. Set",
         ),
         ({"optimizer.name": "adafactor"}, r": optimizer/.* is (absent|float32.*) there and "),
         ({"optimizer.moment_dtype": "bfloat16"}, r"optimizer/.* is float32.* and bfloat16"),
@@ -268,7 +268,7 @@ def test_without_its_config_a_run_is_not_resumed(place, damage):
         path.write_bytes(damage)
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, place.saved, {})])
-    check_sentence(error, r"config\.json, which says .* cannot be used .*bring it back")
+    check_sentence(error, r"config\.json, which describes .* cannot be used .*restore the file")
     path.write_bytes(good)
 
 
@@ -305,7 +305,7 @@ def test_weights_of_another_function(place, tmp_path, overrides, pattern):
     given = arguments(place, tmp_path / "run", overrides | {"data.store": str(tmp_path / "stores")})
     with pytest.raises(UserError) as error:
         main(["train", *given, f"--init_from={place.saved}"])
-    check_sentence(error, f"--init_from=.*saved: config.{pattern}.*: use that")
+    check_sentence(error, f"--init_from=.*saved: config.{pattern}.* Set the values of that run")
     assert not list(tmp_path.iterdir())
 
 
@@ -341,14 +341,14 @@ def test_text_that_changed_since_the_run_began(place, tmp_path):
             main(["train", *arguments(place, place.saved, overrides)])
         check_sentence(error, pattern)
 
-    changed = "The text of the run in .*, or its tokenizer, has changed since it began"
-    refused(f"{changed} .*data.json there: it has 70 documents and had 64", data__files=files)
+    changed = "The text or the tokenizer of the run in .* has changed since it began"
+    refused(f"{changed} .*data.json there: documents was 64, is 70", data__files=files)
     record.write_text('{"fingerprint": "of other text"}')  # as an older version wrote it
-    refused(f"{changed} .*another fingerprint")
+    refused(f"{changed} .*the fingerprint differs")
     record.write_bytes(good.replace(b"64", b"65"))
-    refused(r"data\.json, which says .* cannot be used .*differs from what was written")
+    refused(r"data\.json, which describes .* cannot be used .*differs from what was written")
     record.unlink()
-    refused(r"data\.json, which says .* cannot be used \(it is missing\): bring it back")
+    refused(r"data\.json, which describes .* cannot be used \(it is missing\): restore the file")
     record.write_bytes(good)
     assert contents(place.saved) == before
 

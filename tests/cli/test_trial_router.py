@@ -103,7 +103,7 @@ def test_another_command_line_resumes_only_what_it_registers(workdir):
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
     with pytest.raises(UserError, match=REGISTER) as raised:
         started(str(tiny), workdir)
-    assert "damaged" not in str(raised.value) and "bring it back" not in str(raised.value)
+    assert "damaged" not in str(raised.value) and "restore the file" not in str(raised.value)
 
 
 def test_a_step_is_replayed_with_the_file(config_file, workdir, monkeypatch, capsys):

@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
         ({"prose": mixture(tmp_path)["prose"]}, rf"{key}\.web\.field is not set but the run"),
     ):
         refused(pattern, **{"data.mixture": other})
-    refused(r"data\.json there: data\.tokenizer names another", **{"data.tokenizer": "bytes"})
+    refused(r"data\.json there: data\.tokenizer differs", **{"data.tokenizer": "bytes"})
     for path in (tmp_path / "web" / "003.txt", tokenizer):
         good = path.read_bytes()
         path.write_bytes(good + b"\n")

@@ -38,8 +38,8 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
 
     arguments, lines = run(workdir, 1)
     end = steps_of(workdir, 1)
-    notice = f"data.max_epochs 1: the text is used up after step {end}, the run ends there and not"
-    assert f"{notice} at train.steps {MANY}, at 100% of the peak rate" in lines
+    notice = f"data.max_epochs 1: the text is used up after step {end}; the run ends there, before"
+    assert f"{notice} train.steps {MANY}, with the learning rate at 100% of its peak" in lines
     assert f"the text is used up: step {end} of {MANY}" in lines
     assert checkpoints(workdir).steps() == [end] and checkpoints(workdir).verify(end) is None
     assert [row["step"] for row in train_rows(workdir)] == [1, end]
@@ -50,7 +50,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
     metrics = (workdir / "metrics.jsonl").read_bytes()
     _, lines = run(workdir, 1)
     assert (
-        f"the text is used up: step {end} of {MANY} is done, raise data.max_epochs to go on"
+        f"the text is used up: step {end} of {MANY} is done, raise data.max_epochs to continue"
         in lines
     )
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
@@ -58,7 +58,7 @@ def test_a_run_ends_with_its_text(tmp_path, corpus, trainers):
     # ---- with a second epoch: bit-equal to a run that was never stopped
     _, lines = run(workdir, 2)
     assert f"resuming from step {end}" in lines
-    assert "data.max_epochs was 1, is 2: same batches, another end" in lines
+    assert "data.max_epochs was 1, is 2: same batches, the run may end at a different step" in lines
     later = steps_of(workdir, 2)
     assert f"the text is used up: step {later} of {MANY}" in lines and later >= 2 * end
     run(twice, 2)

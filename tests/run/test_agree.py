@@ -159,8 +159,8 @@ def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):
     given = flags(tmp_path / "run", "text/*.txt", **SMALL)
     [said] = sentences(ended(pair(given, ("-c", OTHER_BYTES))))
     assert "the fingerprint of the text (data.files, data.mixture) is '" in said
-    assert "the number of its documents is 64 on process 0 and 66 on process 1" in said
-    assert "let all processes see the same files" in said
+    assert "the number of documents is 64 on process 0 and 66 on process 1" in said
+    assert "give all processes the same files" in said
     assert not (tmp_path / "run").exists()
 
 

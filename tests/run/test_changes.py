@@ -85,7 +85,8 @@ def test_every_refused_key_is_named_in_one_sentence(begun):
         settle(made(**other), workdir, 1)
     assert str(error.value) == (
         "config.seed is 1 but the run in this workdir has 0, config.model.rope_theta is 500000.0 "
-        "and was 10000.0, config.train.batch_size is 64 and was 32: use that, or another --workdir."
+        "and was 10000.0, config.train.batch_size is 64 and was 32. Set the old value, or use a "
+        "new --workdir."
     )
 
 
@@ -96,7 +97,7 @@ def test_every_other_changed_key_is_a_line(begun):
     expected = {f"{n.replace('__', '.')} was {a!r}, is {b!r}" for n, (a, b) in NAMED.items()}
     assert set(said) == expected and len(said) == len(expected)
     assert settle(made(train__steps=300), begun(resolved()), 1).notes == [
-        "train.steps was 200, is 300: the schedule follows it"
+        "train.steps was 200, is 300: the learning-rate schedule changes with it"
     ]
 
 

@@ -221,7 +221,7 @@ def test_a_checkpoint_from_before_the_guard(bad, tmp_path):
     old.save(8, {name: leaf for name, leaf in whole.items() if not name.startswith("guard/")})
     old.close()
     state = restored_state(run, 8, lines.append)
-    assert lines == ["the checkpoint is older than the step guard: its running means start anew"]
+    assert lines == ["step guard: running means reset, because the checkpoint has none"]
     leaves = named_leaves(to_disk(state, run.model.layout))
     guard = {name: leaves.pop(f"guard/{name}") for name in state.guard}
     assert (guard["changed"], guard["accepted"], guard["loss"]) == (8, 0, 0)

@@ -52,7 +52,7 @@ def test_a_run_ends_within_the_interval_and_goes_on_from_the_last_save(
     [said] = [line for line in out.splitlines() if line.startswith("REPLICAS DIFFER")]
     assert f"at step 6 params/embed_VD differs on device {BAD} (process 0) from device 0 " in said
     assert "(equal at step 4)" in said
-    assert "goes on from step 4" in said
+    assert "resume from step 4" in said
     assert Checkpoints(workdir / "checkpoints").steps() == [4]
 
     assert main(command) == DONE
@@ -100,8 +100,8 @@ def test_checks_come_every_so_many_steps_and_before_each_save(checked):
     assert lines[0] == "waited"  # the save of step 15 may still be under way
     assert lines[1] == (
         "REPLICAS DIFFER: at step 20 params/norm differs on device 5 (process 1) from device 1 "
-        "(process 0) (equal at step 15).  Nothing is saved: run the same command again, which goes "
-        "on from step 15.  Take a device out that is named again."
+        "(process 0) (equal at step 15).  The state was not saved.  Run the same command again to "
+        "resume from step 15.  If the same device is named again, take it out of service."
     )
 
 
@@ -117,4 +117,4 @@ def test_many_devices_and_leaves_stay_one_line():
     found = [Difference(f"params/{n}", list(map(device, range(20))), []) for n in range(3)]
     text = describe(7, [*found, found[0]], None)
     assert text.startswith("at step 7 params/0 and 2 more leaves differ between device 0 (process")
-    assert text.endswith("device 7 (process 1), 12 more (nothing was compared before)")
+    assert text.endswith("device 7 (process 1), 12 more (no earlier check)")

@@ -286,7 +286,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     state = first_state(without, str(straight), lines.append)
     assert state.router == {} and digest(without, state) == checkpoints(straight).digest(STEPS)
     assert lines[1:] == [
-        "router state starts anew: this run's router keeps none, that run's kept bias"
+        "router state reset: this run's router keeps none, the router of that run kept bias"
     ]
 
     save(without, state, 1)
@@ -298,7 +298,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     assert not np.any(state.router["bias"])
     assert digest(biased, state) == checkpoints(straight).digest(STEPS)
     assert lines[1:] == [
-        "router state starts anew: this run's router keeps bias, that run's kept none"
+        "router state reset: this run's router keeps bias, the router of that run kept none"
     ]
 
     noisy = ready(tmp_path / "noisy", corpus, 1, model__moe__router="noisy_top_k")

@@ -48,10 +48,12 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
     log.flush()
     assert [row["step"] for row in ledger] == [1, 4]
     assert [row["step"] for row in rows if row["skipped"]] == [2, 3, 5, 6, 7]
-    assert [line.split(" is left out")[0] for line in lines] == [
-        f"step {step}" for step in (2, 3, 5, 6)
+    why = "loss or gradient norm is not finite"
+    assert lines == [
+        f"step {step} skipped: {why} ({in_a_row} in a row, train.max_skipped 2)"
+        for step, in_a_row in ((2, 1), (3, 2), (5, 1), (6, 2))
     ]
-    assert "step 7 diverged (3 steps in a row were refused" in log.diverged
+    assert f"step 7 diverged (3 steps in a row were skipped; the last: {why})" in log.diverged
     assert (log.changed, log.last) == (4, 7)
     assert len(records) == 3  # of the first of each row, and of the one too many
 

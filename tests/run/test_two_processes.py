@@ -100,7 +100,7 @@ def test_a_bit_that_flips_on_one_host_is_named_by_device_and_leaf(tmp_path, pair
     assert (
         "at step 6 params/embed_VD differs on device " in said and "(process 1) from device" in said
     )
-    assert "(equal at step 3)" in said and "goes on from step 3" in said
+    assert "(equal at step 3)" in said and "resume from step 3" in said
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]
     ended = [(one, *one.communicate(timeout=240)) for one in pair(given)]
     assert [process.returncode for process, _, _ in ended] == [0, 0], ended[0][2][-3000:]
