@@ -125,7 +125,7 @@ class SplitWriter:
                     self._write_tokens(buffer, len(self._parts))
                     self._write_part(np.array(rows, np.int64).reshape(-1, 3))
                     filled, rows = 0, []
-                    say(f"read {rate}, {len(self._parts) * len(buffer) / 1e6:,.1f}M tokens")
+                    say(f"{len(self._parts) * len(buffer):,} tokens, read {rate}")
         if filled:
             self._write_tokens(buffer[:filled], len(self._parts))
         table = np.concatenate([*self._parts, np.array(rows, np.int64).reshape(-1, 3)])
