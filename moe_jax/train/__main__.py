@@ -1,4 +1,4 @@
-"""python -m moe_jax.train: the older form of `python -m moe_jax train`, kept for scripts."""
+"""python -m moe_jax.train: an alias of `python -m moe_jax train`, kept for old scripts."""
 
 import sys
 

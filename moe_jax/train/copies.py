@@ -1,8 +1,8 @@
-"""Copies of the weights in the computation's dtype, written while the optimizer writes the weights.
+"""Compute-dtype copies of the weights, which the optimizer update writes together with the weights.
 
-Layers multiply bfloat16 weights.  Cast from float32 at the head of each step they cost 6 bytes of
-memory traffic a weight, written in the pass that has them in registers anyway 2.  They follow from
-the parameters, so no checkpoint holds them.
+Layers multiply bfloat16 weights.  Casting them from float32 at the start of each step costs 6 bytes
+of memory traffic per weight.  Writing the copy in the optimizer update, which has the weight in
+registers, costs 2.  Copies are computed from the parameters, so checkpoints do not hold them.
 """
 
 from typing import Any
@@ -12,16 +12,19 @@ import jax
 from moe_jax.model.define import ModelDef, Params
 from moe_jax.nn.params import param_dtype
 
-Copies = dict[str, jax.Array]  # path of a parameter -> it in the computation's dtype
+Copies = dict[str, jax.Array]  # path of a parameter -> its copy in the compute dtype
 
 
 def make_copies(model: ModelDef, params: Params) -> Copies:
-    """Of every parameter that the model reads in its own dtype alone; none where that is theirs."""
+    """Copy every parameter that the model reads only in the compute dtype.
+
+    Empty if parameters already have the compute dtype.
+    """
     return {name: leaf.astype(model.dtype) for name, leaf in of_copied(model, params).items()}
 
 
 def copy_program(model: ModelDef) -> jax.stages.Wrapped:
-    """`make_copies` of parameters as one program; outside jit, each weight would be its own."""
+    """Make one program of `make_copies`; outside jit each weight would be a program of its own."""
 
     def copies(params: Params) -> Copies:
         return make_copies(model, params)
@@ -30,7 +33,7 @@ def copy_program(model: ModelDef) -> jax.stages.Wrapped:
 
 
 def of_copied(model: ModelDef, tree: Params) -> dict[str, Any]:
-    """The leaves of a tree like the parameters' that stand for those with a copy, by path."""
+    """Select, by path, the leaves of a parameter-like tree whose parameter has a copy."""
     if model.dtype == param_dtype(model.dtype):
         return {}
     leaves = jax.tree.structure(model.narrow).flatten_up_to(tree)
@@ -41,10 +44,10 @@ def of_copied(model: ModelDef, tree: Params) -> dict[str, Any]:
 
 
 def with_copies(params: Params, copies: Copies) -> Params:
-    """The parameters with their copies in place of them: what a step's forward pass reads."""
+    """Replace parameters by their copies, for the forward pass of a step."""
     return jax.tree.map_with_path(lambda path, leaf: copies.get(path_name(path), leaf), params)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A parameter's key among the copies."""
+    """The key of a parameter in `Copies`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""Which steps are refused: those that are not finite, or far above what was accepted before.
+"""The step guard: skips steps that are not finite, or far above the running means.
 
 Everything here runs on the device, inside the train step.
 """
@@ -10,29 +10,29 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-WINDOW = 100  # accepted steps that a running mean remembers
-LEAST = 20  # accepted steps before the means say what is usual
+WINDOW = 100  # accepted steps that a running mean covers
+LEAST = 20  # accepted steps before the means are used
 
 Guard = dict[str, jax.Array]
 
 
 class Verdict(NamedTuple):
-    """Why a step is refused; at most one of the two."""
+    """The reason why a step is skipped; at most one of the two is true."""
 
     not_finite: Bool[Array, ""]
     spike: Bool[Array, ""]
 
     @property
     def accepted(self) -> Bool[Array, ""]:
-        """Whether the state changes."""
+        """True if the step is not skipped, so that the state changes."""
         return ~(self.not_finite | self.spike)
 
 
 def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
-    """What the guard knows of a run that has `step` steps behind it, when it begins to look.
+    """Make the guard's state after `step` steps that it has not seen.
 
     `loss` and `grad_norm` are running means over `accepted` steps, `changed` is the last step that
-    changed the parameters, and the last two count refused steps.
+    changed the parameters, and `not_finite` and `spikes` count skipped steps.
     """
     zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
     return {
@@ -48,7 +48,17 @@ def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
 def judge(
     guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], factor: float
 ) -> Verdict:
-    """The step's loss and gradient norm against their means; `factor` 0 compares nothing."""
+    """Compare loss and gradient norm with their running means.
+
+    Args:
+      guard: before the step.
+      loss: of the step.
+      grad_norm: of the step, before clipping.
+      factor: a spike is more than this many times the mean; 0: finite steps are always accepted.
+
+    Returns:
+      Whether, and why, to skip the step.
+    """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not factor:
         return Verdict(~finite, jnp.zeros((), bool))
@@ -63,10 +73,10 @@ def next_guard(
     grad_norm: Float[Array, ""],
     step: Int[Array, ""],
 ) -> Guard:
-    """The guard after a step, which is number `step` counted from 1.
+    """Compute the guard after `step` (1-based).
 
-    Means are plain over the first WINDOW accepted steps and exponential from then on; refused steps
-    never enter them.
+    Running means are arithmetic over the first WINDOW accepted steps and exponential after them.
+    Skipped steps do not enter the means.
     """
     accepted = verdict.accepted
     rate = 1 / jnp.minimum(guard["accepted"] + 1, WINDOW).astype(guard["loss"].dtype)

@@ -1,4 +1,7 @@
-"""The training loss of one microbatch, as sums to be divided by the whole batch's counts."""
+"""The training loss of one microbatch, as sums that are divided by counts of the global batch.
+
+B rows, T positions, D model width.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -18,14 +21,14 @@ from moe_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 
 
 class Counts(NamedTuple):
-    """What the sums of a whole global batch are divided by; known before any forward pass."""
+    """The divisors of the sums of a global batch; known before any forward pass."""
 
-    targets: Float[Array, ""]  # positions that count in the language-model loss
-    tokens: Float[Array, ""]  # real tokens
+    targets: Float[Array, ""]  # positions in the language-model loss
+    tokens: Float[Array, ""]  # padding tokens not counted
 
 
 class LossSums(NamedTuple):
-    """Sums over a microbatch; microbatches add."""
+    """Sums over a microbatch; those of several microbatches can be added."""
 
     lm: CrossEntropy
     moe: MoEAux | None  # None for a dense model
@@ -33,9 +36,9 @@ class LossSums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossValues:
-    """Means over the global batch: `total` is what was minimised."""
+    """Means over the global batch; `total` is minimised."""
 
-    total: Float[Array, ""]  # lm and the other losses, weighted by the config
+    total: Float[Array, ""]  # lm plus the other losses, weighted by the config
     lm: Float[Array, ""]  # nats per target
     logits_z: Float[Array, ""]  # mean squared logsumexp of the logits, unweighted
     balance: Float[Array, ""]  # mean over MoE layers, unweighted; 1 when balanced
@@ -46,7 +49,7 @@ jax.tree_util.register_dataclass(LossValues)
 
 
 def count(batch: Batch, dtype: DTypeLike) -> Counts:
-    """Counts of a batch of any leading shape."""
+    """Count targets and tokens of a batch with any leading shape."""
     return Counts(
         batch.loss_mask_BT.sum(dtype=jnp.int32).astype(dtype),
         (batch.segments_BT > 0).sum(dtype=jnp.int32).astype(dtype),
@@ -56,7 +59,18 @@ def count(batch: Batch, dtype: DTypeLike) -> Counts:
 def loss_sums(
     model: ModelDef, params: Params, batch: Batch, context: MoEContext, mesh: Mesh
 ) -> LossSums:
-    """Forward pass of one microbatch (a batch with axes B, T)."""
+    """Run the forward pass and the loss of one microbatch.
+
+    Args:
+      model: of `define`.
+      params: parameters, or their compute-dtype copies.
+      batch: one microbatch, with axes B, T.
+      context: for the MoE layers.
+      mesh: of `make_mesh`.
+
+    Returns:
+      Sums over the microbatch.
+    """
     x_BTD, moe = forward(
         model, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, context
     )
@@ -75,7 +89,10 @@ def loss_sums(
 
 
 def loss_values(sums: LossSums, counts: Counts, model: ModelDef) -> LossValues:
-    """The loss whose gradients, over microbatches, add up to the global batch's."""
+    """Divide the sums of a microbatch by the counts of the global batch.
+
+    Gradients of `total` over the microbatches then add up to the gradient of the global batch.
+    """
     targets, tokens = jnp.maximum(counts.targets, 1), jnp.maximum(counts.tokens, 1)
     lm = sums.lm.nll_sum / targets
     logits_z = sums.lm.z_sum / targets

@@ -1,7 +1,7 @@
-"""Applies a rule of optax to every matrix of an array by itself.
+"""Applies an optax transformation separately to each matrix of an array.
 
-A rule that looks at a whole matrix, such as Adafactor or LAMB, would take a stack of experts for
-one: its norms, factored moments and clipping of an expert would then depend on the other experts.
+A rule that uses a whole matrix, such as Adafactor or LAMB, would treat a stack of experts as one
+matrix.  The norms, factored moments and clipping of an expert would then depend on other experts.
 """
 
 from typing import Any
@@ -13,16 +13,17 @@ from moe_jax.train.optax_by_name import dependencies
 
 
 def each(rule: optax.GradientTransformation, axis: int) -> optax.GradientTransformation:
-    """The transformation that applies `rule` at every index of one axis.
+    """Make the transformation that applies `rule` at every index of one axis.
 
     Args:
-      rule: of an array without that axis.
+      rule: for an array without that axis.
       axis: of the parameter.
 
     Returns:
-      A transformation whose state is that of `rule`: what has the parameter's shape keeps it, so it
-      is sharded like it; other arrays, and scalars that depend on gradients, have the axis first;
-      other scalars, such as counters, are the same for all and stand once.
+      A transformation with the state of `rule`.  State with the parameter's shape keeps that shape,
+      so that it is sharded like the parameter.  Other arrays, and scalars that depend on gradients,
+      get the axis as their first.  Other scalars, such as counters, are equal for all matrices and
+      stored once.
     """
 
     def one(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -55,7 +56,7 @@ def each(rule: optax.GradientTransformation, axis: int) -> optax.GradientTransfo
 def _state_axes(
     rule: optax.GradientTransformation, matrix: jax.ShapeDtypeStruct, axis: int
 ) -> tuple[Any, list[int | None]]:
-    """The structure of the state of `rule`, and where each leaf has the axis; None: nowhere."""
+    """The structure of the state of `rule` and the axis in each leaf; None: it has none."""
     state = jax.eval_shape(rule.init, matrix)
     leaves, form = jax.tree.flatten(state)
     numbers = [i for i, leaf in enumerate(leaves) if leaf.shape == ()]

@@ -1,4 +1,7 @@
-"""One step's device metrics as the row that is logged."""
+"""Turns the device metrics of a step into the row that is logged.
+
+L MoE layers, E experts, N entries of a ledger axis (experts, positions or sources).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +12,7 @@ from moe_jax.moe.types import MoEAux
 
 
 def load_summary(load_LE: np.ndarray) -> dict[str, list[float]]:
-    """Per layer, from assignments an expert [L, E] before any drop."""
+    """Summarise the load of each layer, from assignments per expert [L, E] before any drop."""
     mean_L = np.maximum(load_LE.mean(1), 1e-9)
     share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1)
     entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-30))).sum(1)
@@ -23,7 +26,10 @@ def load_summary(load_LE: np.ndarray) -> dict[str, list[float]]:
 
 
 def ledger_row(moe: MoEAux | None, sources: Sequence[str]) -> dict[str, Any]:
-    """Counts [L, n] of every fate by expert, position and source; fates nobody met are left out."""
+    """Make a ledger row: counts [L, N] of each outcome by expert, position and source.
+
+    Outcomes that did not occur are left out.
+    """
     if moe is None:
         return {}
     return {
@@ -41,9 +47,10 @@ def ledger_row(moe: MoEAux | None, sources: Sequence[str]) -> dict[str, Any]:
 
 
 def moe_row(moe: MoEAux | None) -> dict[str, Any]:
-    """The experts' part of a row: totals over layers, and per-layer lists under `layers`.
+    """Make the MoE part of a row: totals over layers, and per-layer lists under `layers`.
 
-    `moe` holds NumPy arrays with a leading axis over MoE layers; a dense model has zeros.
+    Args:
+      moe: NumPy arrays with a leading axis over MoE layers; None: a dense model, with zeros.
     """
     if moe is None:
         zeros = dict.fromkeys(("assignments", "kept", "dropped", "unsampled", "padding"), 0)

@@ -1,4 +1,4 @@
-"""Muon: the momentum of each matrix, orthogonalised; optax's, one matrix at a time.
+"""Muon, from optax, applied per matrix: updates by the orthogonalised momentum.
 
 Reference: Keller Jordan, https://kellerjordan.github.io/posts/muon/; Muon is Scalable for LLM
 Training, arXiv 2502.16982, for the scale of an update.
@@ -12,9 +12,9 @@ import optax
 
 from moe_jax.nn.params import ParamRule
 
-# Of x, x^3 and x^5 in each Newton-Schulz step (Dion, arXiv 2504.05295).  Every singular value of at
-# least 0.003 of the matrix's Frobenius norm ends between 0.97 and 1.15; five steps of one triple,
-# 3.4445, -4.775, 2.0315, leave them between 0.68 and 1.21.
+# Coefficients of x, x^3 and x^5 per Newton-Schulz step (Dion, arXiv 2504.05295).  They bring each
+# singular value of at least 0.003 of the Frobenius norm to between 0.97 and 1.15.  Five steps with
+# one triple, 3.4445, -4.775, 2.0315, bring them only to between 0.68 and 1.21.
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -22,33 +22,33 @@ NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-# Root mean square of an update's numbers before the learning rate: about that of AdamW's, whose
-# rates and weight decay then serve both (arXiv 2502.16982, section 2.2).
+# RMS of an update before the learning rate: about that of AdamW, so that one learning rate and one
+# weight decay serve both (arXiv 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
-# Adam's, whatever their shape: one row of them is a token's, and no map of a hidden vector.
+# Updated by Adam whatever their shape: tables with one vector per token, and vectors.
 NOT_HIDDEN = ("embedding", "head", "norm")
 
 
 def is_hidden_matrix(rule: ParamRule) -> bool:
-    """True for parameters of which Muon makes the update; Adam makes that of all others."""
+    """True for parameters that Muon updates; Adam updates all others."""
     return rule.sides is not None and rule.group not in NOT_HIDDEN
 
 
 def scale_by_muon(
     sides: tuple[tuple[int, ...], tuple[int, ...]], momentum: float, dtype: str | None
 ) -> optax.GradientTransformation:
-    """Gradient of one matrix -> its momentum with all singular values near 1, times a scale.
+    """Make the Muon transformation of one matrix.
 
-    The scale is UPDATE_RMS * sqrt(max(inputs, outputs)), by which matrices of every shape change
-    by numbers of one size.
+    The update is the momentum with all singular values near 1, times UPDATE_RMS *
+    sqrt(max(inputs, outputs)), so that its RMS does not depend on the shape of the matrix.
 
     Args:
-      sides: axes of the parameter that count inputs, and those that count outputs.
-      momentum: its decay per step; it is Nesterov's.
-      dtype: of the momentum between steps; None: the parameter's.
+      sides: the input axes and the output axes of the parameter.
+      momentum: decay of the Nesterov momentum per step.
+      dtype: of the momentum between steps; None: that of the parameter.
 
     Returns:
-      A transformation that keeps the momentum, in the parameter's shape, and a counter.
+      A transformation whose state is the momentum, in the parameter's shape, and a counter.
     """
     muon = optax.contrib.scale_by_muon(
         NEWTON_SCHULZ,
@@ -58,7 +58,7 @@ def scale_by_muon(
         weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(*sides),
     )
 
-    # The coefficients, which optax has in the state, are no part of a checkpoint.
+    # optax keeps the coefficients in the state; without them here no checkpoint holds them.
     def init(params: Any) -> Any:
         return muon.init(params)._replace(ns_coeffs=())
 

@@ -1,10 +1,10 @@
-"""Optax transformations that a config names: looked up, called, and held to what training does.
+"""Finds, calls and checks the optax transformation that `optimizer.name` names.
 
 Training applies a transformation to one matrix of one layer at a time, multiplies the direction
-it returns by the learning rate of the step, and keeps its state beside the parameter, sharded like
-it.  What cannot work so is refused: norms of all gradients and other functions of the whole tree,
-line searches, learning rates kept in the state.  Transformations are traced to find out; nothing
-here computes.
+that it returns by the learning rate of the step, and shards its state like the parameter.
+Transformations that cannot work this way are refused: norms of all gradients and other functions of
+the whole tree, line searches, learning rates kept in the state.  The checks trace a transformation
+and run no computation.
 """
 
 import difflib
@@ -23,26 +23,27 @@ from jax.extend.core import Literal
 from moe_jax.errors import UserError
 from moe_jax.registry import suggest
 
-# Arguments that the project decides, with the value that leaves them out.
+# Arguments that other config keys decide, with the value that gives them no effect.
 OWN_ARGUMENTS = {"learning_rate": 1.0, "weight_decay": 0.0}
-# Annotations of arguments that only code makes.
+# Annotations of arguments that a config cannot express.
 _NOT_IN_A_CONFIG = ("GradientTransformation", "Callable")
-# These make or read steps, which have the sign of optax's updates: as directions they lead uphill.
+# These return or use updates, whose sign is opposite to that of a direction: they would increase
+# the loss.
 STEPS = (optax.contrib.scale_by_cocob, optax.keep_params_nonnegative)
 
 
 def find(name: str) -> Callable[..., Any]:
-    """The function of optax with a dotted name, such as `optax.contrib.scale_by_ademamix`.
+    """Find the optax function with a dotted name, such as `optax.contrib.scale_by_ademamix`.
 
     Only public functions and modules that optax itself defines are found.
 
     Raises:
-      UserError: there is no such function, or it makes no gradient transformation.
+      UserError: the function does not exist, or it does not make a gradient transformation.
     """
     head, _, rest = name.partition(".")
     if head != "optax":
         raise UserError(
-            f"optimizer.name is {name!r}: a dotted name begins with optax, such as "
+            f"config.optimizer.name is {name!r}: a dotted name begins with optax. Set one such as "
             f"optax.scale_by_lion."
         )
     found: Any = optax
@@ -51,25 +52,32 @@ def find(name: str) -> Callable[..., Any]:
         if part not in known:
             near = difflib.get_close_matches(part, known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"optimizer.name is {name!r}: optax has no {part!r} there{hint}.")
+            raise UserError(f"config.optimizer.name is {name!r}: optax has no {part!r}{hint}.")
         found = known[part]
     if isinstance(found, types.ModuleType):
-        raise UserError(f"optimizer.name is {name!r}, a module of optax: add a function's name.")
+        raise UserError(
+            f"config.optimizer.name is {name!r}: this is a module of optax. Add the name of a "
+            f"function."
+        )
     if not _makes_transformation(found):
         raise UserError(
-            f"optimizer.name is {name!r}, which makes no gradient transformation: name a function "
-            f"that makes one, such as optax.scale_by_lion."
+            f"config.optimizer.name is {name!r}, which makes no gradient transformation. Set a "
+            f"function that makes one, such as optax.scale_by_lion."
         )
     if found in STEPS:
         raise UserError(
-            f"optimizer.name is {name!r}, which works on steps that include the learning rate: "
-            f"use a transformation that makes a direction, such as optax.scale_by_lion."
+            f"config.optimizer.name is {name!r}, which expects updates that include the learning "
+            f"rate. Set a transformation of gradients, such as optax.scale_by_lion."
         )
     return found
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError for keyword arguments that the function `name` does not take or lacks."""
+    """Check keyword arguments for the optax function `name`.
+
+    Raises:
+      UserError: the function does not take an argument, or lacks one that it needs.
+    """
     found = find(name)
     try:
         plain = json.loads(json.dumps(options)) == options
@@ -77,61 +85,64 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         plain = False
     if not plain:
         raise UserError(
-            f"optimizer.options is {dict(options)!r}: give numbers, strings, True, False, None, "
-            f"lists and mappings of these."
+            f"config.optimizer.options is {dict(options)!r}: give numbers, strings, True, False, "
+            f"None, and lists and mappings of these."
         )
     for key in options:
         if any(own in key for own in OWN_ARGUMENTS) or key == "mask":
             raise UserError(
-                f"optimizer.options.{key} is given: set optimizer.learning_rate, "
-                f"optimizer.schedule and optimizer.weight_decay instead, and remove it."
+                f"config.optimizer.options.{key} is set: other keys decide it. Remove it and set "
+                f"optimizer.learning_rate, optimizer.schedule and optimizer.weight_decay."
             )
     takes = {key: p for key, p in _parameters(found).items() if key not in OWN_ARGUMENTS}
     keywords = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     for key in options:
         if key not in takes and not keywords:
             raise UserError(
-                f"optimizer.options.{key} is not an argument of {name}{suggest(key, takes)}."
+                f"config.optimizer.options.{key} is not an argument of {name}{suggest(key, takes)}."
             )
     for key, parameter in takes.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not optional and key not in options:
             if any(kind in str(parameter.annotation) for kind in _NOT_IN_A_CONFIG):
                 raise UserError(
-                    f"optimizer.name is {name!r}, whose argument {key} is a function or a "
-                    f"transformation, which a config cannot hold: name one that needs none, such "
-                    f"as optax.scale_by_lion."
+                    f"config.optimizer.name is {name!r}: its argument {key} is a function or a "
+                    f"transformation, which a config cannot hold. Set one without such arguments, "
+                    f"such as optax.scale_by_lion."
                 )
-            raise UserError(f"optimizer.name is {name!r}: set optimizer.options.{key}.")
+            raise UserError(
+                f"config.optimizer.name is {name!r}: it needs the argument {key}. Set "
+                f"optimizer.options.{key}."
+            )
 
 
 def directions(name: str, options: Mapping[str, Any]) -> list[optax.GradientTransformation]:
-    """What `name` called with `options` makes of a gradient, to be multiplied by -learning rate.
+    """Make the transformations from gradient to direction, which is multiplied by -learning rate.
 
-    A function that takes `learning_rate` is called with 1, and its updates, which are steps down,
-    are negated.  One that takes `weight_decay` is called with 0: decay is added for all alike.
+    A function that takes `learning_rate` is called with 1 and its updates are negated.  A function
+    that takes `weight_decay` is called with 0, because training adds weight decay itself.
 
     Args:
       name: a dotted name.
-      options: keyword arguments, as `check_options` accepts them.
+      options: keyword arguments that `check_options` accepts.
 
     Returns:
       Transformations to chain.
 
     Raises:
-      UserError: the call fails, or its result cannot be used with a scheduled learning rate.
+      UserError: the call fails, or does not return a gradient transformation.
     """
     try:
         made = _call(name, options)
-    except Exception as error:  # of optax's own checks: the arguments are the user's
+    except Exception as error:  # optax raises any type for arguments that do not fit
         raise UserError(
-            f"optimizer.name is {name!r}: calling it with optimizer.options {dict(options)!r} "
-            f"failed ({_line(error)})."
+            f"config.optimizer.name is {name!r}: the call with optimizer.options "
+            f"{dict(options)!r} failed ({_line(error)})."
         ) from error
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(
-            f"optimizer.name is {name!r}, which makes a {type(made).__name__}: name a function "
-            f"that makes a gradient transformation, such as optax.scale_by_lion."
+            f"config.optimizer.name is {name!r}, which makes a {type(made).__name__}. Set a "
+            f"function that makes a gradient transformation, such as optax.scale_by_lion."
         )
     return [made, optax.scale(-1.0)] if _takes_rate(name) else [made]
 
@@ -139,48 +150,59 @@ def directions(name: str, options: Mapping[str, Any]) -> list[optax.GradientTran
 def check_parameter(
     name: str, options: Mapping[str, Any], path: str, parameter: jax.ShapeDtypeStruct
 ) -> None:
-    """Hold a transformation to what training does to one matrix of one layer.
+    """Check that training can apply a transformation to one matrix of one layer.
 
     Args:
       name: a dotted name.
-      options: keyword arguments, as `check_options` accepts them.
-      path: the parameter's name, for the sentence.
+      options: keyword arguments that `check_options` accepts.
+      path: the parameter's name, for the message.
       parameter: its shape and dtype within one layer.
 
     Raises:
-      UserError: its state has another shape than the parameter's or a scalar's, its updates need
-        more than a gradient, or depend on other parameters, or it keeps the learning rate.
+      UserError: its state has a shape that is neither the parameter's nor a scalar's, its updates
+        need more than a gradient or depend on other parameters, or it keeps the learning rate.
     """
     rule = optax.chain(*directions(name, options))
     try:
         problem = _state_problem(rule, parameter) or _use_problem(rule, name, options, parameter)
-    except Exception as error:  # what optax's code raises for arguments that do not fit
+    except Exception as error:  # optax raises any type for arguments that do not fit
         problem = f"it fails ({_line(error)})"
     if problem:
         raise UserError(
-            f"optimizer.name is {name!r}: for {path} {list(parameter.shape)} {problem}; use "
-            f"another transformation, or adamw, adafactor or muon."
+            f"config.optimizer.name is {name!r}: for {path} {list(parameter.shape)} {problem}. Set "
+            f"a different transformation, or adamw, adafactor or muon."
         )
 
 
 def check_state(
     rule: optax.GradientTransformation, path: str, parameter: jax.ShapeDtypeStruct
 ) -> None:
-    """Hold the state of a transformation to one matrix of one layer; see `check_parameter`."""
+    """Check that the state of a transformation fits one matrix of one layer.
+
+    Args:
+      rule: the transformation.
+      path: the parameter's name, for the message.
+      parameter: its shape and dtype within one layer.
+
+    Raises:
+      UserError: as `check_parameter`, for the state.
+    """
     try:
         problem = _state_problem(rule, parameter)
-    except Exception as error:  # what its code raises for arguments that do not fit
+    except Exception as error:  # the caller's code raises any type for arguments that do not fit
         problem = f"it fails ({_line(error)})"
     if problem:
         raise UserError(
-            f"The optimizer's transformation: for {path} {list(parameter.shape)} {problem}."
+            f"The transformation given to Optimizer does not fit: for {path} "
+            f"{list(parameter.shape)} {problem}."
         )
 
 
 def dependencies(function: Callable[..., Any], *arguments: Any) -> list[set[int]]:
-    """Trace which arguments a function's results may depend on.
+    """Trace which arguments the results of a function may depend on.
 
-    Each equation of the traced function counts as a whole: the answer may name too many arguments.
+    All results of an equation count as depending on all its inputs, so the answer may name too many
+    arguments.
 
     Args:
       function: of trees of arrays.
@@ -203,16 +225,16 @@ def dependencies(function: Callable[..., Any], *arguments: Any) -> list[set[int]
 
 
 def _state_problem(rule: optax.GradientTransformation, parameter: jax.ShapeDtypeStruct) -> str:
-    """Why its state cannot lie beside the parameter; empty if it can."""
+    """The reason why the state cannot be stored with the parameter; empty if it can."""
     state = jax.eval_shape(rule.init, parameter)
     for leaf in jax.tree.leaves(state):
         if leaf.shape not in ((), parameter.shape):
             return (
-                f"it keeps state of shape {list(leaf.shape)}, which is neither the parameter's nor "
-                f"a scalar's and cannot be sharded"
+                f"it keeps state of shape {list(leaf.shape)}, which is neither a scalar nor of the "
+                f"parameter's shape and cannot be sharded"
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return f"it keeps state of type {leaf.dtype}, which no checkpoint holds"
+            return f"it keeps state of type {leaf.dtype}, which a checkpoint cannot hold"
     _, after = jax.eval_shape(rule.update, parameter, state, parameter)
     form = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, after))
     return "" if form[0] == form[1] else "an update changes the shape or type of its state"
@@ -224,7 +246,7 @@ def _use_problem(
     options: Mapping[str, Any],
     parameter: jax.ShapeDtypeStruct,
 ) -> str:
-    """Why it cannot be applied parameter by parameter or at a scheduled rate; empty if it can."""
+    """The reason why it cannot run per parameter or with a scheduled rate; empty if it can."""
     two = (parameter, parameter)
     state = jax.eval_shape(rule.init, two)
 
@@ -233,7 +255,7 @@ def _use_problem(
         return rule.update(gradients, state, parameters)
 
     if any({0, 1} <= on for on in dependencies(update, two, two, state)):
-        return "its update may depend on other parameters, which are updated one by one"
+        return "its update may depend on other parameters, but parameters are updated one by one"
 
     def state_at(rate, gradient):
         rule = _call(name, options, rate)
@@ -241,12 +263,12 @@ def _use_problem(
 
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     if _takes_rate(name) and any(0 in on for on in dependencies(state_at, rate, parameter)):
-        return "it keeps the learning rate in its state, which a schedule would not reach"
+        return "it keeps the learning rate in its state, where the schedule cannot change it"
     return ""
 
 
 def _call(name: str, options: Mapping[str, Any], rate: Any = OWN_ARGUMENTS["learning_rate"]) -> Any:
-    """What `name` returns, called at `rate` and without weight decay where it takes them."""
+    """Call `name`; if it takes a learning rate or weight decay, with `rate` and without decay."""
     found = find(name)
     own = OWN_ARGUMENTS | {"learning_rate": rate}
     return found(**options, **{key: own[key] for key in own if key in _parameters(found)})
@@ -257,7 +279,7 @@ def _takes_rate(name: str) -> bool:
 
 
 def _members(module: Any) -> dict[str, Any]:
-    """Public functions and modules of optax in one of its modules; a function has none."""
+    """The public functions and modules in a module of optax; empty for a function."""
     if not isinstance(module, types.ModuleType):
         return {}
     return {
@@ -268,16 +290,16 @@ def _members(module: Any) -> dict[str, Any]:
 
 
 def _makes_transformation(found: Callable[..., Any]) -> bool:
-    """False if its annotation says what else it returns.
+    """False if its annotation names a different return type.
 
-    Functions of optax without one make transformations only if they can be called without
-    arguments; the call then tells.
+    Functions of optax without a return annotation make transformations only if they can be called
+    without arguments; the result of the call is checked later.
     """
     signature = inspect.signature(found)
     if signature.return_annotation is signature.empty:
         needed = (p for p in signature.parameters.values() if p.default is p.empty)
         return all(p.name in OWN_ARGUMENTS or p.kind is p.VAR_KEYWORD for p in needed)
-    # Of Callable[..., GradientTransformation] only the head counts: it has to be called again.
+    # Only the head counts: a Callable[..., GradientTransformation] would need a second call.
     return "GradientTransformation" in str(signature.return_annotation).partition("[")[0]
 
 
@@ -295,5 +317,5 @@ def _parameters(found: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _line(error: Exception) -> str:
-    """Type and first line of an exception."""
+    """The type and the first line of an exception."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('.')}"

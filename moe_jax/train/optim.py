@@ -1,4 +1,4 @@
-"""Optimizers, from optax, by name."""
+"""The optimizer: its config, the update rules by name, and their application per matrix."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,14 +30,14 @@ DECAY_OF: dict[str, float] = RATE_OF | {"norm": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, its knobs, and how the learning rate moves.
+    """The update rule, its hyperparameters and the learning-rate schedule.
 
     A dotted name is a function of optax that makes a gradient transformation, called with
-    `options`.  As with the other optimizers, gradients come clipped (`clip_norm`), and a parameter
-    changes by -rate(step) * (direction + weight_decay * parameter), with the factors of its group
-    on both (`rate_of`, `decay_of`).  The direction is what the transformation returns, or the
-    negated update where the function takes a `learning_rate`, such as optax.sgd: it is then called
-    with 1, and without weight decay of its own.
+    `options`.  As with the other optimizers, gradients are clipped first (`clip_norm`), and a
+    parameter changes by -rate(step) * (direction + weight_decay * parameter), with the factors of
+    its group on both (`rate_of`, `decay_of`).  The direction is what the transformation returns.
+    If the function takes a `learning_rate`, as optax.sgd does, it is called with learning rate 1
+    and weight decay 0, and the direction is the negated update.
 
     Raises:
       UserError: an unknown name, options that the function does not take, or a value out of range.
@@ -47,9 +47,9 @@ class OptimizerConfig:
     arXiv 1910.10683).
     """
 
-    # The update rule; muon leaves vectors, the embedding and the head to Adam.
+    # The update rule; with muon, Adam updates vectors, the embedding and the head.
     name: Training[Annotated[str, RULES]] = "adamw"
-    # Keyword arguments of a transformation of optax, where `name` is one.
+    # Keyword arguments, if `name` is a function of optax.
     options: Training[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     learning_rate: Training[Annotated[float, above(0)]] = 1e-3  # the peak of the schedule
     # Decay of Adam's first moment per step.
@@ -60,25 +60,25 @@ class OptimizerConfig:
     eps: Training[Annotated[float, at_least(0)]] = 1e-8
     # muon: decay of a matrix's momentum per step.
     momentum: Training[Annotated[float, within("[0, 1)")]] = 0.95
-    # The share of a parameter that a step takes off, times the learning rate and the group's factor
-    # in `decay_of`.
+    # Fraction of a parameter subtracted per step, times the learning rate and the group's factor in
+    # `decay_of`.
     weight_decay: Training[Annotated[float, at_least(0)]] = 0.1
-    # Group of parameters -> factor on weight_decay; norm: all vectors too, such as biases.  A group
-    # that is left out has its default, here and in rate_of.
+    # Group of parameters -> factor on weight_decay; norm includes all vectors, such as biases.  A
+    # group that is not set has its default, here and in rate_of.
     decay_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=DECAY_OF.copy)
-    # Group of parameters -> factor on the learning rate; 0: it stays as it is.
+    # Group of parameters -> factor on the learning rate; 0: the group is not trained.
     rate_of: Training[Mapping[str, float]] = dataclasses.field(default_factory=RATE_OF.copy)
     # Gradients are scaled down to this global norm; 0: no clipping.
     clip_norm: Training[Annotated[float, at_least(0)]] = 1.0
-    # Of the moments of Adam and Muon; param: as the weights.
+    # Storage dtype of the moments of Adam and Muon; param: that of the weights.
     moment_dtype: Training[Annotated[str, one_of(MOMENT_DTYPES)]] = "param"
-    # How the learning rate moves after the warm-up.
+    # Shape of the learning rate after the warm-up.
     schedule: Training[Annotated[str, Choice(lambda: SCHEDULES)]] = "cosine"
     # Steps of linear warm-up; the last of them is the first step at the peak.
     warmup_steps: Training[Annotated[int, at_least(0)]] = 20
-    # The last share of the run, over which the rate falls (schedule wsd).
+    # Fraction of the run, at its end, over which the rate falls (schedule wsd).
     decay_share: Training[Annotated[float, within("(0, 1]")]] = 0.2
-    # The rate of the last step, as a share of the peak (schedules cosine and wsd).
+    # Learning rate of the last step, as a fraction of the peak (schedules cosine and wsd).
     final_share: Training[Annotated[float, within("[0, 1]")]] = 0.1
 
     def __post_init__(self):
@@ -86,8 +86,8 @@ class OptimizerConfig:
         self._check_name()
         if self.name == "adafactor" and self.moment_dtype != "param":
             raise UserError(
-                f"optimizer.moment_dtype is {self.moment_dtype!r}, which adafactor does not know: "
-                f"set it to 'param', or use adamw."
+                f"config.optimizer.moment_dtype is {self.moment_dtype!r}: adafactor does not "
+                f"support it. Set 'param', or use adamw."
             )
         for name, default in (("decay_of", DECAY_OF), ("rate_of", RATE_OF)):
             object.__setattr__(self, name, default | _factors(name, getattr(self, name)))
@@ -98,44 +98,44 @@ class OptimizerConfig:
         return "." in self.name
 
     def _check_name(self) -> None:
-        """Raises UserError for options, and knobs, that the rule would not read."""
+        """Raise UserError for options and keys that the update rule does not use."""
         default = type(self).momentum
         if self.momentum != default and self.name != "muon":
             raise UserError(
-                f"optimizer.momentum is {self.momentum}, which {self.name} does not read: set it "
-                f"back to {default}, or use muon."
+                f"config.optimizer.momentum is {self.momentum}: {self.name} does not use it. Set "
+                f"the default {default}, or use muon."
             )
         if self.dotted:
             optax_by_name.check_options(self.name, self.options)
             for field in dataclasses.fields(self):
                 if field.name in ADAM_KNOBS and getattr(self, field.name) != field.default:
                     raise UserError(
-                        f"optimizer.{field.name} is {getattr(self, field.name)!r}, which "
-                        f"{self.name} does not read: set it back to {field.default!r} and give "
+                        f"config.optimizer.{field.name} is {getattr(self, field.name)!r}: "
+                        f"{self.name} does not use it. Set the default {field.default!r}, and give "
                         f"arguments in optimizer.options."
                     )
         elif self.options:
             raise UserError(
-                f"optimizer.options is {dict(self.options)!r}, which {self.name} does not read: "
-                f"set its own keys, such as optimizer.b1."
+                f"config.optimizer.options is {dict(self.options)!r}: {self.name} does not use it. "
+                f"Set its own keys, such as optimizer.b1."
             )
 
 
 def _factors(key: str, given: Mapping[str, Any]) -> dict[str, float]:
-    """The factors of some groups; raises UserError for what is no group, or no factor."""
+    """Convert the given factors to floats; raises UserError for a wrong group or factor."""
     for group, factor in given.items():
         if group not in GROUPS:
             raise UserError(
-                f"optimizer.{key}.{group} is given, but no parameter is of a group "
-                f"{group!r}{suggest(group, GROUPS)}: use {', '.join(GROUPS)}."
+                f"config.optimizer.{key}.{group} is set, but there is no group "
+                f"{group!r}{suggest(group, GROUPS)}. Use {', '.join(GROUPS)}."
             )
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 0:
-            raise UserError(f"optimizer.{key}.{group} is {factor!r}: set a number of 0 or more.")
+            raise UserError(f"config.optimizer.{key}.{group} is {factor!r}. Set a number >= 0.")
     return {group: float(factor) for group, factor in given.items()}
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """optax's Adam with both moments stored in `moment_dtype`; the arithmetic is the weights'."""
+    """Adam of optax; moments are stored in `moment_dtype` and computed in the weights' dtype."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.moment_dtype == "param":
         return adam
@@ -159,7 +159,7 @@ def _adamw(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientTrans
 
 
 def _muon(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientTransformation]:
-    """Muon for hidden matrices, Adam for all else."""
+    """Muon for hidden matrices, Adam for all other parameters."""
     if rule.sides is None or not is_hidden_matrix(rule):
         return [_adam(config)]
     dtype = None if config.moment_dtype == "param" else config.moment_dtype
@@ -172,27 +172,27 @@ def _adafactor(config: OptimizerConfig, rule: ParamRule) -> list[optax.GradientT
     return [
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),  # the rate is relative to each weight's size, as in T5
+        optax.scale_by_param_block_rms(),  # the rate is relative to the RMS of the weight, as in T5
     ]
 
 
 # Name -> the transformations that turn a gradient into a direction, without weight decay.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
-# Those that look at each number alone: to them it is all one which matrix a number belongs to.
+# These compute each element separately, so they need no mapping over matrices.
 ELEMENTWISE = ("adamw",)
 
 
 def _transformation(
     config: OptimizerConfig, rule: ParamRule, given: optax.GradientTransformation | None
 ) -> optax.GradientTransformation:
-    """Gradient -> direction for one parameter of one layer, weight decay included."""
+    """Make the transformation of one parameter of one layer, weight decay included."""
     if given is not None:
         direction = [given]
     elif config.dotted:
         direction = optax_by_name.directions(config.name, config.options)
     else:
         direction = OPTIMIZERS[config.name](config, rule)
-    # A mask, and not two kinds of chain: checkpoints have one form of state for all parameters.
+    # A mask instead of a shorter chain, so that the optimizer state of all parameters has one form.
     factor = config.decay_of[rule.decay_group]
     decay = optax.add_decayed_weights(config.weight_decay * factor, mask=lambda _: factor > 0)
     return optax.chain(*direction, decay)
@@ -201,14 +201,14 @@ def _transformation(
 class Optimizer:
     """An update rule applied to one matrix of one layer at a time (`ParamRule.matrices`).
 
-    Stacked layers, experts and an expert's gate and up are mapped over.  So a rule that looks at a
-    whole matrix (Adafactor) does the same to scanned layers as to unrolled ones and to an expert
-    whatever the others are, and the state of a parameter has the parameter's layout: it is stacked
-    and sharded with it.
+    The rule is mapped over stacked layers, experts, and the gate and up matrices of an expert.  A
+    rule that uses a whole matrix (Adafactor) therefore treats scanned and unrolled layers alike,
+    and each expert independently of the others.  The state of a parameter is stacked and sharded
+    like the parameter.
 
-    Gradients come clipped, and the learning rate is a function of the step: the rule has neither.
-    What that function takes from the length of the run, `fall`, is an array that a compiled step
-    gets with the state.
+    Clipping and the learning rate are not part of the rule.  The learning rate is a function of the
+    step and of `fall`, an array computed from the length of the run, which a compiled step reads
+    from the train state.
     """
 
     def __init__(
@@ -219,34 +219,34 @@ class Optimizer:
         frozen: tuple[str, ...] = (),
         transformation: optax.GradientTransformation | None = None,
     ):
-        """Binds what does not change during a run.
+        """Keep what does not change during a run.
 
         Args:
-          config: the knobs.
+          config: hyperparameters.
           steps: length of the run, for the schedule.
           frozen: groups of parameters that never change (`ParamRule.group`).
-          transformation: in place of the one that `config.name` names; None: that one.  It turns
-            a gradient into a direction, as optax's `scale_by_*` do: a parameter changes by
+          transformation: replaces the one that `config.name` names; None: use that one.  It turns a
+            gradient into a direction, as optax's `scale_by_*` do: a parameter changes by
             -rate(step) * (direction + weight_decay * parameter).
 
         Raises:
-          UserError: a run too short for the warm-up and the fall of the learning rate.
+          UserError: the run is too short for the warm-up and the fall of the learning rate.
         """
         self.schedule, self.fall = make_schedule(config, steps), fall_of(config, steps)
         self._config, self._frozen, self._given = config, frozen, transformation
 
     def init(self, params: Params, rules: Params) -> Params:
-        """The state before the first step.
+        """Make the optimizer state before the first step.
 
         Args:
           params: the parameters.
-          rules: a tree like theirs with the `ParamRule` of each (`ModelDef.rules`).
+          rules: a tree like `params` with the `ParamRule` of each parameter (`ModelDef.rules`).
 
         Returns:
-          The tree of `params` with the update rule's state in place of each leaf.
+          The tree of `params` with the state of the update rule in place of each leaf.
 
         Raises:
-          UserError: a transformation of optax that cannot be applied to one of them.
+          UserError: the transformation cannot be applied to one of the parameters.
         """
         if self._config.dotted or self._given is not None:
             self._check(params, rules)
@@ -261,18 +261,18 @@ class Optimizer:
         step: jax.Array,
         fall: Any = None,
     ) -> tuple[Params, Params]:
-        """Take one step.
+        """Update parameters and state by one step.
 
         Args:
           gradients: a tree like the parameters, clipped.
-          state: of `init`, or of the step before.
+          state: of `init`, or of the previous step.
           params: the parameters.
-          rules: as `init` got them.
-          step: int32 scalar, counted from 0, which decides the learning rate.
-          fall: where that falls, as `schedule.fall_of` has it; None: as in a run of `steps`.
+          rules: as given to `init`.
+          step: int32 scalar, from 0; decides the learning rate.
+          fall: when the learning rate falls (`schedule.fall_of`); None: as in a run of `steps`.
 
         Returns:
-          New parameters and new state; those of frozen groups as they were.
+          New parameters and new state; those of frozen groups are unchanged.
 
         Raises:
           UserError: as `init` does.
@@ -293,7 +293,7 @@ class Optimizer:
         return outer.unflatten([p for p, _ in flat]), outer.unflatten([s for _, s in flat])
 
     def _check(self, params: Params, rules: Params) -> None:
-        """Raises UserError as `init` does; parameters of one shape are checked once."""
+        """Raise UserError as `init` does; checks each combination of shape and dtype once."""
         leaves = zip(jax.tree.leaves(rules), jax.tree.leaves_with_path(params), strict=True)
         paths = {}
         for rule, (path, param) in leaves:
@@ -308,7 +308,7 @@ class Optimizer:
                 optax_by_name.check_parameter(config.name, config.options, name, parameter)
 
     def _of(self, rule: ParamRule) -> optax.GradientTransformation:
-        """What updates a parameter with this rule, of all stacked layers at once."""
+        """Make the transformation of a parameter with this rule, all stacked layers at once."""
         one_layer = _transformation(self._config, rule, self._given)
         if self._given is not None or self._config.name not in ELEMENTWISE:
             for outer, axis in reversed(list(enumerate(rule.matrices))):

@@ -1,7 +1,7 @@
 """Learning-rate schedules, by name.
 
-The length of a run is data: what a rate takes from it (`fall_of`) is an array, so that one compiled
-train step serves runs of any length.
+What a rate needs of the length of a run (`fall_of`) is an array, so that one compiled train step
+serves runs of any length.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.registry import lookup
 
-# Step, a float from 0, and numbers of `fall_of` -> share of the peak, after the warm-up.
+# (step from 0 as a float, array of `fall_of`) -> fraction of the peak rate, after the warm-up.
 Share = Callable[[jax.Array, Any], jax.Array]
 Schedule = Callable[..., jax.Array]
 
 
 class Knobs(Protocol):
-    """What a schedule reads of the optimizer's config (`OptimizerConfig` says what each is)."""
+    """The fields of `OptimizerConfig` that a schedule reads; documented there."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -35,7 +35,7 @@ class Knobs(Protocol):
 
 
 def _fallen(step: jax.Array, fall: Any) -> jax.Array:
-    """How far the fall has come: from 0, at the last step of the peak, to 1, at the run's last."""
+    """The progress of the fall: 0 at the last step of the peak, 1 at the last step of the run."""
     return jnp.clip(1 - (fall[0] - step) * fall[1], 0, 1)
 
 
@@ -51,7 +51,7 @@ def _wsd(config: Knobs) -> Share:
 
 
 def _inverse_sqrt(config: Knobs) -> Share:
-    """Peak * sqrt(warmup / step) after the warm-up, steps from 1 (T5, arXiv 1910.10683)."""
+    """Peak * sqrt(warmup / step) after the warm-up, with 1-based steps (T5, arXiv 1910.10683)."""
     return lambda step, fall: jnp.sqrt(max(1, config.warmup_steps) / (step + 1))
 
 
@@ -68,16 +68,16 @@ SCHEDULES: dict[str, Callable[[Knobs], Share]] = {
 
 
 def fall_of(config: Knobs, steps: int) -> np.ndarray:
-    """What a rate takes from the length of the run.
+    """Compute what a rate needs of the length of the run.
 
     Args:
-      config: the knobs.
+      config: hyperparameters of the schedule.
       steps: length of the run, train.steps.
 
     Returns:
       Float [2]: the last step, from 0, and 1 / the number of steps over which the rate falls to
-      final_share (`cosine`, `wsd`; the others do not read it).  The inverse, as steps are
-      multiplied by it: the compiler makes that of a constant divisor.
+      final_share (`cosine` and `wsd`; the other schedules do not use it).  It is the inverse
+      because steps are multiplied by it, as XLA does in place of dividing by a constant.
     """
     if config.schedule == "wsd":
         first = max(0, steps - 1 - _decay_steps(config, steps))
@@ -88,20 +88,20 @@ def fall_of(config: Knobs, steps: int) -> np.ndarray:
 
 
 def make_schedule(config: Knobs, steps: int) -> Schedule:
-    """The learning rate of each step.
+    """Make the function from step to learning rate.
 
-    Warm-up is linear: step s of `warmup_steps` = W has (s + 1) / W of the peak, so the first step
-    already learns and step W - 1 has the peak.  `cosine` and `wsd` have final_share of the peak in
-    step `steps` - 1, and from there on.  A run that goes on with another number of steps has the
-    rates of that number from its next step on.
+    Warm-up is linear: with `warmup_steps` = W, step s has (s + 1) / W of the peak rate, so the
+    first step already learns and step W - 1 has the peak.  `cosine` and `wsd` reach final_share of
+    the peak in step `steps` - 1 and keep it.  A run resumed with a different number of steps has
+    the rates of the new number from its next step on.
 
     Args:
-      config: the knobs.
+      config: hyperparameters of the schedule.
       steps: length of the run, train.steps.
 
     Returns:
-      A function of the step, counted from 0, and of `fall_of` another length; without that it is
-      that of `steps`.
+      A function of the step, from 0, and optionally of `fall_of` for a different length; its
+      default is that of `steps`.
 
     Raises:
       UserError: the run is too short for the warm-up and the fall.
@@ -122,26 +122,26 @@ def make_schedule(config: Knobs, steps: int) -> Schedule:
 
 
 def _decay_steps(config: Knobs, steps: int) -> int:
-    """Steps of the fall of `wsd`."""
+    """The steps over which the rate of `wsd` falls."""
     return max(1, round(steps * config.decay_share))
 
 
 def _check_length(config: Knobs, steps: int) -> None:
-    """Raises UserError where a run cannot reach the peak of its rate, or final_share after it."""
+    """Raise UserError if the run cannot reach the peak rate, or final_share after it."""
     warmup = config.warmup_steps
     if warmup > steps:
         raise UserError(
-            f"optimizer.warmup_steps is {warmup}, more than train.steps ({steps}), so the "
-            f"learning rate would not reach its peak: set it below {steps}, or raise train.steps."
+            f"config.optimizer.warmup_steps is {warmup}, more than train.steps ({steps}): the "
+            f"learning rate would not reach its peak. Set it below {steps}, or raise train.steps."
         )
     if config.schedule == "cosine" and config.final_share < 1 and warmup == steps:
         raise UserError(
-            f"optimizer.warmup_steps is {warmup}, all of train.steps, which leaves no step for "
-            f"the fall to optimizer.final_share: set it below {steps}, or raise train.steps."
+            f"config.optimizer.warmup_steps is {warmup}, equal to train.steps: no step is left for "
+            f"the fall to optimizer.final_share. Set it below {steps}, or raise train.steps."
         )
     if config.schedule == "wsd" and warmup + _decay_steps(config, steps) > steps:
         raise UserError(
-            f"optimizer.warmup_steps ({warmup}) and optimizer.decay_share ({config.decay_share}, "
-            f"{_decay_steps(config, steps)} steps) are more than train.steps ({steps}): lower one "
-            f"of them, or raise train.steps."
+            f"config.optimizer.warmup_steps ({warmup}) and optimizer.decay_share "
+            f"({config.decay_share}, {_decay_steps(config, steps)} steps) are more than "
+            f"train.steps ({steps}). Lower one of them, or raise train.steps."
         )

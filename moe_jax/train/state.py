@@ -1,4 +1,4 @@
-"""What a run carries from step to step, where it lies on the mesh, and its form on disk."""
+"""The train state: its initial value, its sharding on the mesh, and its form on disk."""
 
 import dataclasses
 import functools
@@ -24,15 +24,16 @@ from moe_jax.train.optim import Optimizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Step counter, parameters, the optimizer's state leaf by leaf beside them, router, guard.
+    """Everything that a step reads and updates.
 
-    And what follows from these or from the config, which no checkpoint holds: copies of weights in
-    the computation's dtype (copies.py), and where the learning rate falls (schedule.py).
+    Checkpoints do not hold `copies` and `fall`, because both are computed: compute-dtype copies of
+    the weights (copies.py) and the fall of the learning rate (schedule.py).  The fields hold
+    arrays, or shapes or shardings in the trees of `abstract_state` and `state_shardings`.
     """
 
-    step: Any  # int32 scalar; like the others, a shape or a sharding where those are asked for
+    step: Any  # int32 scalar: steps done
     params: Params  # in float32 or wider (define.py)
-    optimizer: Params  # the state of each parameter in its place
+    optimizer: Params  # the optimizer state of each parameter, in its place in the tree
     router: Mapping[str, Any]  # name -> [MoE layers, ...]; empty for most routers
     guard: dict[str, Any]  # name -> scalar (guard.py)
     fall: Any  # float [2] of `fall_of`: an array, as one program serves runs of any length
@@ -45,11 +46,11 @@ jax.tree_util.register_dataclass(TrainState)
 def init_train_state(
     model: ModelDef, optimizer: Optimizer, mesh: Mesh, key: jax.Array
 ) -> TrainState:
-    """A fresh state on the devices of `mesh`; not for use under jit.
+    """Make a fresh state on the devices of `mesh`; not for use under jit.
 
     Args:
       model: of `define`.
-      optimizer: whose moments are made beside the parameters.
+      optimizer: its state is made for every parameter.
       mesh: of `make_mesh`.
       key: PRNG key of the initial parameters.
 
@@ -57,7 +58,7 @@ def init_train_state(
       A state whose parameters are the same for any mesh and layout.
 
     Raises:
-      UserError: an optimizer that cannot be applied to one of the parameters.
+      UserError: the optimizer cannot be applied to one of the parameters.
     """
     where = state_shardings(model, optimizer, mesh)
     params = init_on(model, key, where.params)
@@ -73,13 +74,13 @@ def init_train_state(
 
 
 def placed_fall(optimizer: Optimizer, mesh: Mesh) -> jax.Array:
-    """`TrainState.fall` of a run, on every device; nothing is compiled."""
+    """Put `TrainState.fall` of a run on every device; compiles nothing."""
     fall = optimizer.fall
     return jax.make_array_from_callback(fall.shape, everywhere(mesh), lambda index: fall[index])
 
 
 def initial_router_state(model: ModelDef) -> dict[str, jax.Array]:
-    """What the routers carry before the first step: name -> [MoE layers, ...]."""
+    """The router state before the first step: name -> [MoE layers, ...]."""
     config, parts = model.config, model.components
     if parts is None:
         return {}
@@ -108,12 +109,12 @@ def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainStat
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """The sharding that replicates an array on all devices."""
     return NamedSharding(mesh, P())
 
 
 def param_shardings(model: ModelDef, mesh: Mesh) -> Params:
-    """Sharding of every parameter, from its logical axes."""
+    """The sharding of every parameter, from its logical axes."""
     return jax.tree.map(
         lambda axes, leaf: param_sharding(mesh, axes, leaf.shape),
         model.logical_axes,
@@ -123,20 +124,30 @@ def param_shardings(model: ModelDef, mesh: Mesh) -> Params:
 
 
 def leading_axes(rule: ParamRule) -> tuple[int, ...]:
-    """Axes of a parameter that come first in what an optimizer keeps of each matrix."""
+    """The axes of a parameter that index its matrices; first in optimizer state kept per matrix."""
     return (*range(rule.stacked), *rule.matrices)
 
 
 def is_by_matrix(rule: ParamRule, param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct) -> bool:
-    """True for optimizer state with `leading_axes` of a parameter that holds several matrices."""
+    """True for optimizer state kept per matrix of a parameter that holds several matrices.
+
+    Args:
+      rule: of the parameter.
+      param: the parameter.
+      leaf: of its optimizer state.
+
+    Returns:
+      Whether the state begins with the `leading_axes` of the parameter.
+    """
     first = tuple(param.shape[axis] for axis in leading_axes(rule))
     return bool(rule.matrices) and leaf.shape[: len(first)] == first
 
 
 def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Sharding of every leaf: moments lie as their parameter does, anything smaller everywhere.
+    """The sharding of every leaf of the state.
 
-    What an optimizer keeps of each matrix lies as the axes do that tell the matrices apart.
+    Optimizer state with the parameter's shape is sharded like the parameter.  Optimizer state kept
+    per matrix is sharded like the axes that index the matrices.  Everything smaller is replicated.
     """
     whole = everywhere(mesh)
     params = param_shardings(model, mesh)
@@ -159,15 +170,15 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
 
 
 def checkpoint_bytes(model: ModelDef, optimizer: Optimizer) -> int:
-    """Of one checkpoint, rounded up a little."""
+    """Disk bytes that one checkpoint needs, plus a margin."""
     return disk_needed(dataclasses.replace(abstract_state(model, optimizer), copies={}))
 
 
 def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
-    """The one form on disk: per-layer leaves under `params` and `optimizer`, whatever is scanned.
+    """Convert a state to its form on disk, which has one leaf per layer.
 
-    Stacked leaves are cut on the host's side of a save where they are cut at all: unrolled states
-    pass through untouched.  Copies and `fall` are left out.
+    The stacked leaves of scanned layers are split; unrolled states are unchanged.  Copies and
+    `fall` are left out.
     """
     return {
         "step": state.step,
@@ -179,7 +190,16 @@ def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
 
 
 def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainState:
-    """Inverse of `to_disk`, for a run with this `fall`."""
+    """Convert the form on disk to a state: the inverse of `to_disk`.
+
+    Args:
+      tree: of `to_disk`, restored.
+      model: its layout decides which layers are stacked.
+      fall: of the run that continues.
+
+    Returns:
+      The state, with its copies made from the parameters.
+    """
     params = to_stacked(tree["params"], model.layout)
     moments = to_stacked(tree["optimizer"], model.layout)
     copies = copy_program(model)(params) if of_copied(model, params) else {}
@@ -187,9 +207,9 @@ def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainSt
 
 
 def all_finite(state: TrainState, mesh: Mesh) -> bool:
-    """Whether every number of the state is finite; waits for it.
+    """True if every number of the state is finite; waits for the result.
 
-    A step whose loss and gradient are finite can still overflow what it updates.
+    A step with finite loss and gradient can still overflow parameters or moments.
     """
     return bool(_finite_check(mesh)(state))
 

@@ -1,4 +1,7 @@
-"""The train step: one global batch in, one new state out."""
+"""The train step: computes gradients of a global batch and updates the train state.
+
+A microbatches (`train.accumulation`), B rows per microbatch, T positions.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,16 +31,16 @@ RouterState: TypeAlias = Mapping[str, jax.Array]  # name -> [MoE layers, ...]
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one step reports, on the device until somebody reads it."""
+    """The metrics of one step; they stay on the device until they are read."""
 
     loss: LossValues  # means over the batch: the total and its parts
     grad_norm: Float[Array, ""]  # global, before clipping
     learning_rate: Float[Array, ""]  # of this step
-    tokens: Float[Array, ""]  # real tokens
-    skipped: Bool[Array, ""]  # refused: the state is as it was, but for step counter and guard
-    spike: Bool[Array, ""]  # refused though finite: far above the running means
-    guard: Guard  # after the step; a refused one leaves the means it was compared with
-    moe: MoEAux | None  # summed over microbatches, one entry per MoE layer; None: no experts
+    tokens: Float[Array, ""]  # padding tokens not counted
+    skipped: Bool[Array, ""]  # only step counter and guard have changed
+    spike: Bool[Array, ""]  # skipped although finite: far above the running means
+    guard: Guard  # after the step; a skipped step leaves the running means unchanged
+    moe: MoEAux | None  # summed over microbatches, one entry per MoE layer; None: dense model
 
 
 jax.tree_util.register_dataclass(StepMetrics)
@@ -45,19 +48,30 @@ jax.tree_util.register_dataclass(StepMetrics)
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """Knobs of the train step beside the model and the optimizer."""
+    """Options of the train step, in addition to the model and the optimizer."""
 
-    seed: int = 0  # of the routers' noise and the dropout; 0 or more
+    seed: int = 0  # of router noise and dropout; 0 or more
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
-    spike_factor: float = 100.0  # times their running means; 0: finite steps are never refused
-    num_sources: int = 1  # of the data, for the ledger
-    debug: bool = False  # assert conservation inside the step
+    # Skip a step whose loss or gradient norm is more than this many times its running mean; 0:
+    # never skip finite steps.
+    spike_factor: float = 100.0
+    num_sources: int = 1  # sources of the data, for the ledger
+    debug: bool = False  # assert in each step that every assignment is counted once
 
 
 def step_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Array:
-    """One threefry key a row: fold(seed, step, global row id).
+    """Make one threefry key per row: fold(seed, step, global row id).
 
-    No axis index, microbatch index or rbg key: noise belongs to the row, wherever it is computed.
+    The key does not depend on mesh axes or the microbatch, and is never an rbg key, so a row has
+    the same noise wherever it is computed.
+
+    Args:
+      seed: of the run.
+      step: counted from 0.
+      row_B: global row ids.
+
+    Returns:
+      Keys [B].
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return row_keys(key, row_B)
@@ -66,10 +80,18 @@ def step_keys(seed: int, step: Int[Array, ""], row_B: Int[Array, "B"]) -> jax.Ar
 def make_gradients(
     model: ModelDef, options: StepOptions, mesh: Mesh
 ) -> Callable[[Params, RouterState, Batch, jax.Array], tuple[Params, LossSums, Counts]]:
-    """(params, router state, batch [A, B, T], step) -> gradients, sums of the loss, their counts.
+    """Make the function that computes the gradients of a global batch.
 
-    Parameters may be given as their copies.
-    The A microbatches are taken one after the other and their gradients added.
+    The A microbatches run one after the other, and their gradients are added.
+
+    Args:
+      model: of `define`.
+      options: of the train step.
+      mesh: of `make_mesh`.
+
+    Returns:
+      (params, router state, batch [A, B, T], step) -> gradients, loss sums and their counts;
+      `params` may be compute-dtype copies.
     """
 
     def microbatch(
@@ -87,7 +109,7 @@ def make_gradients(
 
         def one(batch):
             grads, sums = jax.grad(microbatch, has_aux=True)(params, router, batch, step, counts)
-            # Those of copies come narrow; they are added up, and used, in the weights' own dtype.
+            # Gradients of copies have the compute dtype; add and use them in the weights' dtype.
             return jax.tree.map(lambda g, own: g.astype(own.dtype), grads, model.abstract), sums
 
         first = jax.tree.map(lambda x: x[0], batch)
@@ -107,25 +129,25 @@ def make_gradients(
 def make_train_step(
     model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The train step as a pure function, not compiled; `jit_train_step` is what a run compiles.
+    """Make the train step as a pure function; `jit_train_step` makes the one that a run compiles.
 
     Args:
       model: of `define`.
-      optimizer: of whose state the train state was made.
-      options: seed of the noise, clipping, and what a step is refused for.
-      mesh: of `make_mesh`, where state and batch lie.
+      optimizer: the one that made the optimizer state.
+      options: seed of the noise, clipping and step guard.
+      mesh: of `make_mesh`; holds state and batch.
 
     Returns:
-      (state, batch [accumulation, rows, T]) -> (state, metrics).
+      (state, batch [A, B, T]) -> (state, metrics).
 
     Raises:
-      UserError: by the function that is returned, for rows of a microbatch that the routing groups
-        or the mesh do not divide.
+      UserError: raised by the returned function if routing groups or mesh do not divide the rows
+        of a microbatch.
     """
     gradients = make_gradients(model, options, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on the global batch."""
+        """Run one optimizer step on the global batch."""
         state, used = _without_copies(state)
         grads, sums, counts = gradients(used, state.router, batch, state.step)
         with jax.named_scope("optimizer"):
@@ -162,53 +184,53 @@ def make_train_step(
 
 
 def _without_copies(state: TrainState) -> tuple[TrainState, Params]:
-    """The state as the optimizer changes it, and the parameters as the model reads them."""
+    """Split a state into one without copies and the parameters that the model reads."""
     used = with_copies(state.params, state.copies)
     return dataclasses.replace(state, copies={}), used
 
 
 def _next_router_state(model: ModelDef, state: RouterState, moe: MoEAux | None) -> RouterState:
-    """From the load of the whole batch: all microbatches, all devices."""
+    """Update the router state from the load of the global batch."""
     if moe is None or model.components is None or model.config.moe.freeze_router:
         return state
     return model.components.router.next_state(state, moe.load_E)
 
 
 def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:
-    """Raises AssertionError, which ends the run, where an assignment is lost or counted twice."""
+    """Raise AssertionError, which ends the run, if an assignment is lost or counted twice."""
     for name, fates in {"total": stats.fates, **ledger._asdict()}.items():
         found = np.asarray(fates.total()).reshape(len(stats.assignments), -1).sum(1)
         assert (found == stats.assignments).all(), (
-            f"assignments by {name} are not conserved: {found} of {stats.assignments} a layer"
+            f"assignments by {name} are not conserved: {found} of {stats.assignments} per layer"
         )
 
 
 def jit_train_step(
     model: ModelDef, optimizer: Optimizer, options: StepOptions, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """The train step as a run compiles it; its state is donated.
+    """Make the jitted train step that a run compiles; its state is donated.
 
     Args:
       model: of `define`.
-      optimizer: of whose state the train state was made.
-      options: seed of the noise, clipping, and what a step is refused for.
-      mesh: of `make_mesh`, where state and batch lie.
+      optimizer: the one that made the optimizer state.
+      options: seed of the noise, clipping and step guard.
+      mesh: of `make_mesh`; holds state and batch.
 
     Returns:
-      (state, batch of `put_batch`) -> (state, metrics): a step whose loss or gradient is not
-      finite, or far above its mean, leaves the state as it was.
+      (state, batch of `put_batch`) -> (state, metrics).  A step whose loss or gradient is not
+      finite, or far above its running mean, changes only the step counter and the guard.
 
     Raises:
       UserError: as `make_train_step`, when a batch of a new shape is compiled.
     """
     step = make_train_step(model, optimizer, options, mesh)
     where = state_shardings(model, optimizer, mesh)
-    # Metrics whole on every device: each process can read them.
+    # Metrics are replicated so that each process can read them.
     return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))
 
 
 def abstract_batch(microbatch: tuple[int, int, int], mesh: Mesh) -> Batch:
-    """The batch of one step as a feed hands it over; `microbatch` is (accumulation, rows, T)."""
+    """The abstract batch of one step, as a feed delivers it; `microbatch` is (A, B, T)."""
     shape, rows = microbatch, microbatch[:2]
     tokens = sharding(mesh, (None, "batch", None))
     whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)

@@ -395,4 +395,4 @@ def test_adafactor_refuses_a_moment_dtype(place, tmp_path):
     overrides = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, tmp_path / "run", overrides)])
-    check_sentence(error, "optimizer.moment_dtype is 'bfloat16', which adafactor does not know")
+    check_sentence(error, "optimizer.moment_dtype is 'bfloat16': adafactor does not support it")

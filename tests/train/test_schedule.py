@@ -94,8 +94,8 @@ def test_a_run_that_goes_on_to_more_steps_has_their_rates():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"warmup_steps": 11}, "warmup_steps is 11, more than train.steps .10.*set it below 10"),
-        ({"warmup_steps": 10}, "no step for the fall to optimizer.final_share: set it below 10"),
+        ({"warmup_steps": 11}, "warmup_steps is 11, more than train.steps .10.*Set it below 10"),
+        ({"warmup_steps": 10}, "no step is left for the fall to .*final_share. Set it below 10"),
         ({"warmup_steps": 11, "schedule": "constant"}, "would not reach its peak"),
         ({"warmup_steps": 11, "schedule": "inverse_sqrt"}, "would not reach its peak"),
         ({"warmup_steps": 9, "schedule": "wsd"}, r"decay_share \(0.2, 2 steps\) are more than"),
