@@ -1,4 +1,7 @@
-"""Self-attention layer: projections, q/k norm, RoPE, attention, output projection."""
+"""The self-attention layer: projections, q/k norm, RoPE, attention, output projection.
+
+B rows, T positions, D model width, H query heads, J key/value heads, A head width.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +22,7 @@ from moe_jax.ops.linear import linear
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """What one attention layer needs to know of its model."""
+    """The part of a model config that one attention layer needs."""
 
     width: int  # D
     num_heads: int  # H
@@ -28,7 +31,7 @@ class AttentionConfig:
     qk_norm: str = "none"  # none | head | full, as in ModelConfig
     norm_eps: float = 1e-5
     implementation: str = "auto"  # a key of ATTENTION, or auto
-    depth: int = 1  # layers of the model, for the initial output projection
+    depth: int = 1  # layers of the model; scales the initial output projection
 
 
 class Attention(nnx.Module):
@@ -75,7 +78,7 @@ class Attention(nnx.Module):
 def _qk_norm(
     config: AttentionConfig, heads: int, axis: str, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> RMSNorm | None:
-    """Norm of queries or keys: none, each head by itself (Qwen3), or all together (OLMoE)."""
+    """Make the norm of queries or keys: none, per head (Qwen3), or over all heads (OLMoE)."""
     if config.qk_norm == "none":
         return None
     size, axis = {
@@ -86,6 +89,6 @@ def _qk_norm(
 
 
 def _normed(norm: RMSNorm, x_BTHA: Float[Array, "B T H A"]) -> Float[Array, "B T H A"]:
-    """`norm` over as many trailing numbers as it has weights: one head's, or all heads'."""
+    """Apply `norm` per head, or over all heads if it has a weight for each of their elements."""
     parts = x_BTHA.reshape(*x_BTHA.shape[:2], -1, norm.weight.shape[0])
     return norm(parts).reshape(x_BTHA.shape)

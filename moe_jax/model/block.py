@@ -1,4 +1,4 @@
-"""One pre-norm Transformer block."""
+"""One pre-norm Transformer block.  B rows, T positions, D model width."""
 
 import jax
 from flax import nnx
@@ -17,7 +17,7 @@ from moe_jax.nn.params import scoped
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or holds experts."""
+    """Computes x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or an MoE layer."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        """`components`: of the layers that hold experts; None in a dense model."""
+        """Make the parameters; `components` are those of the MoE layers, None in a dense model."""
         D, eps = config.width, config.norm_eps
         self.attention_norm = RMSNorm(D, "norm", eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(
@@ -64,9 +64,9 @@ class Block(nnx.Module):
         segments_BT: Int[Array, "B T"] | None,
         context: MoEContext,
     ) -> tuple[Float[Array, "B T D"], MoEAux | None]:
-        """The new residual stream, and what the experts report (None without experts).
+        """Compute the new residual stream and MoEAux (None for a dense FFN).
 
-        `segments_BT` confines attention to documents; None lets it cross their borders.
+        `segments_BT` confines attention to documents; None: attention crosses document borders.
         """
         normed = self.attention_norm(x_BTD)
         with jax.named_scope("attention"):

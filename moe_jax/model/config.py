@@ -1,4 +1,4 @@
-"""Shape of the decoder-only Transformer."""
+"""The config of the decoder-only Transformer."""
 
 import dataclasses
 from typing import Annotated
@@ -13,7 +13,7 @@ from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 
 ACTIVATIONS = ("swiglu", "gelu")
-MOST_LAYERS = 2048  # each costs time before it costs memory: a million would hang
+MOST_LAYERS = 2048  # each layer costs tracing time: with a million, start-up would hang
 QK_NORMS = ("none", "head", "full")
 
 
@@ -21,7 +21,7 @@ QK_NORMS = ("none", "head", "full")
 class ModelConfig:
     """Decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE FFNs.
 
-    `moe.every = 0` is not used for a dense model: set `dense = True`.
+    For a dense model set `dense = True`, not `moe.every = 0`.
 
     Raises:
       UserError: a value out of range, an unknown name, or sizes that do not divide each other.
@@ -30,7 +30,7 @@ class ModelConfig:
     """
 
     vocab_size: Weights[Annotated[int, at_least(0)]] = (
-        0  # V, tokens of the vocabulary; 0: the tokenizer's
+        0  # V, tokens in the vocabulary; 0: that of the tokenizer
     )
     # L, blocks of attention and FFN.
     num_layers: Weights[Annotated[int, at_least(1), at_most(MOST_LAYERS)]] = 4
@@ -39,7 +39,7 @@ class ModelConfig:
     num_kv_heads: Weights[Annotated[int, at_least(1)]] = 4  # J, key/value heads; divides H
     head_dim: Weights[Annotated[int, at_least(1)]] = 64  # A, width of a head; even, for RoPE
     ffn_width: Weights[Annotated[int, at_least(1)]] = 1024  # F of the dense FFNs
-    # Of dense FFNs and experts alike; gelu has no gate.
+    # Activation of dense FFNs and experts; gelu has no gate.
     activation: Weights[Annotated[str, one_of(ACTIVATIONS)]] = "swiglu"
     # RMSNorm of queries and keys: none | head (Qwen3) | full (over the whole projection: OLMoE).
     qk_norm: Weights[Annotated[str, one_of(QK_NORMS)]] = "none"
@@ -52,14 +52,14 @@ class ModelConfig:
     # The kernel: xla (any device) | cudnn (NVIDIA) | splash (TPU) | auto (by device and shape).
     attention: Run[Annotated[str, one_of(("auto", *ATTENTION))]] = "auto"
     confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
-    scan_layers: Run[bool] = False  # scan the repeating period instead of unrolling it
-    # What the backward pass computes again: none (nothing) | full (all) | dots (all but matmuls) |
-    # save_dispatch (all but routing and dispatch) | save_hidden (these and the hidden activations
-    # of attention, FFNs and experts are kept as well).
+    scan_layers: Run[bool] = False  # scan the repeating period of layers instead of unrolling it
+    # What the backward pass recomputes: none (nothing) | full (all) | dots (all but matmuls) |
+    # save_dispatch (all but routing and dispatch) | save_hidden (all but routing, dispatch and the
+    # hidden activations of attention, FFNs and experts).
     remat: Run[Annotated[str, one_of(REMAT)]] = "none"
-    # How the logits of the loss are cut: tokens | vocabulary | full (not at all).
+    # Axis along which the loss computes logits in chunks: tokens | vocabulary | full (no chunks).
     cross_entropy: Run[Annotated[str, one_of(CROSS_ENTROPY)]] = "tokens"
-    # Logits that exist at once on a device, in multiples of the vocabulary.
+    # Logits in memory at once on a device, in multiples of the vocabulary size.
     loss_chunk: Run[Annotated[int, at_least(1)]] = 2048
     # Weight of the mean logsumexp(logits)^2 in the loss (PaLM, arXiv 2204.02311, section 5);
     # 0: off.
@@ -70,11 +70,11 @@ class ModelConfig:
         bounds.check(self, "model.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"model.num_heads ({self.num_heads}) is not divisible by model.num_kv_heads "
-                f"({self.num_kv_heads}): make it a multiple."
+                f"config.model.num_heads ({self.num_heads}) is not divisible by "
+                f"model.num_kv_heads ({self.num_kv_heads}). Set a multiple of {self.num_kv_heads}."
             )
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim is {self.head_dim}: RoPE needs an even number.")
+            raise UserError(f"config.model.head_dim is {self.head_dim}: RoPE needs an even number.")
 
     @property
     def moe_layers(self) -> int:
@@ -85,7 +85,7 @@ class ModelConfig:
         """True for a layer that holds experts.
 
         Args:
-          layer: its number, from 0.
+          layer: its index, from 0.
 
         Returns:
           False for a layer with a dense FFN.

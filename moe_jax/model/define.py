@@ -1,7 +1,7 @@
-"""Everything about a model but its parameters, as plain trees.
+"""`ModelDef`: a model without its parameters, as graph definitions and plain trees.
 
 A parameter tree is nested dicts of arrays: {"embed_VD", "blocks": {"0": ..., ...}, "norm": ...,
-"head_DV"}, with "stack" beside "blocks" where layers are scanned (layout.py).
+"head_DV"}, plus "stack" for scanned layers (layout.py).  V vocabulary, D model width.
 """
 
 import dataclasses
@@ -24,30 +24,30 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelDef:
-    """Everything about a model but its parameters."""
+    """A model without its parameters."""
 
     config: ModelConfig  # the model's shape
-    components: Components | None  # of its MoE layers; None: dense
-    dtype: np.dtype  # of the computation; parameters are float32 or wider
+    components: Components | None  # of its MoE layers; None: dense model
+    dtype: np.dtype  # compute dtype; parameters are float32 or wider
     layout: Layout  # which layers are unrolled and which are scanned
     trunk: nnx.GraphDef  # the Transformer without its blocks
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
     abstract: Params  # jax.ShapeDtypeStruct of every parameter
     logical_axes: Params  # tuple of logical axis names of every parameter
-    rules: Params  # ParamRule of every parameter: what the optimizer needs to know
-    narrow: Params  # whether the parameter is read in `dtype` alone
+    rules: Params  # ParamRule of every parameter, for the optimizer
+    narrow: Params  # True for parameters that the model reads only in `dtype`
 
 
 def define(config: ModelConfig, dtype: DTypeLike, components: Components | None = None) -> ModelDef:
-    """Shapes, logical axes and graph definitions; allocates nothing.
+    """Make the definition of a model: shapes, logical axes, graph definitions; allocates nothing.
 
     Args:
       config: the model's shape; `vocab_size` must be above 0.
-      dtype: of the computation; parameters are float32 or wider.
+      dtype: compute dtype; parameters are float32 or wider.
       components: router and dispatch path of its MoE layers; None: those that `config.moe` names.
 
     Returns:
-      What `init`, `forward` and the train step take.
+      The definition that `init`, `forward` and the train step take.
 
     Raises:
       UserError: as `Transformer`.
@@ -78,7 +78,7 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
 
 
 def is_axes(leaf: Any) -> bool:
-    """Whether `leaf` is a leaf of a tree of logical axes."""
+    """True if `leaf` is a leaf of a tree of logical axes."""
     return isinstance(leaf, tuple)
 
 
@@ -88,14 +88,14 @@ def value_of(variable: nnx.Variable) -> Any:
 
 
 def rule_of(variable: nnx.Variable) -> ParamRule:
-    """What the optimizer has to know about a parameter of one layer, from its metadata."""
+    """The ParamRule of a parameter of one layer, from its metadata."""
     return ParamRule(variable.get_metadata("group"), variable.get_metadata("logical_axes"))
 
 
 def split_model(
     model: Transformer,
 ) -> tuple[nnx.GraphDef, tuple[nnx.GraphDef, ...], dict[str, Any]]:
-    """Graph definitions of trunk and blocks, and a dict tree with their Param variables."""
+    """Split a model into graph definitions of trunk and blocks and a tree of Param variables."""
     pairs = [nnx.split(block, nnx.Param) for block in model.blocks]
     model.blocks = nnx.List([])
     trunk, state = nnx.split(model, nnx.Param)
@@ -104,7 +104,7 @@ def split_model(
 
 
 def map_variables(tree: Any, function: Any) -> Any:
-    """`function` of every Variable, as plain nested dicts."""
+    """Apply `function` to every Variable; returns plain nested dicts."""
     if isinstance(tree, nnx.Variable):
         return function(tree)
     return {str(key): map_variables(value, function) for key, value in tree.items()}

@@ -1,4 +1,7 @@
-"""What a model holds and what a token costs, from its abstract parameters."""
+"""Parameter counts and model FLOPs per token, from the abstract parameters.
+
+L layers, T positions per row, H query heads, A head width, E experts, K assignments per token.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,17 +13,17 @@ from moe_jax.model.define import ModelDef, is_axes
 
 
 class ParamCounts(NamedTuple):
-    """Numbers of parameters."""
+    """Parameter counts of a model."""
 
     total: int
-    active: int  # those one token uses
+    active: int  # used by one token
 
 
 def param_counts(model: ModelDef) -> ParamCounts:
-    """Counts of a model; allocates nothing.
+    """Count the parameters of a model; allocates nothing.
 
-    Active are all parameters outside the routed experts (the whole embedding table included, as
-    published figures count it) and K of every layer's E routed experts.
+    Active parameters are all parameters outside the routed experts (including the whole embedding
+    table, as in published figures) and K of the E routed experts of each layer.
     """
     leaves = list(_leaves(model))
     total = sum(size for _, _, size in leaves)
@@ -28,13 +31,13 @@ def param_counts(model: ModelDef) -> ParamCounts:
 
 
 def flops_per_token(model: ModelDef, length: int) -> float:
-    """Model FLOPs of forward and backward for one token of a row of `length` tokens.
+    """Compute the model FLOPs per token, forward and backward, in rows of `length` tokens.
 
-    6 for each active parameter that is in a matrix product (2 forward, 4 backward; the head but
-    not the embedding lookup, no norm weights), and 6 L T H A for attention: two products of
-    2 T H A forward, three times that with backward, half of it under the causal mask.  Router,
-    shared experts and head count; recomputation, padding of buffers and the optimizer do not
-    (the convention of PaLM, arXiv 2204.02311, appendix B, with causal attention halved).
+    Each active parameter of a matmul counts 6 (2 forward, 4 backward); this includes the head but
+    not the embedding lookup or norm weights.  Attention counts 6 L T H A: two matmuls of 2 T H A
+    forward, three times that with the backward pass, halved by the causal mask.  Router, shared
+    experts and head count; recomputation, padding rows and the optimizer do not (the convention of
+    PaLM, arXiv 2204.02311, appendix B, with causal attention halved).
     """
     config = model.config
     lookups = () if config.tied_head else ("embed_VD",)
@@ -48,7 +51,7 @@ def flops_per_token(model: ModelDef, length: int) -> float:
 
 
 def _leaves(model: ModelDef) -> Iterator[tuple[str, tuple[str | None, ...], int]]:
-    """(last name, logical axes without `layers`, size) of every parameter."""
+    """Yield (last name, logical axes without `layers`, size) of every parameter."""
     axes_of = dict(jax.tree.leaves_with_path(model.logical_axes, is_leaf=is_axes))
     for path, leaf in jax.tree.leaves_with_path(model.abstract):
         axes = tuple(axis for axis in axes_of[path] if axis != "layers")
@@ -56,7 +59,7 @@ def _leaves(model: ModelDef) -> Iterator[tuple[str, tuple[str | None, ...], int]
 
 
 def _used(model: ModelDef, axes: tuple[str | None, ...], size: int) -> int:
-    """How many of a parameter's numbers one token uses."""
+    """The number of elements of a parameter that one token uses."""
     if model.components is None or "experts" not in axes:
         return size
     return size // model.config.moe.num_experts * model.components.router.choices

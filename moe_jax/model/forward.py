@@ -1,4 +1,7 @@
-"""The forward pass as a pure function of the parameter tree, its layers unrolled or scanned."""
+"""The forward pass as a pure function of the parameter tree; layers are unrolled or scanned.
+
+B rows, T positions, D model width, V vocabulary.
+"""
 
 import dataclasses
 import itertools
@@ -20,7 +23,7 @@ from moe_jax.nn.remat import remat
 from moe_jax.ops.attention import layers_share_calls
 from moe_jax.parallel.rules import constrain
 
-# Of the residual stream at block borders: without them XLA may choose to split the width.
+# Axes of the residual stream at block borders; without a constraint XLA may split the width.
 ROWS = ("batch", None, None)
 
 
@@ -32,15 +35,15 @@ def batch_context(
     router_state: Mapping[str, jax.Array],
     num_sources: int,
 ) -> MoEContext:
-    """What the MoE layers of a forward pass over `batch` share.
+    """Make the context that the MoE layers of a forward pass over `batch` share.
 
     Args:
-      batch: of axes B, T.
+      batch: with axes B, T.
       row_keys_B: a typed PRNG key per row.
       mesh: with the axes of parallel/mesh.py.
       train: capacity, noise and dropout are those of training.
       router_state: with a leading axis over MoE layers; empty: none.
-      num_sources: of the data; the ids in `batch.sources_BT` are below it.
+      num_sources: sources of the data; the ids in `batch.sources_BT` are below it.
     """
     return MoEContext(
         token_ids_BT=batch.tokens_BT,
@@ -62,26 +65,26 @@ def forward(
     segments_BT: Int[Array, "B T"],
     context: MoEContext,
 ) -> tuple[Float[Array, "B T D"], MoEAux | None]:
-    """All blocks and the last norm.
+    """Run the embedding, all blocks and the last norm.
 
     Args:
       model, params: from `define` and `init`.
       tokens_BT: token ids below the vocabulary size.
       positions_BT: positions for RoPE.
-      segments_BT: document of each token, 0 for padding; read where config.confine_attention.
+      segments_BT: document of each token, 0 for padding; read if config.confine_attention is set.
       context: mesh, mask, keys and router state; `row_keys_B` are folded with the layer here, so
         that scanned and unrolled layers draw the same noise.
 
     Returns:
-      The residual stream after the last norm, and MoEAux with a leading axis over MoE layers in
-      their order (None where no layer holds experts).
+      The residual stream after the last norm, and MoEAux with a leading axis over MoE layers, in
+      layer order (None for a dense model).
 
     Raises:
-      UserError: a context that the MoE layers cannot use, or rows that their groups do not divide.
+      UserError: the MoE layers cannot use the context, or their groups do not divide the rows.
     """
     config, layout = model.config, model.layout
-    # Looked up while split over the width, the rows could only reach their place on the batch axes
-    # by a replication of all of them; so each row of the table is whole first.
+    # Unshard the width before the lookup.  Otherwise XLA can move the rows to the batch axes only
+    # by replicating them.
     embed_VD = constrain(params["embed_VD"], context.mesh, ("vocab", None))
     trunk = _merge_trunk(model, params | {"embed_VD": embed_VD})
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, model.dtype)
@@ -93,8 +96,8 @@ def forward(
     auxes: list[MoEAux] = []
     moe_before = list(itertools.accumulate(map(config.is_moe, range(layout.num_layers)), initial=0))
 
-    # One jitted function for all blocks of a kind: it is traced, differentiated and lowered once.
-    # Where attention has to know its layer, each block is a kind of its own.
+    # One jitted function for all blocks of a kind, so that it is traced, differentiated and lowered
+    # once.  If attention has to know its layer, each block is a kind of its own.
     share = layers_share_calls()
     kinds = [(config.is_moe(layer), None if share else layer) for layer in range(layout.num_layers)]
     one_of = {kinds[layer]: layer for layer in layout.unrolled()}
@@ -120,7 +123,7 @@ def forward(
 
 
 def head_weight(model: ModelDef, params: Params) -> Float[Array, "D V"]:
-    """The output projection, which may be the embedding's transpose."""
+    """The output projection; with a tied head, the transposed embedding."""
     return _merge_trunk(model, params).head()
 
 
@@ -130,15 +133,15 @@ def _merge_trunk(model: ModelDef, params: Params) -> Trunk:
 
 
 def _state_of(context: MoEContext, layers: int | slice) -> dict[str, jax.Array]:
-    """Router state of one MoE layer, or of some, counted among MoE layers."""
+    """The router state of one MoE layer or of a slice, indexed among MoE layers."""
     return {name: leaf[layers] for name, leaf in context.router_state.items()}
 
 
 def _block(model: ModelDef, layer: int, *, scanned: bool):
-    """Pure function of block `layer` under the remat policy.
+    """Make the pure function of block `layer` under the remat policy.
 
-    `index` is the layer's number as an array: in a scan the graph definition is that of the
-    first repeat.
+    The function takes the layer's number as an array, `index`, because in a scan all repeats share
+    the graph definition of the first.
     """
 
     def block(params, state, x_BTD, index, rope: Rope, segments, context: MoEContext):
@@ -155,7 +158,7 @@ def _block(model: ModelDef, layer: int, *, scanned: bool):
 def _scan(
     model: ModelDef, stacked: Params, router_state: dict[str, jax.Array], x_BTD, shared
 ) -> tuple[jax.Array, MoEAux | None]:
-    """Scan over the repeats of the period; MoEAux comes back in layer order."""
+    """Scan over the repeats of the period; returns MoEAux in layer order."""
     layout = model.layout
     blocks = [
         _block(model, layout.prefix + position, scanned=True) for position in range(layout.period)

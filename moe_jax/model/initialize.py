@@ -1,4 +1,4 @@
-"""Initial parameters: the same for any layout and mesh."""
+"""Draws the initial parameters, which are the same for any layout and mesh."""
 
 import functools
 from typing import Any
@@ -13,11 +13,11 @@ from moe_jax.model.transformer import Transformer, Trunk, make_block
 
 
 def init(model: ModelDef, key: jax.Array) -> Params:
-    """Initial parameters: the same for any layout, mesh and JAX device; call it under jit.
+    """Draw the initial parameters, the same for any layout, mesh and device; call it under jit.
 
     Args:
       model: of `define`.
-      key: PRNG key; a parameter's value depends on it, the layer and the parameter's name alone.
+      key: PRNG key; a parameter depends only on the key, the layer and the parameter's name.
 
     Returns:
       A tree like `model.abstract`.
@@ -30,10 +30,18 @@ def init(model: ModelDef, key: jax.Array) -> Params:
 
 
 def init_on(model: ModelDef, key: jax.Array, shardings: Params) -> Params:
-    """What `init` returns, each leaf laid out as `shardings` says; not for use under jit.
+    """Draw the parameters of `init` with the given shardings; not for use under jit.
 
-    Each kind of block is compiled once: a program that draws all layers' weights is compiled layer
-    by layer (27 s for the 8 layers of bench_olmoe_half on an H200).
+    Each kind of block is compiled once.  In one program for all layers, XLA would compile each
+    layer separately (27 s for the 8 layers of bench_olmoe_half on an H200).
+
+    Args:
+      model: of `define`.
+      key: PRNG key, as for `init`.
+      shardings: a tree like `model.abstract`.
+
+    Returns:
+      A tree like `model.abstract`.
     """
     config, layout = model.config, model.layout
 

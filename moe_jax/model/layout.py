@@ -1,10 +1,10 @@
-"""How a tree of per-layer parameters becomes a tree of stacked ones, and back.
+"""Converts between a tree with one subtree per layer and a tree with stacked (scanned) layers.
 
 Per layer:  {"blocks": {"0": tree, "1": tree, ...}, ...}
 Stacked:    {"stack": {"0": tree, ...}, "blocks": {...the rest...}, ...}
 
-A stack holds one tree for each block of the repeating period; every leaf has a leading axis of
-`repeats`.  The functions serve any tree of that form: parameters, moments, logical axes.
+"stack" holds one tree per block of the repeating period, whose leaves have a leading axis of size
+`repeats`.  The functions take any tree of this form: parameters, moments, logical axes.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from moe_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Layers [prefix, prefix + period * repeats) are scanned; all others stand by themselves."""
+    """Layers [prefix, prefix + period * repeats) are scanned; all others are unrolled."""
 
     num_layers: int  # L, scanned or not
-    prefix: int = 0  # layers before the scanned ones; 0: none
-    period: int = 1  # layers that repeat
-    repeats: int = 0  # how often they do; 0: nothing is scanned
+    prefix: int = 0  # unrolled layers before the scanned ones; 0: none
+    period: int = 1  # layers per repeat
+    repeats: int = 0  # repeats of the period; 0: nothing is scanned
 
     @property
     def end(self) -> int:
@@ -32,17 +32,19 @@ class Layout:
         return self.prefix + self.period * self.repeats
 
     def unrolled(self) -> list[int]:
-        """Layers that stand by themselves.
+        """The layers that are not scanned.
 
         Returns:
-          Their numbers from 0, in order.
+          Their indices from 0, in order.
         """
         return [*range(self.prefix), *range(self.end, self.num_layers)]
 
 
 def make_layout(config: ModelConfig) -> Layout:
-    """Scan the period of dense and MoE blocks where it repeats; else, or without
-    `config.scan_layers`, unroll everything."""
+    """Make the layout: scan the period of dense and MoE blocks if it repeats, else unroll all.
+
+    Without `config.scan_layers` all layers are unrolled.
+    """
     prefix = 0 if config.dense else min(config.moe.first_dense, config.num_layers)
     period = 1 if config.dense else config.moe.every
     repeats = (config.num_layers - prefix) // period
@@ -57,7 +59,17 @@ def to_stacked(
     stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> dict[str, Any]:
-    """Per-layer tree to stacked tree; `stack` joins the leaves of one period position."""
+    """Convert a per-layer tree to a stacked tree.
+
+    Args:
+      tree: per layer.
+      layout: decides which layers are stacked.
+      stack: joins the leaves of all layers at one position of the period.
+      is_leaf: as in jax.tree.map; None: the default leaves.
+
+    Returns:
+      The stacked tree; `tree` itself, copied, if nothing is scanned.
+    """
     if not layout.repeats:
         return dict(tree)
     blocks = tree["blocks"]
@@ -71,7 +83,7 @@ def to_stacked(
 
 
 def to_layers(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Stacked tree to per-layer tree: the inverse of `to_stacked`."""
+    """Convert a stacked tree to a per-layer tree: the inverse of `to_stacked`."""
     if not layout.repeats:
         return dict(tree)
     blocks = dict(tree["blocks"])

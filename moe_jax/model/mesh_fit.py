@@ -1,4 +1,4 @@
-"""Whether a mesh can hold a model."""
+"""Checks that a mesh can split the parameters of a model."""
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -8,15 +8,15 @@ from moe_jax.parallel.rules import on_mesh, spec
 
 
 def mesh_fault(model: ModelDef, mesh: Mesh | AbstractMesh) -> str | None:
-    """What the mesh cannot split, a parameter's axis or float8's rows; None if it fits.
+    """Name what the mesh cannot split: a parameter's axis or the rows of float8; None if it fits.
 
-    The text is the first half of a sentence: the caller says what to change.
+    The text has no full stop: the caller adds what to change.
     """
     tensor = mesh.shape["tensor"]
     if model.config.moe.matmul == "float8" and tensor > 1:
         return (
-            f"model.moe.matmul float8 scales whole rows and experts, so mesh.tensor ({tensor}) has "
-            f"to be 1"
+            f"config.model.moe.matmul is float8, which scales whole rows and experts, so "
+            f"mesh.tensor ({tensor}) must be 1"
         )
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract)
     axes = jax.tree.leaves(model.logical_axes, is_leaf=is_axes)

@@ -1,6 +1,7 @@
-"""The decoder-only Transformer as one module: who owns which parameter.
+"""The decoder-only Transformer as one Flax module, which owns all parameters.
 
-Training runs it through forward.py, on the pure trees into which define.py splits it once.
+define.py splits it once into pure trees, and training runs forward.py on these.  B rows, T
+positions, D model width, V vocabulary, L layers.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from moe_jax.nn.params import fan_in, fresh, param, param_dtype, scoped, truncat
 
 
 class Trunk(nnx.Module):
-    """Embedding, last norm, and an output head unless it is tied to the embedding."""
+    """The embedding, the last norm, and an output head unless it is tied to the embedding."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         V, D, own = config.vocab_size, config.width, param_dtype(dtype)
@@ -53,11 +54,11 @@ class Trunk(nnx.Module):
         )
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, in the compute dtype.
+        """Look up rows of the embedding table, in the compute dtype.
 
-        Looked up before they are cast, so that the gradients of a token's many places are added in
-        float32.  In bfloat16 a frequent token's sum stops growing (measured on an H200, 16384
-        tokens of text: off by half), and it is 140 times slower there (31 ms against 0.22).
+        The cast comes after the lookup, so that gradients of all occurrences of a token are added
+        in float32.  In bfloat16 the sum of a frequent token stops growing (measured on an H200 with
+        16384 tokens of text: off by half), and the sum is 140 times slower (31 ms against 0.22).
         """
         return self.embed_VD[...][tokens_BT].astype(self.dtype)
 
@@ -67,33 +68,33 @@ class Trunk(nnx.Module):
 
 
 class ModelOutput(NamedTuple):
-    """What `Transformer.apply` returns."""
+    """The result of `Transformer.apply`."""
 
     logits: Float[Array, "B T V"]  # float32 or wider
     hidden: Float[Array, "B T D"]  # after the last norm
-    aux: MoEAux | None  # of the MoE layers, stacked in their order; None without any
+    aux: MoEAux | None  # of the MoE layers, stacked in layer order; None: dense model
 
 
 class Transformer(Trunk):
-    """A trunk and L blocks: from tokens to logits, unrolled.
+    """The model from tokens to logits: a trunk and L unrolled blocks.
 
-    A run goes through `forward`, which gives the same to rounding and scans where it is asked to.
+    A run uses `forward` instead, which can scan layers; its results are equal up to rounding.
 
     Every initial value depends only on the seed of `rngs`, the layer and the parameter's name.
 
     Args:
       config: the model's shape; `vocab_size` must be above 0.
       components: router and dispatch path of its MoE layers; None: those that `config.moe` names.
-      dtype: of the computation; parameters are float32 or wider.
-      rngs: gives the initial values (stream `params`).
+      dtype: compute dtype; parameters are float32 or wider.
+      rngs: draws the initial values (stream `params`).
 
     Attributes:
-      components: router and dispatch path of its MoE layers; None: dense.
-      deterministic: whether a call is an evaluation, as it is until `model.train()`;
-        `model.eval()` sets it again.
+      components: router and dispatch path of its MoE layers; None: dense model.
+      deterministic: True: calls evaluate.  True at first; `model.train()` sets False and
+        `model.eval()` sets True.
 
     Raises:
-      UserError: no vocabulary, or routing in which later tokens decide about earlier ones.
+      UserError: `vocab_size` is 0, or the router is not causal.
 
     Reference: RMSNorm, arXiv 1910.07467; RoPE, arXiv 2104.09864; SwiGLU, arXiv 2002.05202.
     """
@@ -108,7 +109,7 @@ class Transformer(Trunk):
     ):
         if config.vocab_size < 1:
             raise UserError(
-                "ModelConfig.vocab_size is 0: set it to the number of the tokenizer's ids."
+                "ModelConfig.vocab_size is 0. Set it to the vocabulary size of the tokenizer."
             )
         self.components = None if config.dense else components or make_components(config.moe)
         if self.components is not None:
@@ -134,19 +135,19 @@ class Transformer(Trunk):
         mesh: Mesh | None = None,
         deterministic: bool | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each.
+        """Compute the logits of the next token at each position.
 
         Args:
-          tokens_BT: ids below the vocabulary's size.
+          tokens_BT: ids below the vocabulary size.
           positions_BT: for RoPE; None: 0 to T - 1 in each row.
-          segments_BT: document of each token, 0 for padding; None: one document a row.
+          segments_BT: document of each token, 0 for padding; None: one document per row.
           router_state, key, mesh, deterministic: as in `make_context`, None included.
 
         Returns:
-          float32 logits, or wider.
+          Logits [B, T, V] in float32 or wider.
 
         Raises:
-          UserError: a shape, mesh, key, state or number of rows that does not fit.
+          UserError: a shape, mesh, key, state or number of rows does not fit.
         """
         context = self.make_context(
             tokens_BT,
@@ -170,24 +171,24 @@ class Transformer(Trunk):
         mesh: Mesh | None = None,
         deterministic: bool | None = None,
     ) -> MoEContext:
-        """What `apply` takes beside the tokens.
+        """Make the context that `apply` takes in addition to the tokens.
 
         Args:
           tokens_BT: ids [B, T], as in a call.
-          segments_BT: document of each token, 0 for padding; None: one document a row.
-          router_state: `init_router_state(config.moe, config.moe_layers)`; None: for routers that
-            keep none.
-          key: PRNG key, for routers that sample and for dropout in training; None: where nothing
-            is drawn.
+          segments_BT: document of each token, 0 for padding; None: one document per row.
+          router_state: `init_router_state(config.moe, config.moe_layers)`; None: for routers
+            without state.
+          key: PRNG key, for routers that sample and for dropout in training; None: for calls that
+            draw nothing.
           mesh: of `make_mesh`; None as in `MoE`.
-          deterministic: evaluation: no noise, no dropout, `eval_capacity_factor`; None: the
-            module's own.
+          deterministic: True: no noise, no dropout, `eval_capacity_factor`; None: the module's
+            attribute.
 
         Returns:
           The context of a call with these arguments.
 
         Raises:
-          UserError: a shape, key or state that does not fit.
+          UserError: a shape, key or state does not fit.
         """
         check_tokens("Transformer got tokens", tokens_BT, (None, None), INTEGERS)
         if segments_BT is not None:
@@ -204,7 +205,7 @@ class Transformer(Trunk):
         )
 
     def _needs(self) -> LayerNeeds | None:
-        """What its MoE layers ask of a context that they share; None without any."""
+        """The needs of the MoE layers for their shared context; None for a dense model."""
         layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
         return layers[0].needs(len(layers)) if layers else None
 
@@ -216,7 +217,7 @@ class Transformer(Trunk):
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
     ) -> ModelOutput:
-        """Logits, and what the MoE layers report.
+        """Compute the logits and MoEAux, the statistics of the MoE layers.
 
         Args:
           tokens_BT, positions_BT, segments_BT: as in a call, None included.
@@ -264,9 +265,18 @@ def make_block(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> Block:
-    """A block of the kind of `layer` with the initial values of layer `number`.
+    """Make a block of the kind of `layer` with the initial values of layer `number`.
 
-    `rngs` are the Transformer's.
+    Args:
+      config: the model's shape.
+      components: of the MoE layers; None in a dense model.
+      layer: decides whether the block is dense or MoE.
+      number: layer whose initial values are drawn; an array under jit.
+      dtype: compute dtype.
+      rngs: those of the Transformer.
+
+    Returns:
+      The block.
     """
     own = scoped(scoped(rngs, "blocks"), number)
     return Block(config, components, layer=layer, dtype=dtype, rngs=own)
