@@ -1,4 +1,7 @@
-"""A few generated texts: plain greedy or temperature sampling, no token dropped."""
+"""Generates a few texts by greedy or temperature sampling, without dropping tokens.
+
+B rows, T positions, D model width, V vocabulary.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -17,15 +20,19 @@ from moe_jax.parallel.rules import constrain
 def make_sampler(
     model: ModelDef, mesh: Mesh, *, seed: int, temperature: float, vocab_size: int
 ) -> Callable[[Params, Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]:
-    """(params, router state, tokens_BT, prompt length) -> tokens_BT, generated after the prompt.
+    """Make the function that fills rows with generated tokens after a prompt.
 
-    Every token costs a forward pass over all T positions: simple, and enough for a look.
+    Each generated token costs a forward pass over all T positions, which is fast enough for a few
+    samples.
 
     Args:
-      model, mesh: what to sample from; B must be a multiple of the batch shards.
+      model, mesh: the model to sample from; B must be a multiple of the batch shards.
       seed: of the draws.
-      temperature: of the softmax; 0 takes the most likely token.
-      vocab_size: ids from here on (padding of the vocabulary) are never drawn.
+      temperature: of the softmax; 0: take the most likely token.
+      vocab_size: ids >= this (padding of the vocabulary) are never drawn.
+
+    Returns:
+      (params, router state, tokens_BT, prompt length) -> tokens_BT.
     """
     model = never_dropping(model)
 

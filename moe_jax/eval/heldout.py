@@ -1,4 +1,7 @@
-"""Held-out loss: with the eval capacity factor and without dropping, overall and per source."""
+"""Held-out loss, with the eval capacity factor and without dropping, overall and per source.
+
+B rows, T positions, D model width, S sources.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,7 +23,7 @@ from moe_jax.ops.cross_entropy import token_nll
 
 @dataclasses.dataclass(frozen=True)
 class EvalSums:
-    """Sums over held-out tokens; batches add.  Axis S: sources."""
+    """Sums over held-out tokens; those of several batches can be added."""
 
     nll_S: Float[Array, "S"]  # nats, eval capacity factor
     nodrop_nll_S: Float[Array, "S"]  # nats, no token dropped
@@ -33,7 +36,7 @@ jax.tree_util.register_dataclass(EvalSums)
 
 
 def never_dropping(model: ModelDef) -> ModelDef:
-    """The same parameters behind a dispatch path that drops nothing."""
+    """The model with a dispatch path that drops nothing; it takes the same parameters."""
     parts = model.components
     if parts is None or not parts.dispatch.drops:
         return model
@@ -43,7 +46,7 @@ def never_dropping(model: ModelDef) -> ModelDef:
 def make_eval_step(
     model: ModelDef, num_sources: int, mesh: Mesh
 ) -> Callable[[Params, Mapping[str, jax.Array], Batch], EvalSums]:
-    """(params, router state, batch [1, B, T]) -> EvalSums; jit it."""
+    """Make the function (params, router state, batch [1, B, T]) -> EvalSums; call it under jit."""
     nodrop = never_dropping(model)
 
     def nll(model: ModelDef, params: Params, batch: Batch, context: MoEContext):
@@ -55,7 +58,7 @@ def make_eval_step(
         return token_nll(x_BTD, head_DV, batch.targets_BT, chunk=chunk, mesh=mesh), moe
 
     def eval_step(params: Params, router: Mapping[str, jax.Array], batch: Batch) -> EvalSums:
-        """Sums of one held-out batch."""
+        """Compute the sums of one held-out batch."""
         batch = jax.tree.map(lambda x: x[0], batch)
         keys_B = row_keys(jax.random.key(0), batch.row_B)
         context = batch_context(batch, keys_B, mesh, False, router, num_sources)
@@ -80,12 +83,12 @@ def make_eval_step(
 
 
 def eval_row(sums: EvalSums, sources: tuple[str, ...], rows: int) -> dict[str, Any]:
-    """The logged numbers of one evaluation.
+    """Make the metrics row of one evaluation.
 
     Args:
-      sums: NumPy arrays, over all held-out batches.
+      sums: NumPy arrays, summed over all held-out batches.
       sources: names of the sources, in the order of axis S.
-      rows: of the sample, padding not counted.
+      rows: held-out rows evaluated, padding rows not counted.
     """
     targets, size = max(1, sums.targets_S.sum()), max(1, sums.bytes_S.sum())
     present = [s for s in range(len(sources)) if sums.targets_S[s]]
