@@ -1,4 +1,4 @@
-"""Processes of one run that were not started alike say so, all of them, and none of them trains."""
+"""Processes of a run that were not started alike all report it, and none of them trains."""
 
 import subprocess
 
@@ -21,7 +21,7 @@ def test_what_differs_is_named_with_values_and_processes(data, processes):
         for _ in range(processes)
     ]
     said = difference(everyone)
-    # JSON tells true from 1, which Python does not.
+    # JSON distinguishes true from 1; Python does not.
     values = {key: [repr(one[key]) if key in one else "" for one in everyone] for key in KEYS}
     different = [key for key in KEYS if len(set(values[key])) > 1]
     named = [key for key in KEYS if f"{key} is " in said]
@@ -38,7 +38,7 @@ def test_what_differs_is_named_with_values_and_processes(data, processes):
         assert f"and {len(different) - NAMED} more differ" in said
 
 
-# A package of another version and another setting of JAX on one of two hosts.
+# One of two hosts has a different package version and a different JAX setting.
 OTHER_JAX = """
 import sys
 import jax
@@ -53,7 +53,7 @@ if "--process_id=1" in sys.argv:
 sys.argv[0] = "moe_jax train"
 run(main)
 """
-# One path, relative to the folder of each process, as two hosts may have two disks under one name.
+# The same relative path in two folders, as two hosts may have different disks under one name.
 OTHER_BYTES = """
 import os, sys
 from moe_jax.cli.exit import run
@@ -74,7 +74,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def two(pair, tmp_path, files):
-    """`two([], ["--config.seed=1"])`: what two processes with these flags more ended with."""
+    """`two([], ["--config.seed=1"])`: results of two processes with these additional flags."""
 
     def run(first=(), second=(), program=TRAIN):
         given = flags(tmp_path / "run", files, **SMALL)
@@ -90,7 +90,7 @@ def ended(started: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def sentences(ends: list[tuple[int, str]]) -> set[str]:
-    """The sentence of every process, each of which ended with 1."""
+    """The message of every process; checks that each ended with 1."""
     assert [code for code, _ in ends] == [1] * len(ends), ends
     said = [[line for line in err.splitlines() if line.startswith("Error: ")] for _, err in ends]
     assert all(len(one) == 1 for one in said), said
@@ -127,7 +127,7 @@ def test_another_flag_and_another_package(two, tmp_path):
 
 
 def test_a_mistake_on_one_process_alone(two, tmp_path):
-    """The other hears of it: both end with 1, whichever of them it is."""
+    """Both processes end with 1, whichever of them has the mistake."""
     wrong = ["--config.model.moe.top_k=99"]
     for first, second in ((wrong, []), ([], wrong)):
         said = sentences(two(first, second))

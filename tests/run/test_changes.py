@@ -1,4 +1,4 @@
-"""Two configs compared: what a run that goes on, or begins with other weights, is told."""
+"""Comparing configs: what a resumed run, or one that starts from other weights, reports."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def resolved(**overrides: object) -> Config:
 
 @pytest.fixture
 def begun(tmp_path):
-    """A workdir that has begun, with this config."""
+    """Make the workdir of a run that has begun with this config."""
 
     def begin(config: Config, name: str = "config.json"):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def begun(tmp_path):
     return begin
 
 
-# Keys that leave every shape as it is.
+# Keys that change no shape.
 REFUSED = {
     "model__rope_theta": (1e4, 5e5),
     "model__norm_eps": (1e-5, 1e-6),
@@ -141,7 +141,7 @@ def test_a_dense_model_has_no_experts_to_keep(begun):
 
 
 def test_a_knob_that_is_the_router_itself_is_kept(begun):
-    """The table of a hash router is what its parameters would be."""
+    """The table of a hash router decides what its parameters would decide."""
     router = {"model__moe__router": "hash"}
     workdir = begun(resolved(**router))
     with pytest.raises(UserError, match=r"config\.model\.moe\.options\.hash\.seed is 1 but the"):

@@ -1,4 +1,4 @@
-"""A start after the first compiles nothing, also where it has more steps to take."""
+"""A start after the first compiles nothing, even with a larger number of steps."""
 
 import collections
 
@@ -15,7 +15,7 @@ SMALL = ONE_LAYER | {"model.width": 16, "train.steps": 2, "precision": "bfloat16
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """`started(name, **overrides)` trains as a process of its own would; returns JAX's counts."""
+    """`started(name, **overrides)` trains like a new process; returns JAX's counts."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
     files = write_corpus(tmp_path / "text")
     seen = collections.Counter()

@@ -1,4 +1,4 @@
-"""A run that meets bad batches: what it leaves out, where it goes back to, what can be replayed."""
+"""A run with bad batches: what it skips, which step it rewinds to, what can be replayed."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from moe_jax.tools import replay
 from moe_jax.train import guard
 from moe_jax.train.state import to_disk
 
-# Two steps that are left out, then three in a row that are finite and far too large.
+# Two steps that are skipped, then three in a row that are finite and far too large.
 BAD = {4: np.nan, 5: np.nan, 9: 1e4, 10: 1e4, 11: 1e4}
 LEAST = 6  # accepted steps before a spike is one: the run is short
 OVERRIDES = {
@@ -47,7 +47,7 @@ OVERRIDES = {
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """The workdir of such a run, its text, and the steps of the data that it read."""
+    """The workdir of such a run, its text, and the data steps that it read."""
     folder, asked = tmp_path_factory.mktemp("divergence"), []
     files = write_corpus(folder / "text")
     sigterm = signal.getsignal(signal.SIGTERM)
@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.lifecycle
 def test_a_refused_step_changes_nothing_but_the_counters(bad):
-    """Saved before and after two of them: parameters, moments, router bias and running means."""
+    """Parameters, moments, router bias and running means, saved before and after two such steps."""
     before, after = (arrays(bad.workdir / "checkpoints", step) for step in (4, 6))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"step", "guard/not_finite"}
@@ -138,7 +138,7 @@ def test_the_flight_record_names_the_batch(bad):
     ],
 )
 def test_replay(bad, capsys, arguments, judged, refused):
-    """A step that was refused before the run went back, and the one that took its place."""
+    """A step that was skipped before the rewind, and the step that replaced it."""
     before = contents(bad.workdir)
     assert replay_command(["replay", f"--workdir={bad.workdir}", *arguments]) == 0
     out = capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_replay_wants_the_devices_of_the_run(bad, monkeypatch):
 
 
 def test_a_checkpoint_from_before_the_guard(bad, tmp_path):
-    """Its running means start anew, in a said line, and all else is what it holds."""
+    """The running means are reset, which a line says; the rest of the state is restored."""
     config, lines = small_config(bad.files, **OVERRIDES), []
     run = prepare(config, tmp_path / "run", lambda line: None)
     old = Checkpoints(tmp_path / "run" / "checkpoints")
@@ -238,7 +238,7 @@ def test_replay_refuses_without_the_rewinds_file(bad, tmp_path):
 
 @pytest.mark.full
 def test_a_run_without_its_rewinds_file_is_refused(bad, tmp_path):
-    """It would go on with the data that was left out."""
+    """Without rewinds.jsonl the run would train on the batches that the rewind skipped."""
     shutil.copytree(bad.workdir, tmp_path / "run")
     (tmp_path / "run" / REWINDS).unlink()
     before = contents(tmp_path / "run" / "checkpoints")

@@ -1,4 +1,4 @@
-"""Twenty steps of a small run give the losses they always gave."""
+"""Twenty steps of a small run give the recorded losses."""
 
 import jax
 from small_run import EXACT, small_config, write_corpus
@@ -14,7 +14,7 @@ LOGGED = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm", "kept", "dro
 
 
 def test_losses(tmp_path, x64, golden):
-    """In float64, where machines differ by rounding alone and drop the same tokens."""
+    """In float64, where machines differ only by rounding and drop the same tokens."""
     config = small_config(
         write_corpus(tmp_path / "text", 16),
         precision="float64",

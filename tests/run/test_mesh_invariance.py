@@ -1,4 +1,4 @@
-"""The loss and what is dropped do not depend on the mesh or on gradient accumulation."""
+"""Loss and drops do not depend on the mesh or on gradient accumulation."""
 
 import functools
 import itertools
@@ -44,8 +44,8 @@ class Cell(NamedTuple):
     dispatch: str
 
 
-# Every axis, with microbatches, a router that draws, and drops; what is left to --full differs in
-# one of these.
+# Every mesh axis, with microbatches, a router that samples, and drops.  The cells left to --full
+# each differ in one of these.
 DEFAULT = (Cell("all", 4, "switch", "capacity"),)
 EVERY = itertools.starmap(Cell, itertools.product(LAYOUTS, (1, 4), ROUTERS, DISPATCHES))
 CELLS = [cell if cell in DEFAULT else pytest.param(*cell, marks=pytest.mark.full) for cell in EVERY]
@@ -53,7 +53,7 @@ CELLS = [cell if cell in DEFAULT else pytest.param(*cell, marks=pytest.mark.full
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """`prepared(cell, precision)`: that training made ready on as many devices as it needs."""
+    """`prepared(cell, precision)`: the training of a cell, prepared on the devices it needs."""
     folder = tmp_path_factory.mktemp("invariance")
     files = write_corpus(folder / "text")
 
@@ -140,6 +140,6 @@ def test_float32_steps_from_one_state_agree(prepared, layout, accumulation, rout
             _, found = other_fn(moved, other_batch)
             state, expected = one_fn(state, batch)
             found, expected = step_row(found), step_row(expected)
-            # Near 5 float32 goes in steps of 4.8e-7: four of them, where two were seen.
+            # Near 5 the spacing of float32 is 4.8e-7: allow four spacings, two were observed.
             assert found["loss"] == pytest.approx(expected["loss"], rel=0, abs=2e-6)
             assert counts_of(found) == counts_of(expected)

@@ -13,8 +13,8 @@ from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
 from moe_jax.tools.bench.measure import Steps
 
-# Relative differences of the smoothed language-model loss; docs/performance.md says what they
-# were measured as: configs/tiny.py over 300 steps.
+# Limits on the relative difference of the smoothed language-model loss.  docs/performance.md has
+# the measured values: configs/tiny.py over 300 steps.
 WINDOW, LARGEST, MEAN = 20, 0.02, 0.0075
 PRECISIONS = ("float32", "bfloat16")
 STEPS = 24
@@ -22,13 +22,13 @@ LAYER = {"model__num_layers": 1, "model__moe__every": 1, "optimizer__schedule": 
 
 
 def smoothed(losses, window):
-    """Means of each `window` losses in a row."""
+    """Means of the losses over a moving window."""
     sums = [0.0, *itertools.accumulate(losses)]
     return [(b - a) / window for a, b in zip(sums, sums[window:], strict=False)]
 
 
 def differences(float32, bfloat16):
-    """|bfloat16 - float32| / float32, step by step."""
+    """|bfloat16 - float32| / float32 per step."""
     return [abs(b - a) / a for a, b in zip(float32, bfloat16, strict=True)]
 
 

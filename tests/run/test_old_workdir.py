@@ -1,4 +1,4 @@
-"""A workdir of an earlier version resumes as that version would have gone on."""
+"""A workdir of an earlier version resumes with the results that version would have had."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
 COMPUTING = ("jax", "jaxlib", "flax", "optax", "numpy")  # packages that decide the bits of a step
-# Whole numbers that follow from the batch; how many assignments were kept follows from rounding.
+# Integers that depend only on the batch; the number of kept assignments also depends on rounding.
 TOTALS = ("step", "step_tokens", "tokens", "assignments", "padding", "unaccounted", "skipped")
 SMOOTH = ("loss", "lm_loss", "mean_loss", "z_loss", "learning_rate")
 
@@ -56,7 +56,7 @@ def same_machine(folder: pathlib.Path) -> bool:
 
 
 def digests(folder: pathlib.Path, step: int) -> dict[str, str]:
-    """Of each part of the checkpoint of `step` that the file has a digest of."""
+    """Digests of the parts of the checkpoint of `step` for which the file has one."""
     checkpoints = Checkpoints(folder / "run" / "checkpoints")
     return {name: checkpoints.digest(step, name) for name in expected(folder)["digests"][str(step)]}
 
@@ -103,8 +103,8 @@ def test_it_goes_on_as_the_version_that_wrote_it(unpacked, cli_env):
         assert {name: row[name] for name in TOTALS} == {name: old[name] for name in TOTALS}
         assert row["kept"] + row["dropped"] + row["padding"] == row["assignments"]
         for name in SMOOTH:
-            # Another compiler rounds sums of float32 otherwise (1e-7 a step here); and where two
-            # experts' scores are nearly equal it may send one token of 128 to the other one.
+            # A different compiler rounds float32 sums differently (here 1e-7 per step), and if two
+            # experts' scores are nearly equal, it may route one token of 128 to the other one.
             assert row[name] == pytest.approx(old[name], rel=1e-4), name
     assert Checkpoints(unpacked / "run" / "checkpoints").verify(8) is None
     if same_machine(unpacked):

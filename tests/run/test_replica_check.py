@@ -1,4 +1,4 @@
-"""A copy of the state that changes by one bit ends the run, and nothing doubtful is saved."""
+"""A replica that differs by one bit ends the run, and no differing state is saved."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from moe_jax.run.replica_check import ReplicaCheck, describe
 from moe_jax.train.state import TrainState
 
 BAD = 5  # device
-STATE = object.__new__(TrainState)  # nobody looks into it
+STATE = object.__new__(TrainState)  # its fields are never read
 OVERRIDES = {
     "model.num_layers": 1,
     "model.moe.every": 1,
@@ -34,7 +34,7 @@ OVERRIDES = {
 
 @pytest.fixture
 def sigterm():
-    """The trainer takes SIGTERM for the life of its process."""
+    """Restore the SIGTERM handler, which the trainer replaces until its process ends."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -97,7 +97,7 @@ def test_checks_come_every_so_many_steps_and_before_each_save(checked):
     assert replicas.differ(17, STATE, save_now=True)
     assert replicas.differ(20, STATE, save_now=False)
     replicas.give_up()
-    assert lines[0] == "waited"  # the save of step 15 may still be under way
+    assert lines[0] == "waited"  # the save of step 15 may still be in progress
     assert lines[1] == (
         "REPLICAS DIFFER: at step 20 params/norm differs on device 5 (process 1) from device 1 "
         "(process 0) (equal at step 15).  The state was not saved.  Run the same command again to "

@@ -32,8 +32,8 @@ from moe_jax.train.state import TrainState, to_disk
 
 STEPS = 80
 EVERY = 10
-# A router with state; groups that 8 devices do not split; a rate that does not depend on the
-# number of steps.
+# A router with state, groups that 8 devices do not split, and a learning rate that does not depend
+# on the number of steps.
 OVERRIDES = {
     **ONE_LAYER,
     "model.moe.router": "sigmoid_bias",
@@ -51,7 +51,7 @@ NUMBERS = ("loss", "grad_norm", "kept", "dropped", "learning_rate", "tokens", "m
 class Process:
     """The trainer in a process of its own, on one device; killed on leaving the `with` block.
 
-    It cannot run ahead: its output is a pipe of one page, and once that is full it waits for us.
+    It cannot run ahead, because it blocks once its output pipe, of one page, is full.
     """
 
     def __init__(self, arguments: list[str], env: dict[str, str]):
@@ -82,7 +82,7 @@ class Process:
             yield line.decode()
 
     def wait_for(self, text: str) -> None:
-        """Reads its output up to a line that begins with `text`."""
+        """Read its output up to a line that begins with `text`."""
         seen = []
         for line in self._read():
             seen.append(line)
@@ -94,7 +94,7 @@ class Process:
         os.killpg(self._process.pid, number)
 
     def finish(self) -> int:
-        """Reads the rest of its output; its exit code."""
+        """Read the rest of its output; returns its exit code."""
         for _ in self._read():
             pass
         return self._process.wait(timeout=120)
@@ -106,7 +106,7 @@ class Process:
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """The trainer takes SIGTERM for the life of its process."""
+    """Restore the SIGTERM handler, which the trainer replaces until its process ends."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -119,7 +119,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, corpus, cli_env):
-    """Workdir of a run that was never stopped."""
+    """The workdir of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     with Process(flags(folder, corpus, **OVERRIDES), cli_env) as process:
         assert process.finish() == DONE
@@ -144,7 +144,7 @@ def restored(run: Run, init_from: str = "") -> TrainState:
 
 
 def digest(run: Run, state: TrainState) -> str:
-    """Of the parameters in memory."""
+    """The digest of the parameters in memory."""
     leaves = named_leaves(to_disk(state, run.model.layout)["params"])
     return array_digest((name, np.asarray(leaves[name])) for name in sorted(leaves))
 
@@ -207,13 +207,13 @@ def test_another_mesh(tmp_path, corpus, straight):
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    """Every file of a workdir but its lock, which names the last process."""
+    """Every file of a workdir except its lock, which names the last process."""
     files = (path for path in workdir.rglob("*") if path.is_file() and path.name != "lock")
     return {str(path.relative_to(workdir)): path.read_bytes() for path in files}
 
 
 def test_a_finished_run(tmp_path, corpus, straight, capsys):
-    """Only the end that a kill may have cost is done again, and nothing the next time."""
+    """Only the last work, which a kill may have interrupted, is repeated, and only once."""
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     whole = rows(workdir)
@@ -266,11 +266,11 @@ def test_stop_file(tmp_path, corpus):
     assert main(["train", *flags(tmp_path / "run", corpus, **OVERRIDES)]) == DONE
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
     assert checkpoints(tmp_path / "run").steps() == [1]
-    assert not (tmp_path / "run" / "STOP").exists()  # the next run is not to stop at once
+    assert not (tmp_path / "run" / "STOP").exists()  # the next attempt must not stop at once
 
 
 def test_init_from(tmp_path, corpus, straight):
-    """The weights of another run, and nothing else of it: also into a scanned model."""
+    """Only the weights of the other run are taken; they also fit a scanned model."""
     new = ready(tmp_path / "run", corpus, 8, seed=5)
     state = restored(new, str(straight))
     assert digest(new, state) == checkpoints(straight).digest(STEPS)
@@ -280,7 +280,7 @@ def test_init_from(tmp_path, corpus, straight):
 
 
 def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
-    """State that only one of the two routers has starts anew or is dropped; weights are kept."""
+    """State that only one of the two routers has is reset or dropped; weights are kept."""
     lines = []
     without = ready(tmp_path / "without", corpus, 1, model__moe__router="top_k")
     state = first_state(without, str(straight), lines.append)

@@ -1,4 +1,4 @@
-"""What an optimizer keeps is saved, sharded like its parameters and restored as it was."""
+"""Optimizer state is sharded like its parameters, saved, and restored unchanged."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def restored(run: Run) -> TrainState:
 
 
 def steps(run: Run, step_fn: jax.stages.Compiled, state: TrainState, last: int) -> TrainState:
-    """`state` after the steps up to `last`."""
+    """Train from `state` up to step `last`; returns the new state."""
     first = int(state.step)
     with DeviceFeed(
         run.batches.rows, run.microbatch, batch_shardings(run.mesh), first, last
@@ -80,7 +80,7 @@ def adafactor_run(corpus, folder: Path) -> Run:
 
 
 def saved(run: Run) -> TrainState:
-    """A state whose every moment differs from zero, in a checkpoint of step 0."""
+    """Save a state whose moments all differ from zero as the checkpoint of step 0."""
     state = restored(run)
     moments = jax.tree.map(lambda leaf: leaf + 1, state.optimizer)
     state = dataclasses.replace(state, optimizer=moments)
@@ -91,7 +91,7 @@ def saved(run: Run) -> TrainState:
 
 
 def test_adafactor_s_state_is_restored_as_it_was(tmp_path, corpus):
-    """Split over the experts where it is kept for each of them."""
+    """State kept per expert is sharded over the experts."""
     state = saved(adafactor_run(corpus, tmp_path / "run"))
     back = restored(adafactor_run(corpus, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, back.optimizer, state.optimizer)
@@ -105,7 +105,7 @@ def test_adafactor_s_state_is_restored_as_it_was(tmp_path, corpus):
 
 
 def test_adafactor_s_state_of_an_earlier_version_is_refused(tmp_path, corpus, monkeypatch):
-    """It had one row and one column of factors for all experts together."""
+    """That version had one row and one column of factors for all experts together."""
     monkeypatch.setattr(optim, "ELEMENTWISE", ("adamw", "adafactor"))
     saved(adafactor_run(corpus, tmp_path / "run"))
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Router state follows the load of the whole batch, and nothing else moves it."""
+"""Router state depends on the load of the global batch and on nothing else."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def make(config: Config, **axes):
 
 
 def host(tree):
-    """Copies: the step donates its input."""
+    """Copy the state, because the step donates its input."""
     return jax.tree.map(lambda leaf: np.array(leaf), tree)
 
 
@@ -126,7 +126,7 @@ def test_it_counts_all_microbatches_and_devices(one_device, accumulation, scan, 
 def test_balance_is_taken_in_each_layer(compiled):
     """Layer 0 uses half of the experts and layer 1 the other half: 2 each, and 1 if pooled.
 
-    All tokens are ones, and what blocks add to them is zero.
+    All embeddings are ones, and the blocks add zero to them.
     """
     state, step, given = copy(compiled[0]), *compiled[1:]
     params = jax.tree.map(jnp.zeros_like, state.params)
@@ -154,7 +154,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter(compiled):
     before = host(state)
     state, metrics = step(state, given)
     assert metrics.skipped and not np.isfinite(metrics.loss.total)
-    assert len(set(np.asarray(metrics.moe.load_E)[0])) > 1  # the bias had a reason to move
+    assert (
+        len(set(np.asarray(metrics.moe.load_E)[0])) > 1
+    )  # the load differs, so the bias has to change
     after = host(state)
     counted = {**before.guard, "not_finite": before.guard["not_finite"] + 1}
     jax.tree.map(

@@ -1,4 +1,4 @@
-"""Samples of a run never stand where no position was trained."""
+"""Samples of a run never extend beyond the positions that were trained."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What a run says before its first step about settings that depend on one another."""
+"""Start-up lines about settings that depend on each other."""
 
 import pytest
 from small_run import small_config
@@ -21,7 +21,7 @@ def test_a_global_balance_loss_says_over_how_many_rows_it_is(accumulation, rows)
     (line,) = balance_lines(**overrides | {"model.moe.balance_scope": "global"})
     assert f"over {rows} rows (" in line
     assert (f"one of the {accumulation} microbatches" in line) == (accumulation > 1)
-    assert not balance_lines(**overrides)  # groups are whole in a microbatch
+    assert not balance_lines(**overrides)  # groups are never split between microbatches
     unused = {"model.moe.balance_scope": "global", "model.moe.balance_weight": 0.0}
     assert not balance_lines(**overrides | unused)
 

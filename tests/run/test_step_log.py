@@ -1,4 +1,4 @@
-"""What the trainer makes of steps that were left out."""
+"""What the trainer logs and counts when steps are skipped."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ ZERO = jnp.zeros(())
 
 @pytest.fixture
 def logged(monkeypatch):
-    """(StepLog, rows, ledger, lines, flight records) of a run that bears two steps in a row."""
+    """(StepLog, rows, ledger, lines, flight records) of a run with train.max_skipped 2."""
     clock = SimpleNamespace(stepped=lambda wait: None, read=lambda step: {})
     monkeypatch.setattr(step_log, "Clock", lambda run: clock)
     rows, ledger, lines, records = [], [], [], []
@@ -55,11 +55,11 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
     ]
     assert f"step 7 diverged (3 steps in a row were skipped; the last: {why})" in log.diverged
     assert (log.changed, log.last) == (4, 7)
-    assert len(records) == 3  # of the first of each row, and of the one too many
+    assert len(records) == 3  # the first skipped step of each series, and the one beyond the limit
 
 
 def test_rows_say_how_often_each_stream_was_read(logged):
-    """After a rewind from step 3 to 1 the second step takes the fourth batch."""
+    """After a rewind from step 3 to step 1 the second step reads the fourth batch."""
     log, rows, *_ = logged
     log._data_step = lambda step: step + 2 * (step > 0)
     for step in (1, 2):
@@ -70,7 +70,7 @@ def test_rows_say_how_often_each_stream_was_read(logged):
 
 def test_a_run_that_was_stopped_among_refused_steps_counts_on(logged):
     log, *_, records = logged
-    log.changed = 4  # as the state of step 6 has it
+    log.changed = 4  # as recorded in the state of step 6
     take(log, 7, True, spike=True)
     log.flush()
     assert "more than 100 times its running mean" in log.diverged
@@ -90,7 +90,11 @@ def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
     [
         ([], "lower optimizer.learning_rate", "from the beginning"),
         ([2, 3], "lower optimizer.learning_rate", "from step 3"),
-        ([2, 4, 6], "move 4, 6 out of", "from step 2"),  # 6 was left out: the parameters of 4
+        (
+            [2, 4, 6],
+            "move 4, 6 out of",
+            "from step 2",
+        ),  # 6 was skipped: it holds the parameters of 4
         ([4, 5, 6], "move 4, 5, 6 out of", "from the beginning"),
     ],
 )

@@ -29,7 +29,7 @@ def test_the_same_losses_and_a_checkpoint_that_verifies(tmp_path, run_cli, pair)
         for process in pair(flags(tmp_path / "two", files, **OVERRIDES))
     ]
     assert [process.returncode for process, _, _ in ended] == [0, 0], ended
-    # Gloo's threads print on their own and may tear each other's lines.
+    # Gloo's threads print by themselves and may interleave their lines.
     gloo = "[Gloo]", "connected peer ranks"
     quiet = [line for line in ended[1][1].splitlines() if not any(part in line for part in gloo)]
     assert quiet == []  # only the lead prints
@@ -71,7 +71,7 @@ run(main)
 
 @pytest.mark.full
 def test_a_host_that_sleeps_in_a_step_ends_every_host_with_42(tmp_path, pair):
-    """The sleeper is found by its own watchdog; the other waits for it, or loses it."""
+    """The sleeping process is found by its own watchdog; the other waits for it, or loses it."""
     given = flags(
         tmp_path / "run",
         write_corpus(tmp_path / "text"),
@@ -88,7 +88,7 @@ def test_a_host_that_sleeps_in_a_step_ends_every_host_with_42(tmp_path, pair):
 
 @pytest.mark.full
 def test_a_bit_that_flips_on_one_host_is_named_by_device_and_leaf(tmp_path, pair):
-    """All hosts end with 42 before anything is saved; the same command ends the run."""
+    """All hosts end with 42 before anything is saved; the same command then finishes the run."""
     given = flags(
         tmp_path / "run",
         write_corpus(tmp_path / "text"),
