@@ -1,4 +1,4 @@
-"""Copies of weights in the computation's dtype: what they stand for, and that they stay true."""
+"""Compute-dtype copies of the weights: which weights have one, and that they stay equal to them."""
 
 import dataclasses
 
@@ -70,9 +70,9 @@ def assert_true(model, state) -> None:
 
 @pytest.mark.lifecycle
 def test_a_step_reads_copies_as_it_would_read_the_weights():
-    """The same bits: a weight that some layer reads in float32 may have no copy."""
+    """The results have the same bits: a weight that some layer reads in float32 has no copy."""
     model, options, mesh, state, step, given = make(accumulation=2, scan=True)
-    # Else XLA keeps more digits of some gradients than bfloat16 has, and not the same of both.
+    # Otherwise XLA keeps some gradients in more than bfloat16, different ones in the two programs.
     exact = {"xla_allow_excess_precision": False}
     gradients = jax.jit(make_gradients(model, options, mesh), compiler_options=exact)
     used = with_copies(state.params, state.copies)
@@ -85,13 +85,13 @@ def test_a_step_reads_copies_as_it_would_read_the_weights():
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert {leaf.dtype for leaf in jax.tree.leaves(got[0])} == {jnp.dtype("float32")}
 
-    # ---- it reads them, not the weights
+    # ---- the step reads the copies, not the weights
     other = jax.tree.map(jnp.copy, state)
     other = dataclasses.replace(other, copies=jax.tree.map(jnp.zeros_like, other.copies))
     plain = step(jax.tree.map(jnp.copy, state), given)[1]
     assert step(other, given)[1].loss.lm != plain.loss.lm
 
-    # ---- written with the weights, and left alone with them
+    # ---- copies are written with the weights, and unchanged if the weights are
     before = jax.device_get(state.params)
     state, _ = step(state, given)
     assert_true(model, state)

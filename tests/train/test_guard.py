@@ -1,4 +1,4 @@
-"""What the step guard compares a step with, and what it refuses."""
+"""What the step guard compares a step with, and which steps it skips."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ FACTOR = 10.0
 
 
 def run(losses, norms, factor=FACTOR):
-    """(guard, refused steps) after these steps."""
+    """(guard, skipped steps) after these steps."""
     guard, refused = first_guard(jnp.float32), []
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1):
         loss, norm = jnp.float32(loss), jnp.float32(norm)
@@ -41,7 +41,7 @@ def test_the_means_are_plain_at_first_and_forget_later():
 def test_a_spike_is_refused_once_the_means_say_something(what):
     losses, norms = np.ones(LEAST + 6), np.ones(LEAST + 6)
     row = losses if what == "loss" else norms
-    row[3] = 1000  # too early to tell: accepted, and part of the mean
+    row[3] = 1000  # before LEAST accepted steps: accepted, and part of the mean
     mean = (LEAST - 1 + 1000) / LEAST
     row[LEAST] = 0.99 * FACTOR * mean
     row[LEAST + 1 :] = [1e9, np.nan, np.inf, 1, 1]
@@ -55,7 +55,9 @@ def test_a_spike_is_refused_once_the_means_say_something(what):
     assert guard["accepted"] == LEAST + 3 and guard["changed"] == LEAST + 6
     accepted = np.delete(row, [LEAST + 1, LEAST + 2, LEAST + 3])
     mean_now = guard["loss" if what == "loss" else "grad_norm"]
-    assert mean_now == pytest.approx(accepted.mean(), rel=1e-5)  # a refused step leaves no trace
+    assert mean_now == pytest.approx(
+        accepted.mean(), rel=1e-5
+    )  # a skipped step does not change the means
 
 
 def test_a_factor_of_0_refuses_only_what_is_not_finite():

@@ -1,4 +1,4 @@
-"""What a run logs: every number is there, counts are conserved, held-out losses are right."""
+"""The metrics of a run: all are present, counts are conserved, held-out losses are correct."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ LOGGED = (
     "step_seconds data_wait_seconds model_tflops_per_second mfu assignments kept dropped padding "
     "unaccounted drop_fraction load_max_over_mean dead_experts router_entropy layers"
 )
-# 8 documents make about three batches, so that six steps meet the padded row of an epoch's end;
-# gshard leaves some second choices unsampled, and a small capacity drops.
+# 8 documents make about three batches, so that six steps include the padded row at the end of an
+# epoch; gshard leaves some second choices unsampled, and a small capacity drops.
 OVERRIDES = {
     "model.num_layers": 3,
     "model.moe.every": 1,
@@ -111,10 +111,10 @@ def test_held_out_rows(workdir):
 
 
 def test_held_out_loss_recomputed(workdir, corpus):
-    """By the readable dispatch paths, all windows in one batch, in NumPy from the logits on."""
+    """The readable dispatch paths, all windows in one batch; after the logits it is NumPy."""
     run = prepare(small_config(corpus, **OVERRIDES), workdir, lambda line: None, jax.devices()[:1])
     params = first_state(run, "", lambda line: None).params
-    # The batches of the run: drops depend on the rows of a group.
+    # Use the batches of the run, because drops depend on the rows of a group.
     heldout = HeldOut(run.store, ROWS, T)
     found = dict.fromkeys(("einsum", "dense"), 0.0)
     targets = 0
@@ -157,10 +157,11 @@ def _nll(run, params, batch, dispatch):
 
 
 def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
-    """Nats of all held-out tokens over their bytes, whatever a token is.
+    """The nats of all held-out tokens divided by their bytes, for any tokenizer.
 
-    A document's bytes are spread evenly over its tokens.  The stream's first token is no target, so
-    the first document's sum lacks that token's share, which need not be that token's own length.
+    A document's bytes are spread evenly over its tokens.  The first token of the stream is not a
+    target, so the sum of the first document lacks that token's share, which can differ from the
+    token's own length.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -185,7 +186,7 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     bytes_run = prepare(
         small_config(corpus), tmp_path / "run", lambda line: None, jax.devices()[:1]
     )
-    size = bytes_run.store.heldout.num_tokens  # the same documents, a token a byte
+    size = bytes_run.store.heldout.num_tokens  # the same documents with one token per byte
     [ids] = run.store.heldout.read([(0, run.store.heldout.num_tokens)])
     assert len(ids) < 0.6 * size
     tokens = ids.tolist().index(run.store.eos_id) + 1  # of the first document
@@ -196,7 +197,7 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
 
 
 def test_the_ledger_of_a_run(workdir):
-    """Of every fourth step and the last, along every axis the counts of that step's row."""
+    """Every fourth step and the last: along each axis the ledger adds up to the step's row."""
     ledger = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
     assert [row["step"] for row in ledger] == [4, STEPS]
     logged = {row["step"]: row for row in train_rows(workdir)}
@@ -210,11 +211,11 @@ def test_the_ledger_of_a_run(workdir):
 
 
 def test_every_field_is_defined(workdir):
-    """docs/metrics.md has the fields of the files and no others."""
+    """docs/metrics.md lists exactly the fields of the files."""
     logged = written(workdir / METRICS)
     steps = [row for row in logged if "loss" in row]
     assert differences(steps, "Rows of train steps") == []
-    # Only data.max_epochs brings the first, only recv_factor the second.
+    # Only data.max_epochs adds the first, only recv_factor the second.
     evaluations = [row for row in logged if "loss" not in row]
     assert differences(evaluations, "Rows of evaluations", ["max_epochs"]) == []
     ledger = written(workdir / LEDGER)

@@ -1,4 +1,4 @@
-"""Muon against singular value decompositions of each matrix by itself."""
+"""Muon compared with the singular value decomposition of each matrix."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ CONFIG = OptimizerConfig(
     schedule="constant",
     warmup_steps=0,
 )
-# Name -> rule and shape in one layer, and its matrices [inputs, outputs] in an order of their own.
+# Name -> rule and shape in one layer, and its matrices [inputs, outputs] in any fixed order.
 HIDDEN = {
     "w_in_EDUF": (
         ParamRule("experts", ("experts", "expert_embed", "expert_matrices", "expert_mlp")),
@@ -53,8 +53,10 @@ OTHERS = {
 
 
 def draw(seed, shapes):
-    """Layers, experts, gate and up (axes of 2 or 3) of w_* differ in size, so that a norm over
-    several of them would show."""
+    """Draw arrays; in w_* the scale differs by layer, by expert, and between gate and up.
+
+    The test would then notice a norm over several matrices.  These axes have size 2 or 3.
+    """
     rng, found = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         apart = [size if size <= 3 and name.startswith("w_") else 1 for size in shape]
@@ -63,7 +65,7 @@ def draw(seed, shapes):
 
 
 def train(config, params, gradients, rules):
-    """Parameters after a step for each of `gradients`, and the last state."""
+    """Parameters after one step per gradient, and the last state."""
     optimizer = Optimizer(config, 100)
     params = jax.tree.map(jnp.asarray, params)
     state = optimizer.init(params, rules)
@@ -74,9 +76,9 @@ def train(config, params, gradients, rules):
 
 
 def nesterov(history):
-    """The momentum that is orthogonalised in the last step, as the gradients' weighted mean.
+    """The momentum that the last step orthogonalises: a weighted mean of the gradients.
 
-    Up to a factor, which orthogonalising takes out.
+    It is correct up to a factor, which orthogonalising removes.
     """
     mean = np.zeros_like(history[0])
     for gradient in history:
@@ -108,12 +110,12 @@ def test_each_matrix_of_each_expert_and_layer_is_orthogonalised_alone(trained, n
         for history, update in zip(histories, matrices(updates[name][layer]), strict=True):
             direction = -update / (0.2 * np.sqrt(max(update.shape)))
             left, size, right = np.linalg.svd(nesterov(history), full_matrices=False)
-            assert size.min() > 0.003 * np.linalg.norm(size)  # else the iteration has not got there
+            assert size.min() > 0.003 * np.linalg.norm(size)  # smaller ones do not reach 1
             found = left.T @ direction @ right.T
             values = np.diag(found)
             assert ((values > 0.7) & (values < 1.2)).all(), values
             np.testing.assert_allclose(found, np.diag(values), atol=1e-9)
-            # And nothing outside of the momentum's own directions.
+            # The update has no component outside the singular directions of the momentum.
             np.testing.assert_allclose(left @ found @ right, direction, atol=1e-9)
 
 
@@ -136,7 +138,7 @@ def test_all_else_changes_as_under_adamw(x64):
 
 
 def test_a_matrix_without_gradient_stays(x64):
-    """Such as that of an expert that no token came to."""
+    """An example is the gradient of an expert that received no token."""
     rule, shape, _ = HIDDEN["w_out_EFD"]
     weights = draw(0, {"w": shape})
     got, _ = train(CONFIG, weights, [{"w": np.zeros(shape)}], {"w": rule})

@@ -1,4 +1,4 @@
-"""Named optax transformations against plain optax on the whole tree, and what is refused."""
+"""Named optax transformations compared with plain optax on the whole tree, and refused names."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ RULES = {
 SHAPES = {"w_DF": (4, 6), "scale_D": (4,)}
 MATRICES = {str(layer): {"w_DF": True, "scale_D": False} for layer in range(LAYERS)}
 
-# name -> options, weight decay, and the same with plain optax at a constant rate.
+# name -> options, weight decay, and the equivalent plain optax at a constant rate.
 SAME = {
     "optax.scale_by_lion": (
         {"b1": 0.8, "b2": 0.9},
@@ -40,14 +40,14 @@ SAME = {
         optax.adamw(RATE, b2=0.95, weight_decay=DECAY, mask=MATRICES),
     ),
     "optax.sgd": ({"momentum": 0.9, "nesterov": True}, 0.0, optax.sgd(RATE, 0.9, True)),
-    # Norms of a whole matrix: those of one layer, and not of the stack.
+    # These use norms of a whole matrix, which must be those of one layer, not of the stack.
     "optax.lamb": ({}, 0.0, optax.lamb(RATE)),
     "optax.contrib.ademamix": ({"alpha": 4.0}, 0.0, optax.contrib.ademamix(RATE, alpha=4.0)),
 }
 
 
 def draw(seed):
-    """Unrolled layers, each larger than the last, so that a norm over all of them would show."""
+    """Unrolled layers of growing scale, so that the test would notice a norm over all of them."""
     rng = np.random.default_rng(seed)
     return {
         str(layer): {name: 10.0**layer * rng.normal(size=shape) for name, shape in SHAPES.items()}
@@ -79,7 +79,7 @@ def test_stacked_layers_change_as_under_plain_optax_on_the_whole_tree(x64, name)
 
 
 def test_state_is_sharded_like_the_parameter_it_mirrors(mesh_of):
-    """On 4 devices; counters are whole on each."""
+    """On 4 devices; counters are replicated."""
     moe = MoEConfig(num_experts=4, expert_width=16, group_rows=1)
     config = ModelConfig(
         vocab_size=64,
@@ -115,7 +115,7 @@ ARGUMENTS = {"max_delta", "threshold", "clipping", "max_norm", "decay", "step_si
 
 
 def functions():
-    """Every public function of optax that says it makes a transformation, with what it requires."""
+    """The public optax functions annotated to make a transformation, with required arguments."""
     for prefix, module in (("optax", optax), ("optax.contrib", optax.contrib)):
         for name, value in vars(module).items():
             if name.startswith("_") or not inspect.isfunction(value):
@@ -128,7 +128,7 @@ def functions():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Specifying a key")
 def test_all_of_optax_is_refused_in_a_sentence_or_leads_downhill():
-    """For a constant gradient: a transformation with the other sign would raise the loss."""
+    """For a constant gradient; a transformation with the opposite sign would raise the loss."""
     weight, gradient = jnp.ones((2, 3)), jnp.asarray([[1.0, -2.0, 0.5], [3.0, 0.1, -1.0]])
     accepted = set()
     for name, required in functions():
@@ -194,7 +194,7 @@ def test_names_and_options_that_a_config_refuses(name, options, sentence):
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transformations_that_training_cannot_use(name, options, sentence):
-    """Stacked or not: the sentence names the parameter and its shape within one layer."""
+    """The message names the parameter and its shape within one layer, whether or not stacked."""
     for rule, shape in ((RULES["w_DF"], (4, 6)), (RULES["w_DF"].stack(), (LAYERS, 4, 6))):
         with pytest.raises(UserError, match=sentence) as error:
             params = {"w_DF": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -210,7 +210,7 @@ def test_transformations_that_training_cannot_use(name, options, sentence):
         "optax.losses.l2_loss",
         "optax.cosine_decay_schedule",
         "optax.update_moment",  # without annotations
-        "optax.inject_hyperparams",  # makes a function that makes one
+        "optax.inject_hyperparams",  # returns a function that makes a transformation
         "optax.tree_utils.tree_zeros_like",
     ],
 )
@@ -232,7 +232,7 @@ def test_functions_without_annotations_that_make_one_are_found():
 
 
 def test_what_optax_only_imports_is_not_found(monkeypatch):
-    """Else a config could call any function of the modules that optax uses."""
+    """Otherwise a config could call any function of the modules that optax imports."""
     assert find("optax.transforms.trace") is optax.transforms.trace
     monkeypatch.setattr(optax.contrib, "subprocess", subprocess, raising=False)
     monkeypatch.setattr(optax.contrib, "run", subprocess.run, raising=False)

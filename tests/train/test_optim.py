@@ -1,4 +1,4 @@
-"""Optimizers against arithmetic written out in NumPy float64."""
+"""Optimizers compared with explicit arithmetic in NumPy float64."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ CONFIG = OptimizerConfig(
     schedule="constant",
     warmup_steps=2,
 )
-# Names say nothing: the matrix is called a norm, and the norm's weight of rank 2 is not.
+# Names must not matter: the matrix is called a norm, and the norm weight of rank 2 is not.
 SHAPES = {"norm_DF": (6, 8), "scale": {"weight_D": (6,)}, "bias_F": (8,), "q_HA": (2, 4)}
 RULES = {
     "norm_DF": ParamRule("ffn", ("embed", "mlp")),
@@ -35,13 +35,13 @@ def is_shape(leaf):
 
 
 def draw(seed, shapes=SHAPES):
-    """Float64 arrays of these shapes."""
+    """Draw float64 arrays of these shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=is_shape)
 
 
 def run(config, params, gradients, dtype="float64", rules=RULES, frozen=()):
-    """Parameters and optimizer state after one update for each of `gradients`."""
+    """Parameters and optimizer state after one update per gradient."""
     optimizer = Optimizer(config, 100, frozen=frozen)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     state = optimizer.init(params, rules)
@@ -51,8 +51,8 @@ def run(config, params, gradients, dtype="float64", rules=RULES, frozen=()):
     return params, state
 
 
-# As written -> factors on (learning rate, weight decay) of each parameter.  A bias has the rate of
-# its group, and decays as norms do.
+# Config values -> factors on (learning rate, weight decay) of each parameter.  A bias has the
+# learning-rate factor of its group and the weight-decay factor of norms.
 FACTORS = {
     "default": ({}, {"norm_DF": (1, 1), "scale": (1, 0), "bias_F": (1, 0), "q_HA": (1, 0)}),
     "by group": (
@@ -89,7 +89,7 @@ def test_adamw(x64, case):
 
 
 def test_frozen_groups_never_change(x64):
-    """Neither do their moments; the other groups do."""
+    """Their moments do not change either; the other groups change."""
     params, gradients = draw(0), [draw(seed) for seed in range(1, 4)]
     got, state = run(
         dataclasses.replace(CONFIG, warmup_steps=0), params, gradients, frozen=("norm",)
@@ -107,11 +107,11 @@ LAYER_RULES = {"w_DF": ParamRule("ffn", ("embed", "mlp")), "bias_D": ParamRule("
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_stacked_layers_are_updated_like_unrolled_ones(x64, name):
-    """Adafactor and Muon look at whole matrices: norms, factored moments, singular values."""
+    """Adafactor and Muon use whole matrices: norms, factored moments, singular values."""
     layers, shapes = 3, {"w_DF": (128, 130), "bias_D": (6,)}  # optax factors from 128 on
     config = dataclasses.replace(CONFIG, name=name, warmup_steps=0)
     trees = [[draw(10 * step + layer, shapes) for layer in range(layers)] for step in range(4)]
-    # Scales differ between layers, so a norm or an RMS over all of them would show.
+    # Scales differ between layers, so the test would notice a norm or an RMS over all of them.
     trees = [
         [jax.tree.map(lambda x, k=10.0**layer: k * x, tree) for layer, tree in enumerate(step)]
         for step in trees
@@ -148,7 +148,7 @@ WHOLE_MATRIX = {
 
 
 def matrices(name, array):
-    """Each matrix of an array of experts, in an order of its own."""
+    """Every matrix of an array of experts, in a fixed order."""
     if name == "w_in_EDUF":
         return [expert[:, u] for expert in array for u in range(array.shape[2])]
     return list(array)
@@ -163,10 +163,10 @@ def matrices(name, array):
     ],
 )
 def test_every_matrix_of_every_expert_is_its_own(x64, name, shapes, layers):
-    """Against optax on one matrix after the other; `layers` are stacked, 0: they are not."""
+    """Compared with optax on each matrix separately; `layers` are stacked, 0: unrolled."""
 
     def tree(seed):
-        """Scales differ by expert, and between gate and up, so that a mean over both would show."""
+        """Scales differ by expert and between gate and up; the test would notice a common mean."""
         arrays = draw(seed, {key: (max(1, layers), *shape) for key, shape in shapes.items()})
         for key, array in arrays.items():
             array *= np.logspace(-3, 1, array.shape[1]).reshape(1, -1, *[1] * (array.ndim - 2))
@@ -197,7 +197,7 @@ def test_every_matrix_of_every_expert_is_its_own(x64, name, shapes, layers):
 
 
 def state_shapes(name, rule, shape):
-    """Of each leaf, by name, for one parameter; nothing is computed."""
+    """The state shapes of one parameter, by leaf name; computes nothing."""
     optimizer = Optimizer(OptimizerConfig(name), 100)
     param = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(lambda w: optimizer.init({"w": w}, {"w": rule}), param)
@@ -206,7 +206,7 @@ def state_shapes(name, rule, shape):
 
 @pytest.mark.parametrize("name", ["adamw", "optax.adamw", "optax.scale_by_lion", "optax.lamb"])
 def test_rules_without_factors_keep_one_form_of_state(name):
-    """Moments of the parameter's shape and one counter, as checkpoints of earlier runs hold."""
+    """Moments of the parameter's shape and one counter, as in checkpoints of earlier runs."""
     rule, shape = EXPERT_RULES["w_in_EDUF"], (3, 5, 2, 4)
     assert set(state_shapes(name, rule, shape)) == {(), shape}
     assert set(state_shapes(name, rule.stack(), (6, *shape))) == {(6,), (6, *shape)}
@@ -221,7 +221,7 @@ def test_factors_stand_by_expert_then_matrix():
 
 
 def test_a_scalar_that_depends_on_gradients_is_one_for_each_matrix():
-    """And neither the gate's nor another expert's."""
+    """It is not shared between gate and up, or between experts."""
 
     def init(params):
         return jnp.zeros(())
@@ -270,7 +270,7 @@ def test_bfloat16_moments():
     assert {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")}
     for new, reference in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
         assert new.dtype == jnp.float32
-        # Three steps of 0.01, each off by a few of bfloat16's 2**-8.
+        # Three steps of 0.01, each with an error of a few times 2**-8, the precision of bfloat16.
         np.testing.assert_allclose(new, reference, rtol=0, atol=3 * 0.01 * 4 / 256)
         assert np.any(np.asarray(new) != np.asarray(reference))
 

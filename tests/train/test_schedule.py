@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their formulas, and runs of any length from one program."""
+"""Learning-rate schedules compared with their formulas; one program serves runs of any length."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from moe_jax.train.state import placed_state
 from moe_jax.train.step import abstract_batch, jit_train_step
 
 SCHEDULES = {
-    # name -> {step from 0: share of the peak}, for 10 steps of warm-up in a run of 110
+    # name -> {step from 0: fraction of the peak}, with 10 steps of warm-up in a run of 110
     "constant": {0: 0.1, 4: 0.5, 9: 1, 60: 1, 109: 1},
     "cosine": {
         0: 0.1,
@@ -66,7 +66,7 @@ def promised(config: OptimizerConfig, steps: int) -> bool:
     steps=st.integers(1, 30),
 )
 def test_a_schedule_keeps_its_promises_or_is_refused(config, steps):
-    """Whatever the length: a rise of equal parts to the peak, no rise after it, the final share."""
+    """For any length: a linear rise to the peak, no rise after it, then the final share."""
     if not promised(config, steps):
         with pytest.raises(UserError, match=r"train\.steps"):
             make_schedule(config, steps)
@@ -83,7 +83,7 @@ def test_a_schedule_keeps_its_promises_or_is_refused(config, steps):
 
 
 def test_a_run_that_goes_on_to_more_steps_has_their_rates():
-    """Step 10 of 10 had the final share; from there the fall is that of 20 steps."""
+    """Step 10 of 10 had the final share; with 20 steps the rate then follows their schedule."""
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_share=0.2)
     before, after = (make_schedule(config, steps) for steps in (10, 20))
     assert float(before(9)) == pytest.approx(0.2)
@@ -109,7 +109,7 @@ def test_runs_too_short_for_their_schedule(change, sentence):
 
 @pytest.mark.parametrize("name", ["cosine", "wsd"])
 def test_the_train_step_of_a_longer_run_is_the_same_program(name):
-    """So a run that goes on with more steps finds it in the compile cache."""
+    """A run resumed with more steps therefore finds the program in the compile cache."""
     config = small_config("", **ONE_LAYER | {"optimizer.schedule": name})
     config, components, _ = resolve(config, 1, 258)
     model, mesh = (
