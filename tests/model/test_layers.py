@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, q/k norm and the dense FFN against NumPy."""
+"""RMSNorm, RoPE, q/k norm and the dense FFN compared with NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_rms_norm(x64):
 
 
 def test_rms_norm_rounds_before_the_weight():
-    """Float32 statistics, then bfloat16, then the product: Hugging Face's order."""
+    """Statistics in float32, then a cast to bfloat16, then the weight, as in Hugging Face."""
     x, weight = normal((4, 64), jnp.bfloat16), normal((64,), jnp.float32, 1)
     wide = np.asarray(x, np.float32)
     unit = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
@@ -74,7 +74,7 @@ def test_dense_ffn(x64, activation):
 
 @pytest.mark.parametrize(("qk_norm", "sizes"), [("head", (6, 6)), ("full", (24, 12))])
 def test_qk_norm_makes_attention_blind_to_scale(x64, mesh_of, qk_norm, sizes):
-    """With q and k normalised, scaling their weights changes nothing; without, it does."""
+    """Scaling the weights of q and k changes the output only if q and k are not normalised."""
     x = normal((1, 5, 24))
     rope = rope_tables(jnp.arange(5, dtype=jnp.int32)[None], 6, 1e4, jnp.float64)
 
@@ -90,7 +90,7 @@ def test_qk_norm_makes_attention_blind_to_scale(x64, mesh_of, qk_norm, sizes):
 
     assert spread(qk_norm, scale_one_head=False) < 1e-12
     assert spread("none", scale_one_head=False) > 1e-3
-    # One head alone: unseen by a norm of each head, seen by a norm over all of them.
+    # Scaling one head changes nothing with a norm per head, but does with a norm over all heads.
     assert (spread(qk_norm, scale_one_head=True) < 1e-12) == (qk_norm == "head")
 
 
@@ -126,7 +126,7 @@ def test_a_parameter_names_a_group_that_exists():
 
 
 def test_the_embedding_adds_a_tokens_gradients_in_float32():
-    """4096 places of one token: in bfloat16 their sum would stop growing at 256."""
+    """4096 occurrences of one token: in bfloat16 the sum of gradients would stop growing at 256."""
     config = ModelConfig(vocab_size=8, num_layers=1, width=16, dense=True)
     graph, params = nnx.split(Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
     tokens_BT = jnp.zeros((4, 1024), jnp.int32)

@@ -1,4 +1,4 @@
-"""The whole model as pure functions: layouts, remat, causality, sharding."""
+"""The model as pure functions: layouts, remat, causality, sharding."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ DENSE = ModelConfig(
     ffn_width=32,
     dense=True,
 )
-# Dense, then twice (MoE, dense), then MoE: a prefix, two repeats of a period of two, a remainder.
+# Dense, then (MoE, dense) twice, then MoE: a prefix, two repeats of a period of two, a remainder.
 SPARSE = dataclasses.replace(
     DENSE,
     dense=False,
@@ -100,7 +100,7 @@ def test_layouts():
 
 @pytest.fixture(scope="module")
 def scanned():
-    """`scanned(config)`: `step` of it with its layers scanned, on one device; once a config."""
+    """`scanned(config)`: `step` with scanned layers on one device, computed once per config."""
     found = {}
 
     def once(config):
@@ -113,8 +113,8 @@ def scanned():
     return once
 
 
-# The sparse model has dense layers too, and runs in the lifecycle stage, for it takes long to
-# compile; one of nothing else is left to --full.
+# The sparse model has dense layers too and runs in the lifecycle stage, because it takes long to
+# compile.  A model with only dense layers runs with --full.
 @pytest.mark.parametrize(
     "config",
     [
@@ -124,7 +124,7 @@ def scanned():
     ids=["dense", "sparse"],
 )
 def test_scanned_equals_unrolled(x64, mesh_of, scanned, config):
-    """Values, statistics of every layer, noise of the router, gradients; initial values exactly."""
+    """Values, statistics per layer, router noise and gradients agree; initial values are equal."""
     _, params, out, grads = step(config, mesh_of())
     model, stacked, scanned_out, scanned_grads = scanned(config)
     assert model.layout.repeats >= 2
@@ -136,7 +136,7 @@ def test_scanned_equals_unrolled(x64, mesh_of, scanned, config):
 
 @pytest.mark.lifecycle
 def test_the_router_is_noisy_in_training_only(mesh_of):
-    """The control of the comparison above: without noise it would hold for any keys."""
+    """A control of the comparison above, which without noise would hold for any keys."""
     model = define(dataclasses.replace(SPARSE, num_layers=2), jnp.float32)
     params = jax.jit(lambda key: init(model, key))(jax.random.key(0))
 
@@ -147,7 +147,7 @@ def test_the_router_is_noisy_in_training_only(mesh_of):
 
 
 class Pair(NamedTuple):
-    """Two MoE layers that are not scanned and keep everything, and one step of them."""
+    """Two unrolled MoE layers without remat, and one step of them."""
 
     config: ModelConfig
     out: Any
@@ -164,8 +164,8 @@ def unscanned_pair():
     return Pair(config, out, grads)
 
 
-# By default the policy that sends nothing again; the one that recomputes most in the lifecycle
-# stage; both scanned.
+# The default stage tests the policy that repeats no collective, the lifecycle stage the one that
+# recomputes most; both with scanned layers.
 @pytest.mark.parametrize(
     "name",
     [
@@ -186,9 +186,9 @@ def test_remat_changes_no_value(x64, mesh_of, unscanned_pair, name):
 
 
 def test_remat_recomputes(mesh_of):
-    """Less saved means more products; the tags stand where the policies expect them.
+    """A policy that saves less has more matmuls, so the tags are where the policies expect them.
 
-    "dots" computes only attention's batched products again, "save_hidden" also the projections.
+    "dots" recomputes only the batched matmuls of attention, "save_hidden" also the projections.
     """
 
     def dots(name):
@@ -205,8 +205,10 @@ def test_remat_recomputes(mesh_of):
 
 @pytest.mark.parametrize("policy", sorted(REMAT.keys() - {"none"}))
 def test_no_policy_computes_what_experts_made_again(mesh_of, policy):
-    """Of products as wide as the model, in the experts' slots, there are two: what they made, and
-    its gradient on the way back."""
+    """There are two matmuls with results of model width in expert slots.
+
+    One makes the expert outputs and one the gradient of the expert inputs.
+    """
     moe = dataclasses.replace(SPARSE.moe, dispatch="capacity", every=1, first_dense=0)
     moe = dataclasses.replace(moe, expert_width=12)
     config = dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat=policy)
@@ -226,7 +228,7 @@ def test_no_policy_computes_what_experts_made_again(mesh_of, policy):
 @pytest.mark.parametrize(("policy", "times"), [("none", 6), ("save_dispatch", 6), ("full", 8)])
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
 def test_save_dispatch_sends_nothing_again(mesh_of, policy, times, dispatch):
-    """Tokens there and back, weights there, and the gradients of each."""
+    """All-to-alls: tokens, their outputs and combine weights (3), and gradients of each (3)."""
     moe = dataclasses.replace(SPARSE.moe, dispatch=dispatch, every=1, first_dense=0)
     moe = dataclasses.replace(moe, options={"dropless": {"recv_factor": 2.0}})
     model = define(dataclasses.replace(SPARSE, num_layers=1, moe=moe, remat=policy), jnp.float32)
@@ -288,7 +290,7 @@ def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
     config = SPARSE if scan else DENSE
     model = define(dataclasses.replace(config, attention="cudnn", scan_layers=scan), jnp.bfloat16)
     jax.eval_shape(lambda params: run(model, params, *batch(), mesh_of())[0], model.abstract)
-    # Scanned, the first and last layer are unrolled beside a scan over two kinds of blocks.
+    # With scanned layers, the first and last layer are unrolled and two kinds of blocks are scanned.
     assert len(set(scales)) == ((4 if scan else 3) if apart else 1)
     assert scan or len(scales) == len(set(scales))
 
@@ -353,7 +355,7 @@ GROUP_OF = {
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_optimizers_rule_of_every_parameter(scan):
-    """Matrices are decayed, norms are not, and only what is scanned has an axis of layers."""
+    """Matrices are decayed and norms are not; only scanned parameters have an axis of layers."""
     moe = dataclasses.replace(SPARSE.moe, router="noisy_top_k", shared_experts=1, options={})
     config = dataclasses.replace(SPARSE, qk_norm="head", scan_layers=scan, moe=moe)
     model = define(config, jnp.float32)
