@@ -1,4 +1,4 @@
-"""Held-out loss is a number of the weights and of the sample, not of how it is computed."""
+"""The held-out loss depends on weights and held-out rows, not on how it is computed."""
 
 import dataclasses
 import math
@@ -13,8 +13,8 @@ from moe_jax.run.evaluate import Evaluator
 from moe_jax.run.restore import first_state
 from moe_jax.run.setup import prepare
 
-# Groups of two rows in which a third of the assignments is dropped, and a sample that ends inside
-# one: whichever rows share a group decides the loss.
+# A third of the assignments is dropped in groups of two rows, so the loss depends on which rows
+# share a group.  The last row of the sample is alone in its group.
 DROPPING = ONE_LAYER | {
     "model.moe.group_rows": 2,
     "model.moe.capacity_factor": 0.7,
@@ -22,7 +22,7 @@ DROPPING = ONE_LAYER | {
     "eval.rows": 21,
     "mesh.data": 1,
 }
-# (rows a step, microbatches, mesh): an evaluation takes 2, 4, 8, 16 and 32 rows at once.
+# (rows per step, microbatches, mesh): an evaluation computes 2, 4, 8, 16 and 32 rows at once.
 CELLS = [
     (2, 1, {}),
     pytest.param(32, 8, {}, marks=pytest.mark.lifecycle),
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory):
 
 
 def evaluate(folder, corpus, **overrides):
-    """(run, row of the held-out numbers of the initial weights)."""
+    """(run, metrics row of the held-out evaluation of the initial weights)."""
     config = small_config(corpus, **DROPPING | overrides)
     devices = jax.devices()[: math.prod(dataclasses.asdict(config.mesh).values())]
     run = prepare(config, folder, lambda line: None, devices)
