@@ -290,7 +290,7 @@ def test_blocks_are_traced_once_unless_their_attention_has_to_differ(
     config = SPARSE if scan else DENSE
     model = define(dataclasses.replace(config, attention="cudnn", scan_layers=scan), jnp.bfloat16)
     jax.eval_shape(lambda params: run(model, params, *batch(), mesh_of())[0], model.abstract)
-    # With scanned layers, the first and last layer are unrolled and two kinds of blocks are scanned.
+    # With scanned layers, the first and last layer are unrolled and two kinds of blocks scanned.
     assert len(set(scales)) == ((4 if scan else 3) if apart else 1)
     assert scan or len(scales) == len(set(scales))
 
