@@ -127,7 +127,7 @@ def change(tree, leaf):
         ),
         (
             lambda t: {**t, "ema": jax.ShapeDtypeStruct((2,), jnp.float32)},
-            r"ema is absent there and float32\[2\] in this config",
+            r"ema is absent in the checkpoint and float32\[2\] in this config",
         ),
         (
             lambda t: {k: v for k, v in t.items() if k != "step"},

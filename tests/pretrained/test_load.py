@@ -236,7 +236,7 @@ def test_what_is_refused(workdir, tmp_path, mesh_of):
     )
     refused(f"load('{workdir}'): no checkpoint of step 5: it has steps 4, 8.", step=5)
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
-    refused("config.json, which says what its checkpoints hold, is missing", tmp_path / "new")
+    refused("config.json, which describes its checkpoints, is missing", tmp_path / "new")
     shutil.copy(workdir / "config.json", tmp_path / "new")
     refused("its checkpoints/ is empty", tmp_path / "new")
     unresolved = copy_with(workdir, tmp_path / "0", model={"vocab_size": 0})

@@ -305,7 +305,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     assert "model.moe.router was 'sigmoid_bias', is 'noisy_top_k'" in check_origin(
         noisy.config, str(straight)
     )
-    with pytest.raises(UserError, match="router_noise_kernel is absent there"):
+    with pytest.raises(UserError, match="router_noise_kernel is absent in the checkpoint"):
         first_state(noisy, str(straight), lines.append)
 
 
