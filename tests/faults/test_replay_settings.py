@@ -56,7 +56,7 @@ def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     for step in (4, 8):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    done = replayed(9, workdir=workdir)  # another mesh of as many devices
+    done = replayed(9, workdir=workdir)  # another mesh of the same size
     assert done.code == DONE, done
     assert "replaying steps 7 to 9" in done.out and "Step 9 equals metrics.jsonl" in done.out
     done = replayed(5, workdir=workdir)
