@@ -1,19 +1,22 @@
-"""The README's commands, run in its order on a small model and a small text."""
+"""The pages' own commands, run in their order on a small model and a small text."""
 
+import re
 import shlex
 
 import pytest
 from small_run import ONE_LAYER, SMALL, write_corpus
-from test_readme import ROOT, commands
+from test_quoted_output import shape
+from test_readme import README, ROOT, typed_in_order
 
-LINES = [line for line in commands() if line.startswith("python -m moe_jax ")]
-# The routing groups are those of configs/tiny.py.
+COMMANDS = typed_in_order()
+LINES = [line for line in COMMANDS if line.startswith("python -m moe_jax ")]
+# The groups are those that tiny itself has.
 SMALLER = ONE_LAYER | {"eval.samples": 0, "model.moe.group_rows": 1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The working directory of the commands, with configs and a text of each kind."""
+    """Where the commands are typed: configs beside it, text of each kind in it."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     write_corpus(folder / "path")
@@ -24,17 +27,11 @@ def folder(tmp_path_factory):
 
 
 def typed(line: str, folder, more_steps: int) -> list[str]:
-    """The arguments after `python -m`, with overrides for a small run.
-
-    Keys that the README sets keep its values, except train.steps.
-    """
+    """The arguments after `python -m`, shrunk: what a page sets itself stays."""
     words = [word.replace("/path/", f"{folder}/path/") for word in shlex.split(line)[2:]]
     if words[:2] in (["moe_jax", "checkpoint"], ["moe_jax", "goodput"]):
         return words
-    if words[:2] == [
-        "moe_jax",
-        "results",
-    ]:  # the README plots a sweep, which this test does not run
+    if words[:2] == ["moe_jax", "results"]:  # of a sweep that this test does not run
         return [word.replace("runs/dense", "runs/tiny") for word in words]
     text = {"data.source": "text", "data.files": f"{folder}/path/*.txt"}
     small = SMALL | SMALLER | text | {"train.steps": more_steps, "model.moe.num_experts": 8}
@@ -48,26 +45,35 @@ def typed(line: str, folder, more_steps: int) -> list[str]:
     return [*words, *(f"--config.{key}={value}" for key, value in kept.items())]
 
 
+def without_eta(line: str) -> str:
+    """A log line without its numbers and the time that is left."""
+    return shape(line.partition("  eta ")[0])
+
+
 @pytest.mark.lifecycle
 def test_commands_in_order(folder, run_cli):
-    """Later commands use the files of earlier ones, as for a reader."""
+    """Later commands go on from what earlier ones left, as a reader would."""
     assert len(LINES) >= 7
     first = "python -m moe_jax train --config=configs/tiny.py --workdir=runs/tiny"
     for number, line in enumerate([first, *LINES]):
         done = run_cli(typed(line, folder, 2 + number), cwd=folder)
         assert done.code == 0, f"{line}\n{done.err}"
+        if number == 0:  # the README shows its log
+            said = {without_eta(text) for text in done.out.splitlines()}
+            shown = re.findall(r"^step \d.*$", README, re.MULTILINE)
+            assert shown and {without_eta(text) for text in shown} <= said
     for name in ("tiny", "experts", "text", "jsonl", "bpe"):
         assert (folder / "runs" / name / "metrics.jsonl").exists(), name
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if "launch.sweep " in line])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "launch.sweep " in line])
 def test_sweeps_hold_only_good_runs(folder, run_cli, line):
     done = run_cli([*shlex.split(line)[2:], "--dry_run"], cwd=folder)
     assert done.code == 0, done.err
     assert "+ " in done.out
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if " --dry_run " in line])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if " --dry_run " in line])
 def test_launchers_print_what_they_would_run(run_cli, line):
     done = run_cli(shlex.split(line)[2:])
     assert (done.code, done.err) == (0, "")

@@ -8,10 +8,10 @@ from moe_jax.keys import Key, Section, sections
 HEAD = """\
 # Configuration
 
-Every key of a config. This page is generated from the comments and bounds of the config
-dataclasses: edit those, then run `python -m moe_jax.cli.keys > docs/configuration.md`.
-`python -m moe_jax train --config=FILE --help` prints the same list with the values of a config
-file, and the knobs of the routers and dispatch paths that the file registers.
+After this page you can set any key of a config. The page is made from the dataclasses that hold
+the keys, by `python -m moe_jax.cli.keys > docs/configuration.md`; edit the comments and bounds there.
+`python -m moe_jax train --config=FILE --help` prints the same with the values of a config file, and
+the knobs of the routers and dispatch paths that it registers.
 
 Set a key
 
