@@ -9,7 +9,7 @@ HEAD = """\
 # Configuration
 
 After this page you can set any key of a config. The page is made from the dataclasses that hold
-the keys, by `python -m moe_jax.cli.keys > docs/configuration.md`; edit the comments and bounds there.
+the keys, by `python -m moe_jax.cli.keys > docs/configuration.md`: edit comments and bounds there.
 `python -m moe_jax train --config=FILE --help` prints the same with the values of a config file, and
 the knobs of the routers and dispatch paths that it registers.
 
