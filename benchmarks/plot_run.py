@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 def main() -> None:
     """Reads the flags, draws, writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Draws the loss and drops of a run.")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     given = parser.parse_args()

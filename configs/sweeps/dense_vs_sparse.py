@@ -3,7 +3,7 @@
 Paper: Switch Transformers (arXiv 2101.03961), section 3.1, asks how much parameters that cost no
   FLOPs improve the loss.
 Cost: 6 runs of 150 steps of 4,096 bytes, 1 to 4 minutes each on 2 CPU cores.
-Expected: the README's section Sweeps shows the outcome.
+Expected: docs/sweeps.md shows the outcome.
 Command: python -m launch.sweep --sweep=configs/sweeps/dense_vs_sparse.py --workdir=runs/dense
 
 With routing groups of 8 rows each of 32 experts gets 64 assignments on average.  With the groups of
