@@ -1,13 +1,8 @@
 """The CPU benchmark: `:8`, `:32`, `:128` experts of equal active FLOPs, or `:dense`.
 
 Paper: none; 4 layers of width 256, top-2 experts of width 512, 8 rows of 256 bytes, float32.
-<<<<<<< HEAD
 Cost: 14M, 52M, 203M parameters, 4.3M to 4.5M active: 56 GFLOP per step for any E.
-Expected: the README compares its step times with other frameworks on the same workload.
-=======
-Cost: 14M, 52M, 203M parameters, 4.3M to 4.5M active: 56 GFLOP a step at any E.
 Expected: docs/cpu.md has step times beside other frameworks on the same workload.
->>>>>>> c9c4e69 (docs: point configs at the pages that took the README's tables)
 Command: python -m moe_jax bench --config=configs/cpu_small.py:8 --steps=20
 """
 

@@ -89,9 +89,9 @@ def build_store(
     if read_manifest(path) is not None:
         if bad_records.file_of(path).exists():
             say(f"the store lacks the records of {bad_records.file_of(path)}")
-    else:  # a finished store may lie where nobody can write
+    else:  # a finished store may lie in a folder that cannot be written
         with turn(root, path.name):
-            if read_manifest(path) is None:  # nobody built it while this process waited
+            if read_manifest(path) is None:  # no other process built it meanwhile
                 say(f"building the store {path}")
                 _tell_unfinished(root, path.name, say)
                 with _cleaning(path):

@@ -18,7 +18,7 @@ TELL = 1.0  # seconds between two signs of life of who builds
 
 
 class Turn:
-    """The turn to write a store, and the signs of life of whoever has it.
+    """A per-host lock for building a store; waiting processes see whether the builder progresses.
 
     The builder holds a kernel lock on ROOT/NAME.lock, which it removes at its end, and sets that
     file's time whenever it has got on; the others look at it.  So a process that waits is alive
@@ -42,7 +42,7 @@ class Turn:
 
     @contextlib.contextmanager
     def __call__(self, root: epath.Path, name: str) -> Iterator[None]:
-        """Waits for the turn at ROOT/NAME, which ends with the process; nobody waits on gs://.
+        """Wait for the lock of ROOT/NAME, which ends with the process; on gs:// there is none.
 
         Raises:
           UserError: `root` cannot be written, or a link in the store leads out of it.

@@ -191,7 +191,7 @@ def _batches(stream: IO[bytes], group: int, field: str, leaf: str) -> Iterator[A
 
     Texts that the file has once stay so in memory, however many rows repeat them.  Arrow does this
     for dictionaries alone (Arrow 26); elsewhere a text may be stored as what it adds to the one
-    before, so few rows are read at once.
+    before: the number of rows that are read at once is small.
     """
     parquet = _pyarrow("parquet")
 

@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.parallel.rules import sharding
 
-LEAVE = 5.0  # seconds to wait for a read that is under way when nobody wants it any more
+LEAVE = 5.0  # seconds to wait for a read under way whose rows are no longer needed
 RowsFn = Callable[[int, np.ndarray], Batch]
 
 

@@ -93,7 +93,7 @@ def _key(text: str) -> int:
 def share_warnings(store: Store, config: DataConfig) -> list[str]:
     """A line for each stream whose held-out share of bytes is far from `config.heldout_fraction`.
 
-    Documents are held out whole, so few of them, or a very long one, may make any share.  Nothing
+    Documents are held out whole: a small number of them, or a very long one, makes any share.  Nothing
     is told of held-out text that is named by file.
     """
     if config.heldout_files or any(part.get("heldout_files") for part in config.mixture.values()):

@@ -22,12 +22,12 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.store import BYTES, SOURCE, START, Split, Store
 from moe_jax.errors import UserError
 
-ENDLESS = 2**53  # rows: no run reads so many
+ENDLESS = 2**53  # rows: more than any run reads
 HELDOUT_SEED = 0  # every run evaluates the same windows in the same order
 
 
 class Supply(NamedTuple):
-    """How far text reaches that may be read only so often."""
+    """Whole batches available under `data.max_epochs`, and the stream that runs out first."""
 
     steps: int  # whole batches
     stream: int  # whose windows do not reach for one more

@@ -200,7 +200,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _wrong_key(manifest: dict[str, Any]) -> str | None:
-    """The first key of a manifest that is not as build.py writes it: a seal can be made anew."""
+    """The first key of a manifest that is not as build.py writes it: anyone can write a new seal."""
 
     def token_id(value: Any) -> int:
         return records.count(value, manifest["vocab_size"])

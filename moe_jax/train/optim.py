@@ -222,7 +222,7 @@ class Optimizer:
         """Keep what does not change during a run.
 
         Args:
-          config: hyperparameters.
+          config: the hyperparameters.
           steps: length of the run, for the schedule.
           frozen: groups of parameters that never change (`ParamRule.group`).
           transformation: replaces the one that `config.name` names; None: use that one.  It turns a

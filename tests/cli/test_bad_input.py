@@ -395,7 +395,7 @@ def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
 
 
 def test_adafactor_refuses_a_moment_dtype(place, tmp_path):
-    overrides = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
+    given = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
     with pytest.raises(UserError) as error:
-        main(["train", *arguments(place, tmp_path / "run", overrides)])
+        main(["train", *arguments(place, tmp_path / "run", given)])
     check_sentence(error, "optimizer.moment_dtype is 'bfloat16': adafactor does not support it")

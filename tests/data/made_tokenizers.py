@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from moe_jax.data.tokenizers import train_bpe
 
 SAMPLE = [
-    "the router sends a token to an expert\n" * 20,
+    "the router sends each token to an expert\n" * 20,
     "größe und 日本\n" * 20,
     "if a < b and [x] | {y}: </s> is <s> or <|im_end|>\n" * 20,
 ]

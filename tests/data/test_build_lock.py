@@ -1,4 +1,4 @@
-"""Whoever waits for a store is alive while its builder is, and no longer."""
+"""A process that waits for a store counts as alive only while its builder makes progress."""
 
 import fcntl
 import os

@@ -146,7 +146,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
     config, store, tmp_path, monkeypatch
 ):
     def build_until(shards: int) -> int:
-        """Tokens that `encode_batch` gave in a build stopped after so many shards."""
+        """Tokens that `encode_batch` gave in a build stopped after that number of shards."""
         given, written = [], []
         encode, write = BytesTokenizer.encode_batch, SplitWriter._write_part
 

@@ -13,7 +13,7 @@ from moe_jax.data.tokenizers import load_tokenizer, train_bpe
 from moe_jax.errors import UserError
 
 TEXTS = ["def f(x):\n    return x\n", "größe 日本 🙂", "", "\x00\x7f\r\n"]
-SAMPLE = ["the router sends a token to an expert\n" * 20, "größe und 日本\n" * 20]
+SAMPLE = ["the router sends each token to an expert\n" * 20, "größe und 日本\n" * 20]
 
 
 @pytest.fixture
