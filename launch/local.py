@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from launch.job import Job
-from moe_jax.files.links import own
+from moe_jax.files.links import break_hard_link
 
 STOPPED = 42  # the exit code of a trainer that saved a checkpoint and asks to be run again
 ATTEMPTS = 20  # per run, while its exit code is STOPPED
@@ -90,7 +90,7 @@ class Local:
         log.parent.mkdir(parents=True, exist_ok=True)
         line = ""
         assert process.stdout is not None
-        own(log)
+        break_hard_link(log)
         with log.open("a", encoding="utf-8") as file, process.stdout:
             for line in process.stdout:
                 file.write(line)

@@ -37,7 +37,7 @@ from moe_jax.sections import (
 )
 from moe_jax.train.optim import OptimizerConfig
 
-LARGEST = 2**40  # maximum of an integer value in a config
+MAX_NUMBER = 2**40  # maximum of an integer value in a config
 PRECISIONS = ("float32", "bfloat16", "float64")
 # Keys whose values are names in tables that the dataclass of the key cannot import.
 TABLES: dict[str, Mapping[str, type]] = {
@@ -304,5 +304,5 @@ def _check_size(value: Any, path: str) -> None:
             _check_size(part, f"{path}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config.{path} is {value}: give a finite number.")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise UserError(f"config.{path} is {value}: give a number of at most {LARGEST}.")
+    elif isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise UserError(f"config.{path} is {value}: give a number of at most {MAX_NUMBER}.")

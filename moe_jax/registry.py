@@ -120,7 +120,7 @@ def own_fields(cls: type, shared: Any) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(cls) if not hasattr(shared, f.name)]
 
 
-def build(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
+def build_component(table: Mapping[str, type[T]], name: str, shared: Any, what: str) -> T:
     """Build the component `name` from the fields it has in common with `shared` and its options.
 
     Args:

@@ -23,11 +23,11 @@ from moe_jax.data.build import build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import LONGEST, UserError
-from moe_jax.moe.types import Fates, Ledger
+from moe_jax.moe.types import Ledger, Outcomes
 from moe_jax.record.report import has_last_eval, read_row, truncate
 from moe_jax.record.settings import SETTINGS, Settings, read_settings
 from moe_jax.run.resume import check_same_text
-from moe_jax.run.setup import settle
+from moe_jax.run.setup import resolve_config
 from moe_jax.tools import ledger
 from moe_jax.tools.goodput import account
 from moe_jax.tools.results.group import group
@@ -84,7 +84,7 @@ def test_the_resolved_config(tmp_path, count):
     def check(raw: bytes) -> None:
         path.write_bytes(raw)
         refused_or_fine(lambda: to_json(read_config(path)), "config.json")
-        refused_or_fine(lambda: settle(CONFIG, tmp_path, 8), "")  # names the key
+        refused_or_fine(lambda: resolve_config(CONFIG, tmp_path, 8), "")  # names the key
 
     fuzz(count, json_file(to_dict(CONFIG)), check)
 
@@ -102,7 +102,7 @@ def test_every_number_of_a_config_may_be_absurd(tmp_path, number):
         at(changed, place[:-1])[place[-1]] = number
         (tmp_path / "config.json").write_text(json.dumps(changed))
         read_run(tmp_path, "run")
-        refused_or_fine(lambda: settle(CONFIG, tmp_path, 8), "")
+        refused_or_fine(lambda: resolve_config(CONFIG, tmp_path, 8), "")
 
 
 @COUNTS
@@ -167,7 +167,7 @@ def test_metrics(tmp_path, count):
 
 @COUNTS
 def test_the_ledger(tmp_path, count):
-    counts = {fate: [[1, 2, 0], [3, 0, 0]] for fate in Fates._fields if fate != "unsampled"}
+    counts = {fate: [[1, 2, 0], [3, 0, 0]] for fate in Outcomes._fields if fate != "unsampled"}
     row = {"step": 4, "sources": ["a", "b", "c"], "assignments": [12, 12]}
     row |= dict.fromkeys(Ledger._fields, counts)
     path = tmp_path / "ledger.jsonl"

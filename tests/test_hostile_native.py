@@ -25,7 +25,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
-from moe_jax.data.store import array_digests, key_value_store, sealed
+from moe_jax.data.store import array_digests, key_value_store, manifest_bytes
 from moe_jax.data.tokenizers import train_bpe
 
 GROWTH = 512 << 20  # bytes that reading a file of a few KiB may take beyond the good ones
@@ -225,7 +225,7 @@ def test_store_sealed_by_whoever_changed_it(tmp_path, reader, count, file):
         if isinstance(found, dict):
             if "zarr" in file:
                 found = found | {"arrays": array_digests(key_value_store(path))}
-            (path / "manifest.json").write_bytes(sealed(found))
+            (path / "manifest.json").write_bytes(manifest_bytes(found))
         reader.bad("store", path)
 
     valid = json.loads((good / file).read_text())

@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 
-LARGEST = 2**18  # arrays of a step
+MAX_ARRAYS = 2**18  # arrays of a step
 _METADATA = ".zarray"
 _FIELDS = ("shape", "chunks", "dtype", "compressor", "filters")
 
@@ -28,8 +28,8 @@ def main() -> None:
     if any(key.endswith(b"zarr.json") for key in keys):
         sys.exit("it holds arrays of zarr 3; runs write zarr 2")
     names = [key for key in keys if key.endswith(f"/{_METADATA}".encode())]
-    if len(names) > LARGEST:
-        sys.exit(f"it holds more than {LARGEST} arrays")
+    if len(names) > MAX_ARRAYS:
+        sys.exit(f"it holds more than {MAX_ARRAYS} arrays")
     found = {}
     for key in names:
         metadata = json.loads(store.read(key).result().value)

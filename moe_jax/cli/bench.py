@@ -15,7 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.files.workdir import locate
 from moe_jax.parallel.host_memory import keep_freed_memory
 from moe_jax.run.loop import start_lowering
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare, set_numerics
 from moe_jax.tools.bench.breakdown import breakdown_table
 from moe_jax.tools.bench.measure import measure
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = locate(parsed.flags.workdir or str(Path.home() / ".cache" / "moe_jax" / "bench"))
     run = prepare(config, workdir, _progress)
     lowered = start_lowering(run)
-    given, state = parsed.flags, first_state(run, "", _progress)
+    given, state = parsed.flags, restore_or_init_state(run, "", _progress)
     rows = random_rows(run.config) if given.random else run.batches.rows
     row = measure(run, state, lowered, rows, given.steps, given.gradients, given.profile)
     if given.profile:

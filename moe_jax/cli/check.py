@@ -33,7 +33,7 @@ from moe_jax.run.changes import changes
 from moe_jax.run.context import make_optimizer
 from moe_jax.run.resolve import check_shapes
 from moe_jax.run.samples import check_samples
-from moe_jax.run.setup import settle
+from moe_jax.run.setup import resolve_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +87,7 @@ def checked(arguments: Sequence[str], num_devices: int) -> tuple[Config, Folder]
     """
     parsed = parse(["moe_jax train", *arguments], COMMANDS["train"])
     workdir = locate(parsed.flags.workdir)
-    config, components, _ = settle(
+    config, components, _ = resolve_config(
         from_config_dict(parsed.config), workdir, num_devices, parsed.flags.init_from
     )
     sizes = dataclasses.asdict(config.mesh)

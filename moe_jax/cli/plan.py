@@ -21,7 +21,7 @@ from moe_jax.tools.plan.lowering import Plan, make_plan
 from moe_jax.tools.plan.roofline import roofline
 from moe_jax.tools.plan.saved import check_writable
 from moe_jax.tools.plan.scaling import scaling
-from moe_jax.tools.plan.search import anywhere, mesh_text, search
+from moe_jax.tools.plan.search import mesh_text, plan_on_one_device, search
 from moe_jax.tools.plan.topology import Topology, compile_devices, parse_topology
 from moe_jax.tools.plan.work import executed_flops, moved_bytes, traffic
 
@@ -72,7 +72,7 @@ def _search(config: Config, topology: Topology, given) -> int:
     usable = usable_bytes(topology)
     began = time.perf_counter()
     _progress("ranking every mesh, remat policy and batch size")
-    ranking = search(anywhere(config), topology, usable)
+    ranking = search(plan_on_one_device(config), topology, usable)
     print(f"{topology.name}: {len(ranking.found):,} layouts fit, {len(ranking.rejected):,} do not")
     print(f"ranked in {time.perf_counter() - began:.0f} s by time per token, without overlap:")
     devices, how = compile_devices(topology)  # raises UserError for a slice that does not exist

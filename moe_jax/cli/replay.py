@@ -20,7 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
 from moe_jax.parallel.xla_flags import use_virtual_devices
 from moe_jax.record.rewind import REWINDS, check_rewinds
-from moe_jax.record.settings import settings_of
+from moe_jax.record.settings import settings_at
 from moe_jax.run import agree
 from moe_jax.run.flight import record_path
 from moe_jax.run.setup import set_numerics
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     distributed.start(given.coordinator, given.process_count, given.process_id)
     asked = ("step", "flight", "from_beginning", "init_from")
     agree.check_start(None, {name: getattr(given, name) for name in asked})
-    settings = settings_of(past.settings, step)
+    settings = settings_at(past.settings, step)
     if settings.platform == "cpu" and not given.devices and not jax.distributed.is_initialized():
         use_virtual_devices(min(settings.devices, MOST_VIRTUAL))
     set_numerics(settings.typed())

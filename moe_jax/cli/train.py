@@ -26,7 +26,7 @@ from moe_jax.parallel import distributed, exchange
 from moe_jax.parallel.compile_cache import kept_programs
 from moe_jax.parallel.distributed import DONE, lost_peer
 from moe_jax.parallel.host_memory import keep_freed_memory
-from moe_jax.record.lock import alone_in
+from moe_jax.record.lock import lock_workdir
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import METRICS, Reporter, SilentReporter
 from moe_jax.record.rewind import Rewinds
@@ -38,7 +38,7 @@ from moe_jax.run.changes import changes
 from moe_jax.run.context import Run
 from moe_jax.run.end import end_of, is_finished
 from moe_jax.run.loop import SAMPLES, Trainer, start_lowering
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.resume import data_record, saved_config
 from moe_jax.run.samples import check_samples
 from moe_jax.run.setup import prepare, set_numerics
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             if lead:
                 check_wandb(config)
             # With the lock held, no other process changes the workdir that is read from here on.
-            lock = held.enter_context(alone_in(workdir, say)) if lead else None
+            lock = held.enter_context(lock_workdir(workdir, say)) if lead else None
             exchange.gather("locked", "")
             alive = exchange.relayed(watchdog.alive)
             with waits("preparing the run"):
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         lowered, began = start_lowering(run), time.perf_counter()
         with watch("checkpoint", "making the state"):
             rewinds = Rewinds(workdir, run.checkpoints, say)
-            state = first_state(run, given.init_from, say)
+            state = restore_or_init_state(run, given.init_from, say)
             jax.block_until_ready(state.params)
             start = int(state.step)
             rewinds.check(start)

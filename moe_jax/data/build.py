@@ -17,13 +17,13 @@ import tensorstore as ts
 from etils import epath
 
 from moe_jax.data import bad_records
-from moe_jax.data.build_lock import Turn
+from moe_jax.data.build_lock import BuildLock
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Stream, find_streams
 from moe_jax.data.encoding import cores
-from moe_jax.data.heldout import HoldOut, share_warnings
+from moe_jax.data.heldout import HeldOutSplitter, share_warnings
 from moe_jax.data.rate import Rate
-from moe_jax.data.split_writer import LAYOUT, PARTS, Layout, SplitWriter, writing
+from moe_jax.data.split_writer import LAYOUT, PARTS, ChunkSizes, SplitWriter, writing
 from moe_jax.data.store import (
     BYTES,
     MANIFEST,
@@ -34,9 +34,9 @@ from moe_jax.data.store import (
     Store,
     array_digests,
     key_value_store,
+    manifest_bytes,
     open_store,
     read_manifest,
-    sealed,
 )
 from moe_jax.data.tokenizers import Tokenizer, bos_ids, config_tokenizer
 from moe_jax.errors import UserError
@@ -55,7 +55,7 @@ def build_store(
     config: DataConfig,
     root: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
-    layout: Layout = LAYOUT,
+    layout: ChunkSizes = LAYOUT,
     alive: Callable[[], None] = lambda: None,
 ) -> Store:
     """The store of `config` under `root`: opened if it is there, else built (or finished).
@@ -80,7 +80,7 @@ def build_store(
     say = progress or (lambda line: None)
     root = _checked_root(root)
     tokenizer = config_tokenizer(config)
-    turn = Turn(alive)
+    turn = BuildLock(alive)
     streams = find_streams(config, turn.alive, tokenizer.cut)
     for line in (line for stream in streams for line in stream.notes):
         say(line)
@@ -142,7 +142,9 @@ def _tell_unfinished(root: epath.Path, name: str, say: Callable[[str], None]) ->
             )
 
 
-def find(config: DataConfig, root: str | os.PathLike, layout: Layout = LAYOUT) -> Store:
+def open_built_store(
+    config: DataConfig, root: str | os.PathLike, layout: ChunkSizes = LAYOUT
+) -> Store:
     """As `build_store`, but writes nothing: for configs that come from a file.
 
     Raises:
@@ -179,7 +181,7 @@ def _checked_root(root: str | os.PathLike) -> epath.Path:
 
 
 def store_fingerprints(
-    config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: Layout
+    config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: ChunkSizes
 ) -> Fingerprints:
     """The fingerprints of the store of a config."""
     fraction = config.heldout_fraction
@@ -223,10 +225,10 @@ def _write(
     config: DataConfig,
     streams: tuple[Stream, ...],
     tokenizer: Tokenizer,
-    layout: Layout,
+    layout: ChunkSizes,
     fingerprint: str,
     say: Callable[[str], None],
-    turn: Turn,
+    turn: BuildLock,
 ) -> None:
     """Write both splits, then the manifest that makes the store a finished one."""
     sources = [source for stream in streams for source in stream.sources]
@@ -235,7 +237,7 @@ def _write(
     bounds, rate = {}, Rate()
     bos = bos_ids(config, tokenizer)
     with _telling_bad_records(path, streams, say):
-        hold_out = HoldOut(streams, config.heldout_fraction)
+        hold_out = HeldOutSplitter(streams, config.heldout_fraction)
         for split in SPLITS:
             writer = SplitWriter(path / split, tokenizer, layout, ids, bos)
             documents = hold_out.split(split)
@@ -260,7 +262,7 @@ def _write(
     folder = key_value_store(path)
     with writing(path):
         manifest["arrays"] = array_digests(folder)
-        folder.write(MANIFEST, sealed(manifest)).result()
+        folder.write(MANIFEST, manifest_bytes(manifest)).result()
     say(f"built of {rate}")
     if hold_out.left_out:
         say(f"train: {hold_out.left_out:,} documents left out, which are also held out")

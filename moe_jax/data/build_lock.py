@@ -13,11 +13,11 @@ from etils import epath
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_link, check_links
 
-LOOK = 0.25  # seconds between two looks at who builds
-TELL = 1.0  # seconds between two signs of life of who builds
+LOOK_INTERVAL = 0.25  # seconds between two looks at who builds
+TELL_INTERVAL = 1.0  # seconds between two signs of life of who builds
 
 
-class Turn:
+class BuildLock:
     """A per-host lock for building a store; waiting processes see whether the builder progresses.
 
     The builder holds a kernel lock on ROOT/NAME.lock, which it removes at its end, and sets that
@@ -38,7 +38,7 @@ class Turn:
         self._report()
         if self._held is not None and time.monotonic() >= self._due:
             os.utime(self._held.fileno())
-            self._due = time.monotonic() + TELL
+            self._due = time.monotonic() + TELL_INTERVAL
 
     @contextlib.contextmanager
     def __call__(self, root: epath.Path, name: str) -> Iterator[None]:
@@ -94,7 +94,7 @@ class Turn:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                time.sleep(LOOK)
+                time.sleep(LOOK_INTERVAL)
             except OSError as error:  # a file system without locks
                 raise UserError(
                     f"{path} cannot be locked ({error.strerror}), which keeps two processes "

@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.parallel.rules import sharding
 
-LEAVE = 5.0  # seconds to wait for a read under way whose rows are no longer needed
+CLOSE_TIMEOUT = 5.0  # seconds to wait for a read under way whose rows are no longer needed
 RowsFn = Callable[[int, np.ndarray], Batch]
 
 
@@ -120,7 +120,7 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         """Stop the thread; batches held ready are dropped.  A read that hangs is left behind."""
         self._closed.set()
         self._free.release()
-        self._thread.join(LEAVE)
+        self._thread.join(CLOSE_TIMEOUT)
         self._end = self._end or StopIteration()
 
     def __enter__(self) -> "DeviceFeed":

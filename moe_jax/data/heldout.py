@@ -14,7 +14,7 @@ from moe_jax.errors import UserError
 FAR = 2.0  # a held-out share this many times the asked one, or this part of it, is told
 
 
-class HoldOut:
+class HeldOutSplitter:
     """Splits the documents of streams into train and heldout; no document is in both.
 
     With files of held-out text, these are the whole of it, and training leaves out every document
@@ -93,8 +93,8 @@ def _key(text: str) -> int:
 def share_warnings(store: Store, config: DataConfig) -> list[str]:
     """A line for each stream whose held-out share of bytes is far from `config.heldout_fraction`.
 
-    Documents are held out whole: a small number of them, or a very long one, makes any share.  Nothing
-    is told of held-out text that is named by file.
+    Documents are held out whole: a small number of them, or a very long one, makes any share.
+    Nothing is told of held-out text that is named by file.
     """
     if config.heldout_files or any(part.get("heldout_files") for part in config.mixture.values()):
         return []

@@ -26,7 +26,7 @@ ENDLESS = 2**53  # rows: more than any run reads
 HELDOUT_SEED = 0  # every run evaluates the same windows in the same order
 
 
-class Supply(NamedTuple):
+class DataLimit(NamedTuple):
     """Whole batches available under `data.max_epochs`, and the stream that runs out first."""
 
     steps: int  # whole batches
@@ -195,7 +195,7 @@ class Batches:
         """The number of windows in the training split."""
         return len(self._windows)
 
-    def supply(self, epochs: int) -> Supply | None:
+    def supply(self, epochs: int) -> DataLimit | None:
         """The steps until a stream would begin another epoch.
 
         Args:
@@ -216,7 +216,7 @@ class Batches:
         for row in itertools.count(max(0, near - slack)):
             stream, place = places[row]
             if place >= limits[stream]:
-                return Supply(row // self.batch_size, stream)
+                return DataLimit(row // self.batch_size, stream)
         raise AssertionError("an endless count ends")
 
     def epochs(self, steps: int) -> list[float]:

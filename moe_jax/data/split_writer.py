@@ -25,7 +25,7 @@ from moe_jax.data.store import (
     CODECS,
     START,
     array_spec,
-    damaged,
+    damaged_error,
     first_line,
     key_value_store,
 )
@@ -40,14 +40,14 @@ DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ChunkSizes:
     """Sizes of the token arrays' chunks and files."""
 
     chunk: int = CHUNK_TOKENS  # tokens that are read at once
     shard: int = SHARD_TOKENS  # tokens in a file
 
 
-LAYOUT = Layout()
+LAYOUT = ChunkSizes()
 
 
 class SplitWriter:
@@ -57,7 +57,7 @@ class SplitWriter:
         self,
         path: epath.Path,
         tokenizer: Tokenizer,
-        layout: Layout,
+        layout: ChunkSizes,
         source_ids: dict[str, int],
         bos: tuple[int, ...],
     ):
@@ -73,7 +73,7 @@ class SplitWriter:
             try:
                 self._tokens: Any = ts.open(spec).result()
             except Exception as error:  # tensorstore raises ValueError and others
-                raise damaged(
+                raise damaged_error(
                     f"{path} cannot be read ({first_line(error)})", path.parent
                 ) from error
         else:
@@ -160,7 +160,7 @@ class SplitWriter:
             try:
                 value = self._folder.read(_part(len(parts))).result().value
             except Exception as error:  # tensorstore raises ValueError and others
-                raise damaged(
+                raise damaged_error(
                     f"{self._path} cannot be read ({first_line(error)})", self._path.parent
                 ) from error
             digest, raw = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
@@ -192,7 +192,7 @@ def _regular(shape: list[int]) -> dict[str, Any]:
     return {"name": "regular", "configuration": {"chunk_shape": shape}}
 
 
-def _tokens_metadata(layout: Layout, dtype: str) -> dict[str, Any]:
+def _tokens_metadata(layout: ChunkSizes, dtype: str) -> dict[str, Any]:
     """zarr3 metadata of an empty token array: checksummed chunks inside shards."""
     sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
     return {

@@ -74,11 +74,11 @@ class Split:
                 rows.append(future.result())
             except Exception as error:  # tensorstore raises ValueError and others
                 what = f"{self.path}: tokens {start} to {stop} cannot be read ({first_line(error)})"
-                raise damaged(what, os.path.dirname(self.path)) from error
+                raise damaged_error(what, os.path.dirname(self.path)) from error
             if len(rows[-1]) and rows[-1].max() >= self.vocab_size:
                 place = start + int(rows[-1].argmax())
                 what = f"{self.path}: token {place} has id {rows[-1].max()} of {self.vocab_size}"
-                raise damaged(what, os.path.dirname(self.path))
+                raise damaged_error(what, os.path.dirname(self.path))
         return rows
 
 
@@ -156,7 +156,7 @@ def _location(path: str | os.PathLike) -> dict[str, Any]:
     return {"driver": "file", "path": os.path.abspath(path) + "/"}
 
 
-def sealed(manifest: dict[str, Any]) -> bytes:
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """A manifest as it is written: JSON, with the SHA-256 of all the rest of it."""
     return json.dumps(seals.sealed(manifest), indent=1).encode()
 
@@ -167,7 +167,7 @@ def array_digests(folder: ts.KvStore) -> dict[str, str]:
     return {name: hashlib.sha256(folder.read(name).result().value).hexdigest() for name in names}
 
 
-def damaged(what: str, store: os.PathLike[str] | str) -> UserError:
+def damaged_error(what: str, store: os.PathLike[str] | str) -> UserError:
     """The sentence for a store that is not as it was written."""
     return UserError(f"{what}: delete {os.fspath(store)}, and the next run builds it again.")
 
@@ -183,24 +183,24 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
         raw = key_value_store(path).read(MANIFEST).result()
         manifest = json_files.parse(raw.value) if raw.state == "value" else None
     except Exception as error:  # tensorstore raises ValueError and others
-        raise damaged(f"{name} cannot be read ({first_line(error)})", path) from None
+        raise damaged_error(f"{name} cannot be read ({first_line(error)})", path) from None
     if manifest is None:
         return None
     if not isinstance(manifest, dict):
-        raise damaged(f"{name} is not a JSON object", path)
+        raise damaged_error(f"{name} is not a JSON object", path)
     if manifest.get("format") != STORE_FORMAT:
         what = f"{name} has store format {manifest.get('format')!r}, this version reads"
-        raise damaged(f"{what} {STORE_FORMAT}", path)
+        raise damaged_error(f"{what} {STORE_FORMAT}", path)
     if manifest.get(seals.SEAL) != seals.seal_of(manifest):
-        raise damaged(f"{name} differs from what was written (SHA-256)", path)
+        raise damaged_error(f"{name} differs from what was written (SHA-256)", path)
     wrong = _wrong_key(manifest)
     if wrong:
-        raise damaged(f"{name} has no usable {wrong!r}", path)
+        raise damaged_error(f"{name} has no usable {wrong!r}", path)
     return manifest
 
 
 def _wrong_key(manifest: dict[str, Any]) -> str | None:
-    """The first key of a manifest that is not as build.py writes it: anyone can write a new seal."""
+    """The first key of a manifest that is not as build.py writes it: seals can be forged."""
 
     def token_id(value: Any) -> int:
         return records.count(value, manifest["vocab_size"])
@@ -259,12 +259,14 @@ def open_store(
     try:
         for name, digest in array_digests(key_value_store(path)).items():
             if manifest["arrays"].get(name) != digest:
-                raise damaged(f"{os.fspath(path)}/{name} differs from what was written", path)
+                raise damaged_error(f"{os.fspath(path)}/{name} differs from what was written", path)
         splits = {name: _open_split(epath.Path(path) / name, manifest, context) for name in SPLITS}
     except UserError:
         raise
     except Exception as error:  # tensorstore raises ValueError and others
-        raise damaged(f"{os.fspath(path)} cannot be read ({first_line(error)})", path) from error
+        raise damaged_error(
+            f"{os.fspath(path)} cannot be read ({first_line(error)})", path
+        ) from error
     return Store(
         path=os.fspath(path),
         fingerprint=manifest["fingerprint"],
@@ -289,20 +291,20 @@ def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context)
     tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
     if tokens.dtype.name not in ("uint16", "uint32") or tokens.shape != (total,):
         what = f"{path}/tokens holds {tokens.dtype.name}{list(tokens.shape)}"
-        raise damaged(f"{what} instead of uint16 or uint32 [{total}]", path.parent)
+        raise damaged_error(f"{what} instead of uint16 or uint32 [{total}]", path.parent)
     table = ts.open(array_spec(path / "documents"), read=True).result()
     for name, array in (("tokens", tokens), ("documents", table)):
         if _codecs(array) != [codec["name"] for codec in CODECS]:
             what = f"{path}/{name} has codecs {', '.join(_codecs(array))}"
-            raise damaged(f"{what}, which no store has", path.parent)
+            raise damaged_error(f"{what}, which no store has", path.parent)
     if table.dtype.name != "int64" or table.shape[1:] != (3,) or table.shape[0] > total:
         what = f"{path}/documents holds {table.dtype.name}{list(table.shape)}"
-        raise damaged(f"{what} instead of int64 [at most {total}, 3]", path.parent)
+        raise damaged_error(f"{what} instead of int64 [at most {total}, 3]", path.parent)
     documents = cast(np.ndarray, table.read().result())
     starts = np.append(documents[:, START], total)
     known = (documents[:, SOURCE] >= 0) & (documents[:, SOURCE] < sources)
     if starts[0] != 0 or (np.diff(starts) <= 0).any() or not known.all():
-        raise damaged(f"{path}/documents does not fit its tokens and sources", path.parent)
+        raise damaged_error(f"{path}/documents does not fit its tokens and sources", path.parent)
     return Split(os.fspath(path), tokens, documents, bounds, manifest["vocab_size"])
 
 

@@ -15,7 +15,7 @@ from etils import epath
 
 from moe_jax.errors import UserError
 
-LARGEST = 64 << 20  # bytes of one value; files that this program writes are far smaller
+MAX_BYTES = 64 << 20  # bytes of one value; files that this program writes are far smaller
 Path = pathlib.Path | epath.Path
 
 
@@ -50,9 +50,9 @@ def load(path: Path) -> Any:
 
 def parse_limited(file: Any) -> Any:
     """The value of an open JSON file; raises OSError or ValueError as `load` does."""
-    raw = file.read(LARGEST + 1)
-    if len(raw) > LARGEST:
-        raise ValueError(f"larger than {LARGEST >> 20} MiB")
+    raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
     return parse(raw)
 
 

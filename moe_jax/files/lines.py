@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_jax.files.links import own
+from moe_jax.files.links import break_hard_link
 from moe_jax.files.write_errors import reason
 
 KEPT = 1000  # records held in memory while the disk fails; each is a few KiB
@@ -33,7 +33,7 @@ class GrowingFile:
         self._path, self._say = path, say
         self._waiting: collections.deque[bytes] = collections.deque(maxlen=keep)
         self._failing, self._lost = False, 0
-        own(path)
+        break_hard_link(path)
         # Unbuffered: a record is one write, so a kill leaves at most one torn record, the last.
         self._file = path.open("ab+", buffering=0)
         self._size, self._torn = self._file.tell(), False
@@ -115,7 +115,7 @@ class GrowingFile:
         self._size, self._torn, self._last = self._size + len(record), False, record
 
 
-class Lines:
+class JsonLinesWriter:
     """Appends rows to a JSON-lines file; arguments and errors are those of `GrowingFile`."""
 
     def __init__(self, path: pathlib.Path, say: Callable[[str], None], keep: int = KEPT):

@@ -30,7 +30,7 @@ def check_link(path: os.PathLike[str] | str, root: os.PathLike[str] | str) -> No
         )
 
 
-def own(path: os.PathLike[str] | str) -> None:
+def break_hard_link(path: os.PathLike[str] | str) -> None:
     """Break the hard links of the file `path` by copying it; call this before appending to it.
 
     Backups made by `cp -al` and `rsync --link-dest` are hard links and would grow with the file.

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.layout import Layout, make_layout, to_stacked
+from moe_jax.model.layout import LayerLayout, make_layout, to_stacked
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.components import Components
 from moe_jax.nn.params import ParamRule
@@ -29,7 +29,7 @@ class ModelDef:
     config: ModelConfig  # the model's shape
     components: Components | None  # of its MoE layers; None: dense model
     dtype: np.dtype  # compute dtype; parameters are float32 or wider
-    layout: Layout  # which layers are unrolled and which are scanned
+    layout: LayerLayout  # which layers are unrolled and which are scanned
     trunk: nnx.GraphDef  # the Transformer without its blocks
     blocks: tuple[nnx.GraphDef, ...]  # one for each layer
     abstract: Params  # jax.ShapeDtypeStruct of every parameter

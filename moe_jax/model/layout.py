@@ -18,7 +18,7 @@ from moe_jax.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """Layers [prefix, prefix + period * repeats) are scanned; all others are unrolled."""
 
     num_layers: int  # L, scanned or not
@@ -40,7 +40,7 @@ class Layout:
         return [*range(self.prefix), *range(self.end, self.num_layers)]
 
 
-def make_layout(config: ModelConfig) -> Layout:
+def make_layout(config: ModelConfig) -> LayerLayout:
     """Make the layout: scan the period of dense and MoE blocks if it repeats, else unroll all.
 
     Without `config.scan_layers` all layers are unrolled.
@@ -49,13 +49,13 @@ def make_layout(config: ModelConfig) -> Layout:
     period = 1 if config.dense else config.moe.every
     repeats = (config.num_layers - prefix) // period
     if not config.scan_layers or repeats < 2:
-        return Layout(config.num_layers)
-    return Layout(config.num_layers, prefix, period, repeats)
+        return LayerLayout(config.num_layers)
+    return LayerLayout(config.num_layers, prefix, period, repeats)
 
 
 def to_stacked(
     tree: Mapping[str, Any],
-    layout: Layout,
+    layout: LayerLayout,
     stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def to_stacked(
     return {**tree, "blocks": rest, "stack": stacked}
 
 
-def to_layers(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def to_layers(tree: Mapping[str, Any], layout: LayerLayout) -> dict[str, Any]:
     """Convert a stacked tree to a per-layer tree: the inverse of `to_stacked`."""
     if not layout.repeats:
         return dict(tree)

@@ -12,16 +12,16 @@ from moe_jax.moe.types import (
     Choice,
     DispatchStats,
     ExpertChoice,
-    Fates,
     Ledger,
     MoEContext,
+    Outcomes,
     TokenChoice,
 )
 
 POSITION_BUCKETS = 8  # equal parts of a row: drops of late tokens show in the last ones
 
 
-def account(
+def count_outcomes(
     choice: Choice,
     by_token: TokenChoice,
     kept_GSK: Bool[Array, "G S K"],
@@ -43,30 +43,30 @@ def account(
     rows = context.mask_BT.shape[0]
     fates = _fates(choice, by_token, context.mask_BT.reshape(G, S), kept_GSK, drop_cause)
     mine_GSK = by_token.ids_GSK
-    expert = Fates(*(_by_expert(mine_GSK, fate, num_experts) for fate in fates))
+    expert = Outcomes(*(_by_expert(mine_GSK, fate, num_experts) for fate in fates))
     per_token = [fate.reshape(rows, -1, K).sum(-1, dtype=jnp.int32) for fate in fates]
     ledger = Ledger(
         expert=expert,
-        position=Fates(*map(_by_position, per_token)),
-        source=Fates(*(_by_source(n_BT, context) for n_BT in per_token)),
+        position=Outcomes(*map(_by_position, per_token)),
+        source=Outcomes(*(_by_source(n_BT, context) for n_BT in per_token)),
     )
     made = choice.ids_GEC if isinstance(choice, ExpertChoice) else choice.ids_GSK
     stats = DispatchStats(
         assignments=jnp.asarray(made.size, jnp.int32),
-        fates=Fates(*(n_BT.sum() for n_BT in per_token)),
+        fates=Outcomes(*(n_BT.sum() for n_BT in per_token)),
         lost_tokens=(context.mask_BT.reshape(G, S) & ~kept_GSK.any(-1)).sum(dtype=jnp.int32),
     )
     return stats, ledger
 
 
-def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Fates:
+def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Outcomes:
     """One mask [G, S, K] per outcome."""
     real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
     made_GSK = jnp.ones_like(kept_GSK)
     if isinstance(choice, ExpertChoice):  # pairs that the expert did not take are no assignments
         made_GSK = by_token.valid_GSK
     nothing = jnp.zeros_like(kept_GSK)
-    fates = Fates(
+    fates = Outcomes(
         kept=kept_GSK,
         dropped_capacity=nothing,
         dropped_buffer=nothing,

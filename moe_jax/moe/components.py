@@ -13,7 +13,7 @@ from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.dispatch.dropless import Dropless
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.types import Dispatch, Router
-from moe_jax.registry import build
+from moe_jax.registry import build_component
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def make_router(config: MoEConfig) -> Router:
     Raises:
       UserError: an unknown name or knob.
     """
-    return build(ROUTERS, config.router, config, "model.moe.router")
+    return build_component(ROUTERS, config.router, config, "model.moe.router")
 
 
 def make_dispatch(config: MoEConfig) -> Dispatch:
@@ -89,7 +89,7 @@ def make_dispatch(config: MoEConfig) -> Dispatch:
     Raises:
       UserError: an unknown name or knob.
     """
-    return build(DISPATCH, config.dispatch, config, "model.moe.dispatch")
+    return build_component(DISPATCH, config.dispatch, config, "model.moe.dispatch")
 
 
 def init_router_state(

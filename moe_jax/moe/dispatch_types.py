@@ -54,7 +54,7 @@ class Exchange(NamedTuple):
 
 
 @runtime_checkable
-class Experts(Protocol):
+class ExpertFunctions(Protocol):
     """The experts that a dispatch path calls: a pytree of weights with two pure functions."""
 
     @property
@@ -70,7 +70,7 @@ class Experts(Protocol):
         """
         ...
 
-    def packs(self, rows: int) -> bool:
+    def has_grouped_kernel(self, rows: int) -> bool:
         """True if `grouped` is as fast per row as `batched`.
 
         Args:

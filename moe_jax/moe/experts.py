@@ -67,7 +67,7 @@ class Experts:
             matmul=self.matmul,
         )
 
-    def packs(self, rows: int) -> bool:
+    def has_grouped_kernel(self, rows: int) -> bool:
         """True if the grouped-matmul kernel supports `rows` rows of this shape on this device."""
         E, D, U, F = self.w_in_EDUF.shape
         dtype = self.w_in_EDUF.dtype

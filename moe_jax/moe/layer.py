@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.moe.accounting import account
+from moe_jax.moe.accounting import count_outcomes
 from moe_jax.moe.call import (
     FLOATS,
     LayerNeeds,
@@ -226,7 +226,7 @@ class MoE(nnx.Module):
             with jax.named_scope("ffn"):
                 y_BTD = y_BTD + self.shared(x_BTD)
         with jax.named_scope("ledger"):
-            stats, ledger = account(
+            stats, ledger = count_outcomes(
                 choice, by_token, kept_GSK, self.dispatch.drop_cause, E, context
             )
         return y_BTD, MoEAux(aux, stats, ledger)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
+from moe_jax.moe.dispatch_types import DispatchIn, Exchange, ExpertFunctions, LayerSizes
 
 
 class Mean(NamedTuple):
@@ -81,7 +81,7 @@ class RouterAux(NamedTuple):
     entropy: Mean  # of each token's distribution over experts, in nats
 
 
-class Fates(NamedTuple):
+class Outcomes(NamedTuple):
     """The outcomes of assignments, as masks or counts; each assignment has exactly one outcome.
 
     The fields have the same shape: JAX arrays, or NumPy arrays after they were read from a device.
@@ -113,16 +113,16 @@ class Fates(NamedTuple):
 class Ledger(NamedTuple):
     """Counts of outcomes (int32) along three axes, each over the same assignments."""
 
-    expert: Fates  # [*layers, E], by the expert chosen (by padding tokens, too)
-    position: Fates  # [*layers, POSITION_BUCKETS], by the token's position in its row
-    source: Fates  # [*layers, sources], by data source
+    expert: Outcomes  # [*layers, E], by the expert chosen (by padding tokens, too)
+    position: Outcomes  # [*layers, POSITION_BUCKETS], by the token's position in its row
+    source: Outcomes  # [*layers, sources], by data source
 
 
 class DispatchStats(NamedTuple):
     """The outcomes of all assignments (int32 counts); `conserved` holds in every step."""
 
     assignments: Int[Array, "*layers"]  # from the choice's shape, independent of the counts
-    fates: Fates  # [*layers], summed over experts
+    fates: Outcomes  # [*layers], summed over experts
     lost_tokens: Int[Array, "*layers"]  # real tokens without a kept assignment
 
     def conserved(self) -> Any:
@@ -285,7 +285,7 @@ class Dispatch(Protocol):
 
     @property
     def grouped(self) -> bool:
-        """True if the experts multiply rows sorted by expert, not slots (`Experts.grouped`)."""
+        """True if experts multiply rows sorted by expert, not slots (`ExpertFunctions.grouped`)."""
         ...
 
     @property
@@ -344,7 +344,7 @@ class Dispatch(Protocol):
         ...
 
     def __call__(
-        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: ExpertFunctions, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """Dispatch tokens to their experts, run the experts, and combine their outputs.
 

@@ -17,9 +17,9 @@ from jax._src.distributed import global_state
 
 from moe_jax.errors import UserError
 
-LOOK = 0.05  # seconds between two reads of the other processes' text
-LEAVE = 10.0  # seconds that a failing process waits for the others to read its error
-TELL = 1.0  # seconds between two signs of progress
+LOOK_INTERVAL = 0.05  # seconds between two reads of the other processes' text
+CLOSE_TIMEOUT = 10.0  # seconds that a failing process waits for the others to read its error
+TELL_INTERVAL = 1.0  # seconds between two signs of progress
 _FAILED, _PROGRESS = "failed", "progress"
 
 
@@ -55,7 +55,7 @@ def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> li
             raise UserError(f"Process {index} of this run cannot go on: {failed[index]}")
         if progress != (progress := _said(_PROGRESS)):
             alive()
-        time.sleep(LOOK)
+        time.sleep(LOOK_INTERVAL)
 
 
 def relayed(alive: Callable[[], None]) -> Callable[[], None]:
@@ -67,7 +67,7 @@ def relayed(alive: Callable[[], None]) -> Callable[[], None]:
         alive()
         if jax.distributed.is_initialized() and time.monotonic() >= due:
             _say(_PROGRESS, str(time.monotonic()))
-            due = time.monotonic() + TELL
+            due = time.monotonic() + TELL_INTERVAL
 
     return told
 
@@ -97,7 +97,7 @@ def leave() -> None:
 
     waits = threading.Thread(target=shut_down, daemon=True)
     waits.start()
-    waits.join(LEAVE)
+    waits.join(CLOSE_TIMEOUT)
 
 
 def _say(name: str, text: str) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.model.define import ModelDef, Params, define
 from moe_jax.model.layout import to_stacked
-from moe_jax.train.state import everywhere, initial_router_state, param_shardings
+from moe_jax.train.state import initial_router_state, param_shardings, replicated
 
 
 def newest_good_step(checkpoints: Checkpoints) -> int | None:
@@ -66,7 +66,7 @@ def read_router_state(
       UserError: the state of the step differs from that of the routers of `model`.
     """
     state = jax.eval_shape(lambda: initial_router_state(model))
-    target = _placed(state, jax.tree.map(lambda _: everywhere(mesh), state))
+    target = _placed(state, jax.tree.map(lambda _: replicated(mesh), state))
     return checkpoints.restore_subtree(step, "router", target)
 
 

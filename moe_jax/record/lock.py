@@ -43,7 +43,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Folder, say: Callable[[str], None] = print) -> Iterator[Lock]:
+def lock_workdir(workdir: Folder, say: Callable[[str], None] = print) -> Iterator[Lock]:
     """Hold WORKDIR/lock; the kernel releases it when the process ends for any reason.
 
     The file remains after the release and names the process that holds or held the lock.  If this

@@ -11,7 +11,7 @@ from typing import Any
 from moe_jax.config import Config, to_json
 from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
-from moe_jax.files.lines import Lines
+from moe_jax.files.lines import JsonLinesWriter
 from moe_jax.files.workdir import Folder, Mirror, is_remote
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.heat_map import LOAD_MEANS, expert_load, heat_map
@@ -105,7 +105,7 @@ class Reporter:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append `row` to metrics.jsonl and the trackers, and show it."""
-        row = {name: plain(value) for name, value in row.items()}
+        row = {name: to_json_value(value) for name, value in row.items()}
         self._files.metrics.append(row)
         tagged = list(scalars(row, self._unused))
         self._files.board.add(row["step"], tagged)
@@ -245,7 +245,9 @@ class _Files:
     ):
         for name in (METRICS, LEDGER):
             truncate(folder / name, resumed_step)
-        self.metrics, self.ledger = (Lines(folder / name, say) for name in (METRICS, LEDGER))
+        self.metrics, self.ledger = (
+            JsonLinesWriter(folder / name, say) for name in (METRICS, LEDGER)
+        )
         from moe_jax.record.board import Board  # takes seconds if torch is installed
 
         purge_step = None if resumed_step is None else resumed_step + 1
@@ -316,14 +318,14 @@ def _row(value: Any) -> dict[str, Any]:
     return row
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert numbers, arrays and nested containers to JSON values."""
     if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): to_json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [to_json_value(part) for part in value]
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
-        return plain(value.tolist())
+        return to_json_value(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -22,7 +22,7 @@ from moe_jax.files.write_errors import cannot_write
 from moe_jax.record.provenance import versions
 
 SETTINGS = "settings.jsonl"
-MOST = 2**20  # maximum number of devices, and of processes
+MAX_PROCESSES = 2**20  # maximum number of devices, and of processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def settings_go_back(workdir: Folder, step: int) -> None:
         _write(workdir, (*before, dataclasses.replace(before[-1], after=step)))
 
 
-def settings_of(history: Sequence[Settings], step: int) -> Settings:
+def settings_at(history: Sequence[Settings], step: int) -> Settings:
     """The settings in force when `step` (1-based) last ran.
 
     Raises:
@@ -113,7 +113,7 @@ def read_settings(workdir: Folder) -> tuple[Settings, ...]:
 def _settings(value: Any) -> Settings:
     """Build a record; raises ValueError for one that no run wrote."""
     settings = records.typed(Settings, seals.unsealed(value))
-    if not (0 < settings.devices <= MOST and 0 < settings.processes <= MOST):
+    if not (0 < settings.devices <= MAX_PROCESSES and 0 < settings.processes <= MAX_PROCESSES):
         raise ValueError("its number of devices or processes is out of range")
     return settings
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
-from moe_jax.data.pipeline import Batches, HeldOut, Supply
+from moe_jax.data.pipeline import Batches, DataLimit, HeldOut
 from moe_jax.data.store import Store
 from moe_jax.files.workdir import Folder
 from moe_jax.model.define import ModelDef
@@ -58,7 +58,7 @@ class Run:
     optimizer: Optimizer
     store: Store
     batches: Batches
-    supply: Supply | None  # batches available under data.max_epochs; None: no limit
+    supply: DataLimit | None  # batches available under data.max_epochs; None: no limit
     heldout: HeldOut
     checkpoints: Checkpoints
 

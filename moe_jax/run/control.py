@@ -18,7 +18,7 @@ STOP_FILE = "STOP"
 class Stop(enum.Enum):
     """The reason why a run ends."""
 
-    NO = 0  # the run continues
+    CONTINUE = 0  # the run continues
     END = 1  # the last step
     PREEMPTED = 2  # SIGTERM
     ASKED = 3  # the file WORKDIR/STOP
@@ -50,14 +50,14 @@ class Control:
             asked, due = multihost_utils.broadcast_one_to_all(np.array(self._look())).tolist()
         self.save_now = bool(due or (save.every_steps and done % save.every_steps == 0))
         preempted = preemption.reached(done)
-        stop = Stop.NO
+        stop = Stop.CONTINUE
         if done >= self._last:
             stop = Stop.END
         elif preempted:
             stop = Stop.PREEMPTED
         elif asked:
             stop = Stop.ASKED
-        if self.save_now or stop is not Stop.NO:
+        if self.save_now or stop is not Stop.CONTINUE:
             self._saved_at = time.monotonic()
         if asked and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # an error here would lose the step, not saved yet

@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.eval.heldout import eval_row, make_eval_step
 from moe_jax.run.context import Run
-from moe_jax.train.state import TrainState, everywhere
+from moe_jax.train.state import TrainState, replicated
 
 
 class Evaluator:
@@ -21,7 +21,7 @@ class Evaluator:
         self._run = run
         self._shape = (1, rows, length)
         step = make_eval_step(run.model, len(run.store.sources), run.mesh)
-        self._step = jax.jit(step, out_shardings=everywhere(run.mesh))
+        self._step = jax.jit(step, out_shardings=replicated(run.mesh))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Evaluate `state` on the same held-out rows as every other call; returns a metrics row."""

@@ -16,14 +16,14 @@ from moe_jax.files.workdir import Folder
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import lead
 from moe_jax.record.provenance import versions
-from moe_jax.record.report import plain
+from moe_jax.record.report import to_json_value
 from moe_jax.record.rewind import Rewinds
 from moe_jax.record.settings import read_settings
 from moe_jax.run.context import Run
 from moe_jax.train.step import StepMetrics
 
 FLIGHT = "flight"
-MOST = 20  # records per run
+MAX_RECORDS = 20  # records per run
 STEPS = 50  # whose metrics a record holds before those of the skipped step
 
 Row = dict[str, Any]
@@ -71,10 +71,10 @@ class FlightRecorder:
         step, _ = self._steps[-1]
         folder = self._run.workdir / FLIGHT
         try:
-            if len(list(folder.glob("*/record*.json"))) >= MOST and not last:
+            if len(list(folder.glob("*/record*.json"))) >= MAX_RECORDS and not last:
                 self._say(
-                    f"flight record of step {step} not written: {folder} holds {MOST} records, "
-                    f"move some away"
+                    f"flight record of step {step} not written: {folder} holds {MAX_RECORDS} "
+                    f"records, move some away"
                 )
                 return
             self._replace(record_path(self._run.workdir, step), self._record(step, why))
@@ -95,7 +95,7 @@ class FlightRecorder:
 
     def _record(self, step: int, why: str) -> Row:
         run, data_step = self._run, self._rewinds.data_step(step - 1)
-        history = [{"step": n, **plain(self._row(metrics))} for n, metrics in self._steps]
+        history = [{"step": n, **to_json_value(self._row(metrics))} for n, metrics in self._steps]
         return {
             "step": step,
             "why": why,

@@ -22,7 +22,7 @@ from moe_jax.run.flight import FlightRecorder
 from moe_jax.run.replica_check import ReplicaCheck
 from moe_jax.run.restore import restored_state
 from moe_jax.run.samples import save_samples, write_samples
-from moe_jax.run.step_log import StepLog, step_row, way_on
+from moe_jax.run.step_log import StepLog, recovery_advice, step_row
 from moe_jax.train.state import TrainState, all_finite, placed_state, to_disk
 from moe_jax.train.step import StepMetrics, abstract_batch, jit_train_step
 from moe_jax.watch.phases import Phases
@@ -134,8 +134,8 @@ class Trainer:
             flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
             changed = int(state.guard["changed"])
             log = StepLog(run, reporter, flight, start, changed, total, self._rewinds.data_step)
-            stop = Stop.NO
-            while stop is Stop.NO:
+            stop = Stop.CONTINUE
+            while stop is Stop.CONTINUE:
                 if self._profiler.turns(step_number):
                     with watch("step"):
                         log.flush()
@@ -151,7 +151,7 @@ class Trainer:
                 with watch("step"):
                     log.started(done, metrics, feed.last_wait)  # waits for the step before this one
                     stop = control.after(done, self._preemption)
-                    save_now = control.save_now or stop is not Stop.NO
+                    save_now = control.save_now or stop is not Stop.CONTINUE
                     if evaluate_now or save_now:
                         log.flush()
                     if save_now and not log.diverged and not all_finite(state, run.mesh):
@@ -222,7 +222,7 @@ class Trainer:
                     f"skips the batches of data steps {first} to {last}"
                 )
                 return step
-        advice = way_on(run.checkpoints.steps(), log.changed)
+        advice = recovery_advice(run.checkpoints.steps(), log.changed)
         spent = f" (rewinds: {used} of train.max_rewinds {allowed} used)" if used else ""
         say(f"{log.diverged}: {advice}{spent}")
         return None

@@ -17,22 +17,22 @@ from moe_jax.pretrained.weights import (
 )
 from moe_jax.run.context import Run, Say
 from moe_jax.run.origin import check_origin, open_origin
-from moe_jax.train.copies import copy_program, make_copies, of_copied
+from moe_jax.train.copies import copy_program, leaves_with_copies, make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.state import (
     TrainState,
-    everywhere,
     from_disk,
     init_train_state,
     initial_router_state,
     placed_fall,
     placed_state,
+    replicated,
     state_shardings,
     to_disk,
 )
 
 
-def first_state(run: Run, init_from: str, say: Say) -> TrainState:
+def restore_or_init_state(run: Run, init_from: str, say: Say) -> TrainState:
     """Restore the newest good checkpoint of the workdir, or make a fresh state."""
     found = run.checkpoints.restore_latest(lambda step: _target(run, step), say)
     if found is not None:
@@ -93,7 +93,7 @@ def _placed(run: Run, step: int, tree: dict[str, Any], say: Say) -> TrainState:
         say("step guard: running means reset, because the checkpoint has none")
         fresh = jax.jit(
             lambda: first_guard(param_dtype(run.model.dtype), step),
-            out_shardings=everywhere(run.mesh),
+            out_shardings=replicated(run.mesh),
         )
         tree = tree | {"guard": fresh()}
     fall = placed_fall(run.optimizer, run.mesh)
@@ -118,7 +118,7 @@ def _compile_for_resume(run: Run) -> None:
         tree = _disk_target(run)
         if run.model.layout.repeats:
             _placing(run).lower(tree, placed_fall(run.optimizer, run.mesh)).compile()
-        elif of_copied(run.model, run.model.abstract):
+        elif leaves_with_copies(run.model, run.model.abstract):
             copy_program(run.model).lower(tree["params"]).compile()
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="compiling")

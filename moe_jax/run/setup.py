@@ -59,7 +59,7 @@ def prepare(
     """
     devices = jax.devices() if devices is None else devices
     # Checks that need no text come first, because tokenising may take hours.
-    config, components, notes = settle(config, workdir, len(devices), init_from)
+    config, components, notes = resolve_config(config, workdir, len(devices), init_from)
     check_attention(
         config.model.attention,
         devices[0].platform,
@@ -123,7 +123,7 @@ def set_numerics(config: Config) -> None:
             )
 
 
-def settle(
+def resolve_config(
     config: Config, workdir: Folder, num_devices: int, init_from: str = ""
 ) -> resolve.Resolved:
     """Resolve the config, without reading the text, and collect notes for the start-up log.

@@ -133,7 +133,7 @@ def why_refused(metrics: StepMetrics, factor: float) -> str:
     return "loss or gradient norm is not finite"
 
 
-def way_on(saved: Sequence[int], changed: int) -> str:
+def recovery_advice(saved: Sequence[int], changed: int) -> str:
     """The advice after a divergence; completes the sentence in `StepLog.diverged`.
 
     Checkpoints written at or after step `changed`, the last that changed the parameters, hold the

@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import json_files, records
 from moe_jax.files.formats import table
 from moe_jax.files.workdir import Folder
-from moe_jax.moe.types import Fates, Ledger
+from moe_jax.moe.types import Ledger, Outcomes
 
 _HEADINGS = {
     "kept": "kept",
@@ -102,14 +102,14 @@ def _counts(value: Any) -> _Counts:
     axes = {}
     for axis in Ledger._fields:
         found = row.get(axis)
-        if not isinstance(found, dict) or not found or not found.keys() <= set(Fates._fields):
+        if not isinstance(found, dict) or not found or not found.keys() <= set(Outcomes._fields):
             raise ValueError(f"its counts by {axis} are missing")
         counts = {name: _whole(count, 2) for name, count in found.items()}
         shapes = {count.shape for count in counts.values()}
         if len(shapes) > 1 or {shape[0] for shape in shapes} != {len(assignments)}:
             raise ValueError(f"its counts by {axis} do not have the same layers")
         zeros = np.zeros(shapes.pop(), np.int64)
-        axes[axis] = Fates(**{name: zeros for name in Fates._fields} | counts)
+        axes[axis] = Outcomes(**{name: zeros for name in Outcomes._fields} | counts)
     if axes["source"].kept.shape[1] != len(sources):
         raise ValueError("its counts by source do not match its list of sources")
     return _Counts(step, sources, assignments, Ledger(**axes))
@@ -130,7 +130,7 @@ def discrepancy(totals: Totals) -> str | None:
     counted = ledger.expert.total().sum(1)
     if (counted != totals.assignments).any():
         return f"NOT CONSERVED: {totals.assignments} assignments per layer, {counted} counted."
-    for fate in Fates._fields:
+    for fate in Outcomes._fields:
         sums = {axis: getattr(fates, fate).sum(1) for axis, fates in ledger._asdict().items()}
         for axis, found in sums.items():
             if (found != sums["expert"]).any():
@@ -146,10 +146,10 @@ def report(totals: Totals, layer: int = -1) -> str:
     """Format the tables; `layer` -1 adds up all layers."""
     ledger = totals.ledger
     first, last = totals.steps[0], totals.steps[-1]
-    per_layer = Fates(*(count_LE.sum(1) for count_LE in ledger.expert))
+    per_layer = Outcomes(*(count_LE.sum(1) for count_LE in ledger.expert))
     chosen = slice(None) if layer < 0 else slice(layer, layer + 1)
     expert, position, source = (
-        Fates(*(count_LN[chosen].sum(0) for count_LN in fates)) for fates in ledger
+        Outcomes(*(count_LN[chosen].sum(0) for count_LN in fates)) for fates in ledger
     )
     buckets = len(position.kept)
     spans = [f"{100 * i // buckets}-{100 * (i + 1) // buckets}%" for i in range(buckets)]
@@ -167,7 +167,7 @@ def report(totals: Totals, layer: int = -1) -> str:
     return "\n\n".join(parts)
 
 
-def _experts(which: str, names: list[str], expert: Fates) -> Iterator[str]:
+def _experts(which: str, names: list[str], expert: Outcomes) -> Iterator[str]:
     """A table of all experts, or of those with the most drops and the fewest assignments."""
     if len(names) <= WORST:
         yield f"{which}, by expert"
@@ -180,10 +180,12 @@ def _experts(which: str, names: list[str], expert: Fates) -> Iterator[str]:
     ):
         some = order[: WORST // 2]
         yield f"{which}, {title}, of {len(names)}"
-        yield _table("expert", [names[e] for e in some], Fates(*(count[some] for count in expert)))
+        yield _table(
+            "expert", [names[e] for e in some], Outcomes(*(count[some] for count in expert))
+        )
 
 
-def _table(heading: str, names: Sequence[str], fates: Fates) -> str:
+def _table(heading: str, names: Sequence[str], fates: Outcomes) -> str:
     shown = {name: counts for name, counts in fates._asdict().items() if name != "dropped_buffer"}
     if fates.dropped_buffer.any():
         shown["dropped_buffer"] = fates.dropped_buffer
@@ -206,7 +208,7 @@ def write_csv(path: Path, totals: Totals) -> None:
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["axis", "layer", "name", *Fates._fields])
+            writer.writerow(["axis", "layer", "name", *Outcomes._fields])
             for axis, fates in totals.ledger._asdict().items():
                 layers, size = fates.kept.shape
                 names = totals.sources if axis == "source" else range(size)

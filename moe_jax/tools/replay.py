@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.data.build import build_store, find
+from moe_jax.data.build import build_store, open_built_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.data.store import Store
@@ -24,9 +24,9 @@ from moe_jax.files.formats import table
 from moe_jax.files.workdir import Folder
 from moe_jax.parallel import distributed
 from moe_jax.record.provenance import versions
-from moe_jax.record.report import METRICS, plain, read_row
+from moe_jax.record.report import METRICS, read_row, to_json_value
 from moe_jax.record.rewind import Rewind, ordered_rows, read_rewinds
-from moe_jax.record.settings import SETTINGS, Settings, read_settings, settings_of
+from moe_jax.record.settings import SETTINGS, Settings, read_settings, settings_at
 from moe_jax.run.context import Run
 from moe_jax.run.flight import record_path
 from moe_jax.run.loop import compile_step
@@ -51,17 +51,17 @@ _COLUMNS = {
 }
 
 
-class Past(NamedTuple):
+class RunHistory(NamedTuple):
     """The logged history of a run, or its history before a rewind."""
 
     rows: Mapping[int, Row]  # by step
     source: str  # the file that has the rows, relative to the workdir
     rewinds: tuple[Rewind, ...]  # in force at that time
     settings: tuple[Settings, ...]  # in force at that time
-    usable: float  # the last step whose checkpoint belongs to this history
+    last_usable_step: float  # the last step whose checkpoint belongs to this history
 
 
-class Leg(NamedTuple):
+class Segment(NamedTuple):
     """Consecutive steps with the same settings."""
 
     settings: Settings
@@ -71,7 +71,7 @@ class Leg(NamedTuple):
 def replay(
     workdir: Folder,
     start: int,
-    legs: Sequence[Leg],
+    legs: Sequence[Segment],
     rewinds: Sequence[Rewind],
     wanted: Collection[int],
     init_from: str = "",
@@ -111,7 +111,7 @@ def _taken(
             state, metrics = step_fn(state, batch)
             if number + 1 in wanted:
                 refused = why_refused(metrics, run.config.train.spike_factor)
-                row = plain(step_row(metrics))
+                row = to_json_value(step_row(metrics))
                 found[number + 1] = {"step": number + 1, "refused": refused, **row}
             else:
                 jax.block_until_ready(metrics)  # keeps few batches on the device at a time
@@ -141,7 +141,7 @@ def describe(row: Row) -> str:
     return f"{line}\n{table([['MoE layer', *columns], *body], 1)}"
 
 
-def read_log(workdir: Folder) -> Past:
+def read_log(workdir: Folder) -> RunHistory:
     """Read the history of a run from metrics.jsonl; raises UserError if there is no run."""
     settings = read_settings(workdir)
     if not settings:
@@ -152,10 +152,10 @@ def read_log(workdir: Folder) -> Past:
         row = read_row(line)
         if row is not None and "loss" in row:
             rows[row["step"]] = row
-    return Past(rows, METRICS, read_rewinds(workdir), settings, math.inf)
+    return RunHistory(rows, METRICS, read_rewinds(workdir), settings, math.inf)
 
 
-def read_flight(workdir: Folder, step: int, now: Past) -> Past:
+def read_flight(workdir: Folder, step: int, now: RunHistory) -> RunHistory:
     """Read the history in the flight record of `step`, which may be from before a rewind."""
     path = record_path(workdir, step)
     try:
@@ -173,7 +173,7 @@ def read_flight(workdir: Folder, step: int, now: Past) -> Past:
     later = [rewind.step for rewind in now.rewinds[len(rewinds) :]]
     later += [other.after for other in now.settings[len(settings) :]]
     source = path.relative_to(workdir).as_posix()
-    return Past(rows, source, rewinds, settings, min(later, default=math.inf))
+    return RunHistory(rows, source, rewinds, settings, min(later, default=math.inf))
 
 
 def _first(lines: tuple[T, ...], count: Any) -> tuple[T, ...]:
@@ -200,21 +200,21 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
 
 def _text(config: DataConfig, root: Folder, **reports: Any) -> Store:
     """Open the store; build it only in its default place, not where the run's config says."""
-    return find(config, root) if config.store else build_store(config, root, **reports)
+    return open_built_store(config, root) if config.store else build_store(config, root, **reports)
 
 
 def _devices(count: int) -> str:
     return f"{count} device{'s' if count > 1 else ''}"
 
 
-def split_legs(history: Sequence[Settings], start: int, last: int) -> list[Leg]:
+def split_legs(history: Sequence[Settings], start: int, last: int) -> list[Segment]:
     """Group the steps after `start`, up to `last`, by their settings.
 
     Raises:
       UserError: the number of devices changed, which one process cannot repeat.
     """
-    grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_of(history, step))
-    legs = [Leg(settings, max(steps)) for settings, steps in grouped]
+    grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_at(history, step))
+    legs = [Segment(settings, max(steps)) for settings, steps in grouped]
     for leg, after in itertools.pairwise(legs):
         if leg.settings.devices != after.settings.devices:
             raise UserError(
@@ -225,13 +225,13 @@ def split_legs(history: Sequence[Settings], start: int, last: int) -> list[Leg]:
     return legs
 
 
-def find_start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: bool) -> int:
+def find_start(checkpoints: Checkpoints, step: int, past: RunHistory, from_beginning: bool) -> int:
     """Find the newest good checkpoint before `step`; 0: start from the beginning."""
     saved = checkpoints.steps()
     reached = max([*past.rows, *saved], default=0)
     if step > reached:
         raise UserError(f"--step={step}: the run has steps 1 to {reached}.")
-    early = (found for found in reversed(saved) if found < step and found <= past.usable)
+    early = (found for found in reversed(saved) if found < step and found <= past.last_usable_step)
     start = next((found for found in early if checkpoints.verify(found) is None), 0)
     if not start and not from_beginning:
         raise UserError(
@@ -241,13 +241,13 @@ def find_start(checkpoints: Checkpoints, step: int, past: Past, from_beginning: 
     return start
 
 
-def find_judge(past: Past, start: int, step: int) -> int:
+def find_judge(past: RunHistory, start: int, step: int) -> int:
     """Choose the step to compare: `step`, or the next logged step, or the last one before."""
-    devices = settings_of(past.settings, step).devices
+    devices = settings_at(past.settings, step).devices
     there = [
         found
         for found in past.rows
-        if found > start and settings_of(past.settings, found).devices == devices
+        if found > start and settings_at(past.settings, found).devices == devices
     ]
     after = [found for found in there if found >= step]
     if after:
@@ -260,7 +260,7 @@ def find_judge(past: Past, start: int, step: int) -> int:
     return max(there)
 
 
-def excuse(legs: Sequence[Leg]) -> str:
+def excuse(legs: Sequence[Segment]) -> str:
     """A known reason for a difference, in parentheses; empty: there is none."""
     for settings, last in legs:
         if settings.platform == "gpu" and not settings.typed().train.deterministic:

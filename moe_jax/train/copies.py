@@ -20,7 +20,9 @@ def make_copies(model: ModelDef, params: Params) -> Copies:
 
     Empty if parameters already have the compute dtype.
     """
-    return {name: leaf.astype(model.dtype) for name, leaf in of_copied(model, params).items()}
+    return {
+        name: leaf.astype(model.dtype) for name, leaf in leaves_with_copies(model, params).items()
+    }
 
 
 def copy_program(model: ModelDef) -> jax.stages.Wrapped:
@@ -32,7 +34,7 @@ def copy_program(model: ModelDef) -> jax.stages.Wrapped:
     return jax.jit(copies)
 
 
-def of_copied(model: ModelDef, tree: Params) -> dict[str, Any]:
+def leaves_with_copies(model: ModelDef, tree: Params) -> dict[str, Any]:
     """Select, by path, the leaves of a parameter-like tree whose parameter has a copy."""
     if model.dtype == param_dtype(model.dtype):
         return {}

@@ -16,7 +16,7 @@ LEAST = 20  # accepted steps before the means are used
 Guard = dict[str, jax.Array]
 
 
-class Verdict(NamedTuple):
+class GuardDecision(NamedTuple):
     """The reason why a step is skipped; at most one of the two is true."""
 
     not_finite: Bool[Array, ""]
@@ -47,7 +47,7 @@ def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
 
 def judge(
     guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], factor: float
-) -> Verdict:
+) -> GuardDecision:
     """Compare loss and gradient norm with their running means.
 
     Args:
@@ -61,14 +61,14 @@ def judge(
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not factor:
-        return Verdict(~finite, jnp.zeros((), bool))
+        return GuardDecision(~finite, jnp.zeros((), bool))
     far = (loss > factor * guard["loss"]) | (grad_norm > factor * guard["grad_norm"])
-    return Verdict(~finite, finite & far & (guard["accepted"] >= LEAST))
+    return GuardDecision(~finite, finite & far & (guard["accepted"] >= LEAST))
 
 
 def next_guard(
     guard: Guard,
-    verdict: Verdict,
+    verdict: GuardDecision,
     loss: Float[Array, ""],
     grad_norm: Float[Array, ""],
     step: Int[Array, ""],

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.checkpoint import disk_needed
 from moe_jax.model.define import ModelDef, Params, is_axes
 from moe_jax.model.initialize import init_on
-from moe_jax.model.layout import Layout, to_layers, to_stacked
+from moe_jax.model.layout import LayerLayout, to_layers, to_stacked
 from moe_jax.moe.components import router_state
 from moe_jax.nn.params import ParamRule, param_dtype
 from moe_jax.parallel.rules import param_sharding
-from moe_jax.train.copies import copy_program, make_copies, of_copied
+from moe_jax.train.copies import copy_program, leaves_with_copies, make_copies
 from moe_jax.train.guard import first_guard
 from moe_jax.train.optim import Optimizer
 
@@ -76,7 +76,7 @@ def init_train_state(
 def placed_fall(optimizer: Optimizer, mesh: Mesh) -> jax.Array:
     """Put `TrainState.fall` of a run on every device; compiles nothing."""
     fall = optimizer.fall
-    return jax.make_array_from_callback(fall.shape, everywhere(mesh), lambda index: fall[index])
+    return jax.make_array_from_callback(fall.shape, replicated(mesh), lambda index: fall[index])
 
 
 def initial_router_state(model: ModelDef) -> dict[str, jax.Array]:
@@ -108,7 +108,7 @@ def placed_state(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainStat
     )
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that replicates an array on all devices."""
     return NamedSharding(mesh, P())
 
@@ -149,7 +149,7 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
     Optimizer state with the parameter's shape is sharded like the parameter.  Optimizer state kept
     per matrix is sharded like the axes that index the matrices.  Everything smaller is replicated.
     """
-    whole = everywhere(mesh)
+    whole = replicated(mesh)
     params = param_shardings(model, mesh)
     state = abstract_state(model, optimizer)
 
@@ -166,7 +166,9 @@ def state_shardings(model: ModelDef, optimizer: Optimizer, mesh: Mesh) -> TrainS
 
     moments = jax.tree.map(beside, model.rules, state.params, params, state.optimizer)
     router, guard = jax.tree.map(lambda _: whole, (state.router, state.guard))
-    return TrainState(whole, params, moments, router, guard, whole, of_copied(model, params))
+    return TrainState(
+        whole, params, moments, router, guard, whole, leaves_with_copies(model, params)
+    )
 
 
 def checkpoint_bytes(model: ModelDef, optimizer: Optimizer) -> int:
@@ -174,7 +176,7 @@ def checkpoint_bytes(model: ModelDef, optimizer: Optimizer) -> int:
     return disk_needed(dataclasses.replace(abstract_state(model, optimizer), copies={}))
 
 
-def to_disk(state: TrainState, layout: Layout) -> dict[str, Any]:
+def to_disk(state: TrainState, layout: LayerLayout) -> dict[str, Any]:
     """Convert a state to its form on disk, which has one leaf per layer.
 
     The stacked leaves of scanned layers are split; unrolled states are unchanged.  Copies and
@@ -202,7 +204,7 @@ def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainSt
     """
     params = to_stacked(tree["params"], model.layout)
     moments = to_stacked(tree["optimizer"], model.layout)
-    copies = copy_program(model)(params) if of_copied(model, params) else {}
+    copies = copy_program(model)(params) if leaves_with_copies(model, params) else {}
     return TrainState(tree["step"], params, moments, tree["router"], tree["guard"], fall, copies)
 
 
@@ -220,4 +222,4 @@ def _finite_check(mesh: Mesh) -> jax.stages.Wrapped:
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
         return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
-    return jax.jit(check, out_shardings=everywhere(mesh))
+    return jax.jit(check, out_shardings=replicated(mesh))

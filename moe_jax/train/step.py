@@ -24,7 +24,7 @@ from moe_jax.train.copies import make_copies, with_copies
 from moe_jax.train.guard import Guard, judge, next_guard
 from moe_jax.train.losses import Counts, LossSums, LossValues, count, loss_sums, loss_values
 from moe_jax.train.optim import Optimizer
-from moe_jax.train.state import TrainState, everywhere, state_shardings
+from moe_jax.train.state import TrainState, replicated, state_shardings
 
 RouterState: TypeAlias = Mapping[str, jax.Array]  # name -> [MoE layers, ...]
 
@@ -226,7 +226,7 @@ def jit_train_step(
     step = make_train_step(model, optimizer, options, mesh)
     where = state_shardings(model, optimizer, mesh)
     # Metrics are replicated so that each process can read them.
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
 
 
 def abstract_batch(microbatch: tuple[int, int, int], mesh: Mesh) -> Batch:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from moe_jax.errors import UserError
-from moe_jax.files.lines import Lines
+from moe_jax.files.lines import JsonLinesWriter
 from moe_jax.files.workdir import Folder, Mirror
 from moe_jax.files.write_errors import cannot_write
 from moe_jax.parallel.distributed import exit_code
@@ -117,7 +117,7 @@ class _Rows:
             self._mirror.folder.mkdir(parents=True, exist_ok=True)
             self._mirror.fetch(GOODPUT)
             # A row that waits for the disk is superseded by a later one.
-            self._lines = Lines(self._mirror.folder / GOODPUT, lambda line: None, keep=1)
+            self._lines = JsonLinesWriter(self._mirror.folder / GOODPUT, lambda line: None, keep=1)
         except OSError as error:
             advice = "change its permissions or choose another --workdir"
             raise cannot_write(workdir / GOODPUT, error, advice) from None

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-TICK = 1.0  # seconds between two checks
+TICK_INTERVAL = 1.0  # seconds between two checks
 
 
 class Waits:
@@ -18,7 +18,7 @@ class Waits:
       tick: seconds between two checks.
     """
 
-    def __init__(self, tell: Callable[[str, float], None], tick: float = TICK):
+    def __init__(self, tell: Callable[[str, float], None], tick: float = TICK_INTERVAL):
         self._show, self._tick = tell, tick
         self._wait: tuple[str, float] | None = None  # what, and since when
         self._over = threading.Event()

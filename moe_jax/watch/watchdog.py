@@ -16,8 +16,8 @@ from pathlib import Path
 from moe_jax.parallel.distributed import AGAIN
 from moe_jax.sections import WatchdogConfig
 
-TICK = 1.0  # seconds between two checks
-BARK = 10.0  # seconds for writing the stacks of all threads
+TICK_INTERVAL = 1.0  # seconds between two checks
+REPORT_TIMEOUT = 10.0  # seconds for writing the stacks of all threads
 # The lead process hosts JAX's coordination service: if it exits first, all others are aborted (134)
 # before they have written their stacks.
 LEAD_GRACE = 5.0
@@ -39,7 +39,7 @@ class Watchdog:
         limits: WatchdogConfig,
         folder: Path | None = None,
         end: Callable[[int], None] = os._exit,
-        tick: float = TICK,
+        tick: float = TICK_INTERVAL,
     ):
         """The stacks go to standard error and to `folder`; `end` exits even from a hang."""
         self.folder, self.grace = folder, 0.0
@@ -83,7 +83,7 @@ class Watchdog:
 
     def _bark(self, phase: str, limit: float) -> None:
         # Writing may block: the reader of standard error may have stopped, or the disk may hang.
-        last_word = threading.Timer(BARK, self._end, [AGAIN])
+        last_word = threading.Timer(REPORT_TIMEOUT, self._end, [AGAIN])
         last_word.daemon = True
         last_word.start()
         where = self.folder / f"stacks-{os.getpid()}.txt" if self.folder else None

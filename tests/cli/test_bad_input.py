@@ -17,10 +17,10 @@ from moe_jax.cli.train import main
 from moe_jax.config import to_json
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import DIVERGED
-from moe_jax.record.lock import LOCK, alone_in
+from moe_jax.record.lock import LOCK, lock_workdir
 from moe_jax.record.provenance import write_run_record
 from moe_jax.run.loop import save
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.resume import data_record
 from moe_jax.run.setup import prepare
 
@@ -42,7 +42,7 @@ def place(tmp_path_factory):
     made.empty.mkdir()
     config = small_config(made.files, **{"data.store": str(made.stores)})
     run = prepare(config, made.saved, lambda line: None)
-    save(run, first_state(run, "", lambda line: None), 1)
+    save(run, restore_or_init_state(run, "", lambda line: None), 1)
     run.checkpoints.close()
     text = data_record(run.store)
     write_run_record(str(made.saved), to_json(run.config), {}, run.store.fingerprint, text)
@@ -364,7 +364,7 @@ def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
 
     def after_the_first_run(folder: Path, say: Callable[[str], None]):
         shutil.copytree(place.saved, workdir)
-        return alone_in(folder, say)
+        return lock_workdir(folder, say)
 
     monkeypatch.setattr("moe_jax.cli.train.alone_in", after_the_first_run)
     with pytest.raises(UserError) as error:
@@ -374,7 +374,7 @@ def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
 
 
 def test_a_workdir_in_use_is_not_looked_into(place):
-    with alone_in(place.saved), pytest.raises(UserError) as error:
+    with lock_workdir(place.saved), pytest.raises(UserError) as error:
         main(["train", *arguments(place, place.saved, {"seed": 7})])
     check_sentence(error, "is in use by process")
 
@@ -387,8 +387,7 @@ def test_divergence_ends_the_run_and_is_never_saved(place, tmp_path, capsys):
     assert code == DIVERGED
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {rows[-1]["loss"], rows[-1]["grad_norm"]} & {"nan", "inf"}
-    saved = Checkpoints(tmp_path / "run" / "checkpoints").steps()
-    assert rows[-1]["step"] not in saved
+    assert rows[-1]["step"] not in (saved := Checkpoints(tmp_path / "run/checkpoints").steps())
     *_, advice, last = capsys.readouterr().out.splitlines()
     assert "samples" not in last  # there are none
     assert "diverged (" in advice and f"move {saved[0]}, " in advice

@@ -13,7 +13,7 @@ from moe_jax.config_file import read_config_file
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.run.resolve import resolve
-from moe_jax.run.setup import settle
+from moe_jax.run.setup import resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"problem": None, "finished": False, "changed": []}
@@ -73,9 +73,9 @@ def test_a_router_that_a_resumed_run_turns_is_named(place):
     config = read_config_file("configs/tiny.py")
     resolved = resolve(from_config_dict(config), 1, 258).config
     (place / "run" / "config.json").write_text(to_json(resolved))
-    assert settle(from_config_dict(config), place / "run", 1).notes == []
+    assert resolve_config(from_config_dict(config), place / "run", 1).notes == []
     config.model.moe.options.top_k.renormalize = False
-    assert settle(from_config_dict(config), place / "run", 1).notes == [
+    assert resolve_config(from_config_dict(config), place / "run", 1).notes == [
         "model.moe.options.top_k.renormalize was True, is False"
     ]
 

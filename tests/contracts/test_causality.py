@@ -268,7 +268,7 @@ def test_one_choice_is_causal_under_choice_priority(name, mesh_of):
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_packed_rows_are_as_causal_as_slots(priority, mesh_of, monkeypatch):
     """The fast path of `capacity`, which GPUs run on one expert shard."""
-    monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
+    monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: True)
     dispatch = DISPATCH["capacity"](capacity_factor=1.0, priority=priority)
     assert assert_as_announced(dispatch, mesh_of(data=2)) > 20
 

@@ -7,7 +7,7 @@ import threading
 from etils import epath
 
 from moe_jax.data.build import build_store
-from moe_jax.data.build_lock import LOOK, Turn
+from moe_jax.data.build_lock import LOOK_INTERVAL, BuildLock
 from moe_jax.data.config import DataConfig
 
 
@@ -15,16 +15,16 @@ def test_who_waits_is_alive_when_the_builder_is(tmp_path):
     root, told, held = epath.Path(tmp_path), threading.Event(), threading.Event()
 
     def wait():
-        with Turn(told.set)(root, "store"):
+        with BuildLock(told.set)(root, "store"):
             held.set()
 
     with open(tmp_path / "store.lock", "wb") as builder:
         fcntl.flock(builder, fcntl.LOCK_EX)
         waiter = threading.Thread(target=wait)
         waiter.start()
-        assert not told.wait(3 * LOOK)  # a builder that hangs
+        assert not told.wait(3 * LOOK_INTERVAL)  # a builder that hangs
         seconds = 0
-        while not told.wait(LOOK):  # the waiter may have begun to look after the first
+        while not told.wait(LOOK_INTERVAL):  # the waiter may have begun to look after the first
             seconds += 1
             os.utime(builder.fileno(), (seconds, seconds))
         assert not held.is_set()
@@ -34,7 +34,7 @@ def test_who_waits_is_alive_when_the_builder_is(tmp_path):
 
 def test_a_builder_says_so_in_the_time_of_its_lock(tmp_path):
     told = []
-    turn = Turn(lambda: told.append(1))
+    turn = BuildLock(lambda: told.append(1))
     turn.alive()
     with turn(epath.Path(tmp_path), "store"):
         lock = tmp_path / "store.lock"

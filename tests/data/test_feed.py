@@ -1,4 +1,4 @@
-"""The feed: global arrays in order, only the rows that each host needs, errors and waits passed on."""
+"""The feed: global arrays in order, the rows of one host only, errors and waits passed on."""
 
 import threading
 import traceback

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, build_store, find
+from moe_jax.data.build import Layout, build_store, open_built_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.split_writer import SplitWriter
@@ -57,9 +57,9 @@ def test_a_store_holds_every_document_once_in_order(store, config):
 def test_a_store_that_is_only_looked_for_is_never_built(store, config, tmp_path):
     root = tmp_path / "elsewhere"
     with pytest.raises(UserError, match=r"There is no store .*: build it with"):
-        find(config, root, layout=SMALL)
+        open_built_store(config, root, layout=SMALL)
     assert not root.exists()
-    found = find(config, Path(store.path).parent, layout=SMALL)
+    found = open_built_store(config, Path(store.path).parent, layout=SMALL)
     assert found.fingerprint == store.fingerprint
 
 

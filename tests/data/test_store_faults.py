@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.data import build, split_writer
-from moe_jax.data.build import Layout, build_store, find, store_root
-from moe_jax.data.store import array_digests, key_value_store, open_store, sealed
+from moe_jax.data.build import Layout, build_store, open_built_store, store_root
+from moe_jax.data.store import array_digests, key_value_store, manifest_bytes, open_store
 from moe_jax.errors import UserError
 
 SMALL = Layout(chunk=64, shard=512)
@@ -73,7 +73,7 @@ def test_arrays_are_refused_that_hold_more_than_lies_on_the_disk(store):
         (path / name / "zarr.json").write_text(json.dumps(array))
         manifest = json.loads(good["manifest.json"])
         manifest["arrays"] = array_digests(key_value_store(path))
-        (path / "manifest.json").write_bytes(sealed(manifest))
+        (path / "manifest.json").write_bytes(manifest_bytes(manifest))
         with pytest.raises(UserError, match=f"{name} has codecs bytes, gzip, crc32c, which no st"):
             open_store(path)
         for file in (f"{name}/zarr.json", "manifest.json"):
@@ -87,7 +87,7 @@ def test_a_store_url_makes_no_local_folder(config, tmp_path, monkeypatch, url):
     before = sorted(tmp_path.rglob("*"))
     for ask in (
         lambda: build_store(config, url),
-        lambda: find(config, url),
+        lambda: open_built_store(config, url),
         lambda: store_root(dataclasses.replace(config, store=url), "runs/a"),
     ):
         with pytest.raises(UserError, match=r"data\.store is '.*:// is not supported"):

@@ -10,7 +10,7 @@ from small_run import ONE_LAYER, small_config, write_corpus
 
 from moe_jax.data.pipeline import HeldOut
 from moe_jax.run.evaluate import Evaluator
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 
 # A third of the assignments is dropped in groups of two rows, so the loss depends on which rows
@@ -42,7 +42,7 @@ def evaluate(folder, corpus, **overrides):
     config = small_config(corpus, **DROPPING | overrides)
     devices = jax.devices()[: math.prod(dataclasses.asdict(config.mesh).values())]
     run = prepare(config, folder, lambda line: None, devices)
-    return run, Evaluator(run)(first_state(run, "", lambda line: None))
+    return run, Evaluator(run)(restore_or_init_state(run, "", lambda line: None))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from moe_jax.data.build import Layout, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.pipeline import Batches, HeldOut
-from moe_jax.data.store import array_digests, key_value_store, open_store, sealed
+from moe_jax.data.store import array_digests, key_value_store, manifest_bytes, open_store
 from moe_jax.data.tokenizers import train_bpe
 from moe_jax.errors import UserError
 from moe_jax.record.provenance import write_run_record
@@ -139,7 +139,7 @@ def resealed(path: Path, changed: dict[str, bytes], **keys: object) -> None:
         (path / name).write_bytes(raw)
     manifest = json.loads((path / "manifest.json").read_text()) | keys
     manifest["arrays"] = array_digests(key_value_store(path))
-    (path / "manifest.json").write_bytes(sealed(manifest))
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest))
 
 
 def test_a_store_of_another_dtype(store):

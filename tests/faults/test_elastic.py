@@ -22,7 +22,7 @@ from moe_jax.data.feed import DeviceFeed
 from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
 from moe_jax.run import loop
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
@@ -98,8 +98,8 @@ def leg(corpus, monkeypatch):
 
 
 def bits_kept(run, init_from, say):
-    """Call `first_state` and check that it restores every saved bit, moments and bias included."""
-    state = first_state(run, init_from, say)
+    """Call `restore_or_init_state`; it must restore every saved bit, moments and bias included."""
+    state = restore_or_init_state(run, init_from, say)
     if int(state.step):
         found = named_leaves(to_disk(state, run.model.layout))
         saved = run.checkpoints.restore(int(state.step), run.checkpoints.describe(int(state.step)))

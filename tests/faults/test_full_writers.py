@@ -22,7 +22,7 @@ from moe_jax.config import to_json
 from moe_jax.errors import UserError
 from moe_jax.parallel.distributed import DONE
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-from moe_jax.record.lock import alone_in
+from moe_jax.record.lock import lock_workdir
 from moe_jax.record.provenance import write_run_record
 from moe_jax.record.report import LEDGER, METRICS, Reporter
 from moe_jax.record.rewind import Rewinds
@@ -90,7 +90,7 @@ def flight(workdir: Path, say: Say) -> Write:
 
 def lock(workdir: Path, say: Say) -> Write:
     def write(n: int) -> None:
-        with alone_in(workdir, say):
+        with lock_workdir(workdir, say):
             pass
 
     return write

@@ -11,7 +11,7 @@ from trainer import OVERRIDES, checkpoints, peers
 from moe_jax.checkpoint.tree import array_digest, named_leaves
 from moe_jax.parallel.distributed import DONE
 from moe_jax.run.context import Run
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
@@ -31,7 +31,7 @@ LAYOUTS = [
 
 
 def state_digest(run: Run) -> str:
-    state = first_state(run, "", lambda line: None)
+    state = restore_or_init_state(run, "", lambda line: None)
     leaves = named_leaves(to_disk(state, run.model.layout)["params"])
     return array_digest((name, np.asarray(leaves[name])) for name in sorted(leaves))
 

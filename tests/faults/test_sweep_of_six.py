@@ -8,7 +8,7 @@ from small_run import ROOT, SMALL
 from trainer import OVERRIDES
 
 from launch.runs import expand
-from moe_jax.record.lock import alone_in
+from moe_jax.record.lock import lock_workdir
 
 RUN = SMALL | OVERRIDES | {"train.steps": 2}
 
@@ -51,7 +51,7 @@ def test_six_runs_one_bad_one_that_crashes(tmp_path, corpus, run_cli):
 
     # ---- two live runs on one workdir
     os.symlink(Path(corpus).parent, late)
-    with alone_in(metrics[4].parent):
+    with lock_workdir(metrics[4].parent):
         done = run_cli(arguments, cwd=tmp_path)
     assert done.code == 1 and "is in use by process" in done.out, done.out
 

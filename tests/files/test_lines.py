@@ -6,7 +6,7 @@ import os
 import pytest
 from no_room import no_room
 
-from moe_jax.files.lines import GrowingFile, Lines
+from moe_jax.files.lines import GrowingFile, JsonLinesWriter
 
 
 def numbers(path) -> list[int]:
@@ -17,7 +17,7 @@ def numbers(path) -> list[int]:
 def test_a_disk_that_fills_anywhere_in_a_record_costs_no_record(tmp_path, leave):
     """A full disk writes the first bytes of a record and refuses the rest."""
     path, said = tmp_path / "a", []
-    lines = Lines(path, said.append)
+    lines = JsonLinesWriter(path, said.append)
     for n in range(6):
         if n == 4:
             assert len(said) == 2
@@ -37,7 +37,7 @@ def test_a_disk_that_fills_anywhere_in_a_record_costs_no_record(tmp_path, leave)
 def test_a_record_takes_the_place_of_the_last_one(tmp_path, leave):
     """A disk that fills during the overwrite loses neither record; a shorter one is padded."""
     path, said = tmp_path / "a", []
-    lines = Lines(path, said.append)
+    lines = JsonLinesWriter(path, said.append)
     lines.append({"n": 1})
     lines.append({"n": 2})
     lines.replace_last({"n": 300})
@@ -56,7 +56,7 @@ def test_a_record_takes_the_place_of_the_last_one(tmp_path, leave):
 def test_what_another_process_wrote_is_not_replaced(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b'{"n": 1}\n')
-    lines = Lines(path, print)
+    lines = JsonLinesWriter(path, print)
     lines.replace_last({"n": 2})
     lines.replace_last({"n": 3})
     assert numbers(path) == [1, 3]
@@ -64,7 +64,7 @@ def test_what_another_process_wrote_is_not_replaced(tmp_path):
 
 def test_what_waits_is_bounded_and_what_is_lost_is_counted(tmp_path):
     path, said = tmp_path / "a", []
-    lines = Lines(path, said.append, keep=3)
+    lines = JsonLinesWriter(path, said.append, keep=3)
     with no_room():
         for n in range(5):
             lines.append({"n": n})
@@ -80,7 +80,7 @@ def test_what_waits_is_bounded_and_what_is_lost_is_counted(tmp_path):
 def test_a_record_that_a_kill_has_torn_stays_apart(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b'{"n": 1}\n{"n"')
-    lines = Lines(path, print)
+    lines = JsonLinesWriter(path, print)
     lines.append({"n": 2})
     assert path.read_bytes() == b'{"n": 1}\n{"n"\n{"n": 2}\n'
 
@@ -97,4 +97,4 @@ def test_how_a_file_ends(tmp_path, held, end, found):
 def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError):
-        Lines(tmp_path / "pipe", print)
+        JsonLinesWriter(tmp_path / "pipe", print)

@@ -19,7 +19,7 @@ from launch.job import Job
 from launch.runs import expand, job
 from launch.shell import LaunchError, option
 from moe_jax.cli.check import check
-from moe_jax.record.lock import alone_in
+from moe_jax.record.lock import lock_workdir
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs/sweeps").glob("*.py"))
@@ -251,7 +251,7 @@ def test_trainer_and_live_workdir(place, run_cli):
     )
     names = list(expand(path))
     arguments = ["launch.sweep", f"--sweep={path}", "--workdir=runs"]
-    with alone_in(place / "runs" / names[0]):
+    with lock_workdir(place / "runs" / names[0]):
         done = run_cli(arguments, cwd=place)
     assert done.code == 1, done.err
     assert "1 of 2 runs finished" in done.out

@@ -15,7 +15,7 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.define import define, is_axes
 from moe_jax.model.forward import forward, head_weight
 from moe_jax.model.initialize import init, init_on
-from moe_jax.model.layout import Layout, make_layout, to_layers, to_stacked
+from moe_jax.model.layout import LayerLayout, make_layout, to_layers, to_stacked
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.types import MoEContext
 from moe_jax.nn.remat import REMAT
@@ -91,11 +91,11 @@ def assert_equal(a, b):
 
 def test_layouts():
     scanned = dataclasses.replace(SPARSE, scan_layers=True)
-    assert make_layout(SPARSE) == Layout(6)
-    assert make_layout(scanned) == Layout(6, prefix=1, period=2, repeats=2)
+    assert make_layout(SPARSE) == LayerLayout(6)
+    assert make_layout(scanned) == LayerLayout(6, prefix=1, period=2, repeats=2)
     assert make_layout(scanned).unrolled() == [0, 5]
     assert make_layout(dataclasses.replace(scanned, num_layers=4)).repeats == 0  # nothing repeats
-    assert make_layout(dataclasses.replace(DENSE, scan_layers=True)) == Layout(3, 0, 1, 3)
+    assert make_layout(dataclasses.replace(DENSE, scan_layers=True)) == LayerLayout(3, 0, 1, 3)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.moe.config import PRIORITIES
-from moe_jax.moe.dispatch.bounded import Order, Slots, expert_capacity, within_capacity
+from moe_jax.moe.dispatch.bounded import (
+    BoundedDispatch,
+    PriorityOrder,
+    expert_capacity,
+    within_capacity,
+)
 from moe_jax.moe.dispatch.capacity import slot_moves
 from moe_jax.moe.types import TokenChoice
 
@@ -52,13 +57,13 @@ def test_capacity_is_the_exact_ceiling(tokens, choices, hundredths, experts):
 def test_token_priority_takes_positions_then_rows_each_with_all_choices():
     """Assignments are numbered by row, then position, then choice."""
     numbers = jnp.arange(2 * 3 * 2)[None]  # 2 rows, 3 positions, 2 choices
-    found = Order("token", rows=2, choices=2).take(numbers)[0]
+    found = PriorityOrder("token", rows=2, choices=2).take(numbers)[0]
     assert found.tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
 def test_choice_priority_takes_all_first_choices_first():
     numbers = jnp.arange(2 * 3 * 2)[None]
-    found = Order("choice", rows=2, choices=2).take(numbers)[0]
+    found = PriorityOrder("choice", rows=2, choices=2).take(numbers)[0]
     assert found.tolist() == [0, 6, 2, 8, 4, 10, 1, 7, 3, 9, 5, 11]
 
 
@@ -71,17 +76,17 @@ def test_batch_priority_takes_all_first_choices_first_by_weight():
         jnp.array([[[True, True], [True, True], [True, False], [True, True]]]),
     )
     mask_GS = jnp.array([[True, True, True, False]])
-    first = Slots(priority="batch").first_tokens(choice, mask_GS)
+    first = BoundedDispatch(priority="batch").first_tokens(choice, mask_GS)
     assert first is not None
     assert first.tolist() == [[1, 0, 2, 3]]
     for rows in (1, 2):
-        found = Order("batch", rows, 2, first).take(numbers)[0]
+        found = PriorityOrder("batch", rows, 2, first).take(numbers)[0]
         assert found.tolist() == [2, 0, 4, 6, 3, 1, 5, 7]
-    assert Slots(priority="choice").first_tokens(choice, mask_GS) is None
+    assert BoundedDispatch(priority="choice").first_tokens(choice, mask_GS) is None
 
 
 def shuffled_tokens(priority, groups, tokens):
-    """Values of `Order.tokens_GS`: a random permutation for `batch`, else None."""
+    """Values of `PriorityOrder.tokens_GS`: a random permutation for `batch`, else None."""
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(tokens) for _ in range(groups)])
     return jnp.asarray(order) if priority == "batch" else None
@@ -90,12 +95,12 @@ def shuffled_tokens(priority, groups, tokens):
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_undo_is_the_inverse_of_take(priority):
     numbers = jnp.arange(2 * 24).reshape(2, 24)
-    order = Order(priority, 3, 2, shuffled_tokens(priority, 2, 12))
+    order = PriorityOrder(priority, 3, 2, shuffled_tokens(priority, 2, 12))
     assert (order.take(numbers) != numbers).any()
     np.testing.assert_array_equal(order.undo(order.take(numbers)), numbers)
 
 
-def hand_out(ids_GN, experts, capacity, order: Order):
+def hand_out(ids_GN, experts, capacity, order: PriorityOrder):
     """Assign slots one by one: slot[g][n] is (expert, its slot) or None."""
     slots, rows, choices = [], order.rows, order.choices
     for g, ids in enumerate(ids_GN):
@@ -130,7 +135,7 @@ def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority)
     N = rows * positions * K
     ids = data.draw(st.lists(st.integers(0, E), min_size=G * N, max_size=G * N))
     ids_GN = np.array(ids, np.int32).reshape(G, N)
-    order = Order(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
+    order = PriorityOrder(priority, rows, K, shuffled_tokens(priority, G, rows * positions))
     # Compiled for each of the few shapes, because eager execution takes ten times as long.
     moves = jax.jit(lambda ids_GN: slot_moves(ids_GN, E, capacity, order))(ids_GN)
     kept_GN = jax.jit(lambda ids_GN: within_capacity(ids_GN, E, capacity, order))(ids_GN)

@@ -11,11 +11,11 @@ from gpu_interpreter import INTERPRETED, interpreted
 from jax.sharding import PartitionSpec
 
 from moe_jax.moe.dispatch.moves import (
-    Moves,
-    _gathered,
+    DispatchIndices,
     _gathered_in_pairs,
     _on_nvidia,
     _spread,
+    _take_rows,
     combine,
     gather_tokens,
     gather_weights,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture
-def moves() -> Moves:
+def moves() -> DispatchIndices:
     """Random buffer rows for most assignments; some are dropped, and some rows are padding."""
     rng = np.random.default_rng(0)
     place_NK = rng.permutation(M)[: N * K].reshape(N, K)
@@ -40,7 +40,7 @@ def moves() -> Moves:
         if place < M:
             choice_M[place] = number
     arrays = (jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK))
-    return Moves(*arrays, zeros=True)
+    return DispatchIndices(*arrays, zeros=True)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_rows_moved_in_pairs_are_the_rows(moves, dtype):
     bits = jax.random.bits(jax.random.key(3), (N, 6), jnp.uint16)
     x_ND = jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))  # some are NaN or infinity
     operands = x_ND, moves.token_M, moves.place_NK
-    found, expected = _gathered_in_pairs(*operands), _gathered(*operands)
+    found, expected = _gathered_in_pairs(*operands), _take_rows(*operands)
     for rows in (found, expected):
         assert rows.dtype == x_ND.dtype and rows.shape == (M, 6)
     same = (jax.lax.bitcast_convert_type(rows, jnp.uint16) for rows in (found, expected))
@@ -91,9 +91,9 @@ def test_spread_rows_are_the_gathered_ones(moves, columns):
     """Bit for bit, except in padding rows: they stay NaN, with which the interpreter starts."""
     x_ND = jax.random.normal(jax.random.key(4), (N, columns), jnp.bfloat16)
     operands = x_ND, moves.token_M, moves.place_NK
-    found_MD = np.asarray(interpreted(_spread, _gathered, *operands), np.float32)
+    found_MD = np.asarray(interpreted(_spread, _take_rows, *operands), np.float32)
     filled_M = np.asarray(moves.token_M) < N
-    expected_MD = np.asarray(_gathered(*operands), np.float32)
+    expected_MD = np.asarray(_take_rows(*operands), np.float32)
     np.testing.assert_array_equal(found_MD[filled_M], expected_MD[filled_M])
     if INTERPRETED:
         assert np.isnan(found_MD[~filled_M]).all()
@@ -105,8 +105,8 @@ def test_spread_rows_are_the_gathered_ones(moves, columns):
         (False, jnp.bfloat16, 256, _spread),
         (True, jnp.bfloat16, 256, _gathered_in_pairs),  # batched experts multiply empty slots too
         (False, jnp.bfloat16, 64, _gathered_in_pairs),
-        (False, jnp.bfloat16, 63, _gathered),
-        (False, jnp.float32, 256, _gathered),
+        (False, jnp.bfloat16, 63, _take_rows),
+        (False, jnp.float32, 256, _take_rows),
     ],
 )
 def test_what_nvidia_gpus_run(monkeypatch, zeros, dtype, columns, chosen):

@@ -11,10 +11,10 @@ from flax import nnx
 from moe_jax.moe import experts
 from moe_jax.moe.config import PRIORITIES, MoEConfig
 from moe_jax.moe.dispatch import moves
-from moe_jax.moe.dispatch.bounded import Order
+from moe_jax.moe.dispatch.bounded import PriorityOrder
 from moe_jax.moe.dispatch.capacity import slot_moves
 from moe_jax.moe.dispatch.dropless import shard_moves
-from moe_jax.moe.dispatch.packed import sorted_moves
+from moe_jax.moe.dispatch.packed import sorted_indices
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEContext
@@ -92,7 +92,9 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router
     mesh = mesh_of(**sizes)
     (y_BTD, aux), gradients = forward_backward(mesh, priority, router)
     asked = []
-    monkeypatch.setattr(Experts, "packs", lambda self, rows: asked.append(rows) or True)
+    monkeypatch.setattr(
+        Experts, "has_grouped_kernel", lambda self, rows: asked.append(rows) or True
+    )
     (packed_BTD, packed_aux), packed_gradients = forward_backward(mesh, priority, router)
     assert asked  # the second run took the fast path
     kept = aux.stats.fates.kept
@@ -140,16 +142,16 @@ def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, top_k,
         made = plain_backward(name, da_NF, h_NH, weights_N)
         return tuple(rows_of_nobody(rows, used) for rows in made)
 
-    plain_gather, matmul = moves._gathered, experts._MATMUL["compute"]
+    plain_gather, matmul = moves._take_rows, experts._MATMUL["compute"]
     plain_forward = expert_activation.plain_forward
     plain_backward = expert_activation.plain_backward
-    monkeypatch.setattr(Experts, "packs", lambda self, rows: True)
+    monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: True)
     run = functools.partial(
         forward_backward, mesh_of(**sizes), "token", "top_k", dispatch=dispatch, top_k=top_k
     )
     (y_BTD, _), gradients = run()
     monkeypatch.setitem(experts._MATMUL, "compute", matmul._replace(multiply=product))
-    monkeypatch.setattr(moves, "_gathered", gathered)
+    monkeypatch.setattr(moves, "_take_rows", gathered)
     monkeypatch.setattr(expert_activation, "plain_forward", activated)
     monkeypatch.setattr(expert_activation, "plain_backward", activation_gradients)
     (found_BTD, _), found = run()
@@ -161,21 +163,21 @@ def test_rows_of_nobody_reach_no_gradient(mesh_of, monkeypatch, dispatch, top_k,
 def test_only_packed_rows_may_leave_places_unwritten():
     """Slots are multiplied, and send buffers sent, with their padding rows: NaN would spread."""
     ids_GN = jnp.array([[0, 1, 3, 4]])
-    slots = slot_moves(ids_GN, 4, 2, Order("token", 1, 1))
-    sent, _ = shard_moves(ids_GN[0], 4, Order("token", 1, 1), 2, 3)
-    packed, _ = sorted_moves(ids_GN[0], 4, 1)
+    slots = slot_moves(ids_GN, 4, 2, PriorityOrder("token", 1, 1))
+    sent, _ = shard_moves(ids_GN[0], 4, PriorityOrder("token", 1, 1), 2, 3)
+    packed, _ = sorted_indices(ids_GN[0], 4, 1)
     assert (slots.zeros, sent.zeros, packed.zeros) == (True, True, False)
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
     """If experts choose, every token has E assignments, so sorted rows would be more than slots."""
-    monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
+    monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: pytest.fail("asked"))
     (_, aux), _ = forward_backward(mesh_of(), "token", "expert_choice")
     assert aux.stats.fates.kept > 0
 
 
 def test_slots_stay_where_tokens_travel(mesh_of, monkeypatch):
     """An all-to-all needs buffers of a fixed size."""
-    monkeypatch.setattr(Experts, "packs", lambda self, rows: pytest.fail("asked"))
+    monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: pytest.fail("asked"))
     (_, aux), _ = forward_backward(mesh_of(expert=2), "token", "top_k")
     assert aux.stats.fates.kept > 0

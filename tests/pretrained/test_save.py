@@ -20,7 +20,7 @@ from moe_jax.cli import checkpoint as checkpoint_command
 from moe_jax.config import read_config
 from moe_jax.data.tokenizers import BytesTokenizer, load_tokenizer, train_bpe
 from moe_jax.pretrained.tokenizer import byte_level_json, save_tokenizer
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 
 SPECIAL = st.sampled_from(
@@ -79,7 +79,7 @@ def test_a_run_starts_from_it(unpacked, saved, tiny, monkeypatch):
     lines: list[str] = []
     devices = jax.devices()[:DEVICES]
     run = prepare(config_of(unpacked), unpacked / "new", lines.append, devices)
-    state = first_state(run, str(saved), lines.append)
+    state = restore_or_init_state(run, str(saved), lines.append)
     leaves = named_leaves(state.params)
     assert array_digest((name, leaves[name]) for name in sorted(leaves)) == digest(tiny)
     np.testing.assert_array_equal(state.router["bias"], tiny.router_state["bias"])

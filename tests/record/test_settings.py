@@ -16,8 +16,8 @@ from moe_jax.record.settings import (
     Settings,
     read_settings,
     record_settings,
+    settings_at,
     settings_go_back,
-    settings_of,
 )
 from moe_jax.sections import TrainConfig
 from moe_jax.tools import replay
@@ -37,7 +37,7 @@ def begins(tmp_path, mesh_of):
 
 
 def taken(workdir: Path) -> list[tuple[int, int]]:
-    found = [settings_of(read_settings(workdir), step) for step in range(1, LAST + 1)]
+    found = [settings_at(read_settings(workdir), step) for step in range(1, LAST + 1)]
     return [(settings.devices, settings.config["train"]["steps"]) for settings in found]
 
 
@@ -74,9 +74,9 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
 
 def test_a_run_that_an_older_version_began(tmp_path, begins):
     begins(7, 4)
-    assert settings_of(read_settings(tmp_path), 8).devices == 4
+    assert settings_at(read_settings(tmp_path), 8).devices == 4
     with pytest.raises(UserError, match=r"does not record the devices .* step 7 ran"):
-        settings_of(read_settings(tmp_path), 7)
+        settings_at(read_settings(tmp_path), 7)
 
 
 def test_a_flight_record_has_the_settings_before_the_run_went_on_with_others(tmp_path, begins):
@@ -86,9 +86,9 @@ def test_a_flight_record_has_the_settings_before_the_run_went_on_with_others(tmp
     path.write_text(json.dumps({"history": [{"step": 9}], "rewinds": 0, "settings": 1}))
     begins(6, 4)
     now = replay.read_log(tmp_path)
-    assert [settings_of(now.settings, step).devices for step in (6, 9)] == [8, 4]
+    assert [settings_at(now.settings, step).devices for step in (6, 9)] == [8, 4]
     then = replay.read_flight(tmp_path, 9, now)
-    assert [settings_of(then.settings, step).devices for step in (6, 9)] == [8, 8]
+    assert [settings_at(then.settings, step).devices for step in (6, 9)] == [8, 8]
     assert (now.usable, then.usable) == (math.inf, 6)  # a later checkpoint has other bits
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from small_run import ONE_LAYER, flags, write_corpus
 
-from moe_jax.record.lock import alone_in
+from moe_jax.record.lock import lock_workdir
 from moe_jax.run.agree import NAMED, difference
 
 VALUES = st.one_of(st.integers(0, 3), st.booleans(), st.text(max_size=3), st.none())
@@ -165,6 +165,6 @@ def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):
 
 
 def test_a_workdir_in_use_ends_both(two, tmp_path):
-    with alone_in(tmp_path / "run"):
+    with lock_workdir(tmp_path / "run"):
         said = sentences(two())
     assert all("is in use by process" in one for one in said)

@@ -11,7 +11,7 @@ from moe_jax.decides import Decides
 from moe_jax.errors import UserError
 from moe_jax.run.changes import changes, lines
 from moe_jax.run.resolve import resolve
-from moe_jax.run.setup import settle
+from moe_jax.run.setup import resolve_config
 
 
 def made(**overrides: object) -> Config:
@@ -72,17 +72,17 @@ NAMED = {
 def test_what_decides_weights_or_data_is_refused(begun, name):
     old, new = REFUSED[name]
     workdir = begun(resolved(**{name: old}))
-    assert settle(made(**{name: old}), workdir, 1).notes == []
+    assert resolve_config(made(**{name: old}), workdir, 1).notes == []
     key = name.replace("__", ".")
     with pytest.raises(UserError, match=rf"config\.{key} is .* but the run in this workdir has"):
-        settle(made(**{name: new}), workdir, 1)
+        resolve_config(made(**{name: new}), workdir, 1)
 
 
 def test_every_refused_key_is_named_in_one_sentence(begun):
     workdir = begun(resolved())
     other = {"seed": 1, "model__rope_theta": 5e5, "train__batch_size": 64, "eval__every": 3}
     with pytest.raises(UserError) as error:
-        settle(made(**other), workdir, 1)
+        resolve_config(made(**other), workdir, 1)
     assert str(error.value) == (
         "config.seed is 1 but the run in this workdir has 0, config.model.rope_theta is 500000.0 "
         "and was 10000.0, config.train.batch_size is 64 and was 32. Set the old value, or use a "
@@ -92,11 +92,13 @@ def test_every_refused_key_is_named_in_one_sentence(begun):
 
 def test_every_other_changed_key_is_a_line(begun):
     workdir = begun(resolved(**{name: old for name, (old, _) in NAMED.items()}))
-    notes = settle(made(**{name: new for name, (_, new) in NAMED.items()}), workdir, 1).notes
+    notes = resolve_config(
+        made(**{name: new for name, (_, new) in NAMED.items()}), workdir, 1
+    ).notes
     said = [line for line in notes if " was " in line]
     expected = {f"{n.replace('__', '.')} was {a!r}, is {b!r}" for n, (a, b) in NAMED.items()}
     assert set(said) == expected and len(said) == len(expected)
-    assert settle(made(train__steps=300), begun(resolved()), 1).notes == [
+    assert resolve_config(made(train__steps=300), begun(resolved()), 1).notes == [
         "train.steps was 200, is 300: the learning-rate schedule changes with it"
     ]
 
@@ -106,8 +108,8 @@ def test_a_key_that_an_older_config_does_not_have_is_its_default(begun):
     plain = to_dict(resolved())
     del plain["model"]["moe"]["options"], plain["model"]["qk_norm"], plain["watchdog"]
     (workdir / "config.json").write_text(json.dumps(plain))
-    assert settle(made(), workdir, 1).notes == []
-    assert settle(made(eval__every=9, watchdog__step=5.0), workdir, 1).notes == [
+    assert resolve_config(made(), workdir, 1).notes == []
+    assert resolve_config(made(eval__every=9, watchdog__step=5.0), workdir, 1).notes == [
         "eval.every was 100, is 9",
         "watchdog.step was 1800.0, is 5.0",
     ]
@@ -134,7 +136,7 @@ def test_a_mixture_keeps_names_and_weights_and_not_its_paths():
 def test_a_dense_model_has_no_experts_to_keep(begun):
     workdir = begun(resolved(model__dense=True))
     given = made(model__dense=True, model__moe__top_k=1, model__moe__options__hash__seed=3)
-    assert settle(given, workdir, 1).notes == [
+    assert resolve_config(given, workdir, 1).notes == [
         "model.moe.top_k was 2, is 1",
         "model.moe.options.hash.seed was 0, is 3",
     ]
@@ -145,9 +147,9 @@ def test_a_knob_that_is_the_router_itself_is_kept(begun):
     router = {"model__moe__router": "hash"}
     workdir = begun(resolved(**router))
     with pytest.raises(UserError, match=r"config\.model\.moe\.options\.hash\.seed is 1 but the"):
-        settle(made(**router, model__moe__options__hash__seed=1), workdir, 1)
+        resolve_config(made(**router, model__moe__options__hash__seed=1), workdir, 1)
     other = made(model__moe__options__hash__seed=1)
-    notes = settle(other, begun(resolved()), 1).notes
+    notes = resolve_config(other, begun(resolved()), 1).notes
     assert notes == ["model.moe.options.hash.seed was 0, is 1"]
 
 

@@ -5,7 +5,7 @@ from small_run import EXACT, small_config, write_corpus
 
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.run.loop import lower_step
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.run.step_log import step_row
 
@@ -24,7 +24,7 @@ def test_losses(tmp_path, x64, golden):
         optimizer__warmup_steps=4,
     )
     run = prepare(config, tmp_path / "run", lambda line: None, jax.devices()[:1])
-    state = first_state(run, "", lambda line: None)
+    state = restore_or_init_state(run, "", lambda line: None)
     curve = {name: [] for name in LOGGED}
     step_fn = None
     with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run.mesh), 0, STEPS) as feed:

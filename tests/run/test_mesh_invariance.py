@@ -12,7 +12,7 @@ from small_run import EXACT, small_config, write_corpus
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.run.context import Run
 from moe_jax.run.loop import compile_step, lower_step
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.run.step_log import step_row
 from moe_jax.train.state import state_shardings
@@ -85,7 +85,7 @@ def free_run(prepared):
     def run_cell(cell: Cell) -> tuple[list[float], list[list[int]]]:
         with jax.enable_x64(True):
             run = prepared(cell, "float64")
-            state = first_state(run, "", lambda line: None)
+            state = restore_or_init_state(run, "", lambda line: None)
             step_fn, results = None, []
             with feed(run) as batches:
                 for _, batch in batches:
@@ -129,7 +129,7 @@ def test_float32_steps_from_one_state_agree(prepared, layout, accumulation, rout
     one = prepared(Cell("one", 1, router, dispatch), "float32")
     other = prepared(Cell(layout, accumulation, router, dispatch), "float32")
     where = state_shardings(other.model, other.optimizer, other.mesh)
-    state = first_state(one, "", lambda line: None)
+    state = restore_or_init_state(one, "", lambda line: None)
     one_fn = other_fn = None
     with feed(one) as batches, feed(other) as other_batches:
         for (_, batch), (_, other_batch) in zip(batches, other_batches, strict=True):

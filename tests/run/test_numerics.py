@@ -9,7 +9,7 @@ from small_run import ROOT, small_config, train_rows, write_corpus
 
 from moe_jax.data.feed import DeviceFeed, batch_shardings
 from moe_jax.run.loop import compile_step
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.tools.bench.measure import Steps
 
@@ -38,7 +38,7 @@ def test_the_first_steps_in_bfloat16_follow_float32(tmp_path):
     for precision in PRECISIONS:
         config = small_config(files, precision=precision, train__steps=STEPS, **LAYER)
         run = prepare(config, tmp_path / precision, lambda line: None, jax.devices()[:1])
-        state = first_state(run, "", lambda line: None)
+        state = restore_or_init_state(run, "", lambda line: None)
         with DeviceFeed(run.batches.rows, run.microbatch, batch_shardings(run.mesh), 0) as feed:
             _, batch = next(feed)
             steps = Steps(compile_step(run), state, feed, batch)

@@ -15,7 +15,7 @@ from small_run import ROOT, train_rows
 from moe_jax.checkpoint import Checkpoints, array_digest, named_leaves
 from moe_jax.parallel.distributed import DONE
 from moe_jax.record.provenance import versions
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train.state import to_disk
 
@@ -72,7 +72,7 @@ def test_its_state_is_restored_bitwise(unpacked, monkeypatch):
     lines: list[str] = []
     config, devices = config_of(unpacked), jax.devices()[:DEVICES]
     run = prepare(config, unpacked / "run", lines.append, devices)
-    state = first_state(run, "", lines.append)
+    state = restore_or_init_state(run, "", lines.append)
     run.checkpoints.close()
     assert "resuming from step 4" in lines
     tree = to_disk(state, run.model.layout)

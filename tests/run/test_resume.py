@@ -26,7 +26,7 @@ from moe_jax.run.context import Run
 from moe_jax.run.control import Control
 from moe_jax.run.loop import save
 from moe_jax.run.origin import check_origin
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train.state import TrainState, to_disk
 
@@ -140,7 +140,7 @@ def ready(workdir: Path, corpus: str, devices: int, **overrides: object) -> Run:
 
 
 def restored(run: Run, init_from: str = "") -> TrainState:
-    return first_state(run, init_from, lambda line: None)
+    return restore_or_init_state(run, init_from, lambda line: None)
 
 
 def digest(run: Run, state: TrainState) -> str:
@@ -283,7 +283,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     """State that only one of the two routers has is reset or dropped; weights are kept."""
     lines = []
     without = ready(tmp_path / "without", corpus, 1, model__moe__router="top_k")
-    state = first_state(without, str(straight), lines.append)
+    state = restore_or_init_state(without, str(straight), lines.append)
     assert state.router == {} and digest(without, state) == checkpoints(straight).digest(STEPS)
     assert lines[1:] == [
         "router state reset: this run's router keeps none, the router of that run kept bias"
@@ -294,7 +294,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     write_run_record(str(without.workdir), to_json(without.config), {}, without.store.fingerprint)
     lines = []
     biased = ready(tmp_path / "biased", corpus, 1)
-    state = first_state(biased, str(without.workdir), lines.append)
+    state = restore_or_init_state(biased, str(without.workdir), lines.append)
     assert not np.any(state.router["bias"])
     assert digest(biased, state) == checkpoints(straight).digest(STEPS)
     assert lines[1:] == [
@@ -306,7 +306,7 @@ def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
         noisy.config, str(straight)
     )
     with pytest.raises(UserError, match="router_noise_kernel is absent in the checkpoint"):
-        first_state(noisy, str(straight), lines.append)
+        restore_or_init_state(noisy, str(straight), lines.append)
 
 
 @pytest.mark.lifecycle

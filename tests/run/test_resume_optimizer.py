@@ -15,7 +15,7 @@ from moe_jax.record.provenance import write_run_record
 from moe_jax.run.context import Run
 from moe_jax.run.evaluate import batch_shardings
 from moe_jax.run.loop import compile_step, save
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train import optim
 from moe_jax.train.state import TrainState
@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 
 
 def restored(run: Run) -> TrainState:
-    return first_state(run, "", lambda line: None)
+    return restore_or_init_state(run, "", lambda line: None)
 
 
 def steps(run: Run, step_fn: jax.stages.Compiled, state: TrainState, last: int) -> TrainState:

@@ -5,7 +5,7 @@ import pytest
 from small_run import ONE_LAYER, small_config, write_corpus
 
 from moe_jax.run import samples
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 
 
@@ -28,7 +28,7 @@ def test_prompt_and_text_fit_a_row(tmp_path, monkeypatch, asked, positions):
 
     monkeypatch.setattr(samples, "make_sampler", recording)
     texts = []
-    state = first_state(run, "", lambda line: None)
+    state = restore_or_init_state(run, "", lambda line: None)
     samples.write_samples(run, state, 8, texts.append)
     assert shapes == [(1, positions)] and len(texts) == 1
     assert texts[0].partition("\n")[2].startswith("abcd")

@@ -99,5 +99,5 @@ def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
     ],
 )
 def test_the_way_on_leads_back_before_the_parameters_that_diverged(saved, begins, ends):
-    advice = step_log.way_on(saved, changed=4)
+    advice = step_log.recovery_advice(saved, changed=4)
     assert advice.startswith(begins) and advice.endswith(ends)

@@ -25,12 +25,12 @@ from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import attempt, examine, make_subject
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import (
-    affordable,
-    at_peak,
     changes,
+    limit_text,
     named_devices,
     shrink,
     shrink_mesh,
+    without_warmup,
 )
 from moe_jax.tools.doctor.subject import Steps, Subject
 from moe_jax.train.optim import Optimizer
@@ -235,7 +235,7 @@ def test_on_an_accelerator_the_config_itself_runs(tmp_path, corpus, monkeypatch)
     config, lines = small_config(corpus), []
     subject = make_subject(config, 0, tmp_path / "run", lines.append)
     assert not subject.shrunk and lines == [f"the config itself on {len(jax.devices())} x cpu"]
-    assert subject.config == at_peak(subject.plan.config) and subject.run.mesh.size == 8
+    assert subject.config == without_warmup(subject.plan.config) and subject.run.mesh.size == 8
 
 
 def test_a_check_that_breaks_ends_no_other(well):
@@ -288,6 +288,6 @@ def test_mesh_that_needs_more_devices_is_halved():
 
 def test_text_that_is_large_or_absent_is_replaced(corpus):
     data = small_config(corpus).data
-    assert affordable(data, 2**20) == data
-    assert affordable(data, 10).source == "stdlib"
-    assert affordable(dataclasses.replace(data, files="/absent/*"), 2**20).source == "stdlib"
+    assert limit_text(data, 2**20) == data
+    assert limit_text(data, 10).source == "stdlib"
+    assert limit_text(dataclasses.replace(data, files="/absent/*"), 2**20).source == "stdlib"

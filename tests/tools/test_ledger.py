@@ -9,8 +9,16 @@ import pytest
 
 from moe_jax.cli.ledger import main
 from moe_jax.errors import UserError
-from moe_jax.moe.accounting import POSITION_BUCKETS, account
-from moe_jax.moe.types import ExpertChoice, Fates, Mean, MoEAux, MoEContext, RouterAux, TokenChoice
+from moe_jax.moe.accounting import POSITION_BUCKETS, count_outcomes
+from moe_jax.moe.types import (
+    ExpertChoice,
+    Mean,
+    MoEAux,
+    MoEContext,
+    Outcomes,
+    RouterAux,
+    TokenChoice,
+)
 from moe_jax.record.report import LEDGER
 from moe_jax.tools import ledger as command
 from moe_jax.train.metrics import ledger_row
@@ -68,7 +76,7 @@ def one_by_one(choice, kept_GSK, context, cause):
 @pytest.mark.parametrize("cause", ["dropped_capacity", "dropped_buffer"])
 def test_every_assignment_is_counted_where_it_belongs(cause):
     choice, kept_GSK, context = some()
-    stats, ledger = account(choice, choice, kept_GSK, cause, E, context)
+    stats, ledger = count_outcomes(choice, choice, kept_GSK, cause, E, context)
     expected = one_by_one(choice, kept_GSK, context, cause)
     found = {
         (axis, place, fate): int(count)
@@ -91,7 +99,7 @@ def test_a_choice_of_experts_has_their_slots_as_assignments():
     _, _, context = some()
     by_token = choice.by_token(S)
     kept = by_token.valid_GSK & context.mask_BT.reshape(G, S, 1)
-    stats, ledger = account(choice, by_token, kept, "dropped_capacity", E, context)
+    stats, ledger = count_outcomes(choice, by_token, kept, "dropped_capacity", E, context)
     assert stats.assignments == G * E * C and stats.conserved()
     np.testing.assert_array_equal(ledger.expert.total(), G * C)
     padding = ~np.asarray(context.mask_BT).reshape(G, S)
@@ -108,7 +116,7 @@ def rows():
     found = []
     for seed in (0, 1):
         choice, kept_GSK, context = some(seed)
-        counted = account(choice, choice, kept_GSK, "dropped_capacity", E, context)
+        counted = count_outcomes(choice, choice, kept_GSK, "dropped_capacity", E, context)
         stats, ledger = jax.tree.map(lambda n: np.asarray(n)[None], counted)
         none = Mean(np.zeros(1), np.ones(1))
         moe = MoEAux(RouterAux(none, none, none), stats, ledger)
@@ -163,5 +171,5 @@ def test_bad_files_are_one_sentence(tmp_path, text, complaint):
 
 
 def test_fates_add_in_the_order_of_their_fields():
-    fates = Fates(*(np.array([10**i]) for i in range(5)))
+    fates = Outcomes(*(np.array([10**i]) for i in range(5)))
     assert fates.wanted() == 111 and fates.total() == 11111

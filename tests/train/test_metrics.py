@@ -16,10 +16,10 @@ from moe_jax.cli.train import main
 from moe_jax.data.pipeline import HeldOut
 from moe_jax.model.define import define
 from moe_jax.model.forward import forward, head_weight
-from moe_jax.moe.types import Fates, MoEContext
+from moe_jax.moe.types import MoEContext, Outcomes
 from moe_jax.record.report import LEDGER, METRICS, is_last
 from moe_jax.run.evaluate import Evaluator
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.run.setup import prepare
 from moe_jax.train.metrics import moe_row
 from moe_jax.watch.timekeeper import GOODPUT
@@ -113,7 +113,7 @@ def test_held_out_rows(workdir):
 def test_held_out_loss_recomputed(workdir, corpus):
     """The readable dispatch paths, all windows in one batch; after the logits it is NumPy."""
     run = prepare(small_config(corpus, **OVERRIDES), workdir, lambda line: None, jax.devices()[:1])
-    params = first_state(run, "", lambda line: None).params
+    params = restore_or_init_state(run, "", lambda line: None).params
     # Use the batches of the run, because drops depend on the rows of a group.
     heldout = HeldOut(run.store, ROWS, T)
     found = dict.fromkeys(("einsum", "dense"), 0.0)
@@ -181,7 +181,7 @@ def test_bits_per_byte_of_another_tokenizer(tmp_path, corpus):
     run = prepare(
         small_config(corpus, **overrides), tmp_path / "run", lambda line: None, jax.devices()[:1]
     )
-    row = Evaluator(run)(first_state(run, "", lambda line: None))
+    row = Evaluator(run)(restore_or_init_state(run, "", lambda line: None))
 
     bytes_run = prepare(
         small_config(corpus), tmp_path / "run", lambda line: None, jax.devices()[:1]
@@ -226,7 +226,7 @@ def test_every_field_is_defined(workdir):
 def test_fields_that_few_rows_have_are_defined():
     assert fields(moe_row(None)) < documented("Rows of train steps")
     outcomes = {name for name in documented(LEDGER) if name.startswith("AXIS.")}
-    assert outcomes == {f"AXIS.{name}" for name in Fates._fields}
+    assert outcomes == {f"AXIS.{name}" for name in Outcomes._fields}
     assert is_last({"step": 3, "eval_loss": 1.0, "max_epochs": 2}, 9, 2)
     assert "max_epochs" in documented("Rows of evaluations")
 

@@ -26,7 +26,7 @@ SLOWEST_FIRST = {"token": (0, 2, 1, 3), "choice": (0, 3, 2, 1), "batch": (0, 3, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class PriorityOrder:
     """The priority order of each group: a permutation of its S * K assignments."""
 
     priority: str
@@ -63,7 +63,7 @@ def _take_tokens(a_GN, tokens_GS):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class BoundedDispatch:
     """The knobs of a dispatch path with bounded slots per expert per routing group."""
 
     # Slots per expert per group, in multiples of a balanced load (S * K / E assignments).
@@ -115,7 +115,7 @@ class Slots:
     def first_tokens(
         self, choice: TokenChoice, mask_GS: Bool[Array, "G S"]
     ) -> Int[Array, "G S"] | None:
-        """`Order.tokens_GS`: by largest weight, ties to the lower token, padding last."""
+        """`PriorityOrder.tokens_GS`: by largest weight, ties to the lower token, padding last."""
         if self.priority != "batch":
             return None
         weights_GSK = jax.lax.stop_gradient(choice.weights_GSK)
@@ -143,7 +143,7 @@ def routed_ids(
 
 
 def within_capacity(
-    ids_GN: Int[Array, "G N"], num_experts: int, capacity: int, order: Order
+    ids_GN: Int[Array, "G N"], num_experts: int, capacity: int, order: PriorityOrder
 ) -> Bool[Array, "G N"]:
     """Mark the assignments among the first `capacity` of their expert in priority order.
 

@@ -8,8 +8,8 @@ slot, so memory and time are linear in tokens: there is no [S, E, C] array, and 
 and their backward passes are gathers (`moves`).
 
 Fast path on one expert shard: if the grouped matmul has a kernel as fast as a batched one
-(`Experts.packs`) and S*K <= E*C, kept assignments are sorted by expert (`packed`) and no slot
-buffer is allocated, so no empty slots are multiplied.
+(`ExpertFunctions.has_grouped_kernel`) and S*K <= E*C, kept assignments are sorted by expert
+(`run_sorted_experts`) and no slot buffer is allocated, so no empty slots are multiplied.
 """
 
 import dataclasses
@@ -18,18 +18,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.dispatch.bounded import Order, Slots, ranked, routed_ids, within_capacity
-from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights
-from moe_jax.moe.dispatch.packed import packed
+from moe_jax.moe.dispatch.bounded import (
+    BoundedDispatch,
+    PriorityOrder,
+    ranked,
+    routed_ids,
+    within_capacity,
+)
+from moe_jax.moe.dispatch.moves import DispatchIndices, combine, gather_tokens, gather_weights
+from moe_jax.moe.dispatch.packed import run_sorted_experts
 from moe_jax.moe.dispatch.region import expert_region
-from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.dispatch_types import DispatchIn, ExpertFunctions
 from moe_jax.moe.types import TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity(Slots):
+class Capacity(BoundedDispatch):
     """Bounded slots per expert per routing group; expert parallelism by all-to-all.
 
     Reference: GShard, arXiv 2006.16668; Switch, arXiv 2101.03961.
@@ -41,7 +47,7 @@ class Capacity(Slots):
         return True
 
     def __call__(
-        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: ExpertFunctions, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         E, shards = experts.num_experts, inputs.expert_shards
@@ -51,12 +57,12 @@ class Capacity(Slots):
             K = choice.ids_GSK.shape[2]
             C = self.slots(S, K, E, inputs)
             ids_GN = routed_ids(choice, mask_GS, E)
-            order = Order(self.priority, inputs.rows, K, tokens_GS)
-            if shards == 1 and S * K <= E * C and experts.packs(G * S * K):
+            order = PriorityOrder(self.priority, inputs.rows, K, tokens_GS)
+            if shards == 1 and S * K <= E * C and experts.has_grouped_kernel(G * S * K):
                 kept_GN = within_capacity(ids_GN, E, C, order)
                 ids_NK = jnp.where(kept_GN, ids_GN, E).reshape(G * S, K)
                 weights_NK = choice.weights_GSK.reshape(G * S, K)
-                y_ND = packed(x_GSD.reshape(G * S, D), ids_NK, weights_NK, experts)
+                y_ND = run_sorted_experts(x_GSD.reshape(G * S, D), ids_NK, weights_NK, experts)
                 return y_ND.reshape(G, S, D), kept_GN.reshape(G, S, K)
             moves = slot_moves(ids_GN, E, C, order)
             # A policy that saves x_END saves the indices too, so remat does not repeat the sort.
@@ -76,7 +82,9 @@ class Capacity(Slots):
         return expert_region(body, x_GSD, choice, experts, inputs, tokens_GS)
 
 
-def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order) -> Moves:
+def slot_moves(
+    ids_GN: jax.Array, num_experts: int, capacity: int, order: PriorityOrder
+) -> DispatchIndices:
     """The indices that move G groups into slots [E, G, C]; ids_GN holds experts (E: none)."""
     G, N = ids_GN.shape
     E, C, K = num_experts, capacity, order.choices
@@ -100,4 +108,6 @@ def slot_moves(ids_GN: jax.Array, num_experts: int, capacity: int, order: Order)
     place_GN = jnp.where((p_ids_GN < E) & (c_GN < C), place_GN, E * G * C)
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     place_NK = place_NK.astype(jnp.int32)
-    return Moves(choice_M // K, choice_M, place_NK, zeros=True)  # empty slots are multiplied too
+    return DispatchIndices(
+        choice_M // K, choice_M, place_NK, zeros=True
+    )  # empty slots are multiplied too

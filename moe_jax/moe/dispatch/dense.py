@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch_types import DispatchIn, Experts, LayerSizes
+from moe_jax.moe.dispatch_types import DispatchIn, ExpertFunctions, LayerSizes
 from moe_jax.moe.types import TokenChoice
 
 
@@ -56,7 +56,7 @@ class Dense:
         return None
 
     def __call__(
-        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: ExpertFunctions, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         kept_GSK = choice.valid_GSK & inputs.mask_GS[..., None]

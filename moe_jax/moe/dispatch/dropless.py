@@ -27,11 +27,22 @@ from jaxtyping import Array, Int
 from moe_jax import bounds
 from moe_jax.bounds import Limit
 from moe_jax.decides import Training
-from moe_jax.moe.dispatch.bounded import Order, routed_ids, within_capacity
-from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
-from moe_jax.moe.dispatch.packed import expert_starts, inverse, packed, sorted_moves
+from moe_jax.moe.dispatch.bounded import PriorityOrder, routed_ids, within_capacity
+from moe_jax.moe.dispatch.moves import (
+    DispatchIndices,
+    combine,
+    gather_tokens,
+    gather_weights,
+    sort_by_expert,
+)
+from moe_jax.moe.dispatch.packed import (
+    expert_starts,
+    invert_permutation,
+    run_sorted_experts,
+    sorted_indices,
+)
 from moe_jax.moe.dispatch.region import expert_region
-from moe_jax.moe.dispatch_types import DispatchIn, Exchange, Experts, LayerSizes
+from moe_jax.moe.dispatch_types import DispatchIn, Exchange, ExpertFunctions, LayerSizes
 from moe_jax.moe.types import TokenChoice
 from moe_jax.nn.remat import MOE_DISPATCHED
 from moe_jax.parallel.collectives import from_experts, to_experts
@@ -88,7 +99,7 @@ class Dropless:
         shards = sizes.expert_shards
         if self.recv_factor == 0:
             return shards * sizes.tokens * min(sizes.choices, sizes.experts // shards)
-        return shards * _room(sizes.tokens * sizes.choices, shards, self.recv_factor)
+        return shards * _rows_per_peer(sizes.tokens * sizes.choices, shards, self.recv_factor)
 
     def exchange(self, sizes: LayerSizes) -> Exchange | None:
         """Without a bound, shards all-gather the tokens and reduce-scatter their outputs."""
@@ -103,7 +114,7 @@ class Dropless:
         return None
 
     def __call__(
-        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: ExpertFunctions, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         E, shards = experts.num_experts, inputs.expert_shards
@@ -114,26 +125,28 @@ class Dropless:
             ids_NK = routed_ids(choice, mask_GS, E).reshape(G * S, K)
             x_ND, weights_NK = x_GSD.reshape(G * S, D), choice.weights_GSK.reshape(G * S, K)
             if shards == 1 or self.recv_factor == 0:
-                combined = packed if shards == 1 else _gathered
+                combined = run_sorted_experts if shards == 1 else _all_gather_experts
                 y_ND, kept_NK = combined(x_ND, ids_NK, weights_NK, experts), ids_NK < E
             else:
-                room = _room(G * S * K, shards, self.recv_factor)
-                order = Order("token", G * inputs.rows, K)  # over all rows on this device
+                room = _rows_per_peer(G * S * K, shards, self.recv_factor)
+                order = PriorityOrder("token", G * inputs.rows, K)  # over all rows on this device
                 moves, sizes_E = shard_moves(ids_NK.reshape(-1), E, order, shards, room)
                 moves = checkpoint_name(moves, MOE_DISPATCHED)
-                y_ND = _exchanged(x_ND, weights_NK, moves, sizes_E, experts, shards)
+                y_ND = _all_to_all_experts(x_ND, weights_NK, moves, sizes_E, experts, shards)
                 kept_NK = moves.place_NK < shards * room
             return y_ND.reshape(G, S, D), kept_NK.reshape(G, S, K)
 
         return expert_region(body, x_GSD, choice, experts, inputs)
 
 
-def _room(assignments: int, shards: int, recv_factor: float) -> int:
+def _rows_per_peer(assignments: int, shards: int, recv_factor: float) -> int:
     """Rows that one device may send to one other device."""
     return min(assignments, math.ceil(assignments * recv_factor / shards))
 
 
-def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
+def _all_gather_experts(
+    x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: ExpertFunctions
+):
     """Sum over shards of the local experts' weighted outputs for all tokens of the axis: [N, D]."""
     local = experts.num_experts
     x_ND, ids_NK, weights_NK = (
@@ -141,11 +154,13 @@ def _gathered(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts
     )
     ids_NK = ids_NK - jax.lax.axis_index("expert") * local
     ids_NK = jnp.where((ids_NK >= 0) & (ids_NK < local), ids_NK, local)
-    y_ND = packed(x_ND, ids_NK, weights_NK, experts)
+    y_ND = run_sorted_experts(x_ND, ids_NK, weights_NK, experts)
     return jax.lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True)
 
 
-def _exchanged(x_ND, weights_NK, moves: Moves, sizes_E, experts: Experts, shards: int):
+def _all_to_all_experts(
+    x_ND, weights_NK, moves: DispatchIndices, sizes_E, experts: ExpertFunctions, shards: int
+):
     """Dispatch the send buffers by all-to-all, run the experts, and combine: [N, D]."""
     weights_M = gather_weights(weights_NK, moves)
     y_MD = _across(gather_tokens(x_ND, moves), weights_M, sizes_E, experts, shards)
@@ -154,8 +169,8 @@ def _exchanged(x_ND, weights_NK, moves: Moves, sizes_E, experts: Experts, shards
 
 
 def shard_moves(
-    ids_N: Int[Array, "N"], num_experts: int, order: Order, shards: int, room: int
-) -> tuple[Moves, Int[Array, "E"]]:
+    ids_N: Int[Array, "N"], num_experts: int, order: PriorityOrder, shards: int, room: int
+) -> tuple[DispatchIndices, Int[Array, "E"]]:
     """The indices of one device's send buffers [shards, room], each sorted by expert.
 
     The first `room` assignments to a destination in `order` get a buffer row.  If expert order
@@ -180,14 +195,16 @@ def shard_moves(
     sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
     choice_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
     target_N = jnp.minimum(ids_N // local, shards - 1)
-    place_N = target_N * room + inverse(order_N) - begin_P[target_N]
+    place_N = target_N * room + invert_permutation(order_N) - begin_P[target_N]
     place_N = jnp.where(sent_N, place_N, shards * room)
     choice_M, K = choice_PR.reshape(-1), order.choices
-    return Moves(choice_M // K, choice_M, place_N.reshape(-1, K), zeros=True), jnp.diff(start_E)
+    return DispatchIndices(choice_M // K, choice_M, place_N.reshape(-1, K), zeros=True), jnp.diff(
+        start_E
+    )
 
 
 def _across(
-    x_MD: jax.Array, weights_M: jax.Array, sizes_E: jax.Array, experts: Experts, shards: int
+    x_MD: jax.Array, weights_M: jax.Array, sizes_E: jax.Array, experts: ExpertFunctions, shards: int
 ) -> jax.Array:
     """Send [shards, room] rows to their experts' devices, run the experts, return the outputs."""
     M, D = x_MD.shape
@@ -202,13 +219,15 @@ def _across(
     ends_PE = jnp.cumsum(sizes_PE, axis=1)
     ids_PR = (jnp.arange(room)[None, :, None] >= ends_PE[:, None, :]).sum(-1, dtype=jnp.int32)
     arrive, sizes_local_E = checkpoint_name(
-        sorted_moves(ids_PR.reshape(-1), local, 1), MOE_DISPATCHED
+        sorted_indices(ids_PR.reshape(-1), local, 1), MOE_DISPATCHED
     )
     y_MD = experts.grouped(
         gather_tokens(x_PRD.reshape(M, D), arrive),
         sizes_local_E,
         gather_weights(weights_PR.reshape(M, 1), arrive),
     )
-    leave = Moves(arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zeros=True)
+    leave = DispatchIndices(
+        arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zeros=True
+    )
     y_MD = gather_tokens(y_MD, leave)
     return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.moe.dispatch.bounded import Order, Slots, routed_ids
-from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.dispatch.bounded import BoundedDispatch, PriorityOrder, routed_ids
+from moe_jax.moe.dispatch_types import DispatchIn, ExpertFunctions
 from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
-class Einsum(Slots):
+class Einsum(BoundedDispatch):
     """One-hot dispatch and combine, with the capacity and the drop order of bounded.py.
 
     Reference: GShard, arXiv 2006.16668.
@@ -33,7 +33,7 @@ class Einsum(Slots):
         return False
 
     def __call__(
-        self, x_GSD: jax.Array, choice: TokenChoice, experts: Experts, inputs: DispatchIn
+        self, x_GSD: jax.Array, choice: TokenChoice, experts: ExpertFunctions, inputs: DispatchIn
     ) -> tuple[jax.Array, jax.Array]:
         """See `types.Dispatch`."""
         G, S, D = x_GSD.shape
@@ -41,7 +41,7 @@ class Einsum(Slots):
         C = self.slots(S, K, E, inputs)
         ids_GN = routed_ids(choice, inputs.mask_GS, E)
         tokens_GS = self.first_tokens(choice, inputs.mask_GS)
-        order = Order(self.priority, inputs.rows, K, tokens_GS)
+        order = PriorityOrder(self.priority, inputs.rows, K, tokens_GS)
         in_order_GNE = jax.nn.one_hot(order.take(ids_GN), E, dtype=jnp.int32)
         rank_GN = ((jnp.cumsum(in_order_GNE, axis=1) - 1) * in_order_GNE).sum(-1)
         rank_GN = order.undo(rank_GN)

@@ -1,7 +1,7 @@
 """Runs the experts of one device on rows sorted by expert, without slots.
 
-Axes: N tokens (in `expert_starts`, `inverse` and `sorted_moves`: assignments), K assignments per
-token, M buffer rows, D width, E experts.
+Axes: N tokens (in `expert_starts`, `invert_permutation` and `sorted_indices`: assignments),
+K assignments per token, M buffer rows, D width, E experts.
 """
 
 import dataclasses
@@ -10,15 +10,23 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.dispatch.moves import Moves, combine, gather_tokens, gather_weights, sort_by_expert
-from moe_jax.moe.dispatch_types import Experts
+from moe_jax.moe.dispatch.moves import (
+    DispatchIndices,
+    combine,
+    gather_tokens,
+    gather_weights,
+    sort_by_expert,
+)
+from moe_jax.moe.dispatch_types import ExpertFunctions
 from moe_jax.nn.remat import MOE_DISPATCHED
 
 
-def packed(x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: Experts):
+def run_sorted_experts(
+    x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: ExpertFunctions
+):
     """Weighted sums of each token's local expert outputs: [N, D].  Other ids add nothing."""
     K, local = ids_NK.shape[1], experts.num_experts
-    moves, sizes_E = sorted_moves(ids_NK.reshape(-1), local, K)
+    moves, sizes_E = sorted_indices(ids_NK.reshape(-1), local, K)
     # At most `local` of a token's assignments are to experts of this device, whatever K is.
     moves = dataclasses.replace(
         moves,
@@ -38,12 +46,14 @@ def expert_starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
     return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
 
 
-def inverse(order_N: jax.Array) -> jax.Array:
+def invert_permutation(order_N: jax.Array) -> jax.Array:
     numbers = jnp.arange(order_N.shape[0], dtype=jnp.int32)
     return jnp.zeros_like(order_N).at[order_N].set(numbers)
 
 
-def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Moves, jax.Array]:
+def sorted_indices(
+    ids_N: jax.Array, num_experts: int, choices: int
+) -> tuple[DispatchIndices, jax.Array]:
     """The indices that sort N assignments by expert (id `num_experts`: none), and expert sizes.
 
     Rows >= the sum of the sizes are padding; they must not reach a result.
@@ -52,6 +62,6 @@ def sorted_moves(ids_N: jax.Array, num_experts: int, choices: int) -> tuple[Move
     start_E = expert_starts(ids_N, num_experts)
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
-    place_N = jnp.where(ids_N < num_experts, inverse(order_N), N)
+    place_N = jnp.where(ids_N < num_experts, invert_permutation(order_N), N)
     place_NK = place_N.reshape(-1, choices)
-    return Moves(choice_M // choices, choice_M, place_NK, zeros=False), jnp.diff(start_E)
+    return DispatchIndices(choice_M // choices, choice_M, place_NK, zeros=False), jnp.diff(start_E)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.moe.dispatch_types import DispatchIn, Experts
+from moe_jax.moe.dispatch_types import DispatchIn, ExpertFunctions
 from moe_jax.moe.types import TokenChoice
 from moe_jax.parallel.collectives import varying
 from moe_jax.parallel.mesh import AXES, BATCH_AXES
@@ -24,7 +24,7 @@ def expert_region(
     body: Body,
     x_GSD: jax.Array,
     choice: TokenChoice,
-    experts: Experts,
+    experts: ExpertFunctions,
     inputs: DispatchIn,
     *by_group: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:

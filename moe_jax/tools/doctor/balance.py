@@ -28,7 +28,7 @@ from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import shrink
 from moe_jax.tools.doctor.start import NO_EXPERTS
 from moe_jax.tools.doctor.subject import Subject
-from moe_jax.train.state import everywhere, param_shardings
+from moe_jax.train.state import param_shardings, replicated
 from moe_jax.train.step import StepOptions, make_gradients
 
 UNIFORM_TOLERANCE = 1e-3  # for means in float32
@@ -217,7 +217,7 @@ def gradient(on: Rows, scope: str) -> list[np.ndarray]:
     moe = dataclasses.replace(on.config.model.moe, balance_scope=scope)
     model = define(dataclasses.replace(on.config.model, moe=moe), jnp.float32)
     options = StepOptions(seed=on.config.seed)
-    evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=everywhere(on.mesh))
+    evaluate = jax.jit(make_gradients(model, options, on.mesh), out_shardings=replicated(on.mesh))
     assert model.components is not None  # its one layer is an MoE layer
     state = router_state(model.components.router, moe.num_experts, 1, jnp.float32)
     # At a lower precision, rounding would assign tokens to other experts.

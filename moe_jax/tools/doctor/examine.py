@@ -13,12 +13,12 @@ from moe_jax.run.setup import prepare
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import (
     TEXT,
-    affordable,
-    at_peak,
     changes,
+    limit_text,
     named_devices,
     shrink,
     shrink_mesh,
+    without_warmup,
 )
 from moe_jax.tools.doctor.subject import Subject
 from moe_jax.tools.plan.lowering import make_plan
@@ -51,13 +51,13 @@ def make_subject(config: Config, num_devices: int, folder: Folder, say: Say) -> 
         _say_changes(config, small, say)
     else:
         plan = make_plan(config, len(devices))
-        data = affordable(config.data, TEXT)
+        data = limit_text(config.data, TEXT)
         small = dataclasses.replace(config, data=data)
         say(f"the config itself on {len(devices)} x {devices[0].device_kind}")
         if data != config.data:
             say("the config's own data is missing or too large to tokenise here")
             _say_changes(config, small, say)
-    run = prepare(at_peak(small), folder, lambda line: None, devices)
+    run = prepare(without_warmup(small), folder, lambda line: None, devices)
     return Subject(plan, run, shrunk, devices)
 
 

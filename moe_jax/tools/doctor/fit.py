@@ -11,7 +11,7 @@ from moe_jax.run.loop import save
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import STEPS, Subject
 from moe_jax.tools.plan.analytic import estimate
-from moe_jax.train.state import TrainState, everywhere
+from moe_jax.train.state import TrainState, replicated
 
 MOST_WAIT = 0.1  # as a share of a step
 
@@ -57,7 +57,7 @@ def saves_bitwise(subject: Subject) -> Finding:
     """
     run = subject.run
     subject.first_steps()  # so that moments and router state differ from their initial values
-    marks = jax.jit(_marks, out_shardings=everywhere(run.mesh))
+    marks = jax.jit(_marks, out_shardings=replicated(run.mesh))
     before = jax.device_get(marks(subject.state()))
     save(run, subject.state(), int(subject.state().step))
     run.checkpoints.wait()

@@ -54,7 +54,7 @@ def shrink(config: Config, mesh: MeshConfig) -> Config:
         config,
         mesh=mesh,
         model=dataclasses.replace(model, moe=moe),
-        data=dataclasses.replace(affordable(config.data, SMALL_TEXT), sequence_length=length),
+        data=dataclasses.replace(limit_text(config.data, SMALL_TEXT), sequence_length=length),
         train=dataclasses.replace(
             train, batch_size=accumulation * shards * max(rows, 1), accumulation=accumulation
         ),
@@ -107,7 +107,7 @@ def _experts(moe: MoEConfig, shards: int) -> int:
     return moe.num_experts
 
 
-def affordable(data: DataConfig, most: int) -> DataConfig:
+def limit_text(data: DataConfig, most: int) -> DataConfig:
     """The config's own data, or `stdlib` if it is missing or larger than `most` bytes."""
     try:
         streams = find_streams(data)
@@ -122,7 +122,7 @@ def affordable(data: DataConfig, most: int) -> DataConfig:
     return dataclasses.replace(data, **own, store="")
 
 
-def at_peak(config: Config) -> Config:
+def without_warmup(config: Config) -> Config:
     """Set the learning rate to its peak, because the first step of a warm-up changes nothing."""
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0)
     return dataclasses.replace(config, optimizer=optimizer)

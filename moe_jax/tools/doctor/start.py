@@ -20,7 +20,7 @@ from moe_jax.model.rope import rope_tables
 from moe_jax.moe.components import Components
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
-from moe_jax.train.state import everywhere
+from moe_jax.train.state import replicated
 from moe_jax.train.step import step_keys
 
 SIGMAS = 5  # tolerance, in standard errors of the estimated standard deviation
@@ -42,7 +42,7 @@ def expert_init(subject: Subject) -> Finding:
     config, params = run.model.config, subject.state().params
     std = jax.jit(
         lambda p: reduce_leaves(run.model, p, lambda leaf, axes: leaf.std(axes)),
-        out_shardings=everywhere(run.mesh),
+        out_shardings=replicated(run.mesh),
     )
     D, F = config.width, config.moe.expert_width
     targets = {

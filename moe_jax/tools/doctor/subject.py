@@ -25,10 +25,10 @@ from moe_jax.nn.params import ParamRule
 from moe_jax.parallel.replicas import bit_hash
 from moe_jax.run.context import Run
 from moe_jax.run.loop import compile_step
-from moe_jax.run.restore import first_state
+from moe_jax.run.restore import restore_or_init_state
 from moe_jax.tools.plan.lowering import Plan
 from moe_jax.train.losses import loss_values
-from moe_jax.train.state import TrainState, everywhere
+from moe_jax.train.state import TrainState, replicated
 from moe_jax.train.step import StepMetrics, make_gradients
 
 STEPS = 5  # steps in which the wait for data is timed
@@ -88,7 +88,7 @@ class Subject:
     def state(self) -> TrainState:
         """Return the state that the next step starts from; restore or initialise it if needed."""
         if self._state is None:
-            self._state = first_state(self.run, "", lambda line: None)
+            self._state = restore_or_init_state(self.run, "", lambda line: None)
         return self._state
 
     def drop_state(self) -> None:
@@ -117,7 +117,7 @@ class Subject:
             norms = reduce_leaves(model, grads, _norm)
             return loss_values(sums, counts, model).lm, norms, sums.moe
 
-        compiled = jax.jit(evaluate, out_shardings=everywhere(self.run.mesh))
+        compiled = jax.jit(evaluate, out_shardings=replicated(self.run.mesh))
         found = compiled(self.state().params, self.state().router, self.batch)
         loss, norms, moe = jax.device_get(found)
         kept = np.zeros((0, 0)) if moe is None else moe.ledger.expert.kept
@@ -136,7 +136,7 @@ class Subject:
 
     def _take_steps(self) -> Steps:
         mesh, model = self.run.mesh, self.run.model
-        marks = jax.jit(lambda p: reduce_leaves(model, p, _bits), out_shardings=everywhere(mesh))
+        marks = jax.jit(lambda p: reduce_leaves(model, p, _bits), out_shardings=replicated(mesh))
         before = by_layer(model, jax.device_get(marks(self.state().params)))
         self._state, metrics = self.step_fn(self.state(), self.batch)
         after = by_layer(model, jax.device_get(marks(self._state.params)))

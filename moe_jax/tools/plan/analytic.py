@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class DeviceSizes:
     """The sizes of one device's share of the model and of a microbatch."""
 
     model: ModelConfig
@@ -70,7 +70,7 @@ class Local:
         return self.model.num_heads // tensor, self.model.num_kv_heads // tensor
 
 
-def local_sizes(plan: Plan) -> Local:
+def local_sizes(plan: Plan) -> DeviceSizes:
     """Compute the sizes of one device's share."""
     config, model = plan.config, plan.config.model
     sizes = dataclasses.asdict(config.mesh)
@@ -81,7 +81,7 @@ def local_sizes(plan: Plan) -> Local:
         M, exchange = parts.dispatch.buffer_rows(layer), parts.dispatch.exchange(layer)
     U = ACTIVATE[model.activation][0]
     c = float(jnp.dtype(config.precision).itemsize)
-    return Local(model, sizes, c, N, M, U, parts and parts.dispatch, exchange)
+    return DeviceSizes(model, sizes, c, N, M, U, parts and parts.dispatch, exchange)
 
 
 def estimate(plan: Plan) -> Memory:
@@ -150,7 +150,7 @@ def moe_layers(model: ModelConfig) -> int:
     return sum(model.is_moe(layer) for layer in range(model.num_layers))
 
 
-def saved_bytes(plan: Plan, local: Local) -> float:
+def saved_bytes(plan: Plan, local: DeviceSizes) -> float:
     """The bytes that all layers save in the forward pass for the backward pass."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
     D, A = model.width, model.head_dim
@@ -189,7 +189,7 @@ class Working(NamedTuple):
     dispatch: float
 
 
-def layer_bytes(local: Local) -> Working:
+def layer_bytes(local: DeviceSizes) -> Working:
     """Estimate the peak of one layer's backward pass, beside what was saved."""
     model, c, N, M, U = local.model, local.c, local.N, local.M, local.U
     stream = 4 * N * model.width * c
@@ -211,7 +211,7 @@ def layer_bytes(local: Local) -> Working:
     return Working(stream, 2 * U * wide + 3 * narrow)
 
 
-def passes_to_experts(local: Local) -> tuple[int, int]:
+def passes_to_experts(local: DeviceSizes) -> tuple[int, int]:
     """Count the exchanges of one MoE layer per step: (dispatches, combines).
 
     Each happens once forward and once backward, and once more if remat repeats it.  If the combine
@@ -225,7 +225,7 @@ def passes_to_experts(local: Local) -> tuple[int, int]:
     return 2 + (local.model.remat in ("full", "dots")), 2
 
 
-def all_to_alls(plan: Plan, local: Local) -> int:
+def all_to_alls(plan: Plan, local: DeviceSizes) -> int:
     """Count the all-to-alls in the program, where a scan's body appears once.
 
     Each has its own receive buffer (see compiled.py).
@@ -238,7 +238,7 @@ def all_to_alls(plan: Plan, local: Local) -> int:
     return sum(passes_to_experts(local)) * sum(model.is_moe(layer) for layer in present)
 
 
-def gathered_bytes(plan: Plan, local: Local) -> float:
+def gathered_bytes(plan: Plan, local: DeviceSizes) -> float:
     """The bytes of one layer's weights in the compute dtype, gathered over fsdp."""
     sizes = plan.mesh.shape
     if sizes["fsdp"] == 1 and plan.config.model.remat != "none":

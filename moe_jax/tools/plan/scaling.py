@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from moe_jax.config import Config
 from moe_jax.files import formats
-from moe_jax.tools.plan.search import Found, anywhere, mesh_text, search
+from moe_jax.tools.plan.search import Found, mesh_text, plan_on_one_device, search
 from moe_jax.tools.plan.topology import Topology, parse_topology
 
 LARGEST_BATCH = 32 * 2**20  # tokens per step; more is marked impractical
@@ -27,7 +27,7 @@ def scaling(config: Config, chip: str, usable: float) -> Iterator[str]:
         "GiB per device | full overlap, ms | no overlap, ms | MFU between | limit | note |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    plan = anywhere(config)
+    plan = plan_on_one_device(config)
     for chips in _CHIPS:
         topology = parse_topology(f"{chip}:{'x'.join(map(str, cube(chips)))}")
         rows = plan.config.train.batch_size

@@ -46,7 +46,7 @@ class Ranking(NamedTuple):
     rejected: list[Rejected]
 
 
-def anywhere(config: Config) -> Plan:
+def plan_on_one_device(config: Config) -> Plan:
     """Plan the model of a config on one device, where any batch is legal."""
     train = dataclasses.replace(config.train, accumulation=1)
     return make_plan(dataclasses.replace(config, mesh=MeshConfig(), train=train), 1)
@@ -87,7 +87,7 @@ def search(
     """Rank meshes x remat policies x batch sizes, each with the least accumulation that fits.
 
     Args:
-      plan: the model (`anywhere`); its mesh, remat and accumulation do not matter.
+      plan: the model (`plan_on_one_device`); its mesh, remat and accumulation do not matter.
       topology: the devices.
       usable: bytes of a device that a program may use.
       batches: rows per step to try; empty: the plan's own, half and twice that.

@@ -8,7 +8,7 @@ heads, A head width, T positions in a row.
 from moe_jax.parallel.mesh import AXES
 from moe_jax.run.resolve import layer_sizes
 from moe_jax.tools.plan.analytic import (
-    Local,
+    DeviceSizes,
     local_sizes,
     moe_layers,
     passes_to_experts,
@@ -20,7 +20,7 @@ from moe_jax.tools.plan.roofline import Traffic
 # By remat policy, the weights of a block whose matmuls the backward pass recomputes, because it
 # needs their results and the policy does not save them.  An attention kernel is always recomputed,
 # and so are the experts' outputs if the combine weighs them.
-_AGAIN = {
+_RECOMPUTED = {
     "full": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_dispatch": ("q_DHA", "k_DJA", "v_DJA", "o_HAD", "w_in_DF", "w_gate_DF", "w_in_EDUF"),
     "save_hidden": ("q_DHA", "k_DJA", "v_DJA", "o_HAD"),
@@ -33,7 +33,7 @@ def executed_flops(plan: Plan) -> float:
     """The FLOPs per step of one device's matmuls, with recomputation and empty slots."""
     config, model = plan.config, plan.config.model
     moe, T = model.moe, config.data.sequence_length
-    again = _AGAIN[model.remat]
+    again = _RECOMPUTED[model.remat]
     flops = plan.flops
     slots = 1.0  # slots per assignment
     parts = plan.model.components
@@ -81,7 +81,7 @@ def traffic(plan: Plan) -> list[Traffic]:
     return [*_weights(plan, local), *_tokens(plan, local), *_tensor(plan, local)]
 
 
-def _weights(plan: Plan, local: Local) -> list[Traffic]:
+def _weights(plan: Plan, local: DeviceSizes) -> list[Traffic]:
     """The traffic of gathering weights over fsdp, and of reducing gradients."""
     sizes, again = local.sizes, plan.config.train.accumulation
     gathers = 2  # in the forward and in the backward pass of the layer
@@ -102,7 +102,7 @@ def _weights(plan: Plan, local: Local) -> list[Traffic]:
     return found
 
 
-def _tokens(plan: Plan, local: Local) -> list[Traffic]:
+def _tokens(plan: Plan, local: DeviceSizes) -> list[Traffic]:
     """The traffic of dispatch and combine, forward and backward."""
     model, exchange, n = local.model, local.exchange, local.sizes["expert"]
     if exchange is None or local.dispatch is None:
@@ -121,7 +121,7 @@ def _tokens(plan: Plan, local: Local) -> list[Traffic]:
     return [Traffic("all-to-all", "expert", sent * ((there + back) * a_row + weights))]
 
 
-def _tensor(plan: Plan, local: Local) -> list[Traffic]:
+def _tensor(plan: Plan, local: DeviceSizes) -> list[Traffic]:
     """The traffic of sums over tensor, after attention and FFN, forward and backward."""
     n, model = local.sizes["tensor"], local.model
     if n == 1:

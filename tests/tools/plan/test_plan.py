@@ -17,7 +17,7 @@ from moe_jax.tools.plan import analytic, work
 from moe_jax.tools.plan.chips import CHIPS
 from moe_jax.tools.plan.lowering import make_plan
 from moe_jax.tools.plan.roofline import Traffic, roofline, torus_rings
-from moe_jax.tools.plan.search import anywhere, meshes, search
+from moe_jax.tools.plan.search import meshes, plan_on_one_device, search
 from moe_jax.tools.plan.topology import parse_topology
 from moe_jax.train.optim import OptimizerConfig
 from moe_jax.train.state import abstract_state, state_shardings
@@ -230,7 +230,7 @@ def test_names_that_count_cores_or_chips_get_their_shape(name, answer):
 def test_search_says_why():
     """Layouts that fit are ranked; an indivisible head count and too little memory are named."""
     topology = parse_topology("v5e:2x4")
-    plan = anywhere(small())
+    plan = plan_on_one_device(small())
     everything = search(plan, topology, 1e12, batches=(16,))
     speeds = [one.seconds_per_token for one in everything.found]
     assert speeds and speeds == sorted(speeds)

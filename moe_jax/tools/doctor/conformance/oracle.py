@@ -19,7 +19,7 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.moe.components import make_router
-from moe_jax.moe.types import ExpertChoice, Fates, RouterIn
+from moe_jax.moe.types import ExpertChoice, Outcomes, RouterIn
 from moe_jax.tools.doctor.conformance.cases import SOURCES, Case, Layer
 from moe_jax.tools.doctor.conformance.reference import REFERENCE, Routed, Tokens
 
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     params: Mapping[str, Any]  # gradients
     losses: Mapping[str, Any]  # sums of balance, z and entropy
     tokens: Any  # number of tokens in those sums
-    fates: Mapping[str, Fates]  # axis (total, expert, position, source) -> counts
+    fates: Mapping[str, Outcomes]  # axis (total, expert, position, source) -> counts
     assignments: Any
     lost_tokens: Any
 
@@ -213,7 +213,7 @@ def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
     """Count (outcomes by axis, assignments, lost tokens) with NumPy."""
     real_GSK = np.broadcast_to(case.mask_BT.reshape(*kept_GSK.shape[:2], 1), kept_GSK.shape)
     made, valid = routed.made_GSK, routed.valid_GSK
-    masks: dict[str, Any] = dict.fromkeys(Fates._fields, np.zeros_like(kept_GSK)) | {
+    masks: dict[str, Any] = dict.fromkeys(Outcomes._fields, np.zeros_like(kept_GSK)) | {
         "kept": kept_GSK,
         "unsampled": made & real_GSK & ~valid,
         "padding": made & ~real_GSK,
@@ -224,11 +224,11 @@ def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
 
     def spread(labels, count):
         labels = np.broadcast_to(labels, kept_GSK.shape)
-        return Fates(*(np.bincount(labels[masks[f]], minlength=count) for f in Fates._fields))
+        return Outcomes(*(np.bincount(labels[masks[f]], minlength=count) for f in Outcomes._fields))
 
     by_token = (*kept_GSK.shape[:2], 1)
     fates = {
-        "total": Fates(*(masks[f].sum() for f in Fates._fields)),
+        "total": Outcomes(*(masks[f].sum() for f in Outcomes._fields)),
         "expert": spread(routed.ids_GSK, layer.model.moe.num_experts),
         "position": spread(
             np.broadcast_to(bucket_T, (rows, positions)).reshape(by_token), POSITION_BUCKETS
