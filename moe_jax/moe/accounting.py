@@ -35,7 +35,7 @@ def count_outcomes(
       choice: as the router made it.
       by_token: the same choice, by token.
       kept_GSK: True for assignments that their expert computed.
-      drop_cause: the field of Fates that counts sampled assignments of real tokens not kept.
+      drop_cause: the field of Outcomes that counts sampled assignments of real tokens not kept.
       num_experts: E.
       context: mask, group rows and sources of the microbatch.
     """

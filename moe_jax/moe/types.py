@@ -275,7 +275,7 @@ class Dispatch(Protocol):
 
     @property
     def drop_cause(self) -> str:
-        """The field of Fates that counts the assignments it drops."""
+        """The field of Outcomes that counts the assignments it drops."""
         ...
 
     @property

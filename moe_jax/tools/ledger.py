@@ -38,7 +38,7 @@ class Totals:
     steps: list[int]
     sources: list[str]
     assignments: np.ndarray  # [L], from the shapes of the router's assignments
-    ledger: Ledger  # Fates of int64 arrays [L, n]
+    ledger: Ledger  # Outcomes of int64 arrays [L, n]
 
 
 def read(path: Folder, from_step: int = 0) -> Totals:
@@ -83,7 +83,7 @@ class _Counts(NamedTuple):
     step: int
     sources: list[str]
     assignments: np.ndarray  # [L]
-    ledger: Ledger  # Fates of int64 arrays [L, n]
+    ledger: Ledger  # Outcomes of int64 arrays [L, n]
 
     def shapes(self) -> list[tuple[int, ...]]:
         return [array.shape for array in jax.tree.leaves(self.ledger)]

@@ -366,7 +366,7 @@ def test_the_first_run_of_two_that_start_at_once_is_seen_by_the_second(
         shutil.copytree(place.saved, workdir)
         return lock_workdir(folder, say)
 
-    monkeypatch.setattr("moe_jax.cli.train.alone_in", after_the_first_run)
+    monkeypatch.setattr("moe_jax.cli.train.lock_workdir", after_the_first_run)
     with pytest.raises(UserError) as error:
         main(["train", *arguments(place, workdir, {"seed": 7})])
     check_sentence(error, r"config\.seed is 7 but the run in this workdir has 0")

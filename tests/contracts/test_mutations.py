@@ -169,7 +169,7 @@ def takes_padding(route):
 MATRIX = [
     Mutant(
         "drops the unsort",
-        replaced(packed, "inverse", lambda a: a),
+        replaced(packed, "invert_permutation", lambda a: a),
         "output",
         "top_k",
         "dropless",

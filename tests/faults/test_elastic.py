@@ -85,7 +85,7 @@ def leg(corpus, monkeypatch):
         devices = jax.devices()[: math.prod(mesh.values())]
         monkeypatch.setattr(loop, "DeviceFeed", Recorded)
         monkeypatch.setattr(trainer, "prepare", functools.partial(prepare, devices=devices))
-        monkeypatch.setattr(trainer, "first_state", bits_kept)
+        monkeypatch.setattr(trainer, "restore_or_init_state", bits_kept)
         monkeypatch.setattr(distributed.Preemption, "reached", lambda self, step: step == until)
         sizes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
         code = trainer.main(

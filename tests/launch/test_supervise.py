@@ -222,8 +222,8 @@ def test_the_command_ignores_no_signal_that_it_would_not_otherwise(tmp_path):
 # Holds the lock as a trainer does, until SIGTERM.
 HOLDER = """
 import pathlib, signal, sys
-from moe_jax.record.lock import alone_in
-with alone_in(pathlib.Path(sys.argv[1])):
+from moe_jax.record.lock import lock_workdir
+with lock_workdir(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     signal.alarm(60)  # ends the process even if the test fails
     signal.pause()

@@ -16,8 +16,8 @@ from moe_jax.record.lock import LOCK, lock_workdir
 
 HOLDER = """
 import pathlib, signal, sys
-from moe_jax.record.lock import alone_in
-with alone_in(pathlib.Path(sys.argv[1])):
+from moe_jax.record.lock import lock_workdir
+with lock_workdir(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     signal.pause()
 """

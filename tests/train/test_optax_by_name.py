@@ -137,7 +137,9 @@ def test_all_of_optax_is_refused_in_a_sentence_or_leads_downhill():
             check_options(name, options)
             check_parameter(name, options, "w", jax.ShapeDtypeStruct((2, 3), jnp.float32))
         except UserError as error:
-            assert str(error).startswith("optimizer.") and str(error).endswith((".", ")")), name
+            assert str(error).startswith("config.optimizer.") and str(error).endswith((".", ")")), (
+                name
+            )
             continue
         rule = optax.chain(*directions(name, options))
         state, total = rule.init(weight), 0.0
