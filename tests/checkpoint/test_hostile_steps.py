@@ -218,6 +218,6 @@ def test_reading_has_a_time_limit(workdir, capsys, monkeypatch):
     monkeypatch.setattr(command, "seconds_to_read", lambda size: 0.1)
     held = threading.Event()
     monkeypatch.setattr(Checkpoints, "examine", lambda *_: held.wait(30) and None)
-    with pytest.raises(UserError, match="Step 1 was not read within"):
+    with pytest.raises(UserError, match=r"Step 1 \(.* MiB\) was not read within"):
         command.main(["checkpoint", f"--workdir={workdir}", "--verify"])
     held.set()
