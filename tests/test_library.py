@@ -56,6 +56,7 @@ def test_what_the_page_computes(names):
     np.testing.assert_array_equal(names["again"].logits(tokens), names["tiny"].logits(tokens))
 
 
+@pytest.mark.lifecycle
 def test_the_routers_state_of_the_page_follows_the_load(names):
     layer = names["layer"]
     assert layer.router == names["Sharp"](temperature=0.5) == names["same"].router
@@ -154,6 +155,7 @@ def test_load_config_sets_keys_and_refuses_what_is_none():
         moe_jax.load_config(str(ROOT / "configs" / "tiny.py"), {"train.stepz": 7})
 
 
+@pytest.mark.lifecycle
 def test_the_module_equals_the_forward_pass(x64):
     """In float64, with experts in every other layer, packed documents and a stateful router."""
     from flax import nnx

@@ -192,7 +192,7 @@ def test_command_line_lists_quarantine_apart(tmp_path, capsys):
 
 
 def test_command_line_without_checkpoints(tmp_path, capsys):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoints"):
         main(["moe-checkpoint", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="--workdir"):
         main(["moe-checkpoint"])

@@ -61,7 +61,7 @@ def test_from_a_checkpoint_of_the_part_before(replayed, run, tmp_path):
     assert "replaying steps 7 to 9" in done.out and "Step 9 equals metrics.jsonl" in done.out
     done = replayed(5, workdir=workdir)
     assert done.code == FIX and "Traceback" not in done.err
-    assert "Step 4 was taken with 8 devices, the next with 4 devices, and no good" in done.err
+    assert "Step 4 used 8 devices, the next step used 4 devices, and there is no good" in done.err
 
 
 def test_too_few_devices_are_one_sentence(replayed):

@@ -169,7 +169,7 @@ def test_the_record_and_the_stop_file(bucket, tmp_path):
 
     control = Control(small_config(write_corpus(tmp_path)), workdir, 8)
     preemption = Preemption()
-    assert control.after(1, preemption) is Stop.NO
+    assert control.after(1, preemption) is Stop.CONTINUE
     (workdir / STOP_FILE).write_text("")
     assert control.after(2, preemption) is Stop.ASKED
     preemption.close()

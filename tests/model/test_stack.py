@@ -256,6 +256,7 @@ def test_dense_model_is_causal_to_the_bit(mesh_of):
     assert (np.asarray(plain[:, 9:]) != np.asarray(changed[:, 9:])).any()
 
 
+@pytest.mark.lifecycle
 def test_confined_attention_stops_at_documents(mesh_of):
     tokens, positions, segments = batch()
 

@@ -122,6 +122,7 @@ def hand_out(ids_GN, experts, capacity, order: PriorityOrder):
     return slots
 
 
+@pytest.mark.lifecycle
 @settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),

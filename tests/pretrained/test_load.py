@@ -154,6 +154,7 @@ def test_unrolled_layers_and_attention_of_another_platform(tiny, workdir, tmp_pa
     np.testing.assert_allclose(flat.logits(tokens(3)), tiny.logits(tokens(3)), atol=1e-5)
 
 
+@pytest.mark.lifecycle
 def test_scanned_layers_on_a_mesh_are_saved_layer_by_layer(tiny, workdir, tmp_path, mesh_of):
     moe_jax.load(workdir, mesh=mesh_of(data=2, tensor=2)).save(tmp_path / "saved")
     assert Checkpoints(tmp_path / "saved" / "checkpoints").digest(8) == digest(tiny)

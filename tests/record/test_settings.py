@@ -68,7 +68,7 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
     begins(14, 8, 300)
     history = read_settings(tmp_path)
     assert [leg.last for leg in replay.split_legs(history, 9, 17)] == [14, 17]
-    with pytest.raises(UserError, match="Step 3 was taken with 8 devices, the next with 4"):
+    with pytest.raises(UserError, match="Step 3 used 8 devices, the next step used 4"):
         replay.split_legs(history, 2, 11)
 
 
@@ -89,7 +89,10 @@ def test_a_flight_record_has_the_settings_before_the_run_went_on_with_others(tmp
     assert [settings_at(now.settings, step).devices for step in (6, 9)] == [8, 4]
     then = replay.read_flight(tmp_path, 9, now)
     assert [settings_at(then.settings, step).devices for step in (6, 9)] == [8, 8]
-    assert (now.usable, then.usable) == (math.inf, 6)  # a later checkpoint has other bits
+    assert (now.last_usable_step, then.last_usable_step) == (
+        math.inf,
+        6,
+    )  # a later checkpoint has other bits
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_what_another_machine_would_round_otherwise_is_refused(tmp_path, begins)
     begins(0, 8)
     (settings,) = read_settings(tmp_path)
     for change, sentence in (
-        ({"platform": "tpu"}, "used 8 devices of kind tpu and this is cpu"),
+        ({"platform": "tpu"}, "used 8 devices of kind tpu, and cpu rounds differently"),
         ({"devices": 16}, r"used 16 devices and 8 devices .*--devices=16"),
     ):
         other = cast(Settings, dataclasses.replace(settings, **change))

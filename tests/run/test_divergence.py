@@ -175,7 +175,7 @@ def test_replay_compares_every_number():
     [
         ("15", "--step=15: the run has steps 1 to 14"),
         ("0", "--step=0: steps are counted from 1"),
-        ("1", "No good checkpoint before step 1 is left in .* or add --from_beginning"),
+        ("1", "There is no good checkpoint before step 1 in .* or add --from_beginning"),
     ],
 )
 def test_replay_refuses(bad, step, sentence):
@@ -208,7 +208,7 @@ def test_replay_refuses_a_damaged_flight_record(bad, tmp_path, text):
 
 def test_replay_wants_the_devices_of_the_run(bad, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(UserError, match="used 8 devices and 4 devices would"):
+    with pytest.raises(UserError, match="used 8 devices, and 4 devices would"):
         replay_command(["replay", f"--workdir={bad.workdir}", "--step=9"])
 
 
