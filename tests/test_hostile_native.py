@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_hostile_files import SECONDS, fuzz, is_sentence
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.store import array_digests, key_value_store, manifest_bytes
 from moe_jax.data.tokenizers import train_bpe
@@ -210,7 +210,7 @@ def test_store_sealed_by_whoever_changed_it(tmp_path, reader, count, file):
     for name in range(20):
         (tmp_path / f"{name}.txt").write_text(f"{name} words " * 20)
     config = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.2)
-    good = Path(build_store(config, tmp_path / "stores", layout=Layout(64, 512)).path)
+    good = Path(build_store(config, tmp_path / "stores", layout=ChunkSizes(64, 512)).path)
     reader.good("store", good)
     path = tmp_path / "bad"
     shutil.copytree(good, path)

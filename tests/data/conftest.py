@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.store import Store
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 @pytest.fixture

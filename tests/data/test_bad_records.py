@@ -9,12 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 GOOD = [f"good text {i}" for i in range(12)]
 datasets.disable_progress_bars()
 

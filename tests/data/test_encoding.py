@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from moe_jax.data import build, encoding, long_documents
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import Document
 from moe_jax.data.encoding import encode_documents
 from moe_jax.data.tokenizers import BytesTokenizer, train_bpe
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 def contents(store: str) -> dict[str, bytes]:

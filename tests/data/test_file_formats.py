@@ -14,14 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.compressed import FREE_BYTES, MAX_RATIO
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.store import SPLITS
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 TEXTS = [f"document {i}: größe 日本 🙂 {'word ' * i}" for i in range(40)]
 datasets.disable_progress_bars()
 

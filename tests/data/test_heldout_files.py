@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.store import SOURCE, START, Split, Store
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 def write(folder: Path, **texts: str) -> None:

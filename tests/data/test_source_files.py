@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.errors import UserError
@@ -202,7 +202,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 def test_a_failed_build_leaves_nothing_but_whole_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_jax.data.encoding.BATCH_CHARACTERS", 100)
-    small = Layout(chunk=64, shard=512)
+    small = ChunkSizes(chunk=64, shard=512)
     rows = [{"text": f"words of document {i} " * 3} for i in range(60)]
     held = [{"text": "held out"}]
     (tmp_path / "h.jsonl").write_text(json.dumps(held[0]))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, build_store, open_built_store
+from moe_jax.data.build import ChunkSizes, build_store, open_built_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.split_writer import SplitWriter
@@ -22,7 +22,7 @@ from moe_jax.data.store import BYTES, SOURCE, SPLITS, START, open_store, read_ma
 from moe_jax.data.tokenizers import BytesTokenizer, train_bpe
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)  # as in conftest.py
+SMALL = ChunkSizes(chunk=64, shard=512)  # as in conftest.py
 
 
 def contents(store_path: str | Path) -> dict[str, bytes]:
@@ -178,7 +178,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
 def test_a_killed_process_leaves_a_build_that_goes_on(config, store, tmp_path, cli_env):
     script = f"""
 import os, signal
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 lines = []
 def progress(line):
@@ -186,7 +186,7 @@ def progress(line):
     if len(lines) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 config = DataConfig(source="text", files={config.files!r}, heldout_fraction=0.2)
-build_store(config, {str(tmp_path / "killed")!r}, progress, Layout(64, 512))
+build_store(config, {str(tmp_path / "killed")!r}, progress, ChunkSizes(64, 512))
 """
     done = subprocess.run([sys.executable, "-c", script], env=cli_env, timeout=120)
     assert done.returncode == -signal.SIGKILL
@@ -229,7 +229,7 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(config, store, corp
         fingerprint(tokenizer=str(tmp_path / "tokenizer.json")),
         fingerprint(heldout_fraction=0.3),
         fingerprint(files=f"{corpus}/a/*.txt"),
-        fingerprint(layout=Layout(64, 1024)),
+        fingerprint(layout=ChunkSizes(64, 1024)),
     ]
     (moved / "a" / "01.txt").write_text("changed")
     others.append(fingerprint(files=f"{moved}/*/*.txt"))

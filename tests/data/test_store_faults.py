@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from moe_jax.data import build, split_writer
-from moe_jax.data.build import Layout, build_store, open_built_store, store_root
+from moe_jax.data.build import ChunkSizes, build_store, open_built_store, store_root
 from moe_jax.data.store import array_digests, key_value_store, manifest_bytes, open_store
 from moe_jax.errors import UserError
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 def contents(store_path: str | Path) -> dict[str, bytes]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.corpora import find_streams
 from moe_jax.data.pipeline import HeldOut
 from moe_jax.data.store import BYTES, SPLITS, START
 from moe_jax.data.tokenizers import load_tokenizer, train_bpe
 
-SMALL = Layout(chunk=64, shard=512)
+SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 @pytest.fixture

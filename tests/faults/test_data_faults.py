@@ -15,7 +15,7 @@ from small_run import flags, small_config, write_corpus
 
 from moe_jax.cli.train import main
 from moe_jax.config import to_json
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.data.feed import DeviceFeed
 from moe_jax.data.pipeline import Batches, HeldOut
@@ -26,7 +26,7 @@ from moe_jax.record.provenance import write_run_record
 from moe_jax.run.resume import data_record
 from moe_jax.run.setup import prepare
 
-LAYOUT = Layout(64, 512)
+LAYOUT = ChunkSizes(64, 512)
 T = 12
 
 
@@ -250,7 +250,7 @@ def test_a_flipped_bit_in_any_file_of_a_store(tmp_path, flips):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"{name} few words" * 5)
     corpus = DataConfig(source="text", files=f"{tmp_path}/*.txt", heldout_fraction=0.2)
-    store = Path(build_store(corpus, tmp_path / "stores", layout=Layout(32, 128)).path)
+    store = Path(build_store(corpus, tmp_path / "stores", layout=ChunkSizes(32, 128)).path)
     read_all(store)
     files = sorted(path for path in store.rglob("*") if path.is_file())
     assert len(files) == 10

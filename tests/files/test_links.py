@@ -11,7 +11,7 @@ from small_run import flags, write_corpus
 
 from launch.sweep import _write_record
 from moe_jax.cli.train import main
-from moe_jax.data.build import Layout, build_store
+from moe_jax.data.build import ChunkSizes, build_store
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_links
@@ -90,7 +90,7 @@ def test_links_inside_a_workdir_and_to_it_are_fine(tmp_path):
 def test_a_build_writes_and_deletes_through_no_link(tmp_path, mine, name):
     """TensorStore follows links: recreating an array deletes everything behind the link."""
     config = DataConfig(source="text", files=write_corpus(tmp_path / "text", 12))
-    good = Path(build_store(config, tmp_path / "good", layout=Layout(64, 512)).path)
+    good = Path(build_store(config, tmp_path / "good", layout=ChunkSizes(64, 512)).path)
     link = tmp_path / "stores" / good.name / name
     link.parent.mkdir(parents=True)
     if name == ".":
@@ -99,7 +99,7 @@ def test_a_build_writes_and_deletes_through_no_link(tmp_path, mine, name):
         link.symlink_to(mine / ("file" if "json" in name else "."))
     before = contents(mine)
     with pytest.raises(UserError):
-        build_store(config, tmp_path / "stores", layout=Layout(64, 512))
+        build_store(config, tmp_path / "stores", layout=ChunkSizes(64, 512))
     assert contents(mine) == before
 
 
