@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
     for path in (tmp_path / "web" / "003.txt", tokenizer):
         good = path.read_bytes()
         path.write_bytes(good + b"\n")
-        refused(r"text of the run in .*run, or its tokenizer, has changed .*data\.json")
+        refused(r"text or the tokenizer of the run in .*run has changed .*data\.json")
         path.write_bytes(good)
     ready()
 

@@ -140,7 +140,7 @@ def test_what_another_machine_would_round_otherwise_is_refused(tmp_path, begins)
     (settings,) = read_settings(tmp_path)
     for change, sentence in (
         ({"platform": "tpu"}, "used 8 devices of kind tpu, and cpu rounds differently"),
-        ({"devices": 16}, r"used 16 devices and 8 devices .*--devices=16"),
+        ({"devices": 16}, r"used 16 devices, and 8 devices .*--devices=16"),
     ):
         other = cast(Settings, dataclasses.replace(settings, **change))
         with pytest.raises(UserError, match=sentence):
