@@ -200,8 +200,8 @@ def test_a_lost_assignment_ends_the_step_in_debug_mode(monkeypatch):
         kept = ledger.position.kept.at[0].add(-1)
         return stats, ledger._replace(position=ledger.position._replace(kept=kept))
 
-    account = layer.account
-    monkeypatch.setattr(layer, "account", loses_one)
+    account = layer.count_outcomes
+    monkeypatch.setattr(layer, "count_outcomes", loses_one)
     state, step, given = make(config())
     with pytest.raises(Exception, match="assignments by position are not conserved"):
         jax.block_until_ready(step(state, given))
