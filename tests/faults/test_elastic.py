@@ -140,7 +140,7 @@ def test_four_devices_and_an_expert_axis_go_on_from_eight(tmp_path, corpus, leg,
     same(run, straight, 2 * FIRST)
 
     split = flags(run, corpus, **OVERRIDES, train__steps=STEPS, train__accumulation=4)
-    with pytest.raises(UserError, match=r"be a multiple of 2 \(a run that has begun"):
+    with pytest.raises(UserError, match=r"a multiple of 2 \(a resumed run"):
         trainer.main(["train", *split])
 
 
