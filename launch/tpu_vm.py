@@ -4,7 +4,7 @@
             host and, with ARGUMENTS of python -m moe_jax train, trains
   install   prepare every host now
   run       create the VM, or use the existing one; train, follow the run, and request another VM
-            if this one is taken away; ends with the run's exit code
+            if this one is preempted; ends with the run's exit code
   status    print the VM's state and the run's last line
   logs      print the run's output
   stop      end the run with a checkpoint
@@ -173,7 +173,7 @@ def _ask_again(job: Job, options: TpuOptions, shell: Shell) -> None:
 
 
 def _follow(job: Job, options: TpuOptions, shell: Shell) -> int | None:
-    """Wait for the run's exit code; None if the VM is taken away before."""
+    """Wait for the run's exit code; return None if the VM is preempted first."""
     silences = 0
     while wait(job.name, options, shell):
         try:

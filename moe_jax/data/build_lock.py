@@ -1,4 +1,4 @@
-"""One process of a machine builds a store; those that wait for it see whether it gets on."""
+"""A per-host lock for building a store, through which waiting processes see its progress."""
 
 import contextlib
 import errno
@@ -13,19 +13,19 @@ from etils import epath
 from moe_jax.errors import UserError
 from moe_jax.files.links import check_link, check_links
 
-LOOK_INTERVAL = 0.25  # seconds between two looks at who builds
-TELL_INTERVAL = 1.0  # seconds between two signs of life of who builds
+LOOK_INTERVAL = 0.25  # seconds between two checks by a waiting process
+TELL_INTERVAL = 1.0  # seconds between two updates of the lock file's time by the builder
 
 
 class BuildLock:
     """A per-host lock for building a store; waiting processes see whether the builder progresses.
 
-    The builder holds a kernel lock on ROOT/NAME.lock, which it removes at its end, and sets that
-    file's time whenever it has got on; the others look at it.  So a process that waits is alive
-    exactly while the builder is.
+    The builder holds a kernel lock on ROOT/NAME.lock, which it removes at its end, and updates
+    that file's time while it makes progress.  The waiting processes read the time, so each of them
+    counts as making progress only while the builder does.
 
     Args:
-      report: called whenever a build has got on, here or in the process that is waited for.
+      report: called when a build makes progress, in this process or in the one that is waited for.
     """
 
     def __init__(self, report: Callable[[], None]):
@@ -34,7 +34,7 @@ class BuildLock:
         self._due = 0.0
 
     def alive(self) -> None:
-        """This process has got on with its text or its store."""
+        """Record that this process has made progress with its text or its store."""
         self._report()
         if self._held is not None and time.monotonic() >= self._due:
             os.utime(self._held.fileno())

@@ -1,18 +1,17 @@
-"""Documents as long as books: taken block by block, and refused where they would fill memory."""
+"""Long documents: encoded block by block, and refused if they would fill memory."""
 
 from collections.abc import Callable, Iterator
 
 from moe_jax.data.bad_records import BadRecord
 
-BLOCK_CHARACTERS = 1 << 20  # of a text that are turned into bytes at once
-PIECE_CHARACTERS = 1 << 18  # of a text that are encoded at once, where it may be cut
-# Without data.max_document_bytes: of a document, and of what has to be encoded at once.  The
-# tokenizers library takes 40 to 110 bytes of memory for one of text (0.23, measured at 4 MB).
-MOST = 1 << 30
-MOST_AT_ONCE = 32 << 20
+BLOCK_CHARACTERS = 1 << 20  # characters of a text that are converted to bytes at once
+PIECE_CHARACTERS = 1 << 18  # characters per piece of a text that may be cut
+# Limits if data.max_document_bytes is 0: bytes per document, and bytes per piece.  The tokenizers
+# library takes 40 to 110 bytes of memory per byte of text (0.23, measured at 4 MB).
+MAX_BYTES = 1 << 30
+MAX_PIECE_BYTES = 32 << 20
 
-
-# The first place, the given one or later, where a text may be cut: see Tokenizer.cut.
+# (text, position) -> the first position, at or after it, where the text may be cut (Tokenizer.cut).
 Cut = Callable[[str, int], int]
 
 
@@ -28,11 +27,11 @@ def utf8_size(text: str) -> int:
 
 
 def encoding_pieces(text: str, cut: Cut) -> Iterator[str]:
-    """The text in pieces whose tokens, one after the other, are its own; one piece if it is short.
+    """Yield the text in pieces that, encoded in order, give its tokens; one piece if it is short.
 
     Args:
-      text: any, not empty.
-      cut: where the tokenizer lets it be cut.
+      text: not empty.
+      cut: finds where the tokenizer allows a cut.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -44,30 +43,30 @@ def encoding_pieces(text: str, cut: Cut) -> Iterator[str]:
 
 
 class DocumentLimit:
-    """What one document may take in memory.
+    """The limit on the memory that one document takes.
 
     Args:
-      max_bytes: data.max_document_bytes; 0: MOST, and MOST_AT_ONCE of what has no place to cut.
-      cut: where the tokenizer lets a text be cut; None: documents are not encoded.
+      max_bytes: data.max_document_bytes; 0: MAX_BYTES, and MAX_PIECE_BYTES between two cuts.
+      cut: finds where the tokenizer allows a cut; None: documents are not encoded.
     """
 
     def __init__(self, max_bytes: int = 0, cut: Cut | None = None):
-        self.most = max_bytes or MOST
-        self._at_once = max_bytes or MOST_AT_ONCE
+        self.max_bytes = max_bytes or MAX_BYTES
+        self._at_once = max_bytes or MAX_PIECE_BYTES
         self._cut = cut
 
     def too_long(self) -> BadRecord:
-        """The bad record of a document with more than `most` bytes."""
+        """The bad record of a document with more than `max_bytes` bytes."""
         return BadRecord(
-            f"is longer than {self.most:,} bytes",
+            f"is longer than {self.max_bytes:,} bytes",
             "cut it into documents, raise data.max_document_bytes",
         )
 
     def check(self, text: str) -> BadRecord | None:
-        """The bad record of a text that is too long; None: it is not."""
+        """The bad record of a text that is too long; None if it is not."""
         if len(text) <= self._at_once // 4:  # a character has up to 4 bytes
             return None
-        if utf8_size(text) > self.most:
+        if utf8_size(text) > self.max_bytes:
             return self.too_long()
         if self._cut is None:
             return None

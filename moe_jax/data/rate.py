@@ -1,10 +1,10 @@
-"""How much text was read, and how fast."""
+"""The amount of text read, and the rate."""
 
 import time
 
 
 class Rate:
-    """Bytes since it was made, as `812 MB, 41 MB/s`."""
+    """Bytes since its creation, printed as `812 MB, 41 MB/s`."""
 
     def __init__(self):
         self._bytes, self._begin = 0, time.monotonic()

@@ -50,7 +50,7 @@ def _read_text(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> 
             return
         blocks.append(block)
         size += utf8_size(block)
-        if size > limit.most:
+        if size > limit.max_bytes:
             yield limit.too_long()
             return
     text = "".join(blocks)
@@ -116,7 +116,7 @@ def _text_blocks(path: epath.Path) -> Records:
 
 
 def _read_jsonl(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
-    number, longest = 0, BLOCK + MAX_LINE * limit.most
+    number, longest = 0, BLOCK + MAX_LINE * limit.max_bytes
     with open_text(path) as lines:
         while line := lines.readline(longest):
             number += 1

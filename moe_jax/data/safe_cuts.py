@@ -1,15 +1,15 @@
-"""Places where a text may be cut so that its pieces, encoded alone, have the tokens of the whole.
+"""Finds positions where cutting a text does not change its tokens.
 
 The tokenizers library splits a text at added tokens, normalizes what lies between, splits that by
-the pre-tokenizer and gives the model one part at a time.  A place is safe if the pre-tokenizer ends
-a part there whatever stands further away, and if neither added tokens nor normalizer look across.
-Two kinds of places are:
+the pre-tokenizer and gives the model one part at a time.  A position is safe if the pre-tokenizer
+ends a part there, regardless of the rest of the text, and if no added token and no normalizer acts
+across it.  Two kinds of positions are used:
 
 * between a letter and one blank before a letter, "one| two";
 * after a line end between a visible character and a letter, "one.\\n|two".
 
-Both are decided from what the file declares.  A part that is not listed here is not known to keep
-to itself, so a tokenizer that has one is given its texts whole.
+Both are decided from what the file declares.  A tokenizer with a part that is not listed here gets
+every text in one piece.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face library: folders that `save_to_disk` wrote, and names of its hub.
+"""Finds the files of Hugging Face datasets: saved by `save_to_disk`, or named on the hub.
 
-Both are Arrow files, which `columnar.read_arrow` reads.  The library itself is only asked for
-what a name of the hub means; version 4 and later run no code of a dataset.
+Both are Arrow files, which `columnar.read_arrow` reads.  The library itself only resolves names
+of the hub; version 4 and later run no code of a dataset.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def hub_files(entry: str, key: str) -> list[epath.Path]:
                 f"{key}: {entry} has the splits {', '.join(splits)}: name one, such as "
                 f"{entry}:{splits[0]}."
             )
-        # Into memory nothing is taken: rows come from the files, by the reader of this package.
+        # Only the names of its files are used: `columnar.read_arrow` reads the rows.
         found = datasets.load_dataset(name, config, split=parts[-1], keep_in_memory=False)
     files = [epath.Path(part["filename"]) for part in found.cache_files]
     if not files:
@@ -74,7 +74,7 @@ def saved_files(folder: epath.Path, key: str) -> list[epath.Path] | None:
 
 
 def _names(path: epath.Path, key: str) -> list[str]:
-    """File names in a file of a saved dataset, which anybody may have written."""
+    """The file names in a file of a saved dataset; the file is not trusted."""
     try:
         found = records.items(records.mapping(json_files.load(path)).get(key))
         plain = [records.text(one["filename"] if isinstance(one, dict) else one) for one in found]
@@ -105,7 +105,7 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def _asking(entry: str, key: str) -> Iterator[None]:
-    """Whatever the library raises as one sentence: it has dozens of errors of its own."""
+    """Turn every error of the library, which has dozens of kinds, into one sentence."""
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
     hub.setLevel(logging.ERROR)  # it warns of each attempt

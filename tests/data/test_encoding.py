@@ -103,7 +103,7 @@ def test_documents_that_are_too_long_are_bad_records(tmp_path, kind):
 def test_what_has_to_be_encoded_at_once_is_limited(tmp_path, monkeypatch):
     """A text without a place to cut is a bad record; with such places it is not."""
     monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 9)
-    monkeypatch.setattr(long_documents, "MOST_AT_ONCE", 50)
+    monkeypatch.setattr(long_documents, "MAX_PIECE_BYTES", 50)
     train_bpe(["some text"], 258, tmp_path / "t.json")
     for name, text in (("good", "words and more words " * 9), ("bad", "a" * 51)):
         path = tmp_path / f"{name}.jsonl"

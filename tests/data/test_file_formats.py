@@ -92,7 +92,7 @@ def test_sources_of_compressed_files_are_those_of_the_plain_ones(tmp_path):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_all_members_are_read(tmp_path, suffix):
-    """More than a buffer, none, and so many that they end anywhere in a block."""
+    """A member larger than a buffer, an empty one, and member ends at all offsets of a block."""
     rng = np.random.default_rng(0)
     members = [bytes(rng.integers(97, 105, n, np.uint8)) for n in (700_000, 0, 3)]
     members += [bytes([97 + i % 26]) * (i % 50) for i in range(60 if suffix == ".xz" else 4000)]
