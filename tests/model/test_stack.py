@@ -305,6 +305,7 @@ def test_values_drawn_by_kind_of_block_are_those_drawn_at_once(mesh_of, scan):
     assert_equal(init_on(model, jax.random.key(1), where), at_once)
 
 
+@pytest.mark.lifecycle
 def test_same_on_a_mesh_and_every_parameter_is_placed(x64, mesh_of, scanned):
     model, params, out, grads = scanned(SPARSE)
     mesh = mesh_of(fsdp=2, tensor=2)

@@ -106,7 +106,7 @@ def sentences(ends: list[tuple[int, str]]) -> set[str]:
             "optimizer.learning_rate": (0.01, 0.02),
             "eval.every": (0, 3),
         },
-        {"train.steps": (2, 4)},
+        pytest.param({"train.steps": (2, 4)}, marks=pytest.mark.lifecycle),
     ],
 )
 def test_other_values_on_one_process(two, tmp_path, different):
@@ -118,6 +118,7 @@ def test_other_values_on_one_process(two, tmp_path, different):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.lifecycle
 def test_another_flag_and_another_package(two, tmp_path):
     [said] = sentences(two(["--init_from=here"], ["--init_from=there"], ("-c", OTHER_JAX)))
     assert "--init_from is 'here' on process 0 and 'there' on process 1" in said
@@ -164,6 +165,7 @@ def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.lifecycle
 def test_a_workdir_in_use_ends_both(two, tmp_path):
     with lock_workdir(tmp_path / "run"):
         said = sentences(two())

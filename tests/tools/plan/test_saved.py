@@ -54,5 +54,5 @@ def test_a_saved_step_runs_as_the_compiled_one(tmp_path, no_cache):
 
     with open(path, "ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="not the file that was saved"):
+    with pytest.raises(UserError, match="it is not the saved file"):
         load_step(path, digest, plan, devices)
