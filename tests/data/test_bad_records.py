@@ -102,9 +102,9 @@ def test_skip_leaves_them_out_counts_and_lists_them(tmp_path, kind):
         assert Path(row.pop("file")).name == name
         assert row.pop("reason").startswith(place["reason"])
         assert row == {unit: n for unit, n in place.items() if unit != "reason"}
-    named = [line for line in lines if line.startswith("left out: ")]
+    named = [line for line in lines if line.startswith("bad record skipped: ")]
     assert len(named) == min(3, len(bad)) and bad[0][0] in named[0]
-    assert f"{len(bad)} bad records left out, listed in {listed}" in lines
+    assert f"{len(bad)} bad records skipped, listed in {listed}" in lines
 
 
 def test_the_policy_decides_only_whether_a_store_is_built(tmp_path):
@@ -116,14 +116,18 @@ def test_the_policy_decides_only_whether_a_store_is_built(tmp_path):
     stop = DataConfig(files=files, heldout_fraction=0.2)
     again = build_store(stop, tmp_path / "stores", lines.append, SMALL)
     assert again.path == first.path
-    assert lines[:1] == [f"the store lacks the records of {first.path}.bad_records.jsonl"]
+    assert lines[:1] == [
+        f"the store lacks the bad records listed in {first.path}.bad_records.jsonl"
+    ]
 
 
 def test_more_than_the_limit_stop_the_build_and_are_listed(tmp_path):
     files, bad = write(tmp_path / "a", "jsonl")
     most = len(bad) - 2
     config = DataConfig(files=files, bad_records="skip", max_bad_records=most)
-    with pytest.raises(UserError, match=rf"More than {most} records .*, or raise data\.max_bad"):
+    with pytest.raises(
+        UserError, match=rf", after {most} other bad records: .*, or raise data\.max_bad"
+    ):
         build_store(config, tmp_path / "stores", layout=SMALL)
     (listed,) = (tmp_path / "stores").iterdir()  # and nothing else is left
     assert len(listed.read_text().splitlines()) == most + 1

@@ -112,7 +112,7 @@ def test_a_normalizer_that_makes_control_tokens_is_refused(tmp_path):
     file["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": spelling(2)}
     (tmp_path / "bad.json").write_text(json.dumps(file))
     tokenizer = load_tokenizer(str(tmp_path / "bad.json"))
-    with pytest.raises(UserError, match=r"bad\.json makes the control token '</s>' of text"):
+    with pytest.raises(UserError, match=r"bad\.json gives the control token '</s>' for text"):
         tokenizer.encode("a x b")
 
 
@@ -237,7 +237,7 @@ def test_a_word_that_merges_make_is_no_end_token(tmp_path):
     [
         ({"eos": "</S>"}, r"data\.eos is '</S>', which .*did you mean '</s>'"),
         ({"bos": "no such name at all"}, r"data\.bos is .*known: .*</s>, <s>"),
-        ({"pad": "a"}, r"data\.pad is 'a', a character that texts are made of"),
+        ({"pad": "a"}, r"data\.pad is 'a', a character that texts contain"),
         ({"tokenizer": "bytes", "eos": "</s>"}, r"data\.eos is '</s>', but the tokenizer 'bytes'"),
         ({"tokenizer": "bytes", "begin_with_bos": True}, r"begin_with_bos is True, but no token"),
         ({"tokenizer": "s3://b/t.json"}, r"data\.tokenizer is 's3://b/t\.json': s3:// is not supp"),

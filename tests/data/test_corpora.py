@@ -89,7 +89,7 @@ CONTRADICTIONS = {
         {"files": "{0}/a.txt", "heldout_files": "{0}/b.jsonl"},
         r"several kinds, jsonl",
     ),
-    "an archive": ({"files": "{0}/c.zip"}, r"c\.zip is compressed \(\.zip\), .*: unpack it"),
+    "an archive": ({"files": "{0}/c.zip"}, r"c\.zip is compressed \(\.zip\)\. .*: unpack it"),
     "an archive, and a source": (
         {"files": "{0}/c.tar.gz", "source": "jsonl"},
         r"c\.tar\.gz is compressed \(\.gz\)",
@@ -118,7 +118,7 @@ CONTRADICTIONS = {
                 "n": {"files": "{0}/a.txt"},
             }
         },
-        r"data\.mixture\.n\.heldout_files is empty, and other entries",
+        r"data\.mixture\.n\.heldout_files is empty, but other entries",
     ),
     "standard library with files": (
         {"mixture": {"m": {"source": "stdlib", "files": "{0}/a.txt"}}},

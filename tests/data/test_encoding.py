@@ -42,7 +42,7 @@ def test_a_mistake_in_a_thread_is_the_same_sentence_and_leaves_no_thread(monkeyp
     class Fails(BytesTokenizer):
         def encode_batch(self, texts):
             if "bad" in texts:
-                raise UserError("t.json fails on a text: name another.")
+                raise UserError("t.json fails on a text: name another file.")
             return super().encode_batch(texts)
 
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)

@@ -54,7 +54,7 @@ def test_files_are_the_whole_held_out_split_and_nothing_of_them_is_trained_on(tm
         ("w", "in both"),
         ("x", "of its own"),
     ]
-    assert "train: 1 documents left out, which are also held out" in lines
+    assert "train: 1 documents left out because they are also held out" in lines
     assert not [line for line in lines if "WARNING" in line]
 
 
@@ -94,7 +94,7 @@ def test_every_entry_of_a_mixture_has_its_own_held_out_files(tmp_path):
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({"v": "same"}, r"data\.files hold no document that data\.heldout_files do"),
+        ({"v": "same"}, r"data\.heldout_files contain every document of data\.files"),
         ({}, r"data\.heldout_files: no file matches"),
     ],
 )
@@ -116,9 +116,9 @@ def test_a_share_far_from_the_one_asked_for_is_told_in_numbers(tmp_path):
     store = build(tmp_path, told, files=f"{tmp_path}/two/*.txt")
     held = len(contents(store, store.heldout)[0][1]) + 1
     assert shares(told) == [
-        f"WARNING: {held / 100:.1%} of the bytes are held out and data.heldout_fraction asks for "
-        f"5.0%: 1 of 2 documents, each of them whole.  Use more or shorter documents, or "
-        f"data.heldout_files."
+        f"WARNING: {held / 100:.1%} of the bytes are held out, but data.heldout_fraction is 5.0%: "
+        f"whole documents are held out, here 1 of 2 documents.  Use more or shorter documents, or "
+        f"set data.heldout_files."
     ]
     again: list[str] = []
     build(tmp_path, again, files=f"{tmp_path}/two/*.txt")

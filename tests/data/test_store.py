@@ -243,7 +243,7 @@ def test_a_renamed_store_is_refused(config, store, tmp_path):
     )
     shutil.rmtree(wrong)
     shutil.copytree(other.path, wrong)
-    with pytest.raises(UserError, match="another store than its name says"):
+    with pytest.raises(UserError, match="whose fingerprint is not its name"):
         build_store(config, tmp_path / "stores", layout=SMALL)
 
 
@@ -301,7 +301,7 @@ def test_ids_beyond_the_vocabulary_are_refused(config, store, tmp_path, monkeypa
         store.check_vocabulary(257)
     store.check_vocabulary(258)
     monkeypatch.setattr(BytesTokenizer, "vocab_size", 200)
-    with pytest.raises(UserError, match=r"\.txt#0: the tokenizer gives ids .* beyond its 200"):
+    with pytest.raises(UserError, match=r"\.txt#0: the tokenizer gives ids .* has 200\. Use"):
         build_store(config, tmp_path / "beyond", layout=SMALL)
 
 
