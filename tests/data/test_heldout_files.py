@@ -1,4 +1,4 @@
-"""Held-out text: by files, how much of the bytes it is, and never any that is trained on."""
+"""Checks held-out text: from files, its share of the bytes, and its absence from training."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +21,7 @@ def write(folder: Path, **texts: str) -> None:
 
 
 def contents(store: Store, split: Split) -> list[tuple[str, str]]:
-    """(source, text) of every document of a split, of the byte tokenizer."""
+    """Read (source, text) of every document of a split that the byte tokenizer encoded."""
     (tokens,) = split.read([(0, split.num_tokens)])
     bounds = [*split.documents[:, START], split.num_tokens]
     return [
@@ -59,7 +59,7 @@ def test_files_are_the_whole_held_out_split_and_nothing_of_them_is_trained_on(tm
 
 
 def test_no_share_is_taken_beside_held_out_files(tmp_path):
-    """data.heldout_fraction decides nothing beside them, so it is no part of the fingerprint."""
+    """data.heldout_fraction is then not used, so it is not part of the fingerprint."""
     write(tmp_path / "train", a="first", b="second", c="third")
     write(tmp_path / "valid", v="of its own")
     given = {"files": f"{tmp_path}/train/*.txt", "heldout_files": f"{tmp_path}/valid/*.txt"}
@@ -110,7 +110,7 @@ def shares(lines: list[str]) -> list[str]:
 
 
 def test_a_share_far_from_the_one_asked_for_is_told_in_numbers(tmp_path):
-    """Of two documents one is held out, and it may be nearly all of the text."""
+    """One of two documents is held out, and it may be nearly all of the text."""
     write(tmp_path / "two", a="x", b="y" * 97)
     told: list[str] = []
     store = build(tmp_path, told, files=f"{tmp_path}/two/*.txt")
@@ -122,7 +122,7 @@ def test_a_share_far_from_the_one_asked_for_is_told_in_numbers(tmp_path):
     ]
     again: list[str] = []
     build(tmp_path, again, files=f"{tmp_path}/two/*.txt")
-    assert again == shares(told)  # every run that trains on it is told
+    assert again == shares(told)  # every run that opens the store logs it
 
 
 def test_shares_near_the_one_asked_for_are_not_told(tmp_path):
