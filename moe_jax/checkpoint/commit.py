@@ -19,14 +19,14 @@ class Handler(ocp.PyTreeCheckpointHandler):
     `finalize` runs on process 0 after every process has written and before the step is renamed.
 
     Attributes:
-      beside: file name -> JSON value; the additional files of the current save.
+      extra_files: file name -> JSON value; the additional files of the current save.
     """
 
-    beside: Mapping[str, Any] = {}
+    extra_files: Mapping[str, Any] = {}
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        for name, value in self.beside.items():
+        for name, value in self.extra_files.items():
             (directory / name).write_text(json.dumps(value) + "\n")
         manifest.write(directory)
 

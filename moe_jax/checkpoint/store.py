@@ -122,10 +122,10 @@ class Checkpoints:
             reason = first_of_all(self.incomplete(step))
             if reason is not None:
                 return reason
-            with ThreadPoolExecutor(1) as beside:
-                verdict = beside.submit(_timed, lambda: self._verify_share(step))
+            with ThreadPoolExecutor(1) as pool:
+                verdict = pool.submit(_timed, lambda: self._verify_share(step))
                 back, seconds = _timed(lambda: _caught(lambda: self.restore(step, tree_of(step))))
-            mine, beside_seconds = verdict.result()
+            mine, verify_seconds = verdict.result()
             reason = first_of_all(mine)
             if reason is not None:
                 return reason
@@ -137,7 +137,7 @@ class Checkpoints:
             loaded[step] = (
                 back,
                 f"checkpoint of step {step}: {formats.size(self.size(step), 1)} loaded in "
-                f"{seconds:.2f} s and, in parallel, verified in {beside_seconds:.2f} s",
+                f"{seconds:.2f} s and, in parallel, verified in {verify_seconds:.2f} s",
             )
             return None
 
@@ -203,7 +203,7 @@ class Checkpoints:
 
         lead_decides(move)
 
-    def save(self, step: int, tree: Any, beside: Mapping[str, Any] = {}) -> bool:
+    def save(self, step: int, tree: Any, extra_files: Mapping[str, Any] = {}) -> bool:
         """Start to write `tree` as `step` and return; later changes of the values are not saved.
 
         Blocks until an earlier save is done, then applies retention.  An existing step is not
@@ -212,8 +212,8 @@ class Checkpoints:
         Args:
           step: the number of the step.
           tree: any pytree of jax.Arrays, NumPy arrays and Python numbers (see `named_leaves`).
-          beside: file name -> JSON value; these files are stored in the step's folder and verified
-            like all others.
+          extra_files: file name -> JSON value; these files are stored in the step's folder and
+            verified like all others.
 
         Returns:
           True if a save was started, False if the step already existed.
@@ -234,7 +234,7 @@ class Checkpoints:
             return False
         arrays = {k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in leaves.items()}
         item = unflatten_dict(arrays, sep="/")  # on disk every tree is nested dicts
-        self._handler.beside = beside
+        self._handler.extra_files = extra_files
         with self._writing(step):
             self._orbax.save(self._folder.path(step), args=Save(item), force=True)
         self._saving = step
@@ -261,7 +261,7 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
-    def beside(self, step: int, name: str) -> Any:
+    def extra_file(self, step: int, name: str) -> Any:
         """The JSON value of the additional file `name` of `step`; None if there is no such file.
 
         Raises:

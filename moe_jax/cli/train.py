@@ -81,10 +81,16 @@ def main(argv: Sequence[str]) -> int:
             # With the lock held, no other process changes the workdir that is read from here on.
             lock = held.enter_context(lock_workdir(workdir, say)) if lead else None
             exchange.gather("locked", "")
-            alive = exchange.relayed(watchdog.alive)
+            on_progress = exchange.relayed(watchdog.alive)
             with waits("preparing the run"):
-                text, origin = _building(waits), given.init_from
-                run = prepare(config, workdir, say, alive=alive, text=text, init_from=origin)
+                run = prepare(
+                    config,
+                    workdir,
+                    say,
+                    on_progress=on_progress,
+                    build_store=_building(waits),
+                    init_from=given.init_from,
+                )
             agree.check_run(run, watchdog.alive)
             for line in [*_describe(run), *notes]:
                 say(line)

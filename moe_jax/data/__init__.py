@@ -1,6 +1,6 @@
-"""Text to batches: a store built once, then rows as a pure function of (seed, step, row).
+"""Turns text into batches: a store, built once, and rows as a function of (seed, step, row).
 
-Names are looked up when they are first asked for: a config alone needs no TensorStore.
+Names are imported when they are first used, so that a config alone does not need TensorStore.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Records that hold no text, and what is done about them: one policy for all kinds of files."""
+"""Records that hold no text: one policy for all kinds of files."""
 
 import json
 import os
@@ -10,44 +10,45 @@ from etils import epath
 from moe_jax.errors import UserError
 from moe_jax.files.json_files import replace_text
 
-NAMED = 3  # bad records that are shown on the screen
+NAMED = 3  # bad records that the log names
 
 
 class BadRecord(NamedTuple):
-    """A record without text; a reader yields it in the text's place."""
+    """A record without text; a reader yields it in place of the text."""
 
-    reason: str  # what the record is, such as "is null"
-    advice: str  # what to change
+    reason: str  # follows the record's name in a sentence, such as "is null"
+    advice: str  # in the imperative, such as "fix or remove it"
     unit: str = ""  # line | row; empty: the file is the record
     number: int = 0  # of the line, from 1, or row, from 0
 
     @property
     def place(self) -> str:
-        """` line 3` or ` row 7`, to follow the file's name; empty for the file."""
+        """The suffix ` line 3` or ` row 7` of the file's name; empty if the file is the record."""
         return f" {self.unit} {self.number}" if self.unit else ""
 
 
 class BadRecords:
-    """The bad records of one stream.
+    """Collects the bad records of one stream, or stops at the first.
 
     Args:
       policy: stop | skip.
-      limit: records that may be left out.
-      key: of the config, whose keys `bad_records` and `max_bad_records` they are.
+      limit: records that may be skipped.
+      key: section of the config whose `bad_records` and `max_bad_records` apply, for errors.
     """
 
     def __init__(self, policy: str = "stop", limit: int = 0, key: str = "data"):
         self._policy, self._limit, self._key = policy, limit, key
-        self._found: dict[tuple[str, str, int], str] = {}  # a build reads its files several times
+        # Keyed by file and record, because a build reads its files several times.
+        self._found: dict[tuple[str, str, int], str] = {}
 
     def __len__(self) -> int:
         return len(self._found)
 
     def add(self, path: epath.Path, record: BadRecord) -> None:
-        """Notes a bad record of a file.
+        """Add a bad record of a file.
 
         Raises:
-          UserError: the policy is `stop`, or there are more than the limit.
+          UserError: the policy is `stop`, or the limit is exceeded.
         """
         sentence = f"{path}{record.place} {record.reason}"
         if self._policy == "stop":
@@ -55,12 +56,12 @@ class BadRecords:
         self._found[os.fspath(path), record.unit, record.number] = record.reason
         if len(self._found) > self._limit:
             raise UserError(
-                f"More than {self._limit:,} records cannot be read, the last of them {sentence}: "
-                f"{record.advice}, or raise {self._key}.max_bad_records."
+                f"{sentence}, after {self._limit:,} other bad records: {record.advice}, or raise "
+                f"{self._key}.max_bad_records."
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for each: file, line or row unless the file is the record, reason."""
+        """The records as dicts: file, line or row (absent if the file is the record), reason."""
         return [
             {"file": file, **({unit: number} if unit else {}), "reason": reason}
             for (file, unit, number), reason in self._found.items()
@@ -68,15 +69,15 @@ class BadRecords:
 
 
 def file_of(store: epath.Path) -> epath.Path:
-    """The file beside a store that lists the bad records of its text."""
+    """The file beside a store that lists its bad records."""
     return store.with_name(f"{store.name}.bad_records.jsonl")
 
 
 def write(found: Iterable[BadRecords], store: epath.Path, say: Callable[[str], None]) -> None:
-    """Writes the bad records beside a store, if there are any, and names the first ones.
+    """Write the bad records, if any, to a file beside a store, and log the first ones.
 
     Args:
-      found: of each stream.
+      found: the bad records of each stream.
       store: folder of the store.
       say: called with lines for the log.
 
@@ -89,5 +90,5 @@ def write(found: Iterable[BadRecords], store: epath.Path, say: Callable[[str], N
     replace_text(file_of(store), "".join(json.dumps(row) + "\n" for row in rows))
     for row in rows[:NAMED]:
         place = "".join(f" {unit} {row[unit]}" for unit in ("line", "row") if unit in row)
-        say(f"left out: {row['file']}{place} {row['reason']}")
-    say(f"{len(rows):,} bad record{'s' * (len(rows) > 1)} left out, listed in {file_of(store)}")
+        say(f"bad record skipped: {row['file']}{place} {row['reason']}")
+    say(f"{len(rows):,} bad record{'s' * (len(rows) > 1)} skipped, listed in {file_of(store)}")

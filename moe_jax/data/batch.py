@@ -1,4 +1,7 @@
-"""The rows of one step, as every part of a run reads them.  Axes: B rows, T positions."""
+"""Defines the batch of a step, in the form that every part of a run reads.
+
+Axes: B rows, T positions.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,16 +10,16 @@ from jaxtyping import Int
 
 
 class Batch(NamedTuple):
-    """Some rows of a batch; NumPy arrays here, jax.Arrays of the global batch from a feed.
+    """Rows of a batch: NumPy arrays from a store, jax.Arrays of the global batch from a feed.
 
-    Where `loss_mask_BT` is False, target, source and bytes say nothing.
+    Where `loss_mask_BT` is False, target, source and bytes are unspecified.
     """
 
     tokens_BT: Any  # int32 ids, 0 to V - 1
     targets_BT: Any  # int32, the next token
     segments_BT: Any  # int32, 1.. by document within the row; 0 is padding
-    positions_BT: Any  # int32, from the row's start, or the document's when confined
-    loss_mask_BT: Any  # bool, the target is a token (and, when confined, of the same document)
+    positions_BT: Any  # int32, from the row's start; if confined, from the document's
+    loss_mask_BT: Any  # bool, the target is a token (if confined, of the same document)
     sources_BT: Any  # int32, source id of the target
     bytes_BT: Any  # int32, the target's even share of its document's UTF-8 bytes (eos counts 1)
     row_B: Any  # int32, row of the global batch
@@ -28,12 +31,12 @@ def make_batch(
     segments: Int[np.ndarray, "*rows T"] | None = None,
     row: Int[np.ndarray, "*rows"] | None = None,
 ) -> Batch:
-    """A batch of given tokens, in which every token of a segment has a target, one byte long.
+    """Make a batch of given tokens; every token of a document has a target, one byte long.
 
     Args:
-      tokens, targets: ids, of any axes before T.
+      tokens, targets: ids [..., T].
       segments: document of each token, 0 for padding; None: each row is one document.
-      row: row of the global batch; None: counted in order.
+      row: rows of the global batch; None: numbered in order.
     """
     shape = tokens.shape
     segments = np.ones(shape, np.int32) if segments is None else segments

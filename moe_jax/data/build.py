@@ -1,7 +1,7 @@
-"""Tokenise a corpus into a store, once; split_writer.py writes its splits.
+"""Tokenises a corpus into a store, once; split_writer.py writes its splits.
 
-A build that was killed goes on where it stopped.  One that failed leaves nothing, unless it had
-written whole shards: the same text goes on after these.
+A killed build resumes where it stopped.  A failed build leaves nothing, unless it has written
+whole shards: the next build of the same text resumes after them.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ from moe_jax.files.schemes import check_scheme
 
 
 class Fingerprints(NamedTuple):
-    """SHA-256 of all that decides what a store holds; folders and weights do not."""
+    """SHA-256 of everything that determines a store's content; folders and weights do not."""
 
     fingerprint: str  # names the store's folder
-    content: str  # without the names of files, which only label their text
-    earlier: tuple[str, ...]  # what earlier formats gave to a store of the same tokens
+    content: str  # as `fingerprint`, without the names of files, which only label their text
+    earlier: tuple[str, ...]  # fingerprints that earlier formats gave to the same tokens
 
 
 def build_store(
@@ -58,24 +58,24 @@ def build_store(
     layout: ChunkSizes = LAYOUT,
     alive: Callable[[], None] = lambda: None,
 ) -> Store:
-    """The store of `config` under `root`: opened if it is there, else built (or finished).
+    """Open the store of `config` under `root`; build it, or finish its build, if necessary.
 
-    Stores lie in folders named by their fingerprint, so a changed file, tokenizer or split never
-    meets an old store.  Of several processes of one machine, one builds and the others wait.
+    A store's folder is named by its fingerprint, so a changed file, tokenizer or split never uses
+    an old store.  On a host with several processes, one builds and the others wait.
 
     Args:
       config: the corpus, its tokenizer and the split.
       root: folder of all stores, local or gs://.
-      progress: called with a line of text now and then; None: nothing is told.
+      progress: called with lines for the log; None: nothing is logged.
       layout: chunk and shard sizes.
-      alive: called whenever some text was read, here or by the process that builds meanwhile.
+      alive: called when this process, or the builder that it waits for, has read some text.
 
     Returns:
       The store, open for reading.
 
     Raises:
-      UserError: input that cannot be used (see corpora.py, tokenizers.py), or a corpus too small
-        to hold some of it out.
+      UserError: the input cannot be used (see corpora.py, tokenizers.py), or the corpus is too
+        small to hold some of it out.
     """
     say = progress or (lambda line: None)
     root = _checked_root(root)
@@ -88,8 +88,8 @@ def build_store(
     path = root / known.fingerprint[:16]
     if read_manifest(path) is not None:
         if bad_records.file_of(path).exists():
-            say(f"the store lacks the records of {bad_records.file_of(path)}")
-    else:  # a finished store may lie in a folder that cannot be written
+            say(f"the store lacks the bad records listed in {bad_records.file_of(path)}")
+    else:  # no lock for a finished store, whose folder may be read-only
         with turn(root, path.name):
             if read_manifest(path) is None:  # no other process built it meanwhile
                 say(f"building the store {path}")
@@ -104,7 +104,7 @@ def build_store(
 
 @contextlib.contextmanager
 def _cleaning(path: epath.Path) -> Iterator[None]:
-    """A build that fails leaves the folder `path` only if it has written whole shards."""
+    """Delete the folder `path` of a build that fails, unless it has written whole shards."""
     try:
         yield
     except UserError:
@@ -118,7 +118,7 @@ def _cleaning(path: epath.Path) -> Iterator[None]:
 def _telling_bad_records(
     path: epath.Path, streams: tuple[Stream, ...], say: Callable[[str], None]
 ) -> Iterator[None]:
-    """The bad records that a build has met are written when it ends, also where they end it."""
+    """Write the bad records of a build when it ends, also if they end it."""
     try:
         yield
     except UserError:
@@ -130,25 +130,25 @@ def _telling_bad_records(
 
 
 def _tell_unfinished(root: epath.Path, name: str, say: Callable[[str], None]) -> None:
-    """Names the folders of other builds, in the local folder `root`, that have not ended."""
+    """Log the unfinished folders of other builds in the local folder `root`."""
     if "://" in os.fspath(root):
         return
     for path in sorted(root.iterdir(), key=os.fspath):
-        # Folders of other names are not this program's.
+        # A folder without splits is not a store.
         if path.name != name and (path / SPLITS[0]).is_dir() and not (path / MANIFEST).exists():
             say(
-                f"{path} is not finished: the build of another text was stopped, or is under way. "
-                f"Delete it if no run will go on with it."
+                f"{path} is not finished: the build of a different text was stopped or is still "
+                f"running. Delete it if no run will resume it."
             )
 
 
 def open_built_store(
     config: DataConfig, root: str | os.PathLike, layout: ChunkSizes = LAYOUT
 ) -> Store:
-    """As `build_store`, but writes nothing: for configs that come from a file.
+    """Open the store of `config` without writing anything: for configs that come from a file.
 
     Raises:
-      UserError: as `build_store`, or the store is not there.
+      UserError: as `build_store`, or there is no store.
     """
     tokenizer = config_tokenizer(config)
     streams = find_streams(config, cut=tokenizer.cut)
@@ -162,12 +162,12 @@ def open_built_store(
 def _opened(path: epath.Path, streams: tuple[Stream, ...], known: Fingerprints) -> Store:
     store = open_store(path, [stream.weight for stream in streams], known.earlier, known.content)
     if store.fingerprint != known.fingerprint:
-        raise UserError(f"{path} holds another store than its name says: delete it.")
+        raise UserError(f"{path} holds a store whose fingerprint is not its name: delete it.")
     return store
 
 
 def store_root(config: DataConfig, workdir: str | os.PathLike) -> epath.Path:
-    """Where the stores of a run in `workdir` lie: data.store, or WORKDIR/../stores."""
+    """The folder of the stores of a run in `workdir`: data.store, or WORKDIR/../stores."""
     folder = epath.Path(workdir).expanduser()
     if not config.store:
         return (folder if "://" in os.fspath(workdir) else folder.resolve()).parent / "stores"
@@ -175,7 +175,7 @@ def store_root(config: DataConfig, workdir: str | os.PathLike) -> epath.Path:
 
 
 def _checked_root(root: str | os.PathLike) -> epath.Path:
-    """The folder of stores; raises UserError for a URL that TensorStore would take for a folder."""
+    """The folder of stores; raises UserError for a URL, which TensorStore would take for a path."""
     check_scheme(os.fspath(root), "data.store")
     return epath.Path(root).expanduser()
 
@@ -183,7 +183,7 @@ def _checked_root(root: str | os.PathLike) -> epath.Path:
 def store_fingerprints(
     config: DataConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer, layout: ChunkSizes
 ) -> Fingerprints:
-    """The fingerprints of the store of a config."""
+    """Compute the fingerprints of the store of a config."""
     fraction = config.heldout_fraction
     digests = [list(stream.digests()) for stream in streams]  # reads every file
     payload: dict[str, Any] = {
@@ -201,9 +201,10 @@ def store_fingerprints(
         "format": STORE_FORMAT,
         "bos": config.begin_with_bos,
         "heldout_fraction": None if any(heldout) else fraction,
-        "heldout_files": heldout,  # of each stream's digests, these many last ones
+        "heldout_files": heldout,  # number per stream; their digests are its last ones
     }
-    # Format 2 wrote the same tokens but for tokenizers from files, whose identity is another now.
+    # Format 2 wrote the same tokens, except with tokenizers from files; their identity is
+    # different in format 3, so `earlier` matches none of their stores.
     same = not config.begin_with_bos and not any(heldout)
     unnamed = [
         [stream.name, stream.kind, stream.field, [digest for _, digest in files]]
@@ -230,7 +231,7 @@ def _write(
     say: Callable[[str], None],
     turn: BuildLock,
 ) -> None:
-    """Write both splits, then the manifest that makes the store a finished one."""
+    """Write both splits, then the manifest, which marks the store as finished."""
     sources = [source for stream in streams for source in stream.sources]
     ids = {source: i for i, source in enumerate(sources)}
     stream_of = np.repeat(np.arange(len(streams)), [len(stream.sources) for stream in streams])
@@ -263,8 +264,8 @@ def _write(
     with writing(path):
         manifest["arrays"] = array_digests(folder)
         folder.write(MANIFEST, manifest_bytes(manifest)).result()
-    say(f"built of {rate}")
+    say(f"store built: {rate}")
     if hold_out.left_out:
-        say(f"train: {hold_out.left_out:,} documents left out, which are also held out")
+        say(f"train: {hold_out.left_out:,} documents left out because they are also held out")
     for split in SPLITS:
         folder.delete_range(ts.KvStore.KeyRange(f"{split}/parts/", f"{split}/parts0")).result()

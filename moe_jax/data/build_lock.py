@@ -25,7 +25,7 @@ class BuildLock:
     counts as making progress only while the builder does.
 
     Args:
-      report: called when a build makes progress, in this process or in the one that is waited for.
+      report: called when a build makes progress, in this process or in the builder it waits for.
     """
 
     def __init__(self, report: Callable[[], None]):
@@ -42,7 +42,9 @@ class BuildLock:
 
     @contextlib.contextmanager
     def __call__(self, root: epath.Path, name: str) -> Iterator[None]:
-        """Wait for the lock of ROOT/NAME, which ends with the process; on gs:// there is none.
+        """Wait for the lock of ROOT/NAME and hold it; on gs:// there is none.
+
+        The kernel frees the lock if the process ends.
 
         Raises:
           UserError: `root` cannot be written, or a link in the store leads out of it.
@@ -62,7 +64,7 @@ class BuildLock:
                 path.unlink(missing_ok=True)  # while it is locked
 
     def _locked(self, path: epath.Path) -> BinaryIO:
-        """The lock file, open and locked; opened again where its last holder has removed it."""
+        """The lock file, open and locked; opened again if its last holder has removed it."""
         while True:
             file = self._opened(path)
             try:
@@ -84,7 +86,7 @@ class BuildLock:
             advice = "make room there or set" if error.errno == errno.ENOSPC else "set"
             raise UserError(
                 f"The store cannot be written to {path.parent} ({error.strerror}): {advice} "
-                f"data.store."
+                f"data.store to a different folder."
             ) from None
 
     def _wait(self, file: BinaryIO, path: epath.Path) -> None:
@@ -97,8 +99,8 @@ class BuildLock:
                 time.sleep(LOOK_INTERVAL)
             except OSError as error:  # a file system without locks
                 raise UserError(
-                    f"{path} cannot be locked ({error.strerror}), which keeps two processes "
-                    f"from building one store: set data.store to a folder on another file system."
+                    f"{path} cannot be locked ({error.strerror}), so two processes could build the "
+                    f"same store. Set data.store to a folder on a file system with locks."
                 ) from None
             told = os.fstat(file.fileno()).st_mtime_ns
             if told != seen:

@@ -1,4 +1,4 @@
-"""The texts of a column: of Parquet, and of Arrow as Hugging Face datasets keep it."""
+"""Reads the texts of a column: of Parquet, and of Arrow as Hugging Face datasets write it."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from moe_jax.data.long_documents import DocumentLimit
 from moe_jax.data.values import REPAIR, text_of
 from moe_jax.errors import UserError
 
-PARQUET_ROWS = 1024  # decoded at once: of long documents, 65,536 (the default) take gigabytes
-PREFIX_ROWS = 8  # of a column whose texts are stored as what they add to the one before
+PARQUET_ROWS = 1024  # decoded at once: 65,536 long documents (the default) take gigabytes
+PREFIX_ROWS = 8  # decoded at once if texts are stored as differences from the text before
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's stream format
 FILE_MAGIC = b"ARROW1"  # of Arrow's file format, at both ends
 EMPTY = BadRecord("is empty", "remove it from the files to train on")
@@ -24,16 +24,16 @@ EMPTY = BadRecord("is empty", "remove it from the files to train on")
 def read_parquet(
     path: epath.Path, field: str, key: str, limit: DocumentLimit
 ) -> Iterator[str | BadRecord]:
-    """The texts of a column of a Parquet file.
+    """Yield the texts of a column of a Parquet file.
 
     Args:
       path: of the file.
-      field: name of the column; below a struct, names joined by dots.
-      key: of the config, that names the field.
-      limit: to one text.
+      field: name of the column; inside a struct, names joined by dots.
+      key: config key that names the field, for errors.
+      limit: to one document.
 
     Raises:
-      UserError: a column that is not there or holds no text, or a file that is damaged.
+      UserError: the column is missing or holds no text, or the file is damaged.
     """
     parquet = _pyarrow("parquet")
     with path.open("rb") as stream:
@@ -50,7 +50,8 @@ def read_parquet(
         for group in range(metadata.num_row_groups):
             where = f"{path}, row group {group},"
             with _arrow(f"{where} cannot be read"):
-                # Of all columns: looking at one aborts the process where it is damaged (Arrow 26).
+                # The size of all columns: reading that of a damaged one aborts the process
+                # (Arrow 26).
                 texts.bound.check(metadata.row_group(group).total_byte_size)
                 batches = _batches(stream, group, field, leaf)
             while True:
@@ -62,14 +63,14 @@ def read_parquet(
                 row += len(batch)
         if row != declared:
             raise UserError(
-                f"{path} holds {row} rows and says that it has {declared}: fix or leave it out."
+                f"{path} holds {row} rows but declares {declared}: fix or leave it out."
             )
 
 
 def read_arrow(
     path: epath.Path, field: str, key: str, limit: DocumentLimit
 ) -> Iterator[str | BadRecord]:
-    """The texts of a column of an Arrow file; arguments and errors are those of `read_parquet`."""
+    """Yield the texts of a column of an Arrow file; arguments and errors as in `read_parquet`."""
     _pyarrow("ipc")
     row = 0
     with path.open("rb") as stream:
@@ -90,8 +91,7 @@ def read_arrow(
             row += len(batch)
     if not whole:
         raise UserError(
-            f"{path} is cut: it ends in the middle of its table: bring a whole copy or leave it "
-            f"out."
+            f"{path} is truncated: it ends inside its table. Copy it again or leave it out."
         )
     if not row:
         yield EMPTY
@@ -111,7 +111,7 @@ def _pyarrow(name: str) -> ModuleType:
 
 
 def _locate(schema: Any, field: str, path: epath.Path, key: str) -> list[str]:
-    """Names of the column and of the fields below it; raises UserError where they hold no text."""
+    """The names of the column and the fields inside it; raises UserError if they hold no text."""
     names = [field] if field in schema.names else field.split(".")
     known, kind = schema.names, None
     for name in names:
@@ -128,7 +128,7 @@ def _locate(schema: Any, field: str, path: epath.Path, key: str) -> list[str]:
 
 
 def _columns(schema: Any, above: str = "") -> Iterator[str]:
-    """Every column, and what is below structs by its dotted name."""
+    """Yield the dotted names of all columns, with the fields of structs in place of the structs."""
     for field in schema:
         name = f"{above}{field.name}"
         yield from _columns(field.type, f"{name}.") if _is_struct(field.type) else [name]
@@ -141,7 +141,7 @@ def _is_struct(kind: Any) -> bool:
 
 
 def _holds_text(kind: Any) -> bool:
-    """Texts, bytes, lists of them, or nothing but nulls."""
+    """True for texts, bytes, lists of these, and nulls."""
     import pyarrow.types as kinds
 
     if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_dictionary(kind):
@@ -152,7 +152,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 class _Texts:
-    """The texts in batches of one file."""
+    """Reads the texts in the batches of one file."""
 
     def __init__(
         self, path: epath.Path, field: str, key: str, names: list[str], limit: DocumentLimit
@@ -161,7 +161,7 @@ class _Texts:
         self._path, self._field, self._key, self._names = path, field, key, names
 
     def of(self, batch: Any, first: int) -> Iterator[str | BadRecord]:
-        """The texts of a batch whose first row is number `first` of the file."""
+        """Yield the texts of a batch whose first row is row `first` of the file."""
         compute = _pyarrow("compute")
         with _arrow(f"{self._path} cannot be read after row {first}"):
             column = batch.column(self._names[0])
@@ -187,11 +187,11 @@ class _Texts:
 
 
 def _batches(stream: IO[bytes], group: int, field: str, leaf: str) -> Iterator[Any]:
-    """A column of one row group, some rows at a time.
+    """Yield batches of a column of one row group.
 
-    Texts that the file has once stay so in memory, however many rows repeat them.  Arrow does this
-    for dictionaries alone (Arrow 26); elsewhere a text may be stored as what it adds to the one
-    before: the number of rows that are read at once is small.
+    A text that the file stores once is in memory once, however many rows repeat it.  Arrow does
+    this only for dictionaries (Arrow 26).  In other encodings a text may be stored as its
+    difference from the text before and expand when it is read, so PREFIX_ROWS is small.
     """
     parquet = _pyarrow("parquet")
 
@@ -206,7 +206,7 @@ def _batches(stream: IO[bytes], group: int, field: str, leaf: str) -> Iterator[A
         for batch in read(PARQUET_ROWS, [leaf]):
             yield batch
             done += len(batch)
-    except OSError:  # "Not yet implemented", as Arrow raises it; what is damaged fails once more
+    except OSError:  # Arrow's "Not yet implemented"; a damaged file fails again below
         for batch in read(PREFIX_ROWS, None):
             if done < len(batch):
                 yield batch.slice(done)
@@ -214,7 +214,7 @@ def _batches(stream: IO[bytes], group: int, field: str, leaf: str) -> Iterator[A
 
 
 def _open_arrow(stream: IO[bytes], column: int | None) -> Any:
-    """A reader of one column, or of all; a saved dataset is a stream."""
+    """Open a reader of one column (None: of all); a saved dataset has Arrow's stream format."""
     import pyarrow.ipc
 
     options = pyarrow.ipc.IpcReadOptions(
@@ -228,14 +228,15 @@ def _open_arrow(stream: IO[bytes], column: int | None) -> Any:
 
 
 def _record_batches(reader: Any) -> Iterator[Any]:
-    count = getattr(reader, "num_record_batches", None)  # of the file format
+    count = getattr(reader, "num_record_batches", None)  # only the file format has it
     yield from reader if count is None else (reader.get_batch(i) for i in range(count))
 
 
 def _check_offsets(batch: Any) -> None:
-    """Raises ValueError where values lie outside the file's data; text that is not UTF-8 may stay.
+    """Raise ValueError if values lie outside the file's data; text that is not UTF-8 passes.
 
-    Parquet is decoded, and Arrow only looked at: a damaged offset would read any memory.
+    Arrow data is used without decoding, unlike Parquet, so a damaged offset would read arbitrary
+    memory.
     """
     try:
         batch.validate(full=True)
@@ -245,7 +246,7 @@ def _check_offsets(batch: Any) -> None:
 
 
 def _is_whole(stream: IO[bytes]) -> bool:
-    """Whether a file ends as Arrow ends it; readers take a cut between two batches for the end."""
+    """True if a file has Arrow's end mark; readers take a cut between two batches for the end."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - len(STREAM_END)))
     end = stream.read()
@@ -254,7 +255,7 @@ def _is_whole(stream: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def _arrow(what: str) -> Iterator[None]:
-    """A damaged file makes Arrow raise errors of many kinds, OSError and ValueError among them."""
+    """Raise UserError for an error of Arrow, which damaged files cause in many kinds."""
     try:
         yield
     except UserError:

@@ -1,7 +1,7 @@
-"""Text files that are compressed: gz, bz2, xz and zst, read as one stream of bytes.
+"""Reads compressed text files (gz, bz2, xz, zst) as one stream of bytes.
 
-A file may hold several members one after the other (gzip members, bzip2 and xz streams, zstd
-frames), as `cat a.gz b.gz` and parallel compressors write them: all are read.
+A file may hold several consecutive members (gzip members, bzip2 and xz streams, zstd frames), as
+`cat a.gz b.gz` and parallel compressors write them: all are read.
 """
 
 import bz2
@@ -18,19 +18,19 @@ from etils import epath
 
 from moe_jax.errors import UserError
 
-# Text of a compressed file: at most MAX_RATIO times the file's bytes, beyond the first FREE_BYTES.
-# zstd and gzip shrink text 3 to 10 times and logs up to 100 times.  One word repeated
-# shrinks 30,000 times: a file of some KiB would fill any disk.
+# A compressed file may expand to FREE_BYTES plus MAX_RATIO times its own size.  zstd and gzip
+# shrink text 3 to 10 times and logs up to 100 times.  One repeated word shrinks 30,000 times: a
+# file of a few KiB could fill any disk.
 MAX_RATIO = 1000
 FREE_BYTES = 64 << 20
 BLOCK = 1 << 16  # compressed bytes that are read at once
 BUFFER = 1 << 18  # bytes of text that are decompressed at once
-_PADDING = b"\0"  # after a member: up to a block of a tape or, in xz, to four bytes
+_PADDING = b"\0"  # after a member: up to one tape block or, in xz, up to four bytes
 XZ_MEMORY = 512 << 20  # bytes; `xz -9` needs 65 MiB to decompress, a damaged header asks for more
 
 
 class Bound:
-    """The limit to the text of a compressed file, by the size of the file.
+    """The limit on the text of a compressed file, derived from the size of the file.
 
     Args:
       path: the compressed file.
@@ -40,17 +40,17 @@ class Bound:
         self._path, self._size, self._seen = path, path.stat().length, 0
 
     def add(self, amount: int) -> None:
-        """Counts bytes of text; raises UserError where they are too many."""
+        """Count bytes of text; raises UserError if the total exceeds the limit."""
         self._seen += amount
         self.check(self._seen)
 
     def check(self, amount: int) -> None:
-        """Raises UserError where `amount` bytes of text are too many for the file."""
+        """Raise UserError if `amount` bytes of text exceed the limit of the file."""
         if amount > FREE_BYTES + MAX_RATIO * self._size:
             raise UserError(
-                f"{self._path} expands without bound: its {self._size:,} bytes make more than "
-                f"{MAX_RATIO} times as many of text: leave it out, or write it without compression "
-                f"if the text is meant to repeat itself so."
+                f"{self._path} expands without bound: its {self._size:,} bytes hold more than "
+                f"{MAX_RATIO} times that much text. Leave it out, or store it without compression "
+                f"if the text is meant to repeat itself."
             )
 
 
@@ -65,7 +65,7 @@ class _Decoder(Protocol):
 
 
 class _Gzip:
-    """A decoder of one gzip member."""
+    """Decompresses one gzip member."""
 
     def __init__(self):
         self._zlib = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -81,13 +81,13 @@ class _Gzip:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         found = self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
-        # A full buffer may leave text inside zlib although all input is used up.
+        # If the output buffer is full, zlib may hold text although all input is used up.
         self.needs_input = not self._zlib.unconsumed_tail and len(found) < max_length
         return found
 
 
 def _read_members(make: Callable[[], Any], file: IO[bytes]) -> Callable[[int], bytes]:
-    """Function that reads up to n bytes of the text of all members; b"" at the end."""
+    """Make a function that reads up to n bytes of the text of all members; b"" at the end."""
     decoder: _Decoder = make()
     waiting = b""  # the beginning of the next member
 
@@ -115,7 +115,7 @@ def _read_members(make: Callable[[], Any], file: IO[bytes]) -> Callable[[int], b
 
 
 def _read_zstd(file: IO[bytes]) -> Callable[[int], bytes]:
-    """As `_read_members`, for zstd."""
+    """Like `_read_members`, for zstd."""
     try:
         import pyarrow
     except ImportError:
@@ -136,17 +136,17 @@ _FORMATS: dict[str, Callable[[IO[bytes]], Callable[[int], bytes]]] = {
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A file's name and the suffix of its compression; the latter is empty for a plain file."""
+    """Split a file's name from its compression suffix, which is empty for a plain file."""
     stem, suffix = posixpath.splitext(name)
     return (stem, suffix.lower()) if suffix.lower() in _FORMATS else (name, "")
 
 
 @contextlib.contextmanager
 def open_text(path: epath.Path) -> Iterator[IO[bytes]]:
-    """The bytes of a text file, decompressed if its suffix says that it is compressed.
+    """Open a text file as bytes, decompressed if its suffix says that it is compressed.
 
     Raises:
-      UserError: while it is read: a file that is cut or damaged, or that expands without bound.
+      UserError: during reading: the file is truncated or damaged, or expands without bound.
     """
     _, suffix = split_name(path.name)
     with path.open("rb") as file:
@@ -158,7 +158,7 @@ def open_text(path: epath.Path) -> Iterator[IO[bytes]]:
 
 
 class _Stream(io.RawIOBase):
-    """The text of a compressed file, from a function that reads up to n bytes of it."""
+    """The text of a compressed file, read through a function that returns up to n bytes of it."""
 
     def __init__(self, path: epath.Path, read: Callable[[int], bytes]):
         self._path, self._read, self._bound = path, read, Bound(path)
@@ -174,11 +174,11 @@ class _Stream(io.RawIOBase):
             raise self._cut() from None
         except (zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError) as error:
             why = " ".join(str(error).split()).rstrip(".")
-            if "truncated" in why.lower():  # Arrow's word for it
+            if "truncated" in why.lower():  # Arrow's message
                 raise self._cut() from None
             raise UserError(
-                f"{self._path} cannot be decompressed ({why or type(error).__name__}): bring a "
-                f"whole copy or leave it out."
+                f"{self._path} cannot be decompressed ({why or type(error).__name__}): copy it "
+                f"again or leave it out."
             ) from None
         self._bound.add(len(found))
         buffer[: len(found)] = found
@@ -186,6 +186,6 @@ class _Stream(io.RawIOBase):
 
     def _cut(self) -> UserError:
         return UserError(
-            f"{self._path} is cut: its compressed data ends too early: bring a whole copy or leave "
-            f"it out."
+            f"{self._path} is truncated: its compressed data ends too early. Copy it again or "
+            f"leave it out."
         )

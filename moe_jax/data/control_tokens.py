@@ -1,8 +1,8 @@
-"""Control tokens of published tokenizers: which they are, and encoders that never make one of text.
+"""Finds the control tokens of published tokenizers, and keeps text from encoding to them.
 
 Text is data.  The tokenizers library looks for added tokens in every text before its model sees it,
-and a model whose vocabulary holds a control token may find it there as a word: a web page that
-spells <|im_end|> would end a turn.  Here control tokens keep their ids and lose their spelling.
+and a model whose vocabulary holds a control token may match it as a word: a web page that spells
+<|im_end|> would end a turn.  Here control tokens keep their ids and lose their spelling.
 """
 
 import difflib
@@ -19,8 +19,8 @@ from moe_jax.registry import suggest
 CONFIG_NAME = "tokenizer_config.json"  # beside published tokenizers
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
-# Names of these tokens in published tokenizers, those that end a document before those that end a
-# turn of a chat: GPT-2, NeoX, OLMo, Qwen, gpt-oss, Phi; Llama 3; DeepSeek (whose bars are U+FF5C);
+# Names of these tokens in published tokenizers; those that end a document come before those that
+# end a chat turn: GPT-2, NeoX, OLMo, Qwen, gpt-oss, Phi; Llama 3; DeepSeek (whose bars are U+FF5C);
 # Llama 2, Mistral, T5; Gemma; Kimi; Cohere; Hunyuan; Seed; chat marks of Llama 3, gpt-oss, Qwen,
 # Phi, Gemma; BERT.
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -51,10 +51,11 @@ KNOWN: dict[str, tuple[str, ...]] = {
         *("<PAD>", "<seed:pad>"),
     ),
 }
-# An added token that the file does not call special and is one all the same: brackets around a
-# name, as <think>, </tool_call> or [INST].  Blanks and masks as |||EMAIL_ADDRESS||| are not.
+# Added tokens that are control tokens although the file does not mark them as special: a name in
+# brackets, such as <think>, </tool_call> or [INST].  Blanks and masks such as |||EMAIL_ADDRESS|||
+# are text.
 MARK = re.compile(r"[<\[{◁]\S*\w\S*[>\]}▷]")
-# Unicode keeps U+FDD0 from standing for any character, so texts do not hold it.
+# Unicode never assigns U+FDD0 to a character, so texts do not hold it.
 _NONCHARACTER = "\ufdd0"
 _CUT = re.compile(f"({_NONCHARACTER})")
 
@@ -64,14 +65,14 @@ class SpecialNames(NamedTuple):
 
     bos: str = ""  # begins every document
     eos: str = ""  # ends every document
-    pad: str = ""  # stands where there is no text
+    pad: str = ""  # fills positions without text
 
 
 UNNAMED = SpecialNames()
 
 
 def declared_names(folder: epath.Path) -> SpecialNames:
-    """What tokenizer_config.json in `folder` says; empty names without that file.
+    """Read the names in tokenizer_config.json in `folder`; all are empty without that file.
 
     Raises:
       UserError: the file cannot be read or is not JSON.
@@ -86,7 +87,7 @@ def declared_names(folder: epath.Path) -> SpecialNames:
         value = value.get("content") if isinstance(value, dict) else value
         names.append(value if isinstance(value, str) else "")
     bos, eos, pad = names
-    return SpecialNames(bos, eos, "" if pad == eos else pad)  # one id of its own, as ever
+    return SpecialNames(bos, eos, "" if pad == eos else pad)  # padding has its own id
 
 
 def find_special(
@@ -98,26 +99,26 @@ def find_special(
     whole: Collection[str],
     file: epath.Path,
 ) -> int | None:
-    """Id of the bos, eos or padding token.
+    """Find the id of the bos, eos or padding token.
 
     Args:
       kind: bos, eos or pad.
       asked: its name in the config; empty: none.
       declared: its name in tokenizer_config.json; empty: none.
       vocabulary: name -> id of every token.
-      added: tokens that stand beside the model's own; searched first.
-      whole: tokens that no text is put together to; searched next.
+      added: tokens added to the model's own; searched first.
+      whole: tokens that no merge produces; searched next.
       file: of the tokenizer, for the error.
 
     Returns:
-      The id; None: the tokenizer has none.
+      The id; None: the tokenizer has no such token.
 
     Raises:
-      UserError: `asked` is not in the vocabulary, or a single character.
+      UserError: `asked` is not in the vocabulary, or is a single character.
     """
     if len(asked) == 1:
         raise UserError(
-            f"data.{kind} is {asked!r}, a character that texts are made of: name a longer token."
+            f"data.{kind} is {asked!r}, a character that texts contain: set a longer token."
         )
     if asked:
         if asked not in vocabulary:
@@ -125,7 +126,7 @@ def find_special(
             near = difflib.get_close_matches(asked, added, n=8, cutoff=0.3)
             raise UserError(
                 f"data.{kind} is {asked!r}, which {file} does not have"
-                f"{suggest(asked, known | set(near))}: set a name from there, or none."
+                f"{suggest(asked, known | set(near))}: set a name that it has, or leave it empty."
             )
         return vocabulary[asked]
     if declared in vocabulary:
@@ -144,7 +145,7 @@ class TokenizerFile:
       raw: content of a file that the tokenizers library has read.
 
     Raises:
-      ValueError, TypeError, KeyError: the file is not as that library writes it.
+      ValueError, TypeError, KeyError: the file differs from the format that the library writes.
     """
 
     def __init__(self, raw: bytes):
@@ -158,23 +159,23 @@ class TokenizerFile:
 
     @property
     def merged(self) -> set[str]:
-        """Tokens that merges make of smaller ones, as they make words."""
+        """The tokens that merges produce from smaller ones, as they produce words."""
         return {self._merged(left, right) for left, right in self._merges}
 
     def unknown(self) -> str | None:
-        """The token that stands for what the model cannot encode."""
+        """The token for text that the model cannot encode."""
         vocabulary: Any = self._model["vocab"]
         place = self._model.get("unk_id")  # of Unigram, whose vocabulary is a list
         return self._model.get("unk_token") if place is None else vocabulary[place][0]
 
     def control(self) -> set[str]:
-        """Added tokens that are control tokens."""
+        """The added tokens that are control tokens."""
         return {name for name, special in self.added.items() if special or MARK.fullmatch(name)}
 
     def respelled(self, spelling: Mapping[str, str]) -> dict[str, Any]:
-        """The file with other spellings for some tokens, which keep their ids.
+        """Copy the file with other spellings for some tokens, which keep their ids.
 
-        Merges that make such a token, or make others of it, are left out.
+        Merges that produce or use such a token are removed.
         """
         vocabulary: Any = self._model["vocab"]
         if isinstance(vocabulary, dict):
@@ -194,7 +195,7 @@ class TokenizerFile:
             token | {"content": spelling.get(token["content"], token["content"])}
             for token in self._file.get("added_tokens") or []
         ]
-        # What they add is no part of a text.
+        # These sections add tokens that are not in the text.
         without = dict.fromkeys(("post_processor", "truncation", "padding"))
         return self._file | without | {"added_tokens": added, "model": model}
 
@@ -208,5 +209,5 @@ def spelling(token: int) -> str:
 
 
 def pieces(text: str) -> list[str]:
-    """`text` cut so that no piece holds a `spelling`: one piece, but for texts that try to."""
+    """Cut `text` so that no piece holds a `spelling`; only texts with U+FDD0 need more than one."""
     return [piece for piece in _CUT.split(text) if piece] if _NONCHARACTER in text else [text]

@@ -1,8 +1,8 @@
-"""Documents of a corpus, in an order that never changes.
+"""Reads the documents of a corpus in a fixed order.
 
 A corpus is one or several streams (one per mixture entry); a stream is a sorted list of files; a
 file holds documents.  Names are relative to the files' common folder (or to the standard
-library), so nothing here depends on where the text lies.
+library), so nothing here depends on where the files are stored.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from moe_jax.errors import UserError
 from moe_jax.files.schemes import reach
 
 
-def _nobody_waits() -> None:
+def _no_report() -> None:
     pass
 
 
 class Document(NamedTuple):
     """One document; `source` is its label."""
 
-    name: str  # the file's, and the document's place in it
+    name: str  # the file's name and the document's number in it
     source: str
     text: str
 
@@ -47,10 +47,10 @@ class Stream:
     weight: float
     files: tuple[SourceFile, ...]
     heldout_files: tuple[SourceFile, ...] = ()  # the whole held-out text; empty: a share of `files`
-    key: str = "data"  # where the config describes it
-    alive: Callable[[], None] = _nobody_waits  # called for each document or block that was read
+    key: str = "data"  # section of the config that describes it
+    alive: Callable[[], None] = _no_report  # called for each document or block that was read
     notes: tuple[str, ...] = ()  # lines for the log
-    # Notes the records that hold no text.
+    # Collects the records that hold no text.
     bad: BadRecords = dataclasses.field(default_factory=BadRecords)
     limit: DocumentLimit = dataclasses.field(default_factory=DocumentLimit)  # to one document
 
@@ -60,16 +60,16 @@ class Stream:
         return tuple(dict.fromkeys(file.source for file in (*self.files, *self.heldout_files)))
 
     def documents(self) -> Iterator[Document]:
-        """Every document of `files` that is not empty.
+        """Yield every document of `files` that is not empty.
 
         Raises:
-          UserError: a file that cannot be read as its kind, or a record that holds no text under
-            data.bad_records=stop, naming file and place.
+          UserError: a file cannot be read as its kind or, under data.bad_records=stop, a record
+            holds no text; names file and record.
         """
         return self._documents(self.files)
 
     def heldout_documents(self) -> Iterator[Document]:
-        """Every document of `heldout_files` that is not empty; raises as `documents`."""
+        """Yield every document of `heldout_files` that is not empty; raises as `documents`."""
         return self._documents(self.heldout_files)
 
     def _documents(self, files: tuple[SourceFile, ...]) -> Iterator[Document]:
@@ -87,9 +87,9 @@ class Stream:
                         yield Document(f"{file.name}#{number}", file.source, text)
 
     def digests(self) -> Iterator[tuple[str, str]]:
-        """(relative name, SHA-256 of the content) of every file, held-out ones last.
+        """Yield (relative name, SHA-256 of the content) of every file, held-out ones last.
 
-        A byte order mark is no text, so it is left out of the content of plain text files.
+        The content of a plain text file excludes its byte order mark, which is not text.
         """
         for file in (*self.files, *self.heldout_files):
             plain = self.kind == "text" and not split_name(file.name)[1]
@@ -105,19 +105,19 @@ class Stream:
 
 def find_streams(
     config: DataConfig,
-    alive: Callable[[], None] = _nobody_waits,
+    alive: Callable[[], None] = _no_report,
     cut: Cut | None = None,
 ) -> tuple[Stream, ...]:
-    """The corpus that `config` describes.
+    """Find the streams of the corpus that `config` describes.
 
     Args:
-      config: which files, and how they are read.
-      alive: called while they are read.
-      cut: where the tokenizer lets a text be cut; None: nothing is encoded.
+      config: the files and how to read them.
+      alive: called for each document or block that was read.
+      cut: finds where the tokenizer allows a cut; None: nothing is encoded.
 
     Raises:
-      UserError: a glob that matches no file, files whose kind does not follow from their suffix,
-        or keys that contradict each other.
+      UserError: a glob matches no file, the kind of a file does not follow from its suffix, or
+        keys contradict each other.
     """
     limit = DocumentLimit(config.max_document_bytes, cut)
     found = _find_mixture(config, alive) if config.mixture else (_find_corpus(config, alive),)
@@ -127,7 +127,7 @@ def find_streams(
 def _find_corpus(config: DataConfig, alive: Callable[[], None]) -> Stream:
     """The one stream of a config without a mixture."""
     if config.source == "stdlib" and not config.files and config.heldout_files:
-        raise UserError("data.heldout_files is set without data.files: name those as well.")
+        raise UserError("data.heldout_files is set without data.files: set data.files too.")
     asked = "" if config.source == "stdlib" and config.files else config.source
     entry = MixtureEntry(asked, config.files, config.field, 1.0, config.heldout_files)
     stream = _find_stream("", entry, "data", config, alive)
@@ -138,23 +138,23 @@ def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream
     for key in ("files", "heldout_files"):
         if getattr(config, key):
             raise UserError(
-                f"data.{key} is set beside data.mixture, which names the {key} of each entry: "
-                f"leave it empty or empty the mixture."
+                f"data.{key} is set beside data.mixture, whose entries set their own {key}: clear "
+                f"data.{key} or data.mixture."
             )
     streams = []
     for name, entry in config.entries.items():
         key = f"data.mixture.{name}"
         if entry.source == "stdlib" and (entry.files or entry.heldout_files):
             raise UserError(
-                f"{key}.source is 'stdlib', which has files of its own: remove the entry's "
-                f"files, or its source."
+                f"{key}.source is 'stdlib', which has files of its own: remove the entry's files "
+                f"or its source."
             )
         streams.append(_find_stream(name, entry, key, config, alive))
     if len({bool(stream.heldout_files) for stream in streams}) > 1:
         without = next(stream.key for stream in streams if not stream.heldout_files)
         raise UserError(
-            f"{without}.heldout_files is empty, and other entries of data.mixture name theirs: "
-            f"name them in every entry or in none."
+            f"{without}.heldout_files is empty, but other entries of data.mixture set theirs: set "
+            f"them in every entry or in none."
         )
     return tuple(streams)
 
@@ -162,7 +162,7 @@ def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream
 def _find_stream(
     name: str, entry: MixtureEntry, key: str, config: DataConfig, alive: Callable[[], None]
 ) -> Stream:
-    """The stream of an entry; one without a name labels its text by file."""
+    """Find the stream of an entry; without a name, its text is labelled by file."""
     notes: tuple[str, ...] = ()
     if entry.source == "stdlib":
         kind, heldout = "stdlib", ()

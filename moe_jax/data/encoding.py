@@ -49,7 +49,7 @@ def cores() -> int:
 def encode_documents(
     documents: Iterator[Document], tokenizer: Tokenizer, threads: int
 ) -> Iterator[Encoded]:
-    """The tokens of documents, in order, whatever the number of threads.
+    """Yield the tokens of documents, in an order that does not depend on the number of threads.
 
     Args:
       documents: read by the calling thread.
@@ -57,10 +57,10 @@ def encode_documents(
       threads: number of encoding threads; up to 2 * threads batches of text are in memory.
 
     Raises:
-      UserError: a text that the tokenizer fails on, or ids beyond its vocabulary.
+      UserError: the tokenizer fails on a text, or gives ids beyond its vocabulary.
     """
     waiting: deque[Future[list[Encoded]]] = deque()
-    with _one_thread_a_call():
+    with _one_thread_per_call():
         pool = ThreadPoolExecutor(threads, "encode")
         try:
             for batch in _batches(documents, tokenizer):
@@ -74,7 +74,7 @@ def encode_documents(
 
 
 @contextlib.contextmanager
-def _one_thread_a_call() -> Iterator[None]:
+def _one_thread_per_call() -> Iterator[None]:
     before = os.environ.get(_OWN_THREADS)
     os.environ[_OWN_THREADS] = "false"
     try:
@@ -111,8 +111,8 @@ def _encode(batch: list[_Piece], tokenizer: Tokenizer) -> list[Encoded]:
     for piece, ids in zip(batch, rows, strict=True):
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             raise UserError(
-                f"{piece.document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, "
-                f"beyond its {tokenizer.vocab_size}: use one with a complete vocabulary."
+                f"{piece.document.name}: the tokenizer gives ids {ids.min()} to {ids.max()}, but "
+                f"its vocabulary has {tokenizer.vocab_size}. Use one with a complete vocabulary."
             )
     return [
         Encoded(piece.document, ids, piece.first, piece.last)

@@ -1,4 +1,4 @@
-"""Global batches on the devices, from rows that a background thread reads ahead of the step.
+"""Puts global batches on the devices; a background thread reads their rows ahead of the step.
 
 The consumer's own thread moves them to the devices: on NVIDIA, transfers by another thread while a
 program is loaded can end the run (see parallel/xla_flags.py).
@@ -19,28 +19,28 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.parallel.rules import sharding
 
-CLOSE_TIMEOUT = 5.0  # seconds to wait for a read under way whose rows are no longer needed
+CLOSE_TIMEOUT = 5.0  # seconds to wait for a running read whose rows are no longer needed
 RowsFn = Callable[[int, np.ndarray], Batch]
 
 
 def batch_shardings(mesh: Mesh) -> tuple[Sharding, Sharding]:
-    """Where a feed's [A, B, T] and [A, B] arrays lie: rows split over the batch axes."""
+    """The shardings of a feed's [A, B, T] and [A, B] arrays: rows split over the batch axes."""
     return sharding(mesh, (None, "batch", None)), sharding(mesh, (None, "batch"))
 
 
 def put_batch(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
-    """A global batch on the devices, as the train step takes it.
+    """Put a global batch on the devices, in the form that the train step takes.
 
     Args:
-      batch: all rows of a step, such as `Batches.rows(step)` gives them.
-      mesh: over whose batch axes the rows of a microbatch are split.
-      accumulation: microbatches into which the rows are cut, in their order.
+      batch: all rows of a step, such as from `Batches.rows(step)`.
+      mesh: the rows of a microbatch are split over its batch axes.
+      accumulation: number of microbatches, which consecutive rows form.
 
     Returns:
       jax.Arrays of shape [accumulation, rows, T] (`row_B`: [accumulation, rows]).
 
     Raises:
-      UserError: rows that the microbatches or the mesh do not divide.
+      UserError: the microbatches or the mesh do not divide the rows.
     """
     rows, T = batch.tokens_BT.shape
     parts = accumulation * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -59,10 +59,10 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
     """Yields (step, batch) for consecutive steps; a batch holds global jax.Arrays.
 
     Arrays are [accumulation, rows, T] (`row_B`: [accumulation, rows]); the row at [a, i] is row
-    `a * rows + i` of the step.  Each host reads only the rows its own devices hold, each once.
+    `a * rows + i` of the step.  Each host reads only the rows that its own devices hold, once each.
 
     Attributes:
-      last_wait: seconds the consumer waited for its last batch.
+      last_wait: seconds that the consumer waited for its last batch.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         stop: int | None = None,
         depth: int = 2,
     ):
-        """Starts the thread.
+        """Start the thread.
 
         Args:
           rows_fn: (step, row ids) -> Batch of NumPy arrays, such as `Batches.rows`.
           shape: (accumulation, rows, T) of the global batch.
           shardings: of the [accumulation, rows, T] arrays and of [accumulation, rows].
           start: first step.
-          stop: the step after the last; None: without end.
-          depth: batches held ready.
+          stop: the step after the last; None: there is no last step.
+          depth: batches that are read ahead.
         """
         self.last_wait = 0.0
         self._assemble = _Assembler(rows_fn, shape, shardings)
@@ -98,11 +98,11 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         self._thread.start()
 
     def __next__(self) -> tuple[int, Batch]:
-        """The next step's batch.
+        """Return the next step's batch.
 
         Raises:
           StopIteration: after the last step, or when closed.
-          Exception: whatever reading raised, with its traceback.
+          Exception: the error of the read, with its traceback.
         """
         if self._end is not None:
             raise self._end
@@ -117,7 +117,7 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
         raise self._end
 
     def close(self) -> None:
-        """Stop the thread; batches held ready are dropped.  A read that hangs is left behind."""
+        """Stop the thread and drop the batches read ahead.  A read that hangs is abandoned."""
         self._closed.set()
         self._free.release()
         self._thread.join(CLOSE_TIMEOUT)
@@ -144,7 +144,7 @@ class DeviceFeed(Iterator[tuple[int, Batch]]):
 
 
 class _Assembler:
-    """Global arrays of one step from the rows this host needs, `row_ids`."""
+    """Makes the global arrays of a step from the rows that this host needs, `row_ids`."""
 
     def __init__(
         self, rows_fn: RowsFn, shape: tuple[int, int, int], shardings: tuple[Sharding, Sharding]
@@ -157,15 +157,15 @@ class _Assembler:
             for index in where.addressable_devices_indices_map(array_shape).values():
                 needed[(index or ())[:2]] = True
         self.row_ids = np.flatnonzero(needed)
-        # Place of global row [a, i] among the rows read.
+        # Position of global row [a, i] among the rows read.
         self._place = (np.cumsum(needed.ravel()) - 1).reshape(shape[:2])
 
     def read(self, step: int) -> Batch:
-        """The rows this host needs, as NumPy arrays."""
+        """Read the rows that this host needs, as NumPy arrays."""
         return self._rows_fn(step, self.row_ids)
 
     def place(self, rows: Batch) -> Batch:
-        """Global arrays of those rows."""
+        """Put the rows that `read` returned on the devices, as global arrays."""
         return Batch(*map(self._array, rows))
 
     def _array(self, rows: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which documents are held out, and how far that is from what the config asks for."""
+"""Splits documents into train and held-out, and compares the held-out share with the config's."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from moe_jax.data.long_documents import utf8_blocks
 from moe_jax.data.store import BYTES, START, Split, Store
 from moe_jax.errors import UserError
 
-FAR = 2.0  # a held-out share this many times the asked one, or this part of it, is told
+FAR = 2.0  # a held-out share that differs from the config's by more than this factor is logged
 
 
 class HeldOutSplitter:
     """Splits the documents of streams into train and heldout; no document is in both.
 
-    With files of held-out text, these are the whole of it, and training leaves out every document
-    that is also there.  Else it is a function of the document's content, so copies stay together: a
-    document is held out when the first 64 bits of its SHA-256, as a fraction, are below `fraction`;
-    in a stream where none is, the document with the smallest is.
+    If held-out files are set, they are the whole held-out split, and training leaves out every
+    document that they contain.  Otherwise the content of a document decides, so copies stay
+    together: it is held out if the first 64 bits of its SHA-256, as a fraction, are below
+    `fraction`.  A stream with no such document holds out the one with the smallest fraction.
 
     Attributes:
-      left_out: documents of the training files that are also held out, of those `split` has given.
+      left_out: documents of the training files that `split` left out so far.
     """
 
     def __init__(self, streams: tuple[Stream, ...], fraction: float):
@@ -41,7 +41,7 @@ class HeldOutSplitter:
             self._check(stream)
 
     def split(self, name: str) -> Iterator[Document]:
-        """The documents of `train` or `heldout`, stream by stream, in order."""
+        """Yield the documents of `train` or `heldout`, stream by stream, in order."""
         for stream in self._streams:
             if self._by_file and name == "heldout":
                 yield from stream.heldout_documents()
@@ -57,14 +57,14 @@ class HeldOutSplitter:
         return key < self._limit or key in self._chosen
 
     def _smallest(self, stream: Stream) -> set[int]:
-        """The key to hold out of a stream that has none below the limit."""
+        """The key to hold out of a stream that has none below the limit; empty if it has one."""
         smallest = min((_key(doc.text) for doc in stream.documents()), default=None)
         if smallest is None:
             raise UserError(f"{stream.key}: {stream.name!r} holds no documents: name other files.")
         return {smallest} if smallest >= self._limit else set()
 
     def _check(self, stream: Stream) -> None:
-        """Raises UserError where one of the splits would have no text of the stream."""
+        """Raise UserError if one of the splits would have no text of the stream."""
         if self._by_file and not any(stream.heldout_documents()):
             raise UserError(
                 f"{stream.key}.heldout_files hold no documents: name files with text in them."
@@ -73,13 +73,13 @@ class HeldOutSplitter:
             return
         if self._by_file:
             raise UserError(
-                f"{stream.key}.files hold no document that {stream.key}.heldout_files do not hold "
-                f"as well: name other files to train on."
+                f"{stream.key}.heldout_files contain every document of {stream.key}.files: name "
+                f"other files to train on."
             )
         raise UserError(
-            f"{stream.key}: {stream.name!r} is too small to train on some of it and hold some out: "
-            f"it needs at least two different documents (a single text file counts as one for "
-            f"every 8,192 characters), or {stream.key}.heldout_files."
+            f"{stream.key}: {stream.name!r} is too small to be split into train and held-out: it "
+            f"needs at least two different documents (a single text file has one per 8,192 "
+            f"characters). Add text or set {stream.key}.heldout_files."
         )
 
 
@@ -91,10 +91,10 @@ def _key(text: str) -> int:
 
 
 def share_warnings(store: Store, config: DataConfig) -> list[str]:
-    """A line for each stream whose held-out share of bytes is far from `config.heldout_fraction`.
+    """Make a line for each stream whose share of held-out bytes is far from the config's.
 
-    Documents are held out whole: a small number of them, or a very long one, makes any share.
-    Nothing is told of held-out text that is named by file.
+    Documents are held out whole, so with few documents, or a very long one, any share is possible.
+    Held-out text that is named by file is not checked.
     """
     if config.heldout_files or any(part.get("heldout_files") for part in config.mixture.values()):
         return []
@@ -108,9 +108,9 @@ def share_warnings(store: Store, config: DataConfig) -> list[str]:
         where = f"of data.mixture.{name} " if config.mixture else ""
         documents = f"{counts[1][i]:,} of {counts[0][i] + counts[1][i]:,} documents"
         lines.append(
-            f"WARNING: {held:.1%} of the bytes {where}are held out and data.heldout_fraction asks "
-            f"for {asked:.1%}: {documents}, each of them whole.  Use more or shorter documents, or "
-            f"data.heldout_files."
+            f"WARNING: {held:.1%} of the bytes {where}are held out, but data.heldout_fraction is "
+            f"{asked:.1%}: whole documents are held out, here {documents}.  Use more or shorter "
+            f"documents, or set data.heldout_files."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Long documents: encoded block by block, and refused if they would fill memory."""
+"""Encodes long documents piece by piece, and refuses those that would fill memory."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,13 +16,13 @@ Cut = Callable[[str, int], int]
 
 
 def utf8_blocks(text: str) -> Iterator[bytes]:
-    """The UTF-8 bytes of a text, a part at a time."""
+    """Yield the UTF-8 bytes of a text in blocks."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         yield text[start : start + BLOCK_CHARACTERS].encode()
 
 
 def utf8_size(text: str) -> int:
-    """Bytes of a text in UTF-8."""
+    """The number of bytes of a text in UTF-8."""
     return len(text) if text.isascii() else sum(map(len, utf8_blocks(text)))
 
 

@@ -1,11 +1,11 @@
-"""Rows of a batch as a pure function of (seed, step, row).
+"""Reads the rows of a batch as a pure function of (seed, step, row).
 
 A window is `sequence_length + 1` tokens of a split's stream, beginning at a multiple of
-`sequence_length`: every token but a stream's first is a target exactly once an epoch.  Which
-window a row holds follows from the seed and `step * batch_size + row` alone (Grain's random access
-shuffle, repeat and mix), never from what was read before, by whom or on how many hosts.
+`sequence_length`: every token except a stream's first is a target exactly once per epoch.  The
+window of a row follows from the seed and `step * batch_size + row` alone (Grain's random access
+shuffle, repeat and mix), never from earlier reads or from the number of hosts.
 
-Axes: B rows asked for, T positions.
+Axes: B rows that are read, T positions, U = T + 1 tokens of a window.
 """
 
 import itertools
@@ -30,29 +30,29 @@ class DataLimit(NamedTuple):
     """Whole batches available under `data.max_epochs`, and the stream that runs out first."""
 
     steps: int  # whole batches
-    stream: int  # whose windows do not reach for one more
+    stream: int  # index of the stream that runs out first
 
     def text(self, streams: Sequence[str]) -> str:
-        """Name in a sentence the text that is used up.
+        """Name the text that is used up, for a sentence.
 
         Args:
           streams: entries of the mixture.
 
         Returns:
-          "text of data.mixture.NAME" where there are several streams, else "text".
+          "text of data.mixture.NAME" if there are several streams, else "text".
         """
         return f"text of data.mixture.{streams[self.stream]}" if len(streams) > 1 else "text"
 
 
 class Windows:
-    """The windows of a split, numbered through all its streams.
+    """The windows of a split, numbered across all its streams.
 
     Args:
       split: to cut into windows.
-      pad_id: token of places without text.
+      pad_id: token of padding positions.
       sequence_length: T.
       confine: targets and positions stop at document borders.
-      lead: tokens that begin every document and stand for no text (its bos).
+      lead: number of tokens that begin every document without being text (its bos).
 
     Attributes:
       starts: number of each stream's first window, then the number of windows.
@@ -76,7 +76,7 @@ class Windows:
         return int(self.starts[-1])
 
     def bounds(self, windows: Integer[np.ndarray, "B"]) -> tuple[np.ndarray, np.ndarray]:
-        """First token of each window and the token after its last; equal for window -1."""
+        """The first token of each window and the token after its last; equal for window -1."""
         stream = np.searchsorted(self.starts, windows, side="right") - 1
         stream = np.clip(stream, 0, len(self.starts) - 2)
         start = self._split.bounds[stream] + (windows - self.starts[stream]) * self._T
@@ -85,14 +85,14 @@ class Windows:
         return np.where(empty, 0, start), np.where(empty, 0, stop)
 
     def batch(self, windows: Integer[np.ndarray, "B"], row_ids: Integer[np.ndarray, "B"]) -> Batch:
-        """Rows holding these windows; window -1 is a row of padding.
+        """Read these windows as rows; window -1 is a row of padding.
 
         Raises:
-          UserError: tokens that cannot be read.
+          UserError: tokens cannot be read.
         """
         B, T = len(windows), self._T
         start_B, stop_B = self.bounds(windows)
-        text_BU = np.full((B, T + 1), self._pad_id, np.int32)  # U = T + 1
+        text_BU = np.full((B, T + 1), self._pad_id, np.int32)
         rows = [b for b in range(B) if stop_B[b] > start_B[b]]
         ranges = [(int(start_B[b]), int(stop_B[b])) for b in rows]
         for b, tokens in zip(rows, self._split.read(ranges), strict=True):
@@ -123,10 +123,10 @@ class Windows:
         )
 
     def _bytes(self, place_BT: np.ndarray, document_BT: np.ndarray) -> np.ndarray:
-        """Bytes of the token at each place: its document's, spread evenly over its tokens.
+        """The bytes of the token at each position: its document's, spread evenly over its tokens.
 
         Sums over whole documents are exact for any tokenizer, and every token of the byte
-        tokenizer gets exactly 1.  A bos gets none.
+        tokenizer gets exactly 1.  A bos gets 0.
         """
         first_BT = self._document_starts[document_BT] + self._lead
         length_BT = self._document_starts[document_BT + 1] - first_BT
@@ -162,7 +162,7 @@ class Batches:
     def for_training(
         cls, store: Store, seed: int, batch_size: int, sequence_length: int, confine: bool = False
     ) -> "Batches":
-        """Shuffled windows of the store's training split, each stream repeated for ever.
+        """Make batches of the store's shuffled training windows; each stream repeats without end.
 
         Args:
           store: an open store; its weights mix the streams.
@@ -175,7 +175,8 @@ class Batches:
           Batches of NumPy rows, without end.
 
         Raises:
-          UserError: a sequence longer than the split, or fewer windows than a batch has rows.
+          UserError: the sequence is longer than the split, or a batch has more rows than there are
+            windows.
         """
         windows = Windows(store.train, store.pad_id, sequence_length, confine, len(store.bos_ids))
         _check_length(store.train, sequence_length, "training")
@@ -187,7 +188,7 @@ class Batches:
             )
         if np.any(np.diff(windows.starts) == 0):
             name = store.streams[int(np.argmin(np.diff(windows.starts)))]
-            raise UserError(f"data.mixture.{name} has no text to train on: add some or remove it.")
+            raise UserError(f"data.mixture.{name} has no text to train on: add text or remove it.")
         return cls(windows, store.weights, seed, batch_size)
 
     @property
@@ -196,17 +197,18 @@ class Batches:
         return len(self._windows)
 
     def supply(self, epochs: int) -> DataLimit | None:
-        """The steps until a stream would begin another epoch.
+        """Compute the steps until a stream would be read more than `epochs` times.
 
         Args:
-          epochs: times that each window may be read; 0: for ever.
+          epochs: times that each window may be read; 0: no limit.
 
         Returns:
-          Whole steps and the stream that ends them; None: no run gets there.
+          Whole steps and the stream that runs out first; None: no run reaches that step.
         """
         limits = [min(epochs * int(n), ENDLESS) for n in np.diff(self._windows.starts)]
-        # Grain's length is a quotient, its order made of whole numbers: the row is near that.  What
-        # a stream of M has given is less than M away from its share.
+        # Grain computes the length of a mix by division and its order with integers, so the length
+        # is only near the row sought.  Rows taken from one of M streams are less than M from its
+        # share.
         near = len(self._mix([grain.MapDataset.range(n) for n in limits])) if epochs else ENDLESS
         if near >= ENDLESS:
             return None
@@ -220,13 +222,13 @@ class Batches:
         raise AssertionError("an endless count ends")
 
     def epochs(self, steps: int) -> list[float]:
-        """How often each stream was read in the first steps: rows of it by its windows.
+        """Compute the epochs of each stream in the first steps: rows read, divided by windows.
 
         Args:
-          steps: of the data, from its beginning.
+          steps: number of data steps from the first on.
 
         Returns:
-          One number per stream: 1.5 means that its text was read once and a half.
+          One number per stream; 1.5: its text was read one and a half times.
         """
         counts = mixed_counts(steps * self.batch_size, self._weights)
         sizes = np.diff(self._windows.starts).tolist()
@@ -236,43 +238,43 @@ class Batches:
         return grain.MapDataset.mix(streams, self._weights)
 
     def window_ids(self, step: int, row_ids: Integer[np.ndarray, "B"]) -> Integer[np.ndarray, "B"]:
-        """The windows that the rows of a step hold, for audits.
+        """The windows in the rows of a step, for audits.
 
         Args:
           step: counted from 0.
           row_ids: rows of the global batch, 0 to batch_size - 1.
 
         Returns:
-          int64 numbers of windows [B].
+          int64 window numbers [B].
         """
         first = step * self.batch_size
         return np.array([self._order[first + int(row)] for row in row_ids], np.int64)
 
     def rows(self, step: int, row_ids: Integer[np.ndarray, "B"] | None = None) -> Batch:
-        """Rows of the global batch of a step, in NumPy: a pure function of seed, step and row.
+        """Read rows of the global batch of a step: a pure function of seed, step and row.
 
         Args:
           step: counted from 0.
-          row_ids: which rows, of 0 to batch_size - 1; None: all of them.
+          row_ids: rows to read, 0 to batch_size - 1; None: all of them.
 
         Returns:
-          NumPy arrays [B, T], B the rows asked for.
+          NumPy arrays [B, T] with B = len(row_ids).
 
         Raises:
-          UserError: tokens that cannot be read.
+          UserError: tokens cannot be read.
         """
         row_ids = np.arange(self.batch_size) if row_ids is None else row_ids
         return self._windows.batch(self.window_ids(step, row_ids), row_ids)
 
 
 def mixed_counts(rows: int, weights: Sequence[float]) -> list[int]:
-    """How many of the first `rows` rows Grain's mix takes from each stream.
+    """Count the rows that Grain's mix takes from each stream among its first `rows` rows.
 
-    Grain turns weights into whole numbers, the smallest 100, and takes from the first stream
-    whatever its share of the rows leaves, rounded down, to the others; so on with these.
+    Grain scales the weights to whole numbers, the smallest 100.  The other streams get their share
+    of the rows, rounded down, and the first stream gets the rest; likewise among the others.
 
     Args:
-      rows: from the first on.
+      rows: number of rows from the first on.
       weights: of the streams.
     """
     shares = [int(weight * 100 / min(weights)) for weight in weights]
@@ -289,7 +291,7 @@ class HeldOut:
     """A sample of the held-out windows, each once, in a fixed pseudo-random order; `len()` batches.
 
     The sample and its order follow from the split, the sequence length and `rows` alone: batches of
-    any size, on any number of devices, hold the same rows one after the other.  The last batch is
+    any size, on any number of devices, hold the same rows in the same order.  The last batch is
     filled with rows of padding.
     """
 
@@ -311,7 +313,7 @@ class HeldOut:
           rows: of the sample; 0, or more than the split has: the whole split.
 
         Raises:
-          UserError: a sequence longer than the held-out split.
+          UserError: the sequence is longer than the held-out split.
         """
         _check_length(store.heldout, sequence_length, "held-out")
         self.batch_size = batch_size
@@ -323,25 +325,25 @@ class HeldOut:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the sample, padding not counted."""
+        """The number of rows in the sample, without padding."""
         return len(self._order)
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / self.batch_size)
 
     def rows(self, index: int, row_ids: Integer[np.ndarray, "B"]) -> Batch:
-        """Rows of a batch, in NumPy.
+        """Read rows of a batch.
 
         Args:
           index: of the batch, 0 to len() - 1.
-          row_ids: which of its rows, 0 to batch_size - 1.
+          row_ids: rows to read, 0 to batch_size - 1.
 
         Returns:
           NumPy arrays [B, T]; `row_B` counts from the first batch on.
 
         Raises:
-          IndexError: no such batch.
-          UserError: tokens that cannot be read.
+          IndexError: there is no such batch.
+          UserError: tokens cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"held-out batch {index} of {len(self)}")
@@ -354,6 +356,6 @@ class HeldOut:
 def _check_length(split: Split, sequence_length: int, what: str) -> None:
     if split.num_tokens < sequence_length + 1:
         raise UserError(
-            f"The {what} text has {split.num_tokens} tokens, fewer than data.sequence_length "
-            f"({sequence_length}) and one more: lower it or add text."
+            f"The {what} text has {split.num_tokens} tokens, but data.sequence_length "
+            f"{sequence_length} needs {sequence_length + 1} or more: lower it or add text."
         )

@@ -1,4 +1,4 @@
-"""The amount of text read, and the rate."""
+"""Measures the amount of text read, and the rate."""
 
 import time
 
@@ -10,7 +10,7 @@ class Rate:
         self._bytes, self._begin = 0, time.monotonic()
 
     def add(self, amount: int) -> None:
-        """Counts bytes."""
+        """Add bytes to the amount."""
         self._bytes += amount
 
     def __str__(self) -> str:

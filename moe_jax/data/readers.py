@@ -1,7 +1,7 @@
-"""The texts of a file, by its kind: each reader yields them in order, or says what is wrong.
+"""Readers of files, one per kind: each yields the texts of a file in order.
 
-A reader yields a `BadRecord` in the place of a record that holds no text, and goes on after it.
-It raises UserError where the rest of the file cannot be read either.
+A reader yields a `BadRecord` in place of a record that holds no text, and continues after it.
+It raises UserError if the rest of the file cannot be read either.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from moe_jax.files import json_files
 
 PIECE_CHARACTERS = 8192  # a text corpus of a single file is cut into documents of about this size
 BLOCK = 1 << 20  # bytes of a text file that are read at once
-MAX_LINE = 4  # bytes of a line of JSON for one of text, where letters are escaped as \\u00e9
+MAX_LINE = 4  # bytes of a JSON line per byte of text: letters may be escaped as \\u00e9
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 # UTF-32's little-endian mark begins with that of UTF-16.
 _OTHER_MARKS = {
@@ -59,10 +59,10 @@ def _read_text(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> 
 
 
 def read_pieces(path: epath.Path, field: str, key: str, limit: DocumentLimit) -> Records:
-    """The file cut after line ends, so that a corpus of one file has documents to hold out."""
+    """Yield a file cut after line ends, so that a corpus of one file has documents to hold out."""
     del field, key, limit
     for block in _text_blocks(path):
-        if isinstance(block, BadRecord):  # of the whole file: before any text of it
+        if isinstance(block, BadRecord):  # checked before any text: the file is the record
             yield block
             return
     text = ""
@@ -86,7 +86,7 @@ def _piece_end(text: str, start: int) -> int:
 
 
 def _text_blocks(path: epath.Path) -> Records:
-    """The text of a file, a block at a time; what is wrong with it ends it."""
+    """Yield the text of a file block by block; end with a BadRecord if the file is not text."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     with open_text(path) as file:
         block = file.read(BLOCK)
@@ -100,7 +100,7 @@ def _text_blocks(path: epath.Path) -> Records:
         if block.startswith(BYTE_ORDER_MARK):
             block, offset = block.removeprefix(BYTE_ORDER_MARK), len(BYTE_ORDER_MARK)
         while True:
-            waiting = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
+            waiting = len(decoder.getstate()[0])  # bytes of an incomplete character
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -134,7 +134,7 @@ def _read_jsonl(path: epath.Path, field: str, key: str, limit: DocumentLimit) ->
                     pass
             else:
                 found = _jsonl_field(line, field, key)
-                del line  # as long as the text
+                del line  # it takes as much memory as the text
                 found = found if isinstance(found, BadRecord) else limit.check(found) or found
             if isinstance(found, BadRecord):
                 found = found._replace(unit="line", number=number)
@@ -152,12 +152,12 @@ def _jsonl_field(line: bytes, field: str, key: str) -> str | BadRecord:
     try:
         utf8_size(found if isinstance(found, str) else "")
     except UnicodeEncodeError:
-        return BadRecord("holds half a surrogate pair, which UTF-8 cannot", REPAIR)
+        return BadRecord("holds half a surrogate pair, which UTF-8 cannot encode", REPAIR)
     return found
 
 
 def _nested(record: Any, field: str) -> Any:
-    """The value of `field`: a key of the record, or keys of objects within, joined by dots."""
+    """The value of `field`: a key of the record, or keys of nested objects, joined by dots."""
     if not isinstance(record, dict):
         return NO_VALUE
     if field in record:
@@ -174,8 +174,8 @@ def _other_encoding(raw: bytes) -> BadRecord | None:
     return None
 
 
-# name of a kind -> the texts of one file of it, given its path, the field, the field's
-# key and the limit to one of them
+# Kind -> its reader: called with the file's path, the field, the field's config key and the limit
+# to one document.
 READERS: dict[str, Callable[[epath.Path, str, str, DocumentLimit], Records]] = {
     "stdlib": _read_stdlib,
     "text": _read_text,

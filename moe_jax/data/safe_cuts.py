@@ -26,25 +26,25 @@ _WORDS = "|".join(
 
 
 def _tiktoken(numbers: str) -> str:
-    """The pattern of cl100k, whose copies differ in how many digits they take at once."""
+    """The pattern of cl100k; its copies differ in the number of digits that they match at once."""
     return (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}"
     )
 
 
-# Patterns whose matches neither hold a letter before a blank, nor a line end before a letter, nor
-# look at what stands before them.
+# Patterns whose matches hold neither a letter before a blank nor a line end before a letter, and do
+# not depend on the text before them.
 PATTERNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2
     _tiktoken(r"\p{N}{1,3}"),  # cl100k, Llama 3
     _tiktoken(r"\p{N}"),  # Qwen 2 and 3
     rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",  # o200k, gpt-oss
 )
-# Patterns that match no letter and no blank: they may split before one of those above does.
+# Patterns that match no letter and no blank: they may come before one of the patterns above.
 _NUMBERS = (r"\p{N}", r"\p{N}{1,3}", r"\d", r"[0-9]", r"[0-9][0-9][0-9]")
 
-# Letters that every normalizer below leaves letters.
+# Letters that stay letters in every normalizer below.
 _LETTERS = (
     "A-Za-z\u03b1-\u03c9\u0410-\u044f\u05d0-\u05ea\u0621-\u064a\u0905-\u0939\u0e01-\u0e30"
     "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"
@@ -56,7 +56,7 @@ _BEGINS_WITH_LETTER = re.compile(r"[^\W\d_]")
 
 
 class _Kinds(NamedTuple):
-    """Which of the two kinds of places are safe."""
+    """The kinds of positions that are safe."""
 
     blank: bool = False
     line: bool = False
@@ -70,27 +70,27 @@ _NONE, _ALL, _BLANK_ONLY = _Kinds(), _Kinds(True, True), _Kinds(True, False)
 
 
 def safe_cut(file: Mapping[str, Any], normalize: Callable[[str], str]) -> re.Pattern[str] | None:
-    """Finds places where texts may be cut.
+    """Find positions where texts may be cut.
 
     Args:
       file: the JSON of a tokenizer.json.
-      normalize: what its normalizer makes of a text.
+      normalize: applies its normalizer to a text.
 
     Returns:
-      A pattern each of whose matches ends at a safe place; None: none is known.
+      A pattern whose matches end at safe positions; None: none is known.
     """
     safe = _pre_tokenizer(file.get("pre_tokenizer")).both(_normalizer(file.get("normalizer")))
     for token in file.get("added_tokens") or []:
         for content in (token["content"], normalize(token["content"])):
             safe = safe.both(_added(content, token))
     if file["model"].get("dropout"):
-        return None  # another encoding at every call
+        return None  # the encoding differs from call to call
     kinds = [kind for kind, is_safe in ((_BLANK, safe.blank), (_LINE, safe.line)) if is_safe]
     return re.compile("|".join(kinds)) if kinds else None
 
 
 def _added(content: str, token: Mapping[str, Any]) -> _Kinds:
-    """Whether the library, which looks for an added token in every text, finds it across a cut."""
+    """The kinds of cuts across which the library cannot find an added token in a text."""
     strips = {side: bool(token.get(side)) for side in ("lstrip", "rstrip", "single_word")}
     blank = not (
         _LETTER_BLANK.search(content)
@@ -104,7 +104,7 @@ def _added(content: str, token: Mapping[str, Any]) -> _Kinds:
 
 
 def _normalizer(part: Mapping[str, Any] | None) -> _Kinds:
-    """Whether a normalizer treats the two sides of a cut apart, and keeps what makes it one."""
+    """The kinds of cuts that a normalizer keeps, and whose two sides it treats separately."""
     if part is None:
         return _ALL
     kind = part["type"]
@@ -116,21 +116,21 @@ def _normalizer(part: Mapping[str, Any] | None) -> _Kinds:
     if kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"):
         return _ALL
     if kind in ("BertNormalizer", "Nmt"):
-        return _BLANK_ONLY  # which makes blanks of line ends
+        return _BLANK_ONLY  # they turn line ends into blanks
     if kind == "Replace" and part["pattern"] == {"Regex": " {2,}"}:
         return _ALL
     return _NONE  # Prepend, Strip, Precompiled, Replace: they may move or remove blanks
 
 
 def _pre_tokenizer(part: Mapping[str, Any] | None) -> _Kinds:
-    """The places where a pre-tokenizer always ends a part."""
+    """The kinds of positions where a pre-tokenizer always ends a part."""
     if part is None:
         return _NONE  # the model is given the whole text
     kind = part["type"]
     if kind == "Sequence":
         return _sequence(part["pretokenizers"])
     if kind == "ByteLevel" and part.get("use_regex", True):
-        # A blank is put before a piece that does not begin with one.
+        # It puts a blank before a piece that does not begin with one.
         return _BLANK_ONLY if part["add_prefix_space"] else _ALL
     if kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer"):
         return _ALL
@@ -143,11 +143,11 @@ def _pre_tokenizer(part: Mapping[str, Any] | None) -> _Kinds:
 
 
 def _sequence(parts: list[Mapping[str, Any]]) -> _Kinds:
-    """As `_pre_tokenizer`: once one has ended a part, those that follow see the sides apart."""
+    """As `_pre_tokenizer`: after one has ended a part, the next ones see the sides separately."""
     for number, part in enumerate(parts):
         found = _pre_tokenizer(part)
         if found != _NONE:
-            # What follows may put a blank before a piece that begins a line.
+            # This one or a later one may put a blank before a piece that begins a line.
             adds = any(_adds_blank(one) for one in parts[number:])
             return _BLANK_ONLY if adds else found
         if not _keeps_apart(part):
@@ -160,7 +160,7 @@ def _adds_blank(part: Mapping[str, Any]) -> bool:
 
 
 def _keeps_apart(part: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer that does not end a part at a cut does the same on both sides."""
+    """True if a pre-tokenizer that does not end a part at a cut treats both sides as the whole."""
     if part["type"] in ("Digits", "Punctuation"):
         return True
     numbers = part["type"] == "Split" and part["pattern"].get("Regex") in _NUMBERS

@@ -22,19 +22,19 @@ _FIRST_WITHOUT_SCRIPTS = 4
 
 
 def is_hub_name(entry: str) -> bool:
-    """Whether an entry of `files` is hf://OWNER/NAME, with :SPLIT or :CONFIG:SPLIT after it."""
+    """True if an entry of `files` is hf://OWNER/NAME, with or without :SPLIT or :CONFIG:SPLIT."""
     return _NAME.fullmatch(entry) is not None
 
 
 def hub_files(entry: str, key: str) -> list[epath.Path]:
-    """The files of a split of the hub, downloaded unless they are in the library's cache.
+    """Find the files of a split of the hub; download them unless the library has cached them.
 
     Args:
       entry: as `is_hub_name` describes it.
-      key: of the config, for the sentence.
+      key: config key, for errors.
 
     Raises:
-      UserError: no split is named, the library is missing, or the hub does not give it.
+      UserError: no split is named, the library is missing, or the hub cannot provide the split.
     """
     match = _NAME.fullmatch(entry)
     assert match
@@ -57,10 +57,10 @@ def hub_files(entry: str, key: str) -> list[epath.Path]:
 
 
 def saved_files(folder: epath.Path, key: str) -> list[epath.Path] | None:
-    """The files of a saved dataset, in order; None: the folder is none.
+    """Find the files of a saved dataset, in order; None: the folder does not hold one.
 
     Raises:
-      UserError: it holds several splits, or does not say which files it has.
+      UserError: the folder holds several splits, or does not say which files the dataset has.
     """
     if (folder / _SPLITS).exists():
         splits = _names(folder / _SPLITS, "splits")
@@ -74,7 +74,7 @@ def saved_files(folder: epath.Path, key: str) -> list[epath.Path] | None:
 
 
 def _names(path: epath.Path, key: str) -> list[str]:
-    """The file names in a file of a saved dataset; the file is not trusted."""
+    """The names listed in a file of a saved dataset; the file is not trusted."""
     try:
         found = records.items(records.mapping(json_files.load(path)).get(key))
         plain = [records.text(one["filename"] if isinstance(one, dict) else one) for one in found]
@@ -108,7 +108,7 @@ def _asking(entry: str, key: str) -> Iterator[None]:
     """Turn every error of the library, which has dozens of kinds, into one sentence."""
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
-    hub.setLevel(logging.ERROR)  # it warns of each attempt
+    hub.setLevel(logging.ERROR)  # it warns about each attempt
     try:
         yield
     except UserError:
@@ -116,8 +116,8 @@ def _asking(entry: str, key: str) -> Iterator[None]:
     except Exception as error:
         why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise UserError(
-            f"{key}: {entry} cannot be had from the Hugging Face hub ({why}): check its name and "
-            f"split and your network, or name a folder that save_to_disk wrote."
+            f"{key}: {entry} cannot be loaded from the Hugging Face hub ({why}): check its name, "
+            f"its split and the network, or name a folder that save_to_disk wrote."
         ) from None
     finally:
         hub.setLevel(before)

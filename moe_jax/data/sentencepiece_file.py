@@ -1,7 +1,7 @@
-"""The serialised model of SentencePiece: its pieces, and some of them made control symbols.
+"""Reads the serialised model of SentencePiece, and turns pieces of it into control symbols.
 
-The library tells of a piece neither its kind nor lets it be changed, so a few fields of the
-protocol buffer are read here.
+The library neither gives the kind of a piece nor lets it be changed, so this file reads a few
+fields of the protocol buffer.
 
 Reference: sentencepiece_model.proto; https://protobuf.dev/programming-guides/encoding.
 """
@@ -23,10 +23,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def sentencepieces(model: bytes) -> list[Piece]:
-    """The vocabulary of a serialised SentencePiece model, by id.
+    """Read the vocabulary of a serialised SentencePiece model, by id.
 
     Raises:
-      ValueError, IndexError: it is no such model.
+      ValueError, IndexError: the bytes are not such a model.
     """
     found = []
     for tag, entry, _ in _fields(model):
@@ -40,9 +40,9 @@ def sentencepieces(model: bytes) -> list[Piece]:
 
 
 def as_control(model: bytes, ids: Collection[int]) -> bytes:
-    """The SentencePiece model with these pieces made control symbols, which it never finds in text.
+    """Copy the model with these pieces as control symbols, which it never finds in text.
 
-    Of a field that comes twice the last one counts, so the kind is added to the end of the piece.
+    If a field occurs twice, the last one counts, so the kind is added to the end of the piece.
     """
     parts, start, place = [], 0, 0
     for tag, entry, end in _fields(model):
@@ -59,7 +59,7 @@ def as_control(model: bytes, ids: Collection[int]) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, int]]:
-    """(tag, value, place after it) of each field of a protocol buffer."""
+    """Yield (tag, value, position after it) of each field of a protocol buffer."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
@@ -71,7 +71,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, int]]:
         if tag & 7 == _BYTES:
             size, place = _varint(message, place)
         if size is None or place + size > len(message):
-            raise ValueError("a field is cut short or of an unknown wire type")
+            raise ValueError("a field is truncated or has an unknown wire type")
         yield tag, message[place : place + size], place + size
         place += size
 

@@ -1,4 +1,4 @@
-"""Which files a corpus has, and of which kind they are."""
+"""Finds the files of a corpus and their kinds."""
 
 import glob
 import os
@@ -30,7 +30,7 @@ SUFFIXES = {
 }
 COMPRESSIBLE = ("jsonl", "text")  # kinds that are read compressed
 UNREAD = (".7z", ".br", ".lz4", ".rar", ".tar", ".tgz", ".zip")
-_SEPARATOR = re.compile(r"(?<!\\),")  # of entries; a comma of a name is written \,
+_SEPARATOR = re.compile(r"(?<!\\),")  # of entries; \, is a comma in a name
 
 
 class SourceFile(NamedTuple):
@@ -42,22 +42,22 @@ class SourceFile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a key of the config names."""
+    """The files that a config key names, and lines for the log."""
 
     files: tuple[SourceFile, ...] = ()
     notes: tuple[str, ...] = ()  # lines for the log
 
 
 def find_files(entries: str, key: str, asked: str) -> Found:
-    """The files that `entries` names, sorted.
+    """Find the files that `entries` names, sorted.
 
     Args:
       entries: comma separated; each is a path, a folder, a glob or a name of the hub.
-      key: where the config has them.
+      key: config key of `entries`, for messages.
       asked: the kind that folders are searched for; empty: every kind.
 
     Raises:
-      UserError: an entry that matches nothing, or that cannot be reached.
+      UserError: an entry matches nothing or cannot be reached.
     """
     parts = _split(entries)
     if not parts:
@@ -85,7 +85,7 @@ def find_files(entries: str, key: str, asked: str) -> Found:
 
 
 def _split(entries: str) -> list[str]:
-    """The entries of a list; a list that is the name of a file is that file."""
+    """Split a list into its entries; a list that is the name of a file is one entry."""
     if "," in entries and "://" not in entries and os.path.exists(os.path.expanduser(entries)):
         return [entries]
     parts = (part.strip().replace("\\,", ",") for part in _SEPARATOR.split(entries))
@@ -93,7 +93,7 @@ def _split(entries: str) -> list[str]:
 
 
 def _entry(part: str, key: str, asked: str) -> tuple[list[epath.Path], Counter[str]]:
-    """The files of one entry, and how many a folder has of each suffix that is not read."""
+    """The files of one entry and, if it is a folder, the number of other files per suffix."""
     if is_hub_name(part):
         return hub_files(part, key), Counter()
     check_scheme(part, key)
@@ -109,7 +109,7 @@ def _entry(part: str, key: str, asked: str) -> tuple[list[epath.Path], Counter[s
 
 
 def _folder(folder: epath.Path, key: str, asked: str) -> tuple[list[epath.Path], Counter[str]]:
-    """The files below a folder whose suffix says how to read them."""
+    """The files below a folder that have a known suffix, and the number of others per suffix."""
     found, left_out = [], Counter()
     for path in _below(folder):
         kind = kind_of(path.name)
@@ -120,14 +120,14 @@ def _folder(folder: epath.Path, key: str, asked: str) -> tuple[list[epath.Path],
     if not found:
         what = f"{asked} files" if asked else f"files of a known suffix ({', '.join(SUFFIXES)})"
         raise UserError(
-            f"{key}: the folder {os.fspath(folder)!r} has no {what}: name files by a glob, such as "
-            f"{posixpath.join(os.fspath(folder), '*.py')!r} with a source of text."
+            f"{key}: the folder {os.fspath(folder)!r} has no {what}. Name files by a glob, such as "
+            f"{posixpath.join(os.fspath(folder), '*.py')!r} with source text."
         )
     return found, left_out
 
 
 def _below(folder: epath.Path) -> Iterator[epath.Path]:
-    """Every file below a folder but hidden ones and those of hidden folders."""
+    """Yield every file below a folder, except hidden files and those in hidden folders."""
     if not _is_remote(folder):
         for where, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -144,34 +144,34 @@ def _is_remote(path: epath.Path) -> bool:
 
 
 def _glob(pattern: str) -> list[epath.Path]:
-    """Files (never folders) that match; absolute paths, or gs:// ones."""
+    """The files (never folders) that match, as absolute or gs:// paths."""
     if "://" not in pattern:
         found = glob.glob(os.path.abspath(os.path.expanduser(pattern)), recursive=True)
         return [epath.Path(path) for path in found if os.path.isfile(path)]
     if "**" in pattern:
-        raise UserError(f"{pattern!r}: ** is for local files only, name the folders with *.")
+        raise UserError(f"{pattern!r}: ** works for local files only. Name the folders with *.")
     scheme, _, rest = pattern.partition("://")
     bucket, _, inside = rest.partition("/")
     return [path for path in epath.Path(f"{scheme}://{bucket}").glob(inside) if not path.is_dir()]
 
 
 def kind_of(name: str) -> str:
-    """The kind of a file by its suffix, that of a compression left out; empty: none is known."""
+    """The kind of a file by its suffix, without that of a compression; empty: unknown."""
     stem, compression = split_name(name)
     kind = SUFFIXES.get(posixpath.splitext(stem)[1].lower(), "")
     return "" if compression and kind not in COMPRESSIBLE else kind
 
 
 def check_kind(asked: str, files: tuple[SourceFile, ...], key: str) -> str:
-    """How to read the files: as `asked` or, if that is empty, as their suffix says.
+    """The kind of the files: `asked` or, if that is empty, the kind of their suffix.
 
     Args:
       asked: the source that the config names.
       files: all files of a stream.
-      key: where the config describes the stream.
+      key: section of the config that describes the stream, for errors.
 
     Raises:
-      UserError: files that are not read, of no known kind, or of several.
+      UserError: the files are not supported, of unknown kind, or of several kinds.
     """
     kinds: dict[str, str] = {}  # -> the first file of each
     for file in files:
@@ -180,8 +180,8 @@ def check_kind(asked: str, files: tuple[SourceFile, ...], key: str) -> str:
         inside = asked or SUFFIXES.get(suffix, "")
         if suffix in UNREAD or (compression and inside and inside not in COMPRESSIBLE):
             raise UserError(
-                f"{key}.files: {file.path} is compressed ({compression or suffix}), which is read "
-                f"of single files of text and JSON lines as .gz, .bz2, .xz and .zst: unpack it."
+                f"{key}.files: {file.path} is compressed ({compression or suffix}). Only text and "
+                f"JSON lines may be, as .gz, .bz2, .xz or .zst of one file: unpack it."
             )
         kinds.setdefault(inside, file.name)
     if "" in kinds:
@@ -192,16 +192,16 @@ def check_kind(asked: str, files: tuple[SourceFile, ...], key: str) -> str:
     if len(kinds) > 1:
         named = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise UserError(
-            f"{key}.files are of several kinds, {named}: name files of one, or write a "
-            f"data.mixture with an entry for each."
+            f"{key}.files are of several kinds, {named}: name files of one kind, or set "
+            f"data.mixture with one entry per kind."
         )
     return next(iter(kinds))
 
 
 def label(files: tuple[SourceFile, ...], stream: str) -> tuple[SourceFile, ...]:
-    """The files with one source label each when they are few, else with the stream's name.
+    """Label each file with its name if they are few, else with the stream's name.
 
-    The files of a saved dataset are numbers, which tell nothing.
+    Files of a saved dataset get the stream's name, because their own names are only numbers.
     """
     if stream == "hf" or len(files) > MAX_FILE_LABELS:
         return tuple(file._replace(source=stream) for file in files)
@@ -211,10 +211,10 @@ def label(files: tuple[SourceFile, ...], stream: str) -> tuple[SourceFile, ...]:
 
 
 def stdlib_files(root: epath.Path) -> tuple[SourceFile, ...]:
-    """The *.py files of the standard library at `root`, labelled by top-level package.
+    """Find the *.py files of the standard library at `root`, labelled by top-level package.
 
-    Left out: installed packages, tests, and what differs between two installations of the same
-    Python (`_sysconfigdata*.py` and the `config-*` folder hold paths of the machine).
+    Leaves out installed packages, tests, and files that differ between two installations of the
+    same Python (`_sysconfigdata*.py` and the `config-*` folder hold paths of the machine).
     """
     files = []
     for folder, subfolders, names in os.walk(root):

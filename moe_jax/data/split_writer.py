@@ -1,9 +1,9 @@
-"""Writes one split of a store, shard by shard; a build that was killed goes on where it stopped.
+"""Writes one split of a store, shard by shard; a killed build resumes where it stopped.
 
-A shard of tokens is written whole, then a part file that lists the documents which begin in it.
-The part files are the journal: the next run counts them, skips the documents they list, and cuts
-the tokens already written off the last of those.  So a resumed build is byte-identical to one
-that was never stopped.
+A shard of tokens is written whole, then a part file that lists the documents that begin in it.
+The part files are the journal: the next build counts them, skips the documents they list, and
+drops the tokens of the last of those that are already written.  So a resumed build is
+byte-identical to one that was never stopped.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 
 CHUNK_TOKENS = 8192  # read at once for a random row: larger chunks cost more than they save
-SHARD_TOKENS = 1 << 22  # one file
+SHARD_TOKENS = 1 << 22  # tokens per file
 DOCUMENTS_CHUNK = 1 << 16  # documents
 PARTS = "parts"  # folder of the part files
 DIGEST_BYTES = 32  # of SHA-256, before the rows of a part file
@@ -44,7 +44,7 @@ class ChunkSizes:
     """Sizes of the token arrays' chunks and files."""
 
     chunk: int = CHUNK_TOKENS  # tokens that are read at once
-    shard: int = SHARD_TOKENS  # tokens in a file
+    shard: int = SHARD_TOKENS  # tokens per file
 
 
 LAYOUT = ChunkSizes()
@@ -92,15 +92,16 @@ class SplitWriter:
 
         Args:
           documents: of the split, in order.
-          say: called with a line for each shard.
-          alive: called whenever some text was encoded.
-          threads: that encode.
+          say: called with one line per shard.
+          alive: called when some text was encoded.
+          threads: number of encoding threads.
 
         Returns:
-          The split's tokens, and its documents [documents, 3].
+          The number of tokens, and the documents [documents, 3].
         """
-        place = end = len(self._parts) * self._layout.shard  # of the next piece, of what is written
-        if self._parts:  # the last document listed may go on: tokenise it again
+        # `place`: where the next piece begins; `end`: where the written tokens end.
+        place = end = len(self._parts) * self._layout.shard
+        if self._parts:  # the last document listed may continue: tokenise it again
             known = np.concatenate(self._parts)
             place = int(known[-1, START])
             documents = itertools.islice(documents, len(known) - 1, None)
@@ -134,7 +135,7 @@ class SplitWriter:
         return end, table
 
     def _with_marks(self, piece: Encoded) -> np.ndarray:
-        """Its ids, after bos where the document begins and before eos where it ends."""
+        """The ids of a piece, with bos if it begins its document and eos if it ends it."""
         bos = self._bos if piece.first else self._bos[:0]
         eos = np.array([self._tokenizer.eos_id][: int(piece.last)], np.int64)
         return np.concatenate([bos, piece.ids, eos], dtype=np.int64)
@@ -154,7 +155,7 @@ class SplitWriter:
         self._parts.append(rows)
 
     def _read_parts(self) -> list[np.ndarray]:
-        """The parts up to the first that is missing or damaged: the build goes on from there."""
+        """Read the parts up to the first that is missing or damaged, where the build resumes."""
         parts: list[np.ndarray] = []
         while True:
             try:
@@ -179,7 +180,7 @@ class SplitWriter:
             self._create("documents", metadata).write(table).result()
 
     def _create(self, name: str, metadata: dict[str, Any]) -> Any:
-        """An empty array in place of whatever a build that was stopped left there."""
+        """Create an empty array, in place of one that a stopped build has left."""
         spec = array_spec(self._path / name) | {"metadata": metadata}
         return ts.open(spec, create=True, delete_existing=True).result()
 
@@ -193,7 +194,7 @@ def _regular(shape: list[int]) -> dict[str, Any]:
 
 
 def _tokens_metadata(layout: ChunkSizes, dtype: str) -> dict[str, Any]:
-    """zarr3 metadata of an empty token array: checksummed chunks inside shards."""
+    """The zarr3 metadata of an empty token array: checksummed chunks inside shards."""
     sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
     return {
         "shape": [0],
@@ -205,11 +206,11 @@ def _tokens_metadata(layout: ChunkSizes, dtype: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """Raises UserError where the store in `path` cannot be written."""
+    """Raise UserError if the store in `path` cannot be written."""
     try:
         yield
     except Exception as error:  # tensorstore raises ValueError and others
         raise UserError(
             f"{path} cannot be written ({first_line(error)}): make room on its disk or set "
-            f"data.store, then run the same command again: it goes on after what is whole."
+            f"data.store. The same command then resumes after the last whole shard."
         ) from error

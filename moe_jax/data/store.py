@@ -1,4 +1,4 @@
-"""The tokenised corpus on disk: text is tokenised once, and any row of it can be read at random.
+"""Opens the tokenised corpus on disk: text is tokenised once, and any row can be read at random.
 
     ROOT/FINGERPRINT[:16]/manifest.json          written last: a store without it is not finished;
                                                  SHA-256 of itself and of both arrays' zarr.json
@@ -7,7 +7,7 @@
                          /heldout/...
 
 Tokens are cut into rows only when they are read, so the sequence length is chosen at training
-time.  The entries of a mixture lie one after the other in the stream.  An eos token ends every
+time.  The entries of a mixture follow each other in the stream.  An eos token ends every
 document and, under data.begin_with_bos, a bos token begins it.  `build_store` (build.py) writes
 stores; this file opens them.
 """
@@ -33,7 +33,7 @@ SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 CACHE_BYTES = 256 << 20  # decoded chunks kept in memory, all arrays together
 START, BYTES, SOURCE = range(3)  # columns of a documents array
-# Of every chunk.  No compression: what a stranger's store declares is then what lies on the disk.
+# Of every chunk.  No compression, so an untrusted store cannot declare more than its disk holds.
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -42,8 +42,8 @@ class Split:
     """One token stream of a store."""
 
     path: str  # its folder, local or gs://
-    tokens: ts.TensorStore  # uint16 or uint32 ids, read when they are asked for
-    # First token of each document, its UTF-8 bytes (one more for its eos) and its source id: held
+    tokens: ts.TensorStore  # uint16 or uint32 ids, read on demand
+    # First token of each document, its UTF-8 bytes (plus one for its eos) and its source id: held
     # in memory, 24 bytes per document.
     documents: Integer[np.ndarray, "N 3"]
     bounds: Integer[np.ndarray, "M"]  # first token of each entry of the mixture, then the length
@@ -51,11 +51,11 @@ class Split:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the split, eos included."""
+        """The number of tokens in the split, eos included."""
         return int(self.bounds[-1])
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Tokens [start, stop) of each range, read concurrently.
+        """Read tokens [start, stop) of each range, concurrently.
 
         Args:
           ranges: pairs of start and stop, in tokens.
@@ -64,8 +64,8 @@ class Split:
           The ids of each range.
 
         Raises:
-          UserError: a chunk that is missing or does not match its checksum, or a token id that the
-            tokenizer does not have.
+          UserError: a chunk is missing or does not match its checksum, or the tokenizer does not
+            have a token id.
         """
         futures = [self.tokens[start:stop].read() for start, stop in ranges]
         rows = []
@@ -77,8 +77,11 @@ class Split:
                 raise damaged_error(what, os.path.dirname(self.path)) from error
             if len(rows[-1]) and rows[-1].max() >= self.vocab_size:
                 place = start + int(rows[-1].argmax())
-                what = f"{self.path}: token {place} has id {rows[-1].max()} of {self.vocab_size}"
-                raise damaged_error(what, os.path.dirname(self.path))
+                what = f"{self.path}: token {place} has id {rows[-1].max()}"
+                raise damaged_error(
+                    f"{what}, beyond its vocabulary of {self.vocab_size}",
+                    os.path.dirname(self.path),
+                )
         return rows
 
 
@@ -92,9 +95,9 @@ class Store:
     content: str  # as `fingerprint`, without the names of files; empty: opened by its path alone
     tokenizer: str  # identity of the tokenizer
     vocab_size: int  # V of the tokenizer
-    bos_ids: tuple[int, ...]  # what every document begins with: the bos token or nothing
+    bos_ids: tuple[int, ...]  # ids that begin every document: the bos token or none
     eos_id: int  # token that ends every document
-    pad_id: int  # token of places without text
+    pad_id: int  # token of padding positions
     streams: tuple[str, ...]  # entries of the mixture, in order of their tokens
     weights: tuple[float, ...]  # of the streams in training; from the config, not from the disk
     sources: tuple[str, ...]  # labels by source id
@@ -102,24 +105,24 @@ class Store:
     heldout: Split  # tokens to evaluate on
 
     def same_text(self, fingerprint: object) -> bool:
-        """True for the fingerprint of a store with the same tokens.
+        """True if `fingerprint` belongs to a store with the same tokens.
 
         Args:
           fingerprint: as a run has recorded it.
 
         Returns:
-          True as well for one that an earlier format gave to these tokens.
+          True also for a fingerprint that an earlier format gave to these tokens.
         """
         return fingerprint in (self.fingerprint, *self.earlier)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a model that has no row for some token of the store.
+        """Check that a model has a row for every token of the store.
 
         Args:
           vocab_size: V of the model.
 
         Raises:
-          UserError: it is smaller than that of the tokenizer.
+          UserError: V is smaller than that of the tokenizer.
         """
         if self.vocab_size > vocab_size:
             raise UserError(
@@ -129,15 +132,15 @@ class Store:
 
 
 def key_value_store(path: str | os.PathLike) -> ts.KvStore:
-    """The folder `path` (local or gs://): atomic, durable writes of whole keys."""
+    """Open the folder `path` (local or gs://); writes of whole keys are atomic and durable."""
     return ts.KvStore.open(_location(path)).result()
 
 
 def array_spec(path: str | os.PathLike) -> dict[str, Any]:
-    """TensorStore spec of a zarr3 array whose missing chunks are errors.
+    """The TensorStore spec of a zarr3 array whose missing chunks are errors.
 
-    By default TensorStore neither stores a chunk that equals the fill value nor minds a chunk
-    that is missing, so a deleted file would read as zeros.
+    By default TensorStore does not store a chunk that equals the fill value and reads a missing
+    chunk as the fill value, so a deleted file would read as zeros.
     """
     return {
         "driver": "zarr3",
@@ -157,26 +160,26 @@ def _location(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """A manifest as it is written: JSON, with the SHA-256 of all the rest of it."""
+    """The bytes of a manifest file: JSON, with the SHA-256 of all its other values."""
     return json.dumps(seals.sealed(manifest), indent=1).encode()
 
 
 def array_digests(folder: ts.KvStore) -> dict[str, str]:
-    """SHA-256 of the files that say how the arrays lie on disk; tokens have their own checksums."""
+    """SHA-256 of the files that describe the arrays' layout; tokens have their own checksums."""
     names = [f"{split}/{array}/zarr.json" for split in SPLITS for array in ("tokens", "documents")]
     return {name: hashlib.sha256(folder.read(name).result().value).hexdigest() for name in names}
 
 
 def damaged_error(what: str, store: os.PathLike[str] | str) -> UserError:
-    """The sentence for a store that is not as it was written."""
+    """Make the error for a store that differs from what was written."""
     return UserError(f"{what}: delete {os.fspath(store)}, and the next run builds it again.")
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The manifest of the store at `path`, or None when there is no finished store.
+    """Read the manifest of the store at `path`; None: there is no finished store.
 
     Raises:
-      UserError: it is damaged, or of another format.
+      UserError: the manifest is damaged or of another format.
     """
     name = f"{os.fspath(path)}/{MANIFEST}"
     try:
@@ -189,8 +192,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         raise damaged_error(f"{name} is not a JSON object", path)
     if manifest.get("format") != STORE_FORMAT:
-        what = f"{name} has store format {manifest.get('format')!r}, this version reads"
-        raise damaged_error(f"{what} {STORE_FORMAT}", path)
+        what = f"{name} has store format {manifest.get('format')!r} instead of {STORE_FORMAT}"
+        raise damaged_error(what, path)
     if manifest.get(seals.SEAL) != seals.seal_of(manifest):
         raise damaged_error(f"{name} differs from what was written (SHA-256)", path)
     wrong = _wrong_key(manifest)
@@ -200,7 +203,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _wrong_key(manifest: dict[str, Any]) -> str | None:
-    """The first key of a manifest that is not as build.py writes it: seals can be forged."""
+    """The first key whose value build.py would not write; checked because seals can be forged."""
 
     def token_id(value: Any) -> int:
         return records.count(value, manifest["vocab_size"])
@@ -241,16 +244,16 @@ def open_store(
     earlier: tuple[str, ...] = (),
     content: str = "",
 ) -> Store:
-    """Open a finished store; `weights` of its streams default to 1 each.
+    """Open a finished store.
 
     Args:
       path: folder of the store, local or gs://.
-      weights: of the streams in training.
+      weights: of the streams in training; empty: 1 each.
       earlier: fingerprints of earlier formats, for `Store.same_text`.
       content: `Store.content`.
 
     Raises:
-      UserError: nothing there, another format, or damage.
+      UserError: there is no finished store, or it is damaged or of another format.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -285,7 +288,7 @@ def open_store(
 
 
 def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context) -> Split:
-    """One split; raises whatever tensorstore raises, and UserError where parts do not fit."""
+    """Open one split; raises TensorStore's errors, and UserError if its parts do not fit."""
     bounds = np.asarray(manifest["splits"][path.name], np.int64)
     total, sources = int(bounds[-1]), len(manifest["sources"])
     tokens = ts.open(array_spec(path / "tokens"), context=context, read=True).result()
@@ -309,7 +312,7 @@ def _open_split(path: epath.Path, manifest: dict[str, Any], context: ts.Context)
 
 
 def _codecs(array: ts.TensorStore) -> list[str]:
-    """Names of the codecs of an array's chunks, those inside shards if it has any."""
+    """The names of the codecs of an array's chunks; with shards, of the chunks inside."""
     codecs = array.spec().to_json()["metadata"]["codecs"]
     if codecs[0]["name"] == "sharding_indexed":
         codecs = codecs[0]["configuration"]["codecs"]
@@ -317,5 +320,5 @@ def _codecs(array: ts.TensorStore) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the library's notes on where in its source it was raised."""
+    """The first line of an error, without the library's notes on its own source location."""
     return str(error).splitlines()[0].split(" [")[0].rstrip(".") if str(error) else repr(error)

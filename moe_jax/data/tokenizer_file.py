@@ -1,4 +1,4 @@
-"""The file of a tokenizer: its bytes, the errors of its library, and what names it."""
+"""Reads the file of a tokenizer, reports errors of its library, and computes its identity."""
 
 import contextlib
 import hashlib
@@ -15,32 +15,35 @@ LARGEST = 2**31 - 1  # ids are int32 on the devices
 
 
 def read_tokenizer_file(path: epath.Path) -> bytes:
-    """The bytes of a tokenizer's file; raises UserError where it is missing or unreadable."""
+    """Read the bytes of a tokenizer's file; raises UserError if it is missing or unreadable."""
     try:
         with reach(os.fspath(path), "data.tokenizer"):
             return path.expanduser().read_bytes()
     except FileNotFoundError:
-        raise UserError(f"data.tokenizer: there is no file {path}: name another.") from None
+        raise UserError(
+            f"data.tokenizer is {os.fspath(path)!r}, but there is no file of that name: set the "
+            f"path of a tokenizer.json or a SentencePiece .model."
+        ) from None
     except OSError as error:
         raise UserError(
-            f"data.tokenizer: {path} cannot be read ({error.strerror or error}): name a file that "
-            f"can."
+            f"data.tokenizer: {path} cannot be read ({error.strerror or error}): change its "
+            f"permissions or name another file."
         ) from None
 
 
 @contextlib.contextmanager
 def library(what: str) -> Iterator[None]:
-    """Raises UserError where a tokenizer library fails on a file that is not what it should be."""
+    """Raise UserError if a tokenizer library fails, for example on a file of another format."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        raise UserError(f"{what} ({str(error).rstrip('.')}): name another.") from None
+        raise UserError(f"{what} ({str(error).rstrip('.')}): name another file.") from None
 
 
 def identity(format: bytes, raw: bytes, ids: tuple[int | None, int, int]) -> str:
-    """SHA-256 over the file and the ids that its surroundings and the config decide.
+    """Hash (SHA-256) the file and the ids that tokenizer_config.json and the config decide.
 
     Args:
       format: of the file.
@@ -53,16 +56,16 @@ def identity(format: bytes, raw: bytes, ids: tuple[int | None, int, int]) -> str
 def special_ids(
     eos: int | None, pad: int | None, size: int, path: epath.Path
 ) -> tuple[int, int, int]:
-    """(eos, pad, vocabulary size), adding ids after the vocabulary for those that are missing.
+    """Find (eos, pad, vocabulary size); missing tokens get ids after the vocabulary.
 
     Args:
-      eos: id of the token that ends a document; None: it has none.
-      pad: id of padding; None: it has none.
+      eos: id of the token that ends a document; None: the tokenizer has none.
+      pad: id of padding; None: the tokenizer has none.
       size: of the vocabulary.
       path: of the tokenizer, for the error.
 
     Raises:
-      UserError: ids that int32 does not hold.
+      UserError: int32 cannot hold the ids.
     """
     if eos is None:
         eos, size = size, size + 1

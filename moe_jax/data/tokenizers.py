@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Tokenizers: encode text to token ids and decode them."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from moe_jax.files.whole import write_whole
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline needs of a tokenizer.
+    """The interface of a tokenizer in the data pipeline.
 
     Text is data: no text is encoded to the id of a control token, whatever it spells.  A tokenizer
     without an end-of-document or padding token gets one beyond its own vocabulary; `vocab_size`
@@ -40,13 +40,13 @@ class Tokenizer(Protocol):
     """
 
     vocab_size: int  # V: every id is below it
-    bos_id: int | None  # begins every document under data.begin_with_bos; None: it has none
+    bos_id: int | None  # begins every document under data.begin_with_bos; None: there is none
     eos_id: int  # ends every document
-    pad_id: int  # stands where there is no text
-    identity: str  # SHA-256 that changes when the tokens of some text would
+    pad_id: int  # fills positions without text
+    identity: str  # SHA-256 that changes if the tokens of some text change
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
-        """Token ids of a text, without any special token added.
+        """Encode a text, without adding special tokens.
 
         Args:
           text: any Unicode.
@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts at once.
+        """Encode many texts at once.
 
         Args:
           texts: any number of them.
@@ -68,24 +68,24 @@ class Tokenizer(Protocol):
         ...
 
     def cut(self, text: str, start: int) -> int:
-        """The first place, `start` or later, where a text may be cut.
+        """Find the first position, `start` or later, where a text may be cut.
 
-        The ids of the two parts, one after the other, are those of the text.
+        The concatenated ids of the two parts are those of the text.
 
         Args:
           text: any Unicode.
           start: in characters, above 0.
 
         Returns:
-          The place in characters; the length of the text: there is none.
+          The position in characters; the length of the text: there is none.
         """
         ...
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of token ids.
+        """Decode token ids.
 
         Args:
-          ids: of one text; bos, eos and padding become nothing.
+          ids: of one text; bos, eos and padding are dropped.
 
         Returns:
           The text, with U+FFFD for broken UTF-8.
@@ -122,7 +122,7 @@ class BytesTokenizer:
 class JsonTokenizer:
     """A Hugging Face tokenizer.json.
 
-    Texts are encoded by a copy in which no control token has the spelling that texts may hold.
+    Texts are encoded by a copy that spells control tokens in a way that texts do not match.
     """
 
     def __init__(self, path: epath.Path, names: SpecialNames = UNNAMED):
@@ -146,7 +146,7 @@ class JsonTokenizer:
         self.eos_id, self.pad_id, self.vocab_size = special_ids(
             found["eos"],
             found["pad"],
-            max(vocabulary.values()) + 1,  # ids may have holes: the largest counts
+            max(vocabulary.values()) + 1,  # ids may have gaps, so the largest counts
             path,
         )
         special, marks = {self.bos_id, self.eos_id, self.pad_id}, file.control()
@@ -154,8 +154,8 @@ class JsonTokenizer:
         letter = next((name for name in marks if len(name) == 1), "")
         if letter:  # without its spelling, texts that hold it could not be encoded
             raise UserError(
-                f"{path} has the special token {letter!r}, a character that texts are made of: "
-                f"name a tokenizer without it."
+                f"{path} has the special token {letter!r}, a character that texts contain: name a "
+                f"tokenizer without it."
             )
         with library(f"{path} is not a tokenizer.json"):
             respelled = file.respelled({name: spelling(place) for name, place in control.items()})
@@ -167,7 +167,7 @@ class JsonTokenizer:
             unknown = vocabulary.get(file.unknown() or "")
         self._names = {place: name for name, place in control.items()}
         self._control = np.zeros(self.vocab_size, bool)
-        # What stands for whatever the model cannot encode comes of text, and only so.
+        # The unknown token comes from text that the model cannot encode, and from nothing else.
         self._control[[i for i in control.values() if i != unknown or i in special]] = True
         self.identity = identity(b"tokenizer.json", raw, (self.bos_id, self.eos_id, self.pad_id))
 
@@ -175,7 +175,7 @@ class JsonTokenizer:
     def _without(
         respelled: dict[str, Any], control: dict[str, int], vocabulary: dict[str, int]
     ) -> Any:
-        """The tokenizer whose control tokens have spellings of their own."""
+        """Load the tokenizer whose control tokens are respelled."""
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(respelled, ensure_ascii=False))
@@ -196,10 +196,10 @@ class JsonTokenizer:
             if len(cut := pieces(text)) > 1:
                 rows[number] = np.concatenate(self._encode(cut))
             control = rows[number][self._control[rows[number]]]
-            if len(control):  # a normalizer or a model of an odd kind
+            if len(control):  # an unusual normalizer or model
                 token = int(control[0])
                 raise UserError(
-                    f"{self._path} makes the control token {self._names.get(token, token)!r} of "
+                    f"{self._path} gives the control token {self._names.get(token, token)!r} for "
                     f"text that does not spell it: name another tokenizer."
                 )
         return rows
@@ -282,7 +282,7 @@ class SentencePieceTokenizer:
             return [np.asarray(ids, np.int64) for ids in self._encoder.encode(list(texts))]
 
     def cut(self, text: str, start: int) -> int:
-        """See `Tokenizer`: its pieces may hold blanks and line ends."""
+        """See `Tokenizer`; never cuts, because pieces may hold blanks and line ends."""
         return len(text)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -293,26 +293,26 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(name: str, names: SpecialNames = UNNAMED) -> Tokenizer:
-    """The tokenizer of a name, as `data.tokenizer` has it.
+    """Load the tokenizer that `data.tokenizer` names.
 
     Args:
       name: `bytes`, or the path (local or gs://) of a tokenizer.json or a SentencePiece .model.
-      names: of the bos, eos and padding tokens; each that is empty is what tokenizer_config.json
-        beside the file says, else found by the names that published tokenizers use.
+      names: of the bos, eos and padding tokens; an empty one is read from tokenizer_config.json
+        beside the file, else found by the names that published tokenizers use.
 
     Returns:
-      What encodes text to int32 ids and decodes them.
+      The tokenizer; its ids fit into int32.
 
     Raises:
-      UserError: a name of neither form, a file that is missing or of another format, or a token
-        that the file does not have.
+      UserError: the name has neither form, the file is missing or of another format, or the file
+        does not have one of the tokens.
     """
     if name == "bytes":
         for kind, asked in names._asdict().items():
             if asked:
                 raise UserError(
-                    f"data.{kind} is {asked!r}, but the tokenizer 'bytes' has no tokens with "
-                    f"names: leave it empty, or set data.tokenizer to a file."
+                    f"data.{kind} is {asked!r}, but the tokenizer 'bytes' has no named tokens: "
+                    f"leave it empty, or set data.tokenizer to a file."
                 )
         return BytesTokenizer()
     check_scheme(name, "data.tokenizer")
@@ -328,22 +328,23 @@ def load_tokenizer(name: str, names: SpecialNames = UNNAMED) -> Tokenizer:
 
 
 def config_tokenizer(config: DataConfig) -> Tokenizer:
-    """`load_tokenizer` with what a config says.
+    """Load the tokenizer of a config.
 
     Raises:
-      UserError: see there, or documents are to begin with a token that the tokenizer does not have.
+      UserError: as `load_tokenizer`, or documents are to begin with a token that the tokenizer does
+        not have.
     """
     tokenizer = load_tokenizer(config.tokenizer, SpecialNames(config.bos, config.eos, config.pad))
     if config.begin_with_bos and tokenizer.bos_id is None:
         raise UserError(
             f"data.begin_with_bos is True, but no token of {config.tokenizer!r} is known to begin "
-            f"documents: set data.bos to the name of one, or data.begin_with_bos to False."
+            f"documents: set data.bos to its name, or data.begin_with_bos to False."
         )
     return tokenizer
 
 
 def bos_ids(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What every document begins with: the bos token or nothing."""
+    """The ids that begin every document: the bos token or none."""
     if config.begin_with_bos and tokenizer.bos_id is not None:
         return (tokenizer.bos_id,)
     return ()
@@ -352,11 +353,11 @@ def bos_ids(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) -> Tokenizer:
     """Train a byte-level BPE on `texts`, write it as a tokenizer.json, and load it.
 
-    Byte-level BPE (GPT-2): the alphabet is the 256 bytes, so every text round-trips.  What fails
+    Byte-level BPE (GPT-2): the alphabet is the 256 bytes, so every text round-trips.  A failure
     leaves the output as it was.
 
     Raises:
-      UserError: a vocabulary smaller than the bytes and the two special tokens, or an output that
+      UserError: the vocabulary is smaller than the bytes and the two special tokens, or the output
         cannot be written.
     """
     import tokenizers
@@ -370,7 +371,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) 
     path = epath.Path(output).expanduser()
     if path.suffix != ".json":
         raise UserError(f"The output {path} must end in .json, so that data.tokenizer can name it.")
-    with write_whole(path, "The output") as unfinished:  # before the hours of training, not after
+    with write_whole(path, "The output") as unfinished:  # before hours of training
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

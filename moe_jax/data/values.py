@@ -1,24 +1,24 @@
-"""The text in a value of a field, whatever kind of file the value comes from."""
+"""Extracts the text from the value of a field, for every kind of file."""
 
 from typing import Any
 
 from moe_jax.data.bad_records import BadRecord
 
-NO_VALUE = object()  # in the place of the value of a field that is not there
+NO_VALUE = object()  # the value of a missing field
 REPAIR = "fix or remove it"
 JOIN = "\n"  # between the texts of a list
 
 
 def text_of(value: Any, field: str, key: str) -> str | BadRecord:
-    """The text of a field.
+    """Extract the text of a field.
 
     Args:
-      value: a text, bytes that are UTF-8, or a list of texts, which newlines join.
+      value: a text, UTF-8 bytes, or a list of these, which newlines join.
       field: its name.
-      key: of the config, that names the field.
+      key: config key that names the field, for the advice.
 
     Returns:
-      The text, or why there is none.
+      The text, or a bad record with the reason.
     """
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, str | bytes) for part in parts):
@@ -27,5 +27,5 @@ def text_of(value: Any, field: str, key: str) -> str | BadRecord:
         except UnicodeDecodeError as error:
             return BadRecord(f"is not UTF-8 ({error})", REPAIR)
     what = "null" if value is None else "missing" if value is NO_VALUE else type(value).__name__
-    advice = REPAIR if value is None else f"set {key} to one that has"
+    advice = REPAIR if value is None else f"set {key} to one with text"
     return BadRecord(f"has no text in field {field!r} ({what})", advice)

@@ -102,8 +102,8 @@ def eval_row(sums: EvalSums, sources: tuple[str, ...], rows: int) -> dict[str, A
     }
     if sums.moe is not None:
         fates = sums.moe.stats.fates
-        wanted = fates.wanted().sum()
-        row["eval_drop_fraction"] = float((wanted - fates.kept.sum()) / max(1, wanted))
+        sampled = fates.sampled().sum()
+        row["eval_drop_fraction"] = float((sampled - fates.kept.sum()) / max(1, sampled))
     row["eval_loss_by_source"] = {
         sources[s]: float(sums.nll_S[s] / sums.targets_S[s]) for s in present
     }

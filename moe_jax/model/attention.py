@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         self.implementation, self.layer = config.implementation, layer
         query, key_value = ("heads", "head_dim"), ("kv_heads", "head_dim")
         matrix = functools.partial(
-            param, rngs, dtype=param_dtype(dtype), group="attention", narrow=True
+            param, rngs, dtype=param_dtype(dtype), group="attention", compute_dtype_only=True
         )
         self.q_DHA = matrix("q", (D, H, A), ("embed", *query), fan_in(D))
         self.k_DJA = matrix("k", (D, J, A), ("embed", *key_value), fan_in(D))

@@ -35,7 +35,7 @@ class ModelDef:
     abstract: Params  # jax.ShapeDtypeStruct of every parameter
     logical_axes: Params  # tuple of logical axis names of every parameter
     rules: Params  # ParamRule of every parameter, for the optimizer
-    narrow: Params  # True for parameters that the model reads only in `dtype`
+    compute_dtype_only: Params  # True for parameters that the model reads only in `dtype`
 
 
 def define(config: ModelConfig, dtype: DTypeLike, components: Components | None = None) -> ModelDef:
@@ -62,7 +62,9 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
     layout = make_layout(config)
     abstract = map_variables(states, value_of)
     rules = to_stacked(map_variables(states, rule_of), layout, lambda *leaves: leaves[0].stack())
-    narrow = map_variables(states, lambda variable: variable.get_metadata("narrow", False))
+    compute_dtype_only = map_variables(
+        states, lambda variable: variable.get_metadata("compute_dtype_only", False)
+    )
     return ModelDef(
         config=config,
         components=model.components,
@@ -73,7 +75,7 @@ def define(config: ModelConfig, dtype: DTypeLike, components: Components | None 
         abstract=jax.eval_shape(lambda tree: to_stacked(tree, layout), abstract),
         logical_axes=jax.tree.map(lambda rule: rule.axes, rules),
         rules=rules,
-        narrow=to_stacked(narrow, layout, lambda *leaves: leaves[0]),
+        compute_dtype_only=to_stacked(compute_dtype_only, layout, lambda *leaves: leaves[0]),
     )
 
 

@@ -62,4 +62,4 @@ def _used(model: ModelDef, axes: tuple[str | None, ...], size: int) -> int:
     """The number of elements of a parameter that one token uses."""
     if model.components is None or "experts" not in axes:
         return size
-    return size // model.config.moe.num_experts * model.components.router.choices
+    return size // model.config.moe.num_experts * model.components.router.choices_per_token

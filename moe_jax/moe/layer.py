@@ -100,7 +100,7 @@ class MoE(nnx.Module):
         # The fan-in is that of one expert: the axis E is not an input dimension.
         into = ("experts", "expert_embed", "expert_matrices", "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
-        expert = functools.partial(param, rngs, dtype=own, group="experts", narrow=True)
+        expert = functools.partial(param, rngs, dtype=own, group="experts", compute_dtype_only=True)
         self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D))
         self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth))
         # Assigned only once: NNX takes an attribute that was ever None for one without parameters.
@@ -192,7 +192,7 @@ class MoE(nnx.Module):
         B, T, D = x_BTD.shape
         E = self.w_in_EDUF.shape[0]
         R = context.group_rows or self.group_rows
-        R = rows_in_group(B, T, R, self.router.choices, E, context.mesh)
+        R = rows_in_group(B, T, R, self.router.choices_per_token, E, context.mesh)
         G = B // R
         x_GSD = x_BTD.reshape(G, R * T, D)
         mask_GS = context.mask_BT.reshape(G, R * T)

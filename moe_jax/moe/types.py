@@ -99,9 +99,9 @@ class Outcomes(NamedTuple):
         Returns:
           Counts of the fields' shape.
         """
-        return self.wanted() + self.unsampled + self.padding
+        return self.sampled() + self.unsampled + self.padding
 
-    def wanted(self) -> Any:
+    def sampled(self) -> Any:
         """The number of sampled assignments of real tokens, kept or dropped.
 
         Returns:
@@ -144,7 +144,7 @@ class MoEAux(NamedTuple):
     @property
     def load_E(self) -> Any:
         """Sampled assignments of real tokens per expert, before any drop: [*layers, E]."""
-        return self.ledger.expert.wanted()
+        return self.ledger.expert.sampled()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Router(Protocol):
     """A frozen dataclass of a router's knobs; it owns no parameters, no state and no buffers."""
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, assignments per token (on average, if experts choose tokens)."""
         ...
 

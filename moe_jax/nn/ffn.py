@@ -38,7 +38,7 @@ class DenseFFN(nnx.Module):
         """
         D, F, own = width, hidden, param_dtype(dtype)
         into, out = ("embed", "mlp"), ("mlp", "embed")
-        matrix = functools.partial(param, rngs, dtype=own, group="ffn", narrow=True)
+        matrix = functools.partial(param, rngs, dtype=own, group="ffn", compute_dtype_only=True)
         self.w_in_DF = matrix("w_in", (D, F), into, fan_in(D))
         self.w_gate_DF = (
             matrix("w_gate", (D, F), into, fan_in(D)) if activation == "swiglu" else None

@@ -98,9 +98,9 @@ def param(
     dtype: DTypeLike,
     *,
     group: str,
-    narrow: bool = False,
+    compute_dtype_only: bool = False,
 ) -> nnx.Param:
-    """Create a parameter with the metadata `logical_axes`, `group` and `narrow`.
+    """Create a parameter with the metadata `logical_axes`, `group` and `compute_dtype_only`.
 
     Its key is the `params` key of `rngs` folded with `name`, not with a counter, so its value does
     not depend on which other parameters exist or on their order.
@@ -113,8 +113,8 @@ def param(
       init: draws the value.
       dtype: of the value.
       group: one of GROUPS; the optimizer's rules follow from it and from the axes (`ParamRule`).
-      narrow: True if layers read it only in the compute dtype, so that a compute-dtype copy can
-        replace it in the forward and backward pass.
+      compute_dtype_only: True if layers read it only in the compute dtype, so that a compute-dtype
+        copy can replace it in the forward and backward pass.
 
     Raises:
       ValueError: an unknown group, or axes that do not fit the shape.
@@ -127,7 +127,9 @@ def param(
         raise ValueError(f"parameter {name}: group {group!r} is not one of {', '.join(GROUPS)}")
     key = jax.random.fold_in(rngs.params.key.get_value(), zlib.crc32(name.encode()))
     value = init(key, tuple(shape), dtype)
-    return nnx.Param(value, logical_axes=tuple(logical_axes), group=group, narrow=narrow)
+    return nnx.Param(
+        value, logical_axes=tuple(logical_axes), group=group, compute_dtype_only=compute_dtype_only
+    )
 
 
 def truncated_normal(std: float) -> Initializer:

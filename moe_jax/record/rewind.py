@@ -99,7 +99,7 @@ class Rewinds:
         """See `ordered_rows`."""
         return ordered_rows(batches, self.history)
 
-    def beside(self) -> dict[str, Any]:
+    def extra_files(self) -> dict[str, Any]:
         """The additional file of a checkpoint saved now, which `check` reads."""
         return {_IN_CHECKPOINT: _plain(self.history)}
 
@@ -192,7 +192,7 @@ def check_rewinds(
     Raises:
       UserError: the lines disagree, so the steps after the checkpoint would use other data.
     """
-    saved = checkpoints.beside(step, _IN_CHECKPOINT)
+    saved = checkpoints.extra_file(step, _IN_CHECKPOINT)
     if saved is None:  # an older version, without this check, saved the checkpoint
         return
     known = saved if isinstance(saved, list) else [saved]  # a value of another type equals no line

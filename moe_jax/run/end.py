@@ -13,7 +13,7 @@ class End(NamedTuple):
     """The end of a run; valid until the next rewind."""
 
     step: int  # the last step
-    of: int  # train.steps
+    planned_steps: int  # train.steps
     epochs: int  # data.max_epochs if it ends the run before train.steps, else 0
     text: str  # names the stream that data.max_epochs exhausts; empty if none is
     line: str  # for the start-up log; empty without a limit from data.max_epochs
@@ -22,11 +22,11 @@ class End(NamedTuple):
         """The line that says `step` was the last, and which key to raise to train longer."""
         if self.epochs:
             return f"{self.used_up(step)} is done, raise data.max_epochs to continue"
-        return f"step {step} of {self.of} is done: raise train.steps to continue"
+        return f"step {step} of {self.planned_steps} is done: raise train.steps to continue"
 
     def used_up(self, step: int) -> str:
         """The line that says at which step `data.max_epochs` ended the run."""
-        return f"the {self.text} is used up: step {step} of {self.of}"
+        return f"the {self.text} is used up: step {step} of {self.planned_steps}"
 
 
 def end_of(run: Run, rewinds: Sequence[Rewind]) -> End:
@@ -53,7 +53,7 @@ def is_finished(run: Run, end: End, step: int) -> bool:
     """
     if step < end.step:
         return False
-    last = end.of if end.epochs else step
+    last = end.planned_steps if end.epochs else step
 
     def evaluated() -> int:
         return int(has_last_eval(run.workdir / METRICS, last, end.epochs))

@@ -132,8 +132,8 @@ class Trainer:
             program = self._compiled()
             control = Control(run.config, run.workdir, total)
             flight = FlightRecorder(run, self._rewinds, step_row, reporter.say)
-            changed = int(state.guard["changed"])
-            log = StepLog(run, reporter, flight, start, changed, total, self._rewinds.data_step)
+            accepted = int(state.guard["changed"])
+            log = StepLog(run, reporter, flight, start, accepted, total, self._rewinds.data_step)
             stop = Stop.CONTINUE
             while stop is Stop.CONTINUE:
                 if self._profiler.turns(step_number):
@@ -149,14 +149,14 @@ class Trainer:
                         step_number, batch = next(feed)
                 evaluate_now = done < total and every > 0 and done % every == 0
                 with watch("step"):
-                    log.started(done, metrics, feed.last_wait)  # waits for the step before this one
+                    log.launched(done, metrics, feed.last_wait)  # waits for the previous step
                     stop = control.after(done, self._preemption)
                     save_now = control.save_now or stop is not Stop.CONTINUE
                     if evaluate_now or save_now:
                         log.flush()
-                    if save_now and not log.diverged and not all_finite(state, run.mesh):
+                    if save_now and not log.divergence and not all_finite(state, run.mesh):
                         log.overflowed()
-                if log.diverged:
+                if log.divergence:
                     return _Steps(Stop.DIVERGED, None, log)
                 with watch("step"):
                     if program.replicas.differ(done, state, save_now):
@@ -168,7 +168,7 @@ class Trainer:
                     with watch("checkpoint", "saving"):
                         self._alone()
                         # Save first: a slow remote copy of the rows must not cost a step.
-                        save(run, state, done, self._rewinds.beside())
+                        save(run, state, done, self._rewinds.extra_files())
                         reporter.flush()
                 log.restart_clock(evaluate_now or control.save_now)
         return _Steps(stop, state, log)
@@ -214,17 +214,17 @@ class Trainer:
         self._alone()
         run.checkpoints.wait()
         if used < allowed:
-            step = rewinds.go_back(log.changed, log.last, log.diverged)
+            step = rewinds.go_back(log.last_accepted_step, log.last, log.divergence)
             if step is not None:
                 first, last = rewinds.history[-1].skipped
                 say(
-                    f"REWIND {used + 1} of {allowed}: {log.diverged}; resumes from step {step}, "
+                    f"REWIND {used + 1} of {allowed}: {log.divergence}; resumes from step {step}, "
                     f"skips the batches of data steps {first} to {last}"
                 )
                 return step
-        advice = recovery_advice(run.checkpoints.steps(), log.changed)
+        advice = recovery_advice(run.checkpoints.steps(), log.last_accepted_step)
         spent = f" (rewinds: {used} of train.max_rewinds {allowed} used)" if used else ""
-        say(f"{log.diverged}: {advice}{spent}")
+        say(f"{log.divergence}: {advice}{spent}")
         return None
 
     def _stop(self, stop: Stop, state: TrainState) -> int:
@@ -284,13 +284,13 @@ def compile_step(run: Run) -> jax.stages.Compiled:
     return lower_step(run).compile()
 
 
-def save(run: Run, state: TrainState, step: int, beside: Mapping[str, Any] = {}) -> None:
+def save(run: Run, state: TrainState, step: int, extra_files: Mapping[str, Any] = {}) -> None:
     """Start writing a checkpoint; returns when its values are copied.
 
     Args:
       run: the run that the state belongs to.
       state: the train state after `step`.
       step: names the checkpoint.
-      beside: extra files, as for `Checkpoints.save`.
+      extra_files: as for `Checkpoints.save`.
     """
-    run.checkpoints.save(step, to_disk(state, run.model.layout), beside)
+    run.checkpoints.save(step, to_disk(state, run.model.layout), extra_files)

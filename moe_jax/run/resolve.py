@@ -80,7 +80,7 @@ def _resolved_moe(
     config: Config, mesh: MeshConfig, rows: int, components: Components, notes: list[str]
 ) -> MoEConfig:
     """Resolve K, which a router may fix, and the rows per routing group."""
-    moe, choices = config.model.moe, components.router.choices
+    moe, choices = config.model.moe, components.router.choices_per_token
     if choices != moe.top_k:
         notes.append(f"top_k: set to {choices}, because router {moe.router} fixes it")
         moe = dataclasses.replace(moe, top_k=choices)

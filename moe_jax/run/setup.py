@@ -39,8 +39,8 @@ def prepare(
     workdir: Folder,
     say: Say,
     devices: Sequence[Any] | None = None,
-    alive: Callable[[], None] = lambda: None,
-    text: Callable[..., Store] = build_store,
+    on_progress: Callable[[], None] = lambda: None,
+    build_store: Callable[..., Store] = build_store,
     init_from: str = "",
 ) -> Run:
     """Resolve the config, build or open the store, define the model and check that all fit.
@@ -50,8 +50,8 @@ def prepare(
       workdir: directory of the run; nothing is written to it here.
       say: called with the lines of the start-up log.
       devices: to run on; None: all devices of all processes.
-      alive: called when building the store, which may take hours, makes progress.
-      text: builds or opens the store; called like `build_store`.
+      on_progress: called when building the store, which may take hours, makes progress.
+      build_store: builds or opens the store; called like `moe_jax.data.build_store`.
       init_from: workdir of the run whose weights a new run starts from; empty: none.
 
     Raises:
@@ -70,7 +70,8 @@ def prepare(
     model = define(config.model, jnp.dtype(config.precision), components)
     resolve.check_shapes(model, mesh)
     optimizer = make_optimizer(config, model)
-    store = text(config.data, store_root(config.data, workdir), progress=say, alive=alive)
+    root = store_root(config.data, workdir)
+    store = build_store(config.data, root, progress=say, alive=on_progress)
     store.check_vocabulary(config.model.vocab_size)
     check_same_text(store, workdir)
     checkpoints = checkpoint.Checkpoints(

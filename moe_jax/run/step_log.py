@@ -24,16 +24,16 @@ class StepLog:
 
     Args:
       start: the step that the run resumes from.
-      changed: the last step that changed the parameters, as recorded in the state: `start`, or an
-        earlier step if the run was stopped among skipped steps.
+      last_accepted_step: the last step that changed the parameters, as recorded in the state:
+        `start`, or an earlier step if the run was stopped among skipped steps.
       end: the last step of the run.
       data_step: maps the number of steps done to the data step of the next step; the two differ
         after a rewind.
 
     Attributes:
-      diverged: why the run must stop, after too many skipped steps in a row; else "".
-      changed: the last step that changed the parameters.
-      last: the last step that was logged; after `diverged`, the last skipped step.
+      divergence: why the run must stop, after too many skipped steps in a row; else "".
+      last_accepted_step: the last step that changed the parameters.
+      last: the last step that was logged; after `divergence`, the last skipped step.
     """
 
     def __init__(
@@ -42,16 +42,21 @@ class StepLog:
         reporter: Reporter | SilentReporter,
         flight: FlightRecorder,
         start: int,
-        changed: int,
+        last_accepted_step: int,
         end: int,
         data_step: Callable[[int], int] = lambda step: step,
     ):
-        self.diverged, self.changed, self.last, self._end = "", changed, start, end
+        self.divergence, self.last_accepted_step, self.last, self._end = (
+            "",
+            last_accepted_step,
+            start,
+            end,
+        )
         self._run, self._reporter, self._flight, self._start = run, reporter, flight, start
         self._clock, self._data_step = Clock(run), data_step
         self._running: tuple[int, StepMetrics, float] | None = None
 
-    def started(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
+    def launched(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
         """Call after launching `step` and fetching the next batch; logs the previous step.
 
         Args:
@@ -87,18 +92,18 @@ class StepLog:
         """Record a divergence: the state after the newest step is not finite, so not saved."""
         why = "the parameters or the optimizer's moments are not finite"
         self._flight.write(why, last=True)
-        self.diverged = f"step {self.last} diverged ({why}) and was not saved"
+        self.divergence = f"step {self.last} diverged ({why}) and was not saved"
 
     def _finish(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
         metrics = jax.device_get(metrics)  # one transfer: all metrics are small
-        if self.diverged:  # this step was launched before the divergence was seen
+        if self.divergence:  # this step was launched before the divergence was seen
             return
         self._clock.stepped(data_wait)
         train, self.last = self._run.config.train, step
         self._flight.saw(step, metrics)
         if not metrics.skipped:
-            self.changed = step
-        refused = step - self.changed  # in a row
+            self.last_accepted_step = step
+        refused = step - self.last_accepted_step  # in a row
         due = step % train.log_every == 0 or step in (self._start + 1, self._end)
         if due or refused:
             row = {"step": step, **step_row(metrics), **self._clock.read(step)}
@@ -114,7 +119,7 @@ class StepLog:
         over = refused > self._run.config.train.max_skipped
         if over:
             several = f"{refused} steps in a row were skipped; the last: " if refused > 1 else ""
-            self.diverged = f"step {step} diverged ({several}{why}) and was not saved"
+            self.divergence = f"step {step} diverged ({several}{why}) and was not saved"
         else:
             most = self._run.config.train.max_skipped
             self._reporter.say(
@@ -133,14 +138,14 @@ def why_refused(metrics: StepMetrics, factor: float) -> str:
     return "loss or gradient norm is not finite"
 
 
-def recovery_advice(saved: Sequence[int], changed: int) -> str:
-    """The advice after a divergence; completes the sentence in `StepLog.diverged`.
+def recovery_advice(saved: Sequence[int], last_accepted_step: int) -> str:
+    """The advice after a divergence; completes the sentence in `StepLog.divergence`.
 
-    Checkpoints written at or after step `changed`, the last that changed the parameters, hold the
-    parameters that diverged, so resuming from them would diverge again.
+    Checkpoints written at or after step `last_accepted_step`, the last that changed the parameters,
+    hold the parameters that diverged, so resuming from them would diverge again.
     """
-    before = [step for step in saved if step < changed]
-    useless = ", ".join(str(step) for step in saved if step >= changed)
+    before = [step for step in saved if step < last_accepted_step]
+    useless = ", ".join(str(step) for step in saved if step >= last_accepted_step)
     first = f"move {useless} out of checkpoints/ (they hold the parameters that diverged), "
     origin = f"step {before[-1]}" if before else "the beginning"
     return (

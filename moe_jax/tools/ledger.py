@@ -173,10 +173,10 @@ def _experts(which: str, names: list[str], expert: Outcomes) -> Iterator[str]:
         yield f"{which}, by expert"
         yield _table("expert", names, expert)
         return
-    dropped = expert.wanted() - expert.kept
+    dropped = expert.sampled() - expert.kept
     for title, order in (
         ("the experts with the most drops", np.argsort(-dropped, kind="stable")),
-        ("the experts with the fewest assignments", np.argsort(expert.wanted(), kind="stable")),
+        ("the experts with the fewest assignments", np.argsort(expert.sampled(), kind="stable")),
     ):
         some = order[: WORST // 2]
         yield f"{which}, {title}, of {len(names)}"

@@ -195,11 +195,11 @@ def _prepared(settings: Settings, workdir: Folder) -> Run:
             f"The run used {_devices(needed)}, and {_devices(here)} would round differently: use "
             f"{needed} (--devices={needed} for virtual ones on the CPU)."
         )
-    return prepare(settings.typed(), workdir, lambda line: None, text=_text)
+    return prepare(settings.typed(), workdir, lambda line: None, build_store=_open_or_build)
 
 
-def _text(config: DataConfig, root: Folder, **reports: Any) -> Store:
-    """Open the store; build it only in its default place, not where the run's config says."""
+def _open_or_build(config: DataConfig, root: Folder, **reports: Any) -> Store:
+    """Open the store; build it only in its default folder, not in one that the config names."""
     return open_built_store(config, root) if config.store else build_store(config, root, **reports)
 
 

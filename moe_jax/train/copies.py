@@ -38,11 +38,9 @@ def leaves_with_copies(model: ModelDef, tree: Params) -> dict[str, Any]:
     """Select, by path, the leaves of a parameter-like tree whose parameter has a copy."""
     if model.dtype == param_dtype(model.dtype):
         return {}
-    leaves = jax.tree.structure(model.narrow).flatten_up_to(tree)
-    flags = jax.tree.leaves_with_path(model.narrow)
-    return {
-        path_name(path): leaf for (path, narrow), leaf in zip(flags, leaves, strict=True) if narrow
-    }
+    leaves = jax.tree.structure(model.compute_dtype_only).flatten_up_to(tree)
+    flags = jax.tree.leaves_with_path(model.compute_dtype_only)
+    return {path_name(path): leaf for (path, flag), leaf in zip(flags, leaves, strict=True) if flag}
 
 
 def with_copies(params: Params, copies: Copies) -> Params:

@@ -60,8 +60,8 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
     total = {name: int(np.sum(value, dtype=np.int64)) for name, value in fates._asdict().items()}
     assignments = int(np.sum(stats.assignments, dtype=np.int64))
     dropped = total["dropped_capacity"] + total["dropped_buffer"]
-    wanted_L = np.maximum(fates.wanted(), 1)
-    dropped_L = fates.wanted() - fates.kept
+    sampled_L = np.maximum(fates.sampled(), 1)
+    dropped_L = fates.sampled() - fates.kept
     layers = load_summary(np.asarray(moe.load_E, np.float64))
     router_L = {
         "balance_loss": moe.router.balance,
@@ -72,7 +72,7 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         name: (mean.sum / np.maximum(mean.count, 1)).tolist() for name, mean in router_L.items()
     }
     layers |= {
-        "drop_fraction": (dropped_L / wanted_L).tolist(),
+        "drop_fraction": (dropped_L / sampled_L).tolist(),
         "dropped_capacity": fates.dropped_capacity.tolist(),
         "dropped_buffer": fates.dropped_buffer.tolist(),
         "lost_tokens": stats.lost_tokens.tolist(),
@@ -83,7 +83,7 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         "dropped": dropped,
         "unaccounted": assignments - sum(total.values()),  # conserved: 0
         "lost_tokens": int(np.sum(stats.lost_tokens, dtype=np.int64)),
-        "drop_fraction": dropped / max(1, int(wanted_L.sum())),
+        "drop_fraction": dropped / max(1, int(sampled_L.sum())),
         "load_max_over_mean": max(layers["load_max_over_mean"]),
         "dead_experts": int(sum(layers["dead_experts"])),
         "router_entropy": float(np.mean(layers["router_entropy"])),

@@ -148,11 +148,11 @@ CONFIGS = {
     ),
     "sequence longer than the store": (
         {"data.sequence_length": 10_000_000},
-        r"fewer than data\.sequence_length \(10000000\)",
+        r"but data\.sequence_length 10000000 needs 10000001 or more",
     ),
     "sequence longer than the held-out text": (
         {"data.sequence_length": 5000, "train.batch_size": 8},
-        r"held-out text has \d+ tokens, fewer than data\.sequence_length \(5000\)",
+        r"held-out text has \d+ tokens, but data\.sequence_length 5000 needs 5001",
     ),
     "corpus smaller than a batch": (
         {"train.batch_size": 1 << 14},

@@ -28,7 +28,7 @@ class Sharp(moe_jax.LinearRouter):
     mute: bool = False
 
     @property
-    def choices(self):
+    def choices_per_token(self):
         return self.top_k
 
 

@@ -35,7 +35,7 @@ class Sharp(moe_jax.LinearRouter):
     temperature: float = 1.0
 
     @property
-    def choices(self):
+    def choices_per_token(self):
         return self.top_k
 
     def route(self, inputs, params, state):

@@ -1,4 +1,4 @@
-"""A small corpus and stores with shards of a few tokens."""
+"""Fixtures: a small corpus, and stores with shards of a few tokens."""
 
 import random
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SMALL = ChunkSizes(chunk=64, shard=512)
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """40 files of 0 to 60 words, some of them not ASCII, in two folders."""
+    """Write 40 files of 0 to 60 words, some of them not ASCII, in two folders."""
     rng = random.Random(0)
     words = ["expert", "route", "gate", "größe", "日本", "x", "tokens\n", "🙂"]
     for i in range(40):
@@ -40,7 +40,7 @@ def store(config: DataConfig, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., Store]:
-    """`make_store(a=[text, ...], b=[...])`: a store that mixes streams of these documents."""
+    """The function `make_store(a=[text, ...], b=[...])` builds a store that mixes these streams."""
 
     def make(weights: dict[str, float] | None = None, **streams: list[str]) -> Store:
         mixture = {}

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, small, with the control tokens that published ones have."""
+"""Writes small tokenizers of every kind, with the control tokens that published ones have."""
 
 import io
 import json
@@ -27,14 +27,14 @@ def _add(tokenizer: tokenizers.Tokenizer, special: list[str] = SPECIAL) -> None:
 
 
 def _bpe(path: Path, ignore_merges: bool) -> None:
-    """As GPT-2 and Llama 3: byte-level; some control tokens are words of the vocabulary, too."""
+    """Like GPT-2 and Llama 3: byte-level; some control tokens are also words of the vocabulary."""
     train_bpe(iter(SAMPLE), 300, path)
     file = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = file["model"]["vocab"]
     for name in ("</s>", "<|im_end|>", "<think>"):
         vocabulary.setdefault(name, len(vocabulary))
     file["model"]["ignore_merges"] = ignore_merges
-    # Words are found whole: no pattern cuts marks, as none cuts the text of some tokenizers.
+    # Without a pattern, marks are not cut and are found as whole words, as in some tokenizers.
     file["pre_tokenizer"]["use_regex"] = not ignore_merges
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
     _add(tokenizer)
@@ -50,7 +50,7 @@ def bpe_ignore_merges(path: Path) -> None:
 
 
 def bpe_sentencepiece(path: Path) -> None:
-    """As Llama 2 and Gemma: blanks are U+2581, bytes are the last resort; merges make "</s>"."""
+    """Like Llama 2 and Gemma: blanks are U+2581, with byte fallback; merges produce "</s>"."""
     merges = [("<", "/"), ("</", "s"), ("</s", ">"), ("t", "h"), ("th", "e"), ("\u2581", "the")]
     names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     names += [*"</s>the\u2581 routndaxp", *(left + right for left, right in merges)]
@@ -66,7 +66,7 @@ def bpe_sentencepiece(path: Path) -> None:
 
 
 def unigram(path: Path) -> None:
-    """As T5 and XLM-R: control tokens are pieces of the model."""
+    """Like T5 and XLM-R: control tokens are pieces of the model."""
     letters = sorted(set("".join(SAMPLE)) | set("<>/|[]_=0123456789INSTUser\uff5cmkdh"))
     pieces = [(name, 0.0) for name in (*SPECIAL, *MARKS)]
     pieces += [("\u2581", -2.0), *((letter, -4.0) for letter in letters if letter != " ")]
@@ -78,7 +78,7 @@ def unigram(path: Path) -> None:
 
 
 def word_level(path: Path) -> None:
-    """Every control token is a word."""
+    """The control tokens are all words."""
     words = [*SPECIAL, *MARKS, "the", "router", "sends", "a", "token"]
     vocabulary = {word: place for place, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
@@ -88,7 +88,7 @@ def word_level(path: Path) -> None:
 
 
 def word_piece(path: Path) -> None:
-    """As BERT, without its splitting at punctuation."""
+    """Like BERT, without splitting at punctuation."""
     words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *SPECIAL, *MARKS, "the", "router", "##s"]
     letters = sorted({*"[]<>|/", *"".join(words)})
     words += [*letters, *(f"##{letter}" for letter in letters)]
@@ -100,12 +100,12 @@ def word_piece(path: Path) -> None:
 
 
 def own(path: Path) -> None:
-    """What `moe_jax data train-bpe` writes."""
+    """The tokenizer that `moe_jax data train-bpe` writes."""
     train_bpe(iter(SAMPLE), 300, path)
 
 
 def piece(path: Path) -> None:
-    """SentencePiece, with marks as user-defined and as control symbols."""
+    """A SentencePiece model, with marks as user-defined and as control symbols."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(" ".join(SAMPLE).splitlines()),
@@ -124,7 +124,7 @@ def piece(path: Path) -> None:
     path.write_bytes(model.getvalue())
 
 
-# name of a file -> what writes it
+# File name -> the function that writes it.
 MADE: dict[str, Callable[[Path], None]] = {
     "bpe.json": bpe,
     "bpe_ignore_merges.json": bpe_ignore_merges,
@@ -135,5 +135,5 @@ MADE: dict[str, Callable[[Path], None]] = {
     "own.json": own,
     "piece.model": piece,
 }
-# Byte-level, or with bytes as the last resort.
+# Byte-level or with byte fallback, so every text round-trips.
 LOSSLESS = ("bpe.json", "bpe_ignore_merges.json", "bpe_sentencepiece.json", "own.json")

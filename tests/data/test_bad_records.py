@@ -1,4 +1,4 @@
-"""One policy for records without text, whatever file they stand in."""
+"""Checks the policy for records without text, in every kind of file."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ SMALL = ChunkSizes(chunk=64, shard=512)
 GOOD = [f"good text {i}" for i in range(12)]
 datasets.disable_progress_bars()
 
-# JSON lines that hold no text -> the reason that is written
+# JSON lines that hold no text -> the reason that is recorded.
 BAD_LINES = {
     b'{"text": ': "is not JSON",
     b'{"other": "x"}': "has no text in field 'text' (missing)",
@@ -32,7 +32,7 @@ BAD_LINES = {
 
 
 def column(texts: list) -> pyarrow.Array:
-    """A text column; bytes that are not UTF-8 stand in it as a foreign program may write them."""
+    """Make a text column; it may hold invalid UTF-8, as other programs may write it."""
     raw = pyarrow.array(
         [text.encode() if isinstance(text, str) else text for text in texts], pyarrow.binary()
     )
@@ -40,7 +40,7 @@ def column(texts: list) -> pyarrow.Array:
 
 
 def write(folder: Path, kind: str) -> tuple[str, list[tuple[str, dict]]]:
-    """Good texts with bad ones among them; `files`, and file name, place and reason of the bad."""
+    """Write good and bad records; returns `files`, and the name, place and reason of the bad."""
     folder.mkdir()
     good = [json.dumps({"text": text}).encode() for text in GOOD]
     if kind in ("jsonl", "jsonl.gz"):
@@ -102,13 +102,13 @@ def test_skip_leaves_them_out_counts_and_lists_them(tmp_path, kind):
         assert Path(row.pop("file")).name == name
         assert row.pop("reason").startswith(place["reason"])
         assert row == {unit: n for unit, n in place.items() if unit != "reason"}
-    named = [line for line in lines if line.startswith("left out: ")]
+    named = [line for line in lines if line.startswith("bad record skipped: ")]
     assert len(named) == min(3, len(bad)) and bad[0][0] in named[0]
-    assert f"{len(bad)} bad records left out, listed in {listed}" in lines
+    assert f"{len(bad)} bad records skipped, listed in {listed}" in lines
 
 
 def test_the_policy_decides_only_whether_a_store_is_built(tmp_path):
-    """The same text has one store; one that lacks records says so at every start."""
+    """The same text has one store; if it lacks records, every start logs that."""
     files, _ = write(tmp_path / "a", "jsonl")
     skip = DataConfig(files=files, bad_records="skip", heldout_fraction=0.2)
     first = build_store(skip, tmp_path / "stores", layout=SMALL)
@@ -116,14 +116,18 @@ def test_the_policy_decides_only_whether_a_store_is_built(tmp_path):
     stop = DataConfig(files=files, heldout_fraction=0.2)
     again = build_store(stop, tmp_path / "stores", lines.append, SMALL)
     assert again.path == first.path
-    assert lines[:1] == [f"the store lacks the records of {first.path}.bad_records.jsonl"]
+    assert lines[:1] == [
+        f"the store lacks the bad records listed in {first.path}.bad_records.jsonl"
+    ]
 
 
 def test_more_than_the_limit_stop_the_build_and_are_listed(tmp_path):
     files, bad = write(tmp_path / "a", "jsonl")
     most = len(bad) - 2
     config = DataConfig(files=files, bad_records="skip", max_bad_records=most)
-    with pytest.raises(UserError, match=rf"More than {most} records .*, or raise data\.max_bad"):
+    with pytest.raises(
+        UserError, match=rf", after {most} other bad records: .*, or raise data\.max_bad"
+    ):
         build_store(config, tmp_path / "stores", layout=SMALL)
     (listed,) = (tmp_path / "stores").iterdir()  # and nothing else is left
     assert len(listed.read_text().splitlines()) == most + 1

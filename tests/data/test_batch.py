@@ -1,4 +1,4 @@
-"""A batch of given tokens, against one that is read from a store."""
+"""Compares a batch made of given tokens with one that is read from a store."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A process that waits for a store counts as alive only while its builder makes progress."""
+"""Checks that a process waiting for a store counts as alive only while the builder progresses."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ def test_who_waits_is_alive_when_the_builder_is(tmp_path):
         waiter.start()
         assert not told.wait(3 * LOOK_INTERVAL)  # a builder that hangs
         seconds = 0
-        while not told.wait(LOOK_INTERVAL):  # the waiter may have begun to look after the first
+        while not told.wait(LOOK_INTERVAL):  # the waiter's first look may follow the first update
             seconds += 1
             os.utime(builder.fileno(), (seconds, seconds))
         assert not held.is_set()

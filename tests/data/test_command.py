@@ -1,4 +1,4 @@
-"""`python -m moe_jax data` as a user runs it."""
+"""Runs `python -m moe_jax data` as a user does."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_builds_and_describes_a_store_with_a_new_tokenizer(run_cli, corpus, tmp_
 
 
 def test_entries_of_a_mixture_are_set_on_the_command_line():
-    """Those of the file, keys that it leaves out, and entries of their own."""
+    """Flags set keys of the file's entries, keys that it leaves out, and new entries."""
 
     def mixture(there: dict, *flags: str) -> dict:
         config = ConfigDict({"data": {"mixture": there}})

@@ -1,4 +1,4 @@
-"""Text is data: whatever it spells, no control token comes of it; and which tokens those are."""
+"""Checks that no text encodes to a control token, and which tokens are control tokens."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ made = pytest.mark.parametrize("name", MADE)
 
 
 class Oracle:
-    """The library's own reading of the same file."""
+    """Reads the same file with the library alone."""
 
     def __init__(self, path: Path):
         self._json = path.suffix == ".json"
@@ -35,7 +35,7 @@ class Oracle:
             self._read = sentencepiece.SentencePieceProcessor(str(path))
             ids = {self._read.id_to_piece(i): i for i in range(self._read.vocab_size())}
         self.ids = ids
-        # What stands for unknown text does come of text.
+        # Unknown text encodes to <unk>, so it is not a control token here.
         self.control = {ids[name] for name in CONTROL if name in ids and name != "<unk>"}
 
     def encode(self, text: str) -> list[int]:
@@ -54,7 +54,7 @@ def loaded(tmp_path_factory) -> dict[str, tuple[Tokenizer, Oracle]]:
 
 @made
 def test_every_control_token_written_in_a_text(loaded, name):
-    """Alone, between words and inside them; the library finds most of them (the control)."""
+    """Alone, between words and inside words; as a control, the library alone finds them."""
     tokenizer, oracle = loaded[name]
     found = set()
     for token in CONTROL:
@@ -81,7 +81,7 @@ def test_no_text_makes_a_control_token(loaded, name, texts):
 
 @made
 def test_our_own_spellings_of_control_tokens_make_none(loaded, name):
-    """Any author of a text may write them."""
+    """A text may contain them."""
     tokenizer, oracle = loaded[name]
     for token in oracle.ids.values():
         ids = tokenizer.encode(f"the {spelling(token)} router")
@@ -112,12 +112,12 @@ def test_a_normalizer_that_makes_control_tokens_is_refused(tmp_path):
     file["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": spelling(2)}
     (tmp_path / "bad.json").write_text(json.dumps(file))
     tokenizer = load_tokenizer(str(tmp_path / "bad.json"))
-    with pytest.raises(UserError, match=r"bad\.json makes the control token '</s>' of text"):
+    with pytest.raises(UserError, match=r"bad\.json gives the control token '</s>' for text"):
         tokenizer.encode("a x b")
 
 
 def test_a_control_token_of_one_character_is_refused(tmp_path):
-    """Texts that hold the character would lose it."""
+    """It is refused because texts that hold the character would lose it."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -150,7 +150,7 @@ def write_words(path: Path, words: Sequence[str], config: dict | None = None) ->
 
 
 BAR = "\uff5c"
-# family -> (its control tokens, in the order of ids; bos; eos; padding), as published
+# Family -> (its control tokens, in the order of ids; bos; eos; padding), as published.
 FAMILIES = {
     "gpt2": (["<|endoftext|>"], None, "<|endoftext|>", None),
     "neox": (["<|endoftext|>", "<|padding|>"], None, "<|endoftext|>", "<|padding|>"),
@@ -205,8 +205,8 @@ def test_what_stands_beside_the_tokenizer_and_what_the_config_names(tmp_path):
     assert 6 not in named.encode("plain") and first.encode("plain").tolist() == [6]
     write_words(path, words, beside | {"eos_token": "</s>", "pad_token": "</s>"})
     other = load_tokenizer(name)
-    assert (other.eos_id, other.pad_id) == (3, 4)  # padding keeps an id of its own
-    # The same file with other ids is another tokenizer, for stores and runs.
+    assert (other.eos_id, other.pad_id) == (3, 4)  # padding keeps its own id
+    # With other special ids, the same file is a different tokenizer for stores and runs.
     assert len({first.identity, named.identity, other.identity}) == 3
 
 
@@ -220,7 +220,7 @@ def test_names_of_sentencepiece_tokens(tmp_path):
 
 
 def test_a_word_that_merges_make_is_no_end_token(tmp_path):
-    """A tokenizer trained on HTML may have learned "</s>" as it learns any word."""
+    """A tokenizer trained on HTML may have learned "</s>" as a word."""
     vocabulary = {
         word: place for place, word in enumerate(["<", "/", "s", ">", "</", "</s", "</s>"])
     }
@@ -237,7 +237,7 @@ def test_a_word_that_merges_make_is_no_end_token(tmp_path):
     [
         ({"eos": "</S>"}, r"data\.eos is '</S>', which .*did you mean '</s>'"),
         ({"bos": "no such name at all"}, r"data\.bos is .*known: .*</s>, <s>"),
-        ({"pad": "a"}, r"data\.pad is 'a', a character that texts are made of"),
+        ({"pad": "a"}, r"data\.pad is 'a', a character that texts contain"),
         ({"tokenizer": "bytes", "eos": "</s>"}, r"data\.eos is '</s>', but the tokenizer 'bytes'"),
         ({"tokenizer": "bytes", "begin_with_bos": True}, r"begin_with_bos is True, but no token"),
         ({"tokenizer": "s3://b/t.json"}, r"data\.tokenizer is 's3://b/t\.json': s3:// is not supp"),

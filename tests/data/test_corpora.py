@@ -1,4 +1,4 @@
-"""Corpora: which documents there are, in which order, under which label; and what is refused."""
+"""Checks the documents of a corpus, their order and labels, and the refused inputs."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_text_files_are_documents_in_order_of_name(tmp_path):
     ],
 )
 def test_named_files_are_never_the_standard_library(tmp_path, name, kind):
-    """Without data.source, and in an entry of a mixture, how to read them follows from the name."""
+    """Without data.source, and in an entry of a mixture, the suffix decides how to read them."""
     path = tmp_path / name
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": ["words"]}), path)
@@ -89,7 +89,7 @@ CONTRADICTIONS = {
         {"files": "{0}/a.txt", "heldout_files": "{0}/b.jsonl"},
         r"several kinds, jsonl",
     ),
-    "an archive": ({"files": "{0}/c.zip"}, r"c\.zip is compressed \(\.zip\), .*: unpack it"),
+    "an archive": ({"files": "{0}/c.zip"}, r"c\.zip is compressed \(\.zip\)\. .*: unpack it"),
     "an archive, and a source": (
         {"files": "{0}/c.tar.gz", "source": "jsonl"},
         r"c\.tar\.gz is compressed \(\.gz\)",
@@ -118,7 +118,7 @@ CONTRADICTIONS = {
                 "n": {"files": "{0}/a.txt"},
             }
         },
-        r"data\.mixture\.n\.heldout_files is empty, and other entries",
+        r"data\.mixture\.n\.heldout_files is empty, but other entries",
     ),
     "standard library with files": (
         {"mixture": {"m": {"source": "stdlib", "files": "{0}/a.txt"}}},
@@ -148,7 +148,7 @@ CONTRADICTIONS = {
 
 
 def placed(value, folder: Path):
-    """`value` with {0} in its texts replaced by the folder."""
+    """Replace {0} in the texts of `value` by the folder."""
     if isinstance(value, dict):
         return {key: placed(one, folder) for key, one in value.items()}
     return value.replace("{0}", str(folder))
@@ -275,7 +275,7 @@ def test_a_damaged_parquet_page_is_one_sentence(tmp_path, cut):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    """Root may read any file, so its refusal is played."""
+    """Root may read any file, so the refusal is simulated."""
     (tmp_path / "a.txt").write_text("text")
     (stream,) = find_streams(DataConfig(source="text", files=f"{tmp_path}/a.txt"))
 
@@ -300,7 +300,7 @@ def test_a_wrong_field_in_a_mixture_names_the_key_of_its_entry(tmp_path):
 
 
 def bombs() -> dict[str, tuple[pyarrow.Table, dict]]:
-    """Tables that take some KiB as files and hundreds of MiB to GiB as text."""
+    """Make tables that take a few KiB as files and hundreds of MiB to GiB as text."""
     text = "word " * (1 << 16)
     column = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * 20_000, pyarrow.int32()), pyarrow.array([text])

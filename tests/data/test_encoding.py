@@ -1,4 +1,4 @@
-"""Documents are encoded in pieces and by any number of threads, and stored the same."""
+"""Checks that documents encoded in pieces, by any number of threads, give the same store."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_a_mistake_in_a_thread_is_the_same_sentence_and_leaves_no_thread(monkeyp
     class Fails(BytesTokenizer):
         def encode_batch(self, texts):
             if "bad" in texts:
-                raise UserError("t.json fails on a text: name another.")
+                raise UserError("t.json fails on a text: name another file.")
             return super().encode_batch(texts)
 
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
@@ -78,7 +78,7 @@ def test_documents_that_are_too_long_are_bad_records(tmp_path, kind):
     texts = ["short one", LONG, "short two", "short three"]
     if kind == "jsonl":
         lines = [json.dumps({"text": text}) for text in texts]
-        lines.insert(3, json.dumps({"text": "x" * (2 << 20)}))  # not even held as a line
+        lines.insert(3, json.dumps({"text": "x" * (2 << 20)}))  # longer than any line that is held
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
         files, places, bad = str(tmp_path / "a.jsonl"), [2, 4], 2
     else:
@@ -101,7 +101,7 @@ def test_documents_that_are_too_long_are_bad_records(tmp_path, kind):
 
 
 def test_what_has_to_be_encoded_at_once_is_limited(tmp_path, monkeypatch):
-    """A text without a place to cut is a bad record; with such places it is not."""
+    """A long text is a bad record if it cannot be cut, and is encoded if it can."""
     monkeypatch.setattr(long_documents, "PIECE_CHARACTERS", 9)
     monkeypatch.setattr(long_documents, "MAX_PIECE_BYTES", 50)
     train_bpe(["some text"], 258, tmp_path / "t.json")

@@ -1,4 +1,4 @@
-"""The feed: global arrays in order, the rows of one host only, errors and waits passed on."""
+"""Checks the feed: global arrays in order, only the host's own rows, errors and waits passed on."""
 
 import threading
 import traceback
@@ -26,7 +26,7 @@ def shardings(mesh_of):
 
 
 def numbered(step, row_ids):
-    """Rows that hold their step and number."""
+    """Make rows that hold their step and number."""
     rows = (1000 * step + 10 * np.asarray(row_ids, np.int32))[:, None] + np.arange(12)
     return Batch(*[rows.astype(np.int32)] * 7, row_B=np.asarray(row_ids, np.int32))
 
@@ -54,7 +54,7 @@ def test_positions_may_be_split_too(mesh_of):
 
 
 def test_a_host_reads_only_its_rows_each_once():
-    """A stand-in sharding whose devices here hold rows 2..3 and 6..7 of each microbatch."""
+    """The stand-in sharding gives this host rows 2..3 and 6..7 of each microbatch."""
 
     class Here:
         def addressable_devices_indices_map(self, shape):
@@ -83,7 +83,7 @@ def test_an_error_reaches_the_consumer_with_its_traceback(shardings):
 
     with DeviceFeed(failing_reader, SHAPE, shardings, 0, 9) as feed:
         assert [next(feed)[0], next(feed)[0]] == [0, 1]
-        for _ in range(2):  # asking again repeats it rather than waiting for ever
+        for _ in range(2):  # asking again repeats the error instead of hanging
             with pytest.raises(ValueError, match="record 17") as error:
                 next(feed)
             names = [frame.name for frame in traceback.extract_tb(error.value.__traceback__)]

@@ -1,4 +1,4 @@
-"""Every kind of file gives the documents of the plain file that it was made from."""
+"""Checks that every kind of file gives the documents of the plain file that it was made from."""
 
 import bz2
 import gzip
@@ -43,7 +43,7 @@ def lines(texts: list[str]) -> bytes:
 
 
 def write(folder: Path, kind: str) -> str:
-    """The texts in files of a kind; what `files` names."""
+    """Write the texts to files of a kind; returns the value of `files`."""
     folder.mkdir()
     if kind.startswith(".txt"):
         for i, text in enumerate(TEXTS):
@@ -111,7 +111,7 @@ def test_what_is_cut_or_damaged_is_one_sentence(tmp_path, suffix):
     cuts = [member[:5], member[: len(member) // 2], member[:-1], member + member[:-9]]
     for raw in cuts:
         path.write_bytes(raw)
-        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} is cut: .*: bring a") as error:
+        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} is truncated: .* Copy") as error:
             documents(path)
         assert "\n" not in str(error.value)
     flipped = bytearray(member)
@@ -121,7 +121,7 @@ def test_what_is_cut_or_damaged_is_one_sentence(tmp_path, suffix):
         damaged.pop(member + bytes(flipped))
     for raw in damaged:
         path.write_bytes(raw)
-        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} (cannot be dec|is cut)") as error:
+        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} (cannot be dec|is tr)") as error:
             documents(path)
         assert "\n" not in str(error.value) and str(error.value).endswith("leave it out.")
     path.write_bytes(b"")
@@ -130,7 +130,7 @@ def test_what_is_cut_or_damaged_is_one_sentence(tmp_path, suffix):
 
 
 def test_a_zstd_checksum_is_looked_at(tmp_path):
-    """Frame of the word `text`, by hand: magic, header with checksum, one raw block, checksum."""
+    """A frame by hand of the word `text`: magic, header with checksum, one raw block, checksum."""
     frame = bytes.fromhex("28b52ffd" + "2404" + "210000") + b"text" + bytes.fromhex("9e5be3c1")
     (tmp_path / "a.txt.zst").write_bytes(frame)
     with pytest.raises(UserError, match="checksum"):
@@ -139,7 +139,7 @@ def test_a_zstd_checksum_is_looked_at(tmp_path):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_bomb_is_one_sentence(tmp_path, suffix, monkeypatch):
-    """The limit is that of Parquet; a thousandth of it here."""
+    """The limits are those of Parquet, lowered for the test."""
     monkeypatch.setattr("moe_jax.data.compressed.FREE_BYTES", FREE_BYTES // 1000)
     monkeypatch.setattr("moe_jax.data.compressed.MAX_RATIO", MAX_RATIO // 100)
     path = tmp_path / f"a.txt{suffix}"
@@ -160,7 +160,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         next(find_streams(DataConfig(files=f"{tmp_path}/{name}.txt"))[0].digests())[1]
         for name in "ad"
     ]
-    assert digests[0] == digests[1]  # the same text: the same content
+    assert digests[0] == digests[1]  # the content is the same without the mark
     (tmp_path / "e.txt").write_bytes(mark + b"ab\xff")
     with pytest.raises(UserError, match="not UTF-8 at byte offset 5"):
         documents(tmp_path / "e.txt")
@@ -177,7 +177,7 @@ def test_another_encoding_is_named(tmp_path, encoding):
 
 
 def columns(folder: Path) -> dict[str, str]:
-    """The same records as JSON lines, Parquet and a saved dataset."""
+    """Write the same records as JSON lines, Parquet and a saved dataset."""
     rows = [
         {"meta": {"text": "one", "tags": ["a", "b"]}, "n": 1, "dotted.name": "x"},
         {"meta": {"text": "two", "tags": []}, "n": 2, "dotted.name": "y"},
@@ -208,7 +208,7 @@ def test_nested_fields_and_lists(tmp_path):
 
 
 def test_many_texts_below_a_struct_and_in_lists(tmp_path):
-    """More rows than are read at once, repeated so that Arrow keeps them once."""
+    """The file has more rows than are read at once; texts repeat, so Arrow keeps them once."""
     rows = [{"meta": {"text": f"text {i % 7}", "tags": [f"{i}", "t"]}} for i in range(3000)]
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2500
@@ -230,13 +230,13 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
 
 
 class Remote(io.BytesIO):
-    """A file object of an object store's client."""
+    """Stands in for a file object of an object store's client."""
 
     name, mode = "gs://bucket/a", "rb"
 
 
 def test_a_bucket_is_read_through_the_same_readers(tmp_path, monkeypatch):
-    """gs:// paths give file objects of their client, which are not files of the machine."""
+    """The client of gs:// gives file objects, which are not files of the host."""
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines(TEXTS)))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)))
     for name in ("a.jsonl.zst", "a.jsonl.gz"):

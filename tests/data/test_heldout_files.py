@@ -1,4 +1,4 @@
-"""Held-out text: by files, how much of the bytes it is, and never any that is trained on."""
+"""Checks held-out text: from files, its share of the bytes, and its absence from training."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +21,7 @@ def write(folder: Path, **texts: str) -> None:
 
 
 def contents(store: Store, split: Split) -> list[tuple[str, str]]:
-    """(source, text) of every document of a split, of the byte tokenizer."""
+    """Read (source, text) of every document of a split that the byte tokenizer encoded."""
     (tokens,) = split.read([(0, split.num_tokens)])
     bounds = [*split.documents[:, START], split.num_tokens]
     return [
@@ -54,12 +54,12 @@ def test_files_are_the_whole_held_out_split_and_nothing_of_them_is_trained_on(tm
         ("w", "in both"),
         ("x", "of its own"),
     ]
-    assert "train: 1 documents left out, which are also held out" in lines
+    assert "train: 1 documents left out because they are also held out" in lines
     assert not [line for line in lines if "WARNING" in line]
 
 
 def test_no_share_is_taken_beside_held_out_files(tmp_path):
-    """data.heldout_fraction decides nothing beside them, so it is no part of the fingerprint."""
+    """data.heldout_fraction is then not used, so it is not part of the fingerprint."""
     write(tmp_path / "train", a="first", b="second", c="third")
     write(tmp_path / "valid", v="of its own")
     given = {"files": f"{tmp_path}/train/*.txt", "heldout_files": f"{tmp_path}/valid/*.txt"}
@@ -94,7 +94,7 @@ def test_every_entry_of_a_mixture_has_its_own_held_out_files(tmp_path):
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({"v": "same"}, r"data\.files hold no document that data\.heldout_files do"),
+        ({"v": "same"}, r"data\.heldout_files contain every document of data\.files"),
         ({}, r"data\.heldout_files: no file matches"),
     ],
 )
@@ -110,19 +110,19 @@ def shares(lines: list[str]) -> list[str]:
 
 
 def test_a_share_far_from_the_one_asked_for_is_told_in_numbers(tmp_path):
-    """Of two documents one is held out, and it may be nearly all of the text."""
+    """One of two documents is held out, and it may be nearly all of the text."""
     write(tmp_path / "two", a="x", b="y" * 97)
     told: list[str] = []
     store = build(tmp_path, told, files=f"{tmp_path}/two/*.txt")
     held = len(contents(store, store.heldout)[0][1]) + 1
     assert shares(told) == [
-        f"WARNING: {held / 100:.1%} of the bytes are held out and data.heldout_fraction asks for "
-        f"5.0%: 1 of 2 documents, each of them whole.  Use more or shorter documents, or "
-        f"data.heldout_files."
+        f"WARNING: {held / 100:.1%} of the bytes are held out, but data.heldout_fraction is 5.0%: "
+        f"whole documents are held out, here 1 of 2 documents.  Use more or shorter documents, or "
+        f"set data.heldout_files."
     ]
     again: list[str] = []
     build(tmp_path, again, files=f"{tmp_path}/two/*.txt")
-    assert again == shares(told)  # every run that trains on it is told
+    assert again == shares(told)  # every run that opens the store logs it
 
 
 def test_shares_near_the_one_asked_for_are_not_told(tmp_path):

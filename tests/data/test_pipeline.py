@@ -1,4 +1,7 @@
-"""Rows: a pure function of (seed, step, row), each window once an epoch, by a plain oracle."""
+"""Checks rows against a plain oracle: a function of (seed, step, row), each window once per epoch.
+
+Axes: B rows, T positions.
+"""
 
 import itertools
 from collections import Counter
@@ -39,7 +42,7 @@ def test_every_window_once_an_epoch_across_restarts(store):
     per_epoch = one.rows_per_epoch
     seen = []
     for step in range(-(-epochs * per_epoch // batch_size)):
-        if step % 5 == 0:  # a restart keeps nothing but the step
+        if step % 5 == 0:  # a restart keeps only the step
             one = Batches.for_training(store, 0, batch_size, T)
         seen += one.window_ids(step, np.arange(batch_size)).tolist()
     orders = [seen[e * per_epoch : (e + 1) * per_epoch] for e in range(epochs)]
@@ -79,7 +82,7 @@ def test_streams_mix_by_weight_and_never_share_a_row(make_store):
 
 
 def supply_by_counting(batches, counts, epochs):
-    """(steps, stream) by reading the order from its beginning."""
+    """Find (steps, stream) by reading the order from its beginning."""
     stream_of = np.repeat(np.arange(len(counts)), counts)
     given = Counter()
     for step in itertools.count():
@@ -160,10 +163,10 @@ def test_a_corpus_smaller_than_a_batch_or_a_row_is_refused(store):
 
 
 def plain_rows(streams, T, confine):
-    """The rows of every window, token by token; documents are (ids, bytes, source)."""
+    """Make the rows of every window, token by token; documents are (ids, bytes, source)."""
     rows, document = [], 0
     for documents in streams:
-        flat = []  # (id, bytes, source, document, place in the document)
+        flat = []  # (id, bytes, source, document, position in the document)
         for ids, size, source in documents:
             for i, token in enumerate(ids):
                 share = (i + 1) * size // len(ids) - i * size // len(ids)

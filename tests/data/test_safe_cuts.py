@@ -1,4 +1,4 @@
-"""Texts encoded in pieces have the tokens of the whole, for every kind of tokenizer."""
+"""Checks that texts encoded in pieces have the tokens of the whole, for each kind of tokenizer."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def byte_level(prefix: bool = False, regex: bool = True) -> Any:
 
 
 BYTES_ONLY = byte_level(regex=False)
-# name -> pre-tokenizer, and whether it lets texts be cut at blanks and at line ends
+# Name -> (pre-tokenizer, texts may be cut at blanks, texts may be cut at line ends).
 KINDS: dict[str, tuple[Any, bool, bool]] = {
     "gpt2": (byte_level(), True, True),
     "prefix": (byte_level(True), True, False),
@@ -80,7 +80,7 @@ NORMALIZERS: dict[str, Any] = {
 
 
 def made(path: Path, pre: Any, normalizer: Any = None) -> Path:
-    """A BPE tokenizer whose merges join all that stands together in a small text."""
+    """Write a BPE tokenizer whose merges join everything that is adjacent in a small text."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre
     letters = pre_tokenizers.ByteLevel.alphabet()
@@ -134,7 +134,7 @@ TEXTS = {
 
 
 def same(tokenizer: Any, text: str) -> int:
-    """How many pieces a text has; their tokens are held to those of the whole."""
+    """Compare the tokens of a text's pieces with those of the whole; returns their number."""
     pieces = list(encoding_pieces(text, tokenizer.cut))
     assert "".join(pieces) == text
     whole = tokenizer.encode(text)
@@ -153,7 +153,7 @@ def test_where_a_kind_lets_texts_be_cut(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> dict[str, Any]:
-    """Every kind, the normalizers in turn, and those of published kinds."""
+    """Load tokenizers of every kind, with the normalizers in turn, and those of MADE."""
     folder, found = tmp_path_factory.mktemp("tokenizers"), {}
     for kind, (pre, blank, _) in KINDS.items():
         name = list(NORMALIZERS)[len(found) % len(NORMALIZERS)]
@@ -207,7 +207,7 @@ def test_two_megabytes(small, text, monkeypatch):
     ],
 )
 def test_added_tokens_that_look_across_a_cut(tmp_path, added, blank, line):
-    """Those that do have other tokens in pieces: the control is the encoding itself."""
+    """As a control, the encoding itself shows which of them have other tokens in pieces."""
     path = made(tmp_path / "t.json", byte_level())
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.add_tokens([AddedToken(**added, normalized=False)])

@@ -1,4 +1,4 @@
-"""Which files `files` names: paths, globs, folders, saved datasets, names of the hub."""
+"""Checks the files that `files` names: paths, globs, folders, saved datasets, names of the hub."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_what_is_left_out_is_said_when_a_store_is_built(tmp_path):
 
 
 def test_a_folder_of_a_bucket(tmp_path, monkeypatch):
-    """As object stores list it: by their client alone, never by os.walk."""
+    """The client of an object store lists it; os.walk cannot."""
     fill(tmp_path, "b.txt", "a/c.txt", ".git/d.txt", "a/x.csv")
     monkeypatch.setattr("moe_jax.data.source_files._is_remote", lambda path: True)
     monkeypatch.setattr("os.walk", lambda *_: pytest.fail("os.walk"))
@@ -87,7 +87,7 @@ def test_commas_in_names(tmp_path):
 
 def save(folder: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(folder, num_shards=2)
-    (folder / "cache-0.arrow").write_bytes(b"what the library computed is not of the dataset")
+    (folder / "cache-0.arrow").write_bytes(b"a cache of the library, not part of the dataset")
 
 
 def test_a_saved_dataset_is_a_folder(tmp_path):
@@ -161,7 +161,7 @@ def test_any_byte_of_a_saved_dataset(tmp_path):
 
 
 def test_a_name_of_the_hub(tmp_path, monkeypatch):
-    """The library gives the files of its cache; which the reader of saved datasets reads."""
+    """The library names the files of its cache, and the reader of saved datasets reads them."""
     save(tmp_path / "cache")
     asked = []
 
@@ -207,7 +207,7 @@ def test_a_failed_build_leaves_nothing_but_whole_shards(tmp_path, monkeypatch):
     held = [{"text": "held out"}]
     (tmp_path / "h.jsonl").write_text(json.dumps(held[0]))
     lines = [json.dumps(row) for row in rows]
-    for bad, kept in ((3, False), (59, True)):  # before the first whole shard, and after some
+    for bad, kept in ((3, False), (59, True)):  # before and after the first whole shard
         broken = [*lines[:bad], "{", *lines[bad:]]
         (tmp_path / "a.jsonl").write_text("\n".join(broken))
         root = tmp_path / f"stores{bad}"

@@ -1,4 +1,4 @@
-"""The store: resumable, byte-identical, split by content, and loud about damage."""
+"""Checks that stores are resumable, byte-identical and split by content, and detect damage."""
 
 import contextlib
 import dataclasses
@@ -26,13 +26,13 @@ SMALL = ChunkSizes(chunk=64, shard=512)  # as in conftest.py
 
 
 def contents(store_path: str | Path) -> dict[str, bytes]:
-    """Every file under a store."""
+    """Read every file under a store."""
     root = Path(store_path)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def split_documents(store, name: str) -> list[str]:
-    """The split's documents, decoded, each without the eos that must end it."""
+    """Decode the documents of a split, without the eos that must end each."""
     split = getattr(store, name)
     (tokens,) = split.read([(0, split.num_tokens)])
     starts = [*split.documents[:, START], split.num_tokens]
@@ -110,7 +110,7 @@ class StoppedError(Exception):
 def test_a_build_stopped_anywhere_goes_on_to_the_same_bytes(
     step, config, store, tmp_path, monkeypatch
 ):
-    """The first, the middle and the last call of a kind of write are the last of a build."""
+    """The build stops after the first, the middle or the last call of one kind of write."""
     whole, real = contents(store.path), getattr(SplitWriter, step)
     calls = []
 
@@ -146,7 +146,7 @@ def test_a_resumed_build_does_not_tokenise_finished_shards_again(
     config, store, tmp_path, monkeypatch
 ):
     def build_until(shards: int) -> int:
-        """Tokens that `encode_batch` gave in a build stopped after that number of shards."""
+        """Count the tokens that a build encodes until it stops after `shards` shards."""
         given, written = [], []
         encode, write = BytesTokenizer.encode_batch, SplitWriter._write_part
 
@@ -206,7 +206,7 @@ def test_a_finished_store_is_opened_not_built(config, store, tmp_path):
 
 
 def test_opening_a_finished_store_writes_nothing(config, store, tmp_path):
-    """It may lie on a disk that is mounted read-only, where a lock file cannot be made."""
+    """Its disk may be mounted read-only, so that no lock file can be created."""
     for lock in (tmp_path / "stores").glob("*.lock"):
         lock.unlink()
     build_store(config, tmp_path / "stores", layout=SMALL)
@@ -243,7 +243,7 @@ def test_a_renamed_store_is_refused(config, store, tmp_path):
     )
     shutil.rmtree(wrong)
     shutil.copytree(other.path, wrong)
-    with pytest.raises(UserError, match="another store than its name says"):
+    with pytest.raises(UserError, match="whose fingerprint is not its name"):
         build_store(config, tmp_path / "stores", layout=SMALL)
 
 
@@ -288,7 +288,7 @@ def test_damaged_documents_are_an_error(store):
 
 
 def test_text_of_zeros_is_stored(tmp_path):
-    """A chunk equal to the fill value is written, so its absence can mean damage."""
+    """A chunk equal to the fill value is written, so a missing chunk means damage."""
     for i in range(4):
         (tmp_path / f"{i}.txt").write_bytes(b"\0" * (100 + i))
     config = DataConfig(source="text", files=f"{tmp_path}/*.txt")
@@ -301,7 +301,7 @@ def test_ids_beyond_the_vocabulary_are_refused(config, store, tmp_path, monkeypa
         store.check_vocabulary(257)
     store.check_vocabulary(258)
     monkeypatch.setattr(BytesTokenizer, "vocab_size", 200)
-    with pytest.raises(UserError, match=r"\.txt#0: the tokenizer gives ids .* beyond its 200"):
+    with pytest.raises(UserError, match=r"\.txt#0: the tokenizer gives ids .* has 200\. Use"):
         build_store(config, tmp_path / "beyond", layout=SMALL)
 
 

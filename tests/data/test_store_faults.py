@@ -1,4 +1,4 @@
-"""A store that cannot be written or should not be read: one sentence, and nothing is lost."""
+"""Checks that a store that cannot be written or read gives one sentence, and loses nothing."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ SMALL = ChunkSizes(chunk=64, shard=512)
 
 
 def contents(store_path: str | Path) -> dict[str, bytes]:
-    """Every file under a store."""
+    """Read every file under a store."""
     root = Path(store_path)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
@@ -25,7 +25,7 @@ def contents(store_path: str | Path) -> dict[str, bytes]:
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_whole(
     config, store, tmp_path, monkeypatch
 ):
-    """Whichever write fails, from the first array to the manifest."""
+    """Each write fails in turn, from the first array to the manifest."""
     whole, real, calls = contents(store.path), split_writer.writing, []
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_whole(
 
 
 def test_arrays_are_refused_that_hold_more_than_lies_on_the_disk(store):
-    """A stranger may seal a store whose chunks are compressed, a thousand to one."""
+    """An untrusted store may have a valid seal and chunks compressed a thousand to one."""
     path = Path(store.path)
     for name, where in (
         ("train/tokens", ("codecs", 0, "configuration", "codecs")),

@@ -1,4 +1,4 @@
-"""What format 3 of a store has that earlier ones had not, and which of their runs it knows."""
+"""Checks the additions of store format 3, and the recognition of runs with earlier formats."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ SMALL = ChunkSizes(chunk=64, shard=512)
 
 @pytest.fixture
 def stores(config, tmp_path):
-    """The corpus in a tokenizer with bos: without it, and with it before every document."""
+    """The corpus with a tokenizer that has a bos: without it, and with it in every document."""
     path = tmp_path / "tokenizer.json"
     train_bpe(["größe of an expert " * 9], 270, path)
     path.write_text(path.read_text().replace("<|padding|>", "<s>"))
@@ -47,7 +47,7 @@ def test_documents_begin_with_bos_where_the_config_says_so(stores, tmp_path):
 
 @pytest.mark.parametrize("confine", [False, True])
 def test_a_bos_has_no_bytes(stores, confine):
-    """Bytes over all targets are those of the text, so bits per byte compare; confined too."""
+    """The bytes of all targets sum to those of the text, so bits per byte are comparable."""
     _, begun = stores
     held = HeldOut(begun, 512, 7, confine)
     batch = held.rows(0, np.arange(512))
@@ -62,7 +62,7 @@ def test_a_bos_has_no_bytes(stores, confine):
 def test_the_fingerprint_of_an_earlier_format_is_known_where_the_tokens_are_the_same(
     config, store, tmp_path
 ):
-    """As format 2 computed it, written down a second time."""
+    """The test computes the fingerprint of format 2 independently."""
     (stream,) = find_streams(config)
     files = sorted(Path(config.files.split("*")[0]).rglob("*.txt"))
     digests = [
@@ -86,7 +86,7 @@ def test_the_fingerprint_of_an_earlier_format_is_known_where_the_tokens_are_the_
 
 
 def test_runs_of_a_tokenizer_whose_ids_may_differ_are_not_known(stores):
-    """Control tokens that texts spell are other ids since format 3."""
+    """Since format 3, control tokens that texts spell have different ids."""
     without, begun = stores
     assert begun.earlier == ()
     assert not begun.same_text(without.fingerprint)

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special ids, what is refused."""
+"""Checks tokenizers: round trips, special ids, refused files."""
 
 import errno
 import io
@@ -116,7 +116,7 @@ def test_what_is_refused(tmp_path):
     texts = iter(SAMPLE)
     with pytest.raises(UserError, match=r"folder\.json cannot be written"):
         train_bpe(texts, 300, tmp_path / "folder.json")
-    assert next(texts) == SAMPLE[0]  # found out before any text was read
+    assert next(texts) == SAMPLE[0]  # the error came before any text was read
 
 
 @pytest.mark.parametrize("there", [None, b"an older one"])

@@ -140,7 +140,7 @@ def test_soft_weighs_every_expert():
     mask = np.asarray(given.mask_GS)
     choice, aux = route(Soft(num_experts=E), given)
     logits, probs = numpy_probs(given)
-    assert Soft(num_experts=E).choices == E
+    assert Soft(num_experts=E).choices_per_token == E
     np.testing.assert_array_equal(choice.ids_GSK, np.broadcast_to(np.arange(E), probs.shape))
     np.testing.assert_allclose(choice.weights_GSK, probs, rtol=1e-12)
     assert choice.valid_GSK.all()
@@ -180,7 +180,7 @@ def test_hash_looks_token_ids_up(scope, top_k):
     assert ids.max() > 24  # some ids wrap around
     choice, aux = route_all(router, given, {}, {})
     expected = expert_table(24, E, top_k, 0)[ids % 24]
-    assert router.choices == top_k
+    assert router.choices_per_token == top_k
     np.testing.assert_array_equal(choice.ids_GSK, expected)
     np.testing.assert_array_equal(choice.weights_GSK, np.full(expected.shape, 1 / top_k))
     assert choice.valid_GSK.all()
@@ -229,7 +229,7 @@ def test_every_router_is_built_from_the_shared_knobs(name):
     """The router gets num_experts and top_k of the model; its kernels are [D, E]."""
     router = make_router(MoEConfig(router=name, num_experts=12, top_k=3))
     expected = {"switch": 1, "gshard": 2, "soft": 12}.get(name, 3)
-    assert router.choices == expected
+    assert router.choices_per_token == expected
     assert router.causal == (name != "expert_choice")
     for spec in router.param_specs(D, 12).values():
         assert spec == ParamSpec((D, 12), ("embed", "router_experts"), spec.std)

@@ -40,7 +40,7 @@ def moves() -> DispatchIndices:
         if place < M:
             choice_M[place] = number
     arrays = (jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK))
-    return DispatchIndices(*arrays, zeros=True)
+    return DispatchIndices(*arrays, zero_fill=True)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_spread_rows_are_the_gathered_ones(moves, columns):
 
 
 @pytest.mark.parametrize(
-    ("zeros", "dtype", "columns", "chosen"),
+    ("zero_fill", "dtype", "columns", "chosen"),
     [
         (False, jnp.bfloat16, 256, _spread),
         (True, jnp.bfloat16, 256, _gathered_in_pairs),  # batched experts multiply empty slots too
@@ -109,11 +109,11 @@ def test_spread_rows_are_the_gathered_ones(moves, columns):
         (False, jnp.float32, 256, _take_rows),
     ],
 )
-def test_what_nvidia_gpus_run(monkeypatch, zeros, dtype, columns, chosen):
+def test_what_nvidia_gpus_run(monkeypatch, zero_fill, dtype, columns, chosen):
     x_ND = jnp.zeros((N, columns), dtype)
-    assert _on_nvidia(x_ND, zeros) is not _spread, "chosen without a GPU"
+    assert _on_nvidia(x_ND, zero_fill) is not _spread, "chosen without a GPU"
     monkeypatch.setattr(choose, "runs_here", lambda: True)
-    assert _on_nvidia(x_ND, zeros) is chosen
+    assert _on_nvidia(x_ND, zero_fill) is chosen
 
 
 def test_a_gpu_spreads_inside_shard_map(monkeypatch, mesh_of, moves):
@@ -121,7 +121,7 @@ def test_a_gpu_spreads_inside_shard_map(monkeypatch, mesh_of, moves):
     new = jax.__version_info__ >= choose.FIRST_JAX
     monkeypatch.setattr(choose, "runs_here", lambda: new)
     everywhere = PartitionSpec()
-    unread = dataclasses.replace(moves, zeros=False)
+    unread = dataclasses.replace(moves, zero_fill=False)
 
     @jax.jit
     @functools.partial(

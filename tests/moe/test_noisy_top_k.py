@@ -99,7 +99,7 @@ def test_choices_weights_and_losses(scope, train, choices):
     mask = np.asarray(given.mask_GS)
     choice, aux = route_all(router, given, params(), {})
     clean, ids, weights, gates, load = numpy_route(given, choices)
-    assert router.choices == choices
+    assert router.choices_per_token == choices
     np.testing.assert_array_equal(choice.ids_GSK, ids)
     np.testing.assert_allclose(choice.weights_GSK, weights, rtol=1e-12)
     assert choice.valid_GSK.all()

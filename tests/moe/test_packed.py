@@ -166,7 +166,7 @@ def test_only_packed_rows_may_leave_places_unwritten():
     slots = slot_moves(ids_GN, 4, 2, PriorityOrder("token", 1, 1))
     sent, _ = shard_moves(ids_GN[0], 4, PriorityOrder("token", 1, 1), 2, 3)
     packed, _ = sorted_indices(ids_GN[0], 4, 1)
-    assert (slots.zeros, sent.zeros, packed.zeros) == (True, True, False)
+    assert (slots.zero_fill, sent.zero_fill, packed.zero_fill) == (True, True, False)
 
 
 def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):

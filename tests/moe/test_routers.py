@@ -63,7 +63,7 @@ def test_choices_weights_and_losses(name, scope):
     choice, aux = route(router, given, kernel())
     logits, probs, ids, weights = numpy_route(given, kernel(), K, renormalize)
 
-    assert router.choices == K
+    assert router.choices_per_token == K
     np.testing.assert_array_equal(choice.ids_GSK, ids)
     np.testing.assert_allclose(choice.weights_GSK, weights, rtol=1e-12)
     assert choice.valid_GSK.all()

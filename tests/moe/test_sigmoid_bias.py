@@ -68,7 +68,7 @@ def test_choices_weights_and_losses(router, scope):
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     probs = scores / scores.sum(-1, keepdims=True)
 
-    assert router.choices == router.top_k
+    assert router.choices_per_token == router.top_k
     np.testing.assert_array_equal(choice.ids_GSK, ids)
     np.testing.assert_allclose(choice.weights_GSK, router.routed_scale * weights, rtol=1e-12)
     assert choice.valid_GSK.all()

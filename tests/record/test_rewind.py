@@ -134,13 +134,13 @@ def test_a_file_that_does_not_fit_the_checkpoint_is_refused(saved):
     checkpoints = Checkpoints(saved / "checkpoints", keep_last=9)
     rewinds = Rewinds(saved, checkpoints, lambda text: None)
     rewinds.check(12)  # saved by a version without this check
-    checkpoints.save(13, {"x": np.zeros(3)}, rewinds.beside())
+    checkpoints.save(13, {"x": np.zeros(3)}, rewinds.extra_files())
     rewinds.go_back(changed=9, last=13, why="NaN")
     for step in (14, 16):
-        checkpoints.save(step, {"x": np.zeros(3)}, rewinds.beside())
+        checkpoints.save(step, {"x": np.zeros(3)}, rewinds.extra_files())
     checkpoints.wait()
     rewinds.go_back(changed=16, last=19, why="NaN")
-    checkpoints.save(17, {"x": np.zeros(3)}, rewinds.beside())
+    checkpoints.save(17, {"x": np.zeros(3)}, rewinds.extra_files())
     checkpoints.close()
 
     good = (saved / REWINDS).read_text()
@@ -195,8 +195,8 @@ def test_what_another_run_has_begun_is_not_finished(saved):
 
     done = line(3, 6)
     checkpoints = Checkpoints(saved / "checkpoints", keep_last=9)
-    beside = {"rewinds.json": [dataclasses.asdict(done)]}
-    checkpoints.save(15, {"x": np.zeros(3, np.float32)}, beside)
+    extra_files = {"rewinds.json": [dataclasses.asdict(done)]}
+    checkpoints.save(15, {"x": np.zeros(3, np.float32)}, extra_files)
     checkpoints.close()
     begun = dataclasses.replace(done, settled=False)
     (saved / REWINDS).write_text(json.dumps(dataclasses.asdict(begun)) + "\n")

@@ -37,14 +37,14 @@ def logged(monkeypatch):
 def take(log, step, skipped, spike=False):
     loss, guard = LossValues(*[ZERO] * 5), first_guard(jnp.float32)
     refused, far = jnp.asarray(skipped), jnp.asarray(spike)
-    log.started(step, StepMetrics(loss, ZERO, ZERO, ZERO, refused, far, guard, None), 0.0)
+    log.launched(step, StepMetrics(loss, ZERO, ZERO, ZERO, refused, far, guard, None), 0.0)
 
 
 def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
     log, rows, ledger, lines, records = logged
     for step, skipped in enumerate([False, True, True, False, True, True, True], 1):
         take(log, step, skipped)
-        assert not log.diverged  # one step behind
+        assert not log.divergence  # one step behind
     log.flush()
     assert [row["step"] for row in ledger] == [1, 4]
     assert [row["step"] for row in rows if row["skipped"]] == [2, 3, 5, 6, 7]
@@ -53,8 +53,8 @@ def test_left_out_steps_count_nowhere_and_too_many_end_the_run(logged):
         f"step {step} skipped: {why} ({in_a_row} in a row, train.max_skipped 2)"
         for step, in_a_row in ((2, 1), (3, 2), (5, 1), (6, 2))
     ]
-    assert f"step 7 diverged (3 steps in a row were skipped; the last: {why})" in log.diverged
-    assert (log.changed, log.last) == (4, 7)
+    assert f"step 7 diverged (3 steps in a row were skipped; the last: {why})" in log.divergence
+    assert (log.last_accepted_step, log.last) == (4, 7)
     assert len(records) == 3  # the first skipped step of each series, and the one beyond the limit
 
 
@@ -70,11 +70,11 @@ def test_rows_say_how_often_each_stream_was_read(logged):
 
 def test_a_run_that_was_stopped_among_refused_steps_counts_on(logged):
     log, *_, records = logged
-    log.changed = 4  # as recorded in the state of step 6
+    log.last_accepted_step = 4  # as recorded in the state of step 6
     take(log, 7, True, spike=True)
     log.flush()
-    assert "more than 100 times its running mean" in log.diverged
-    assert (log.changed, log.last, len(records)) == (4, 7, 1)
+    assert "more than 100 times its running mean" in log.divergence
+    assert (log.last_accepted_step, log.last, len(records)) == (4, 7, 1)
 
 
 def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
@@ -82,7 +82,7 @@ def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
     for step, skipped in enumerate([False, True, True, True, False], 1):
         take(log, step, skipped)
     log.flush()
-    assert (log.changed, log.last, rows[-1]["step"]) == (1, 4, 4)
+    assert (log.last_accepted_step, log.last, rows[-1]["step"]) == (1, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -99,5 +99,5 @@ def test_a_step_under_way_when_the_run_diverges_does_not_count(logged):
     ],
 )
 def test_the_way_on_leads_back_before_the_parameters_that_diverged(saved, begins, ends):
-    advice = step_log.recovery_advice(saved, changed=4)
+    advice = step_log.recovery_advice(saved, last_accepted_step=4)
     assert advice.startswith(begins) and advice.endswith(ends)

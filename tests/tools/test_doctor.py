@@ -129,7 +129,7 @@ def test_faults_of_model_and_config_are_seen(ill, check, says):
 def test_balance_is_one_at_uniform_for_every_router(router):
     moe = MoEConfig(num_experts=8, top_k=2, router=router)
     made = components.make_router(moe)
-    finding = balance.uniform_balance(made, dataclasses.replace(moe, top_k=made.choices))
+    finding = balance.uniform_balance(made, dataclasses.replace(moe, top_k=made.choices_per_token))
     assert finding.figure.startswith("1.000")
     by_construction = router in ("soft", "expert_choice")
     assert finding.ok and ("by construction" in finding.figure) == by_construction

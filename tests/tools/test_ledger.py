@@ -172,4 +172,4 @@ def test_bad_files_are_one_sentence(tmp_path, text, complaint):
 
 def test_fates_add_in_the_order_of_their_fields():
     fates = Outcomes(*(np.array([10**i]) for i in range(5)))
-    assert fates.wanted() == 111 and fates.total() == 11111
+    assert fates.sampled() == 111 and fates.total() == 11111

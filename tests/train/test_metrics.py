@@ -92,8 +92,8 @@ def test_counts_are_conserved(workdir):
         parts = ("kept", "dropped", "unsampled", "padding")
         assert sum(row[name] for name in parts) == row["assignments"]
         assert row["padding"] == (ROWS * T - row["step_tokens"]) * TOP_K * MOE_LAYERS
-        wanted = row["assignments"] - row["unsampled"] - row["padding"]
-        assert row["drop_fraction"] == pytest.approx(row["dropped"] / wanted)
+        sampled = row["assignments"] - row["unsampled"] - row["padding"]
+        assert row["drop_fraction"] == pytest.approx(row["dropped"] / sampled)
     for name in ("kept", "dropped", "unsampled", "padding"):
         assert any(row[name] for row in logged), f"the run never met {name}"
 

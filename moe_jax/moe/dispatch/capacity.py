@@ -109,5 +109,5 @@ def slot_moves(
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     place_NK = place_NK.astype(jnp.int32)
     return DispatchIndices(
-        choice_M // K, choice_M, place_NK, zeros=True
+        choice_M // K, choice_M, place_NK, zero_fill=True
     )  # empty slots are multiplied too

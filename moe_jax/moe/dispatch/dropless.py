@@ -198,9 +198,8 @@ def shard_moves(
     place_N = target_N * room + invert_permutation(order_N) - begin_P[target_N]
     place_N = jnp.where(sent_N, place_N, shards * room)
     choice_M, K = choice_PR.reshape(-1), order.choices
-    return DispatchIndices(choice_M // K, choice_M, place_N.reshape(-1, K), zeros=True), jnp.diff(
-        start_E
-    )
+    indices = DispatchIndices(choice_M // K, choice_M, place_N.reshape(-1, K), zero_fill=True)
+    return indices, jnp.diff(start_E)
 
 
 def _across(
@@ -227,7 +226,7 @@ def _across(
         gather_weights(weights_PR.reshape(M, 1), arrive),
     )
     leave = DispatchIndices(
-        arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zeros=True
+        arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zero_fill=True
     )
     y_MD = gather_tokens(y_MD, leave)
     return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

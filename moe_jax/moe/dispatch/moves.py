@@ -6,7 +6,7 @@ inverse index (MaxText, simply and EasyDeL all use it).
 
 Axes: N tokens, M buffer rows (slots or sorted rows), K assignments per token, G routing groups, D
 width.  An index without a target is `M` (or `N`), one past the end, and reads as zero; without
-`zeros`, padding rows are unspecified.
+`zero_fill`, padding rows are unspecified.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class DispatchIndices:
     choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: padding row
     place_NK: Int[Array, "N K"]  # the buffer row of each assignment; M: dropped
     # True: padding rows are zero.  False: they may hold anything and must not reach a result.
-    zeros: bool
+    zero_fill: bool
 
 
 jax.tree_util.register_dataclass(
-    DispatchIndices, data_fields=["token_M", "choice_M", "place_NK"], meta_fields=["zeros"]
+    DispatchIndices, data_fields=["token_M", "choice_M", "place_NK"], meta_fields=["zero_fill"]
 )
 
 
@@ -81,8 +81,8 @@ def _spread(x_ND, token_M, place_NK):
     return varying_like(spread(x_ND, place_NK, token_M.shape[0]), x_ND)
 
 
-def _on_nvidia(x_ND, zeros: bool):
-    if not zeros and choose.supports_rows(x_ND):
+def _on_nvidia(x_ND, zero_fill: bool):
+    if not zero_fill and choose.supports_rows(x_ND):
         return _spread
     in_pairs = x_ND.dtype.itemsize == 2 and x_ND.shape[1] % 2 == 0
     return _gathered_in_pairs if in_pairs else _take_rows
@@ -90,9 +90,9 @@ def _on_nvidia(x_ND, zeros: bool):
 
 @jax.custom_vjp
 def gather_tokens(x_ND: Float[Array, "N D"], moves: DispatchIndices) -> Float[Array, "M D"]:
-    """Copy tokens to their buffer rows; padding rows are as `moves.zeros` says."""
+    """Copy tokens to their buffer rows; padding rows are as `moves.zero_fill` says."""
     operands = x_ND, moves.token_M, moves.place_NK
-    fast = _on_nvidia(x_ND, moves.zeros)
+    fast = _on_nvidia(x_ND, moves.zero_fill)
     return jax.lax.platform_dependent(*operands, cuda=fast, default=_take_rows)
 
 

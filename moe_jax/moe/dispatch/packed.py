@@ -64,4 +64,5 @@ def sorted_indices(
     choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
     place_N = jnp.where(ids_N < num_experts, invert_permutation(order_N), N)
     place_NK = place_N.reshape(-1, choices)
-    return DispatchIndices(choice_M // choices, choice_M, place_NK, zeros=False), jnp.diff(start_E)
+    indices = DispatchIndices(choice_M // choices, choice_M, place_NK, zero_fill=False)
+    return indices, jnp.diff(start_E)

@@ -29,7 +29,7 @@ class ExpertChoiceRouter(LinearRouter):
     top_k: int = 2  # experts per token, on average
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, experts per token, on average."""
         return self.top_k
 

@@ -29,7 +29,7 @@ class GShard(LinearRouter):
     random_second: Training[bool] = True
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """Always 2."""
         return 2
 

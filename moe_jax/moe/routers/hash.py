@@ -50,7 +50,7 @@ class Hash:
             )
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, experts per token."""
         return self.top_k
 

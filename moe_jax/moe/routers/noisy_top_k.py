@@ -47,7 +47,7 @@ class NoisyTopK(LinearRouter):
             )
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, experts per token."""
         return self.top_k
 

@@ -73,7 +73,7 @@ class SigmoidBias(LinearRouter):
             )
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, experts per token."""
         return self.top_k
 

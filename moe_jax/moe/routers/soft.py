@@ -25,7 +25,7 @@ class Soft(LinearRouter):
     num_experts: int = 8  # E, experts per token
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """E, experts per token."""
         return self.num_experts
 

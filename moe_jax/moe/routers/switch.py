@@ -29,7 +29,7 @@ class Switch(LinearRouter):
     jitter: Training[Annotated[float, within("[0, 1)")]] = 0.01
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """Always 1."""
         return 1
 

@@ -38,7 +38,7 @@ class TopK(LinearRouter):
             )
 
     @property
-    def choices(self) -> int:
+    def choices_per_token(self) -> int:
         """K, experts per token."""
         return self.top_k
 

@@ -146,7 +146,7 @@ def capacity(subject: Subject) -> Finding:
     assert moe is not None
     fates, stats = moe.stats.fates, moe.stats
     dropped = fates.dropped_capacity + fates.dropped_buffer
-    share_L = dropped / np.maximum(fates.wanted(), 1)
+    share_L = dropped / np.maximum(fates.sampled(), 1)
     worst = int(np.argmax(share_L))
     figure = f"{asked}; at init {share_L[worst]:.1%} dropped"
     figure += f" (worst: layer {subject.moe_layers[worst]})"
