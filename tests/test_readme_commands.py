@@ -66,6 +66,7 @@ def test_commands_in_order(folder, run_cli):
         assert (folder / "runs" / name / "metrics.jsonl").exists(), name
 
 
+@pytest.mark.lifecycle  # by default, tests/launch/test_runs.py checks the runs of every sweep
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "launch.sweep " in line])
 def test_sweeps_hold_only_good_runs(folder, run_cli, line):
     done = run_cli([*shlex.split(line)[2:], "--dry_run"], cwd=folder)

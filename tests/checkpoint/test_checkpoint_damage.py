@@ -210,7 +210,9 @@ for step in range(1, 1000):
 """
 
 
-@pytest.mark.parametrize("kill", range(3))
+@pytest.mark.parametrize(
+    "kill", [0, *(pytest.param(n, marks=pytest.mark.lifecycle) for n in (1, 2))]
+)
 def test_sigkill_during_saves(tmp_path, cli_env, kill):
     """After a kill at any time, the newest step that is found holds the values of that step."""
     command = [sys.executable, "-c", KILLED, str(tmp_path)]

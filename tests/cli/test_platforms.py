@@ -20,11 +20,16 @@ COMMANDS = {
     ("command", "platforms"),
     [
         ("train", "nonsense"),
-        ("train", "cpu,nonsense"),
         ("bench", "cuda"),
-        ("doctor", "nonsense"),
-        ("conformance", "cuda"),
-        ("check", "nonsense"),
+        *(
+            pytest.param(*case, marks=pytest.mark.lifecycle)
+            for case in (
+                ("train", "cpu,nonsense"),
+                ("doctor", "nonsense"),
+                ("conformance", "cuda"),
+                ("check", "nonsense"),
+            )
+        ),
     ],
 )
 def test_a_platform_that_is_not_there(tmp_path, cli_env, command, platforms):

@@ -78,7 +78,13 @@ def fits_the_buffer(shards: int, factor: float):
     return keep
 
 
-@pytest.mark.parametrize(("mesh", "shards"), [("expert8", 8), ("data2_expert4", 4)])
+@pytest.mark.parametrize(
+    ("mesh", "shards"),
+    [
+        pytest.param("expert8", 8, marks=pytest.mark.lifecycle),
+        ("data2_expert4", 4),
+    ],
+)
 def test_a_small_receive_buffer_drops_and_counts_its_own_cause(mesh, shards):
     small = layer("gshard", "dropless", mesh, options={"dropless": {"recv_factor": 1.25}})
     assert assert_agrees(small, fits_the_buffer(shards, 1.25)) > 50

@@ -84,7 +84,7 @@ def test_the_held_out_evaluation_is_that_of_the_path_itself(twins, mesh_of):
     ("dispatch", "remat"),
     [
         ("capacity", "full"),
-        ("einsum", "full"),
+        pytest.param("einsum", "full", marks=pytest.mark.lifecycle),
         pytest.param("capacity", "none", marks=pytest.mark.full),
         pytest.param("einsum", "none", marks=pytest.mark.full),
     ],

@@ -69,7 +69,7 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("fault", ["raises", "stops"])
+@pytest.mark.parametrize("fault", [pytest.param("raises", marks=pytest.mark.lifecycle), "stops"])
 def test_a_host_that_is_gone_ends_the_other(trainers, fault):
     """The frozen host ends as well once it can run again."""
     program = [sys.executable, "-c", MEETS]

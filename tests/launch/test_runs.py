@@ -50,7 +50,13 @@ def configs(path: str) -> list:
     return built
 
 
-@pytest.mark.parametrize("name", ["dense_vs_sparse", "granularity", "capacity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_vs_sparse",
+        *(pytest.param(n, marks=pytest.mark.lifecycle) for n in ("granularity", "capacity")),
+    ],
+)
 def test_equal_flops(name, monkeypatch):
     """All runs need the same FLOPs per token, without the router (D x E in each of 4 layers)."""
     monkeypatch.chdir(ROOT)

@@ -226,7 +226,9 @@ def test_no_policy_computes_what_experts_made_again(mesh_of, policy):
 
 
 @pytest.mark.parametrize(("policy", "times"), [("none", 6), ("save_dispatch", 6), ("full", 8)])
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize(
+    "dispatch", ["capacity", pytest.param("dropless", marks=pytest.mark.lifecycle)]
+)
 def test_save_dispatch_sends_nothing_again(mesh_of, policy, times, dispatch):
     """All-to-alls: tokens, their outputs and combine weights (3), and gradients of each (3)."""
     moe = dataclasses.replace(SPARSE.moe, dispatch=dispatch, every=1, first_dense=0)

@@ -38,7 +38,13 @@ def x_BTD():
     return jax.random.normal(jax.random.key(0), (8, 12, WIDTH))
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "dense", "einsum"])
+@pytest.mark.parametrize(
+    "dispatch",
+    [
+        "capacity",
+        *(pytest.param(n, marks=pytest.mark.lifecycle) for n in ("dropless", "dense", "einsum")),
+    ],
+)
 def test_it_gives_the_same_without_a_mesh_and_on_a_mesh_of_the_callers(dispatch, x_BTD):
     """On one device, on a caller's mesh with other axis names, and on ours with expert shards."""
     moe = layer(dispatch=dispatch, group_rows=1)

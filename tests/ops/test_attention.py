@@ -119,7 +119,7 @@ def outputs_and_gradients(name, q, k, v, segments, mesh):
     return out, *gradients
 
 
-@pytest.mark.parametrize("confined", [False, True])
+@pytest.mark.parametrize("confined", [pytest.param(False, marks=pytest.mark.lifecycle), True])
 def test_splash_equals_the_reference(mesh_of, confined):
     """Run the TPU kernel, forward and backward, in Pallas's TPU interpreter, with one row."""
     q, k, v = make(128, 2, 1, jnp.float32, B=1, A=128)

@@ -148,6 +148,7 @@ def test_a_kill_in_the_middle_of_a_write(process, tmp_path):
     assert ended(process())[1][1] == "compiled 0 read 1"
 
 
+@pytest.mark.lifecycle
 def test_two_processes_write_at_once(process, tmp_path):
     for code, lines, err in [ended(one) for one in [process(), process()]]:
         assert code == 0 and lines[-1].startswith("compiled") and "Error" not in err

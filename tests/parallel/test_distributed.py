@@ -257,6 +257,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step(tmp_path, pair):
     assert steps[0] == steps[1] > 0
 
 
+@pytest.mark.lifecycle
 def test_two_processes_write_one_checkpoint(tmp_path, pair):
     processes = pair([f"--workdir={tmp_path / 'two'}"], ("-c", START + SAVE))
     ended = [process.communicate(timeout=120) for process in processes]

@@ -123,6 +123,7 @@ def test_router_state_comes_along_and_decides(tiny, workdir):
     assert np.abs(without.logits(tokens_BT) - tiny.logits(tokens_BT)).max() > 1e-3
 
 
+@pytest.mark.lifecycle
 def test_on_a_mesh(tiny, workdir, mesh_of):
     mesh = mesh_of(fsdp=2, expert=2)
     split = moe_jax.load(workdir, mesh=mesh)
@@ -144,6 +145,7 @@ def test_another_compute_dtype(tiny, workdir):
     assert 1e-4 < distance < 0.02 * np.abs(exact_BTV).mean()
 
 
+@pytest.mark.lifecycle
 def test_unrolled_layers_and_attention_of_another_platform(tiny, workdir, tmp_path):
     """One checkpoint serves every config of scanned layers and attention kernels."""
     model = {"scan_layers": False, "attention": "cudnn"}
@@ -277,6 +279,7 @@ def test_token_ids_that_are_none(tiny):
             tiny.logits(given)
 
 
+@pytest.mark.lifecycle
 def test_a_float64_run(tiny, tmp_path):
     """The weights are float64, which JAX keeps only under jax_enable_x64."""
     with jax.enable_x64(True):

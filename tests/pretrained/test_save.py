@@ -158,7 +158,9 @@ def write_sentencepiece(folder: Path) -> Path:
     return folder / "piece.model"
 
 
-@pytest.mark.parametrize("write", [write_bpe, write_sentencepiece])
+@pytest.mark.parametrize(
+    "write", [write_bpe, pytest.param(write_sentencepiece, marks=pytest.mark.lifecycle)]
+)
 def test_a_tokenizer_file_is_copied(unpacked, tmp_path, write):
     """A saved model depends on no other file of the machine that trained it."""
     source = write(tmp_path)

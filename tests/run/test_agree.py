@@ -153,6 +153,7 @@ def test_a_command_line_that_one_process_alone_cannot_read(two, process, wrong):
     assert len(said) == 2
 
 
+@pytest.mark.lifecycle
 def test_other_bytes_under_the_same_path(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, documents in (("first", 64), ("second", 66)):

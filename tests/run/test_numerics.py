@@ -32,6 +32,7 @@ def differences(float32, bfloat16):
     return [abs(b - a) / a for a, b in zip(float32, bfloat16, strict=True)]
 
 
+@pytest.mark.lifecycle
 def test_the_first_steps_in_bfloat16_follow_float32(tmp_path):
     files = write_corpus(tmp_path / "corpus")
     curves = []

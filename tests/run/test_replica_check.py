@@ -40,6 +40,7 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.lifecycle
 def test_a_run_ends_within_the_interval_and_goes_on_from_the_last_save(
     tmp_path, monkeypatch, capsys, sigterm
 ):

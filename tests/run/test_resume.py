@@ -240,7 +240,7 @@ def test_a_finished_run(tmp_path, corpus, straight, capsys):
             assert (f"{key} was " in said) == bool(overrides), said
 
 
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("replaced", [pytest.param(False, marks=pytest.mark.lifecycle), True])
 def test_a_lock_that_is_gone_ends_the_run_before_its_next_save(
     tmp_path, corpus, monkeypatch, replaced
 ):
@@ -279,6 +279,7 @@ def test_init_from(tmp_path, corpus, straight):
     assert np.any(state.router["bias"])
 
 
+@pytest.mark.lifecycle
 def test_init_from_a_router_with_another_state(tmp_path, corpus, straight):
     """State that only one of the two routers has is reset or dropped; weights are kept."""
     lines = []

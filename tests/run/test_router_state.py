@@ -113,7 +113,10 @@ def test_the_bias_moves_towards_an_even_load(one_device):
 
 @pytest.mark.parametrize(
     ("accumulation", "scan", "axes"),
-    [(2, False, {"data": 2, "expert": 4}), (4, True, {"data": 2, "tensor": 2})],
+    [
+        (2, False, {"data": 2, "expert": 4}),
+        pytest.param(4, True, {"data": 2, "tensor": 2}, marks=pytest.mark.lifecycle),
+    ],
 )
 def test_it_counts_all_microbatches_and_devices(one_device, accumulation, scan, axes):
     state, step, given = make(config(accumulation, scan), **axes)

@@ -172,6 +172,7 @@ def test_balance_divided_by_k_is_seen(well, monkeypatch):
     assert not finding.ok and finding.figure.startswith("0.5000")
 
 
+@pytest.mark.lifecycle
 def test_balance_that_depends_on_accumulation_is_seen(well, monkeypatch):
     whole = linear.balance_loss
     monkeypatch.setattr(

@@ -164,13 +164,18 @@ RANKED = {"eval.rows": 64, "model.moe.num_experts": 8}
     ("other", "overrides", "differs"),
     [
         ({}, {}, ""),
-        ({"rows": 32}, {"eval.rows": 32}, "size"),
+        pytest.param({"rows": 32}, {"eval.rows": 32}, "size", marks=pytest.mark.lifecycle),
         ({"tokens": 64 * T - 5}, {}, "size"),
         ({"text": "bb"}, {}, "text or tokenizer"),
         # The same number of targets in rows of a different length: a different sample.
         ({"rows": 32, "tokens": 64 * T}, {"eval.rows": 32, "data.sequence_length": 64}, "length"),
         # The whole split in rows of a different length: the same targets.
-        ({"rows": 32, "tokens": 64 * T, "whole": True}, {"data.sequence_length": 64}, ""),
+        pytest.param(
+            {"rows": 32, "tokens": 64 * T, "whole": True},
+            {"data.sequence_length": 64},
+            "",
+            marks=pytest.mark.lifecycle,
+        ),
         # The whole split, whether eval.rows equals its number of rows or is larger.
         ({}, {"eval.rows": 512}, ""),
     ],

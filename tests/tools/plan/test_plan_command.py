@@ -53,6 +53,7 @@ def test_mixtral_on_1024_chips(run_cli):
     assert done.out.endswith("fits: yes\n")
 
 
+@pytest.mark.lifecycle
 def test_gpus_that_are_not_here_are_estimated(run_cli):
     done = run_cli(["moe_jax", "plan", CONFIG, "--topology=h200:8", "--tokens=1e9"])
     assert done.code == 0, done.err
