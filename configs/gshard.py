@@ -29,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.router = "gshard"
     moe.options.gshard.random_second = True
     moe.capacity_factor, moe.eval_capacity_factor = 2.0, 2.0
-    moe.balance_weight, moe.z_weight = 0.01, 0.0
+    # Like the paper's l_aux, added once per MoE layer; that is smaller by E^2 at the same load.
+    moe.balance_layers, moe.balance_weight, moe.z_weight = "sum", 0.01, 0.0
 
     config.data.sequence_length = 1024
     config.train.steps, config.train.batch_size = 100_000, 1024

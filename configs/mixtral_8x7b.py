@@ -31,7 +31,9 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.num_experts, moe.top_k, moe.expert_width = 8, 2, 14336
     moe.options.top_k.renormalize = True
     moe.dispatch = "dropless"
-    moe.balance_weight, moe.z_weight = 0.02, 0.001
+    # router_aux_loss_coef 0.02 of the released configuration, whose loss pools the layers and does
+    # not divide by K: K times that coefficient here.
+    moe.balance_layers, moe.balance_weight, moe.z_weight = "pooled", 2 * 0.02, 0.001
 
     config.data.sequence_length = 4096
     config.train.steps, config.train.batch_size = 250_000, 1024

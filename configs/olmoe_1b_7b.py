@@ -29,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.num_experts, moe.top_k, moe.expert_width = 64, 8, 1024
     moe.options.top_k.renormalize = False
     moe.dispatch = "dropless"
-    moe.balance_weight, moe.z_weight = 0.01, 0.001
+    # As in the paper's code (MegaBlocks), the mean over layers, divided by K.
+    moe.balance_layers, moe.balance_weight, moe.z_weight = "mean", 0.01, 0.001
 
     config.data.sequence_length = 4096
     config.train.steps, config.train.batch_size = 1_200_000, 1024

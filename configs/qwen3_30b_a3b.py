@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.num_experts, moe.top_k, moe.expert_width = 128, 8, 768
     moe.options.top_k.renormalize = True
     moe.dispatch = "dropless"
+    # The paper gives neither the weight nor the sum over layers; 0.001 with the mean is ours.
     moe.balance_weight, moe.balance_scope, moe.z_weight = 0.001, "global", 0.0
 
     config.data.sequence_length = 4096

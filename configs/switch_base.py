@@ -29,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.router = "switch"
     moe.options.switch.jitter = 0.01
     moe.capacity_factor, moe.eval_capacity_factor = 1.25, 2.0
-    moe.balance_weight, moe.z_weight = 0.01, 0.0
+    # Equation 4 of the paper, added once per MoE layer, with its alpha of 0.01.
+    moe.balance_layers, moe.balance_weight, moe.z_weight = "sum", 0.01, 0.0
 
     config.data.sequence_length = 512
     config.train.steps, config.train.batch_size = 100_000, 2048

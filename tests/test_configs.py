@@ -16,7 +16,11 @@ from moe_jax.run.resolve import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BYTES = 258
-ARGUMENTS = {"tiny": ("", "dense"), "cpu_small": ("8", "32", "128", "dense")}
+ARGUMENTS = {
+    "tiny": ("", "dense"),
+    "cpu_small": ("8", "32", "128", "dense"),
+    "learning": ("dense", "e8k1", "e64k2"),
+}
 ALL = [
     (path.stem, arg)
     for path in sorted(CONFIGS.glob("*.py"))

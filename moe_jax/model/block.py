@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.model.attention import Attention, AttentionConfig
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import Rope
+from moe_jax.moe.accounting import branch_scale
 from moe_jax.moe.components import Components
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.types import MoEAux, MoEContext
@@ -76,6 +77,7 @@ class Block(nnx.Module):
             with jax.named_scope("ffn"):
                 return x_BTD + self.ffn(normed), None
         out_BTD, aux = self.ffn(normed, context)
+        aux = aux._replace(scale=branch_scale(out_BTD, x_BTD, context.mask_BT))
         return x_BTD + out_BTD, aux
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.errors import UserError
 from moe_jax.moe.config import MoEConfig
 from moe_jax.moe.types import Mean, MoEAux, RouterAux
 
@@ -116,30 +117,61 @@ def router_aux(
     )
 
 
+def probability_sums(probs_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> Mean:
+    """The sum of each expert's probability over real tokens [E], and their number [1]."""
+    mask = mask_GS.astype(probs_GSE.dtype)
+    sums_E = jnp.einsum("gse,gs->e", probs_GSE, mask, precision="highest")
+    return Mean(sums_E, mask.sum()[None])
+
+
 class AuxMeans(NamedTuple):
-    """Auxiliary losses, unweighted: means over real tokens, then over MoE layers."""
+    """Auxiliary losses, unweighted: means over real tokens, of all MoE layers."""
 
-    balance: Float[Array, ""]  # 1 when balanced
-    z: Float[Array, ""]
+    balance: Float[Array, ""]  # 1 when balanced; the number of layers if `balance_layers` is sum
+    z: Float[Array, ""]  # mean over layers
 
 
-def aux_means(aux: MoEAux, tokens: Float[Array, ""] | None = None) -> AuxMeans:
+def aux_means(
+    aux: MoEAux, tokens: Float[Array, ""] | None = None, layers: str = "mean"
+) -> AuxMeans:
     """The auxiliary losses of one layer or of several, stacked.
-
-    Losses are computed per layer and then averaged, because opposite imbalances of two layers
-    would cancel if their counts were added first.
 
     Args:
       aux: of one layer, or of layers with a leading axis.
       tokens: the divisor of the sums if `aux` is one part of a batch; None: the tokens that `aux`
         counts.
+      layers: `balance_layers` of the config.  By default the balance loss is computed per layer
+        and averaged, because opposite imbalances of two layers cancel if they are pooled.
+
+    Raises:
+      UserError: `layers` is pooled and the router reports no probabilities.
     """
 
-    def mean(total: Mean) -> jax.Array:
-        count = jnp.maximum(total.count, 1) if tokens is None else tokens
-        return (total.sum / count).mean()
+    def per_layer(total: Mean) -> jax.Array:
+        return total.sum / (jnp.maximum(total.count, 1) if tokens is None else tokens)
 
-    return AuxMeans(mean(aux.router.balance), mean(aux.router.z))
+    z = per_layer(aux.router.z).mean()
+    if layers == "pooled":
+        return AuxMeans(_pooled_balance(aux, tokens), z)
+    balance = per_layer(aux.router.balance)
+    return AuxMeans(balance.sum() if layers == "sum" else balance.mean(), z)
+
+
+def _pooled_balance(aux: MoEAux, tokens: Float[Array, ""] | None) -> jax.Array:
+    """E * sum_e f_e P_e, with the load f and the probabilities P averaged over layers."""
+    probs = aux.router.probs
+    if probs is None:
+        raise UserError(
+            "model.moe.balance_layers is pooled, but this router reports no probabilities: "
+            "set it to mean or sum."
+        )
+    load_LE = jnp.atleast_2d(aux.load_E).astype(probs.sum.dtype)
+    f_E = (load_LE / jnp.maximum(load_LE.sum(1, keepdims=True), 1)).mean(0)
+    P_E = (jnp.atleast_2d(probs.sum) / jnp.maximum(jnp.atleast_2d(probs.count), 1)).mean(0)
+    value = f_E.size * (f_E * P_E).sum()
+    # Microbatches are weighted by their real tokens, which every layer counts.
+    share = 1.0 if tokens is None else probs.count.reshape(-1)[0] / tokens
+    return value * share
 
 
 def add_aux_loss(loss: jax.Array | float, means: AuxMeans, config: MoEConfig) -> jax.Array:
@@ -155,8 +187,9 @@ def aux_loss(aux: MoEAux, config: MoEConfig) -> Float[Array, ""]:
       config: gives `balance_weight` and `z_weight`.
 
     Returns:
-      balance_weight * balance + z_weight * z, each a mean over real tokens, then over layers.
+      balance_weight * balance + z_weight * z, each a mean over real tokens; over layers, z is the
+      mean, and balance what `balance_layers` says.
 
     Reference: Switch, arXiv 2101.03961, equation 4; ST-MoE, arXiv 2202.08906, equation 5.
     """
-    return add_aux_loss(0.0, aux_means(aux), config)
+    return add_aux_loss(0.0, aux_means(aux, layers=config.balance_layers), config)

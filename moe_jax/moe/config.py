@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from moe_jax import bounds
-from moe_jax.bounds import Limit, Rule, at_least, one_of, within
+from moe_jax.bounds import Limit, Rule, above, at_least, one_of, within
 from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 
@@ -17,6 +17,7 @@ CAPACITY = Limit(
     "set it",
 )
 BALANCE_SCOPES = ("group", "row", "global")
+BALANCE_LAYERS = ("mean", "sum", "pooled")
 MATMULS = ("compute", "float8")
 
 
@@ -55,8 +56,14 @@ class MoEConfig:
     balance_weight: Training[Annotated[float, at_least(0)]] = 0.01
     # Tokens over which the load is balanced: group | row | global (a microbatch).
     balance_scope: Training[Annotated[str, one_of(BALANCE_SCOPES)]] = "group"
+    # How the balance losses of the MoE layers become one: their mean (t5x, MegaBlocks) | their sum
+    # (Switch's paper, Megatron-LM, DeepSeek) | pooled: that of the load and the probabilities of a
+    # microbatch, averaged over layers (Hugging Face, whose coefficient c is balance_weight = K c).
+    balance_layers: Training[Annotated[str, one_of(BALANCE_LAYERS)]] = "mean"
     # Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off.
     z_weight: Training[Annotated[float, at_least(0)]] = 0.001
+    # Factor on the initial standard deviation of the experts' matrices; Switch: 0.316, sqrt(0.1).
+    expert_init_scale: Training[Annotated[float, above(0)]] = 1.0
     # Dropout of the routed experts' output in training; 0: none.  Switch (arXiv 2101.03961) applies
     # dropout inside the experts; on the output, no mask is sent to the experts with the tokens.
     expert_dropout: Training[Annotated[float, within("[0, 1)")]] = 0.0

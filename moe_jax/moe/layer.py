@@ -98,11 +98,12 @@ class MoE(nnx.Module):
             setattr(self, f"router_{name}", leaf)
             self.router_names.append(name)
         # The fan-in is that of one expert: the axis E is not an input dimension.
+        scale = config.expert_init_scale
         into = ("experts", "expert_embed", "expert_matrices", "expert_mlp")
         out = ("experts", "expert_mlp", "expert_embed")
         expert = functools.partial(param, rngs, dtype=own, group="experts", compute_dtype_only=True)
-        self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D))
-        self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth))
+        self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D, scale))
+        self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth, scale))
         # Assigned only once: NNX takes an attribute that was ever None for one without parameters.
         self.shared = (
             DenseFFN(

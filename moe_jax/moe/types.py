@@ -79,6 +79,7 @@ class RouterAux(NamedTuple):
     balance: Mean  # balance loss: 1 when balanced, for every router
     z: Mean  # mean squared logsumexp (ST-MoE, arXiv 2202.08906)
     entropy: Mean  # of each token's distribution over experts, in nats
+    probs: Mean | None = None  # of each expert [*layers, E]; only for `balance_layers` pooled
 
 
 class Outcomes(NamedTuple):
@@ -124,6 +125,7 @@ class DispatchStats(NamedTuple):
     assignments: Int[Array, "*layers"]  # from the choice's shape, independent of the counts
     fates: Outcomes  # [*layers], summed over experts
     lost_tokens: Int[Array, "*layers"]  # real tokens without a kept assignment
+    kept_weight: Float[Array, "*layers"]  # sum of the weights of kept assignments
 
     def conserved(self) -> Any:
         """True if every assignment is counted exactly once.
@@ -134,12 +136,20 @@ class DispatchStats(NamedTuple):
         return self.fates.total() == self.assignments
 
 
+class BranchScale(NamedTuple):
+    """The size of what a MoE layer adds to the residual stream, beside that of the stream."""
+
+    branch: Float[Array, "*layers"]  # sum of squares of the layer's output
+    residual: Float[Array, "*layers"]  # sum of squares of the residual stream before the layer
+
+
 class MoEAux(NamedTuple):
     """Everything one MoE layer reports; stacked over layers by the transformer."""
 
     router: RouterAux  # losses and entropy
     stats: DispatchStats  # counts of assignments
     ledger: Ledger  # the same counts by expert, position and source
+    scale: BranchScale | None = None  # of a layer in a model; None: the layer was called alone
 
     @property
     def load_E(self) -> Any:
@@ -202,6 +212,11 @@ class Router(Protocol):
     @property
     def random(self) -> bool:
         """True if it draws from `RouterIn.keys_GR` in training."""
+        ...
+
+    @property
+    def balanced_by_loss(self) -> bool:
+        """True if nothing but the balance loss spreads the load over the experts."""
         ...
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:

@@ -142,18 +142,18 @@ def truncated_normal(std: float) -> Initializer:
     return init
 
 
-def fan_in(size: int) -> Initializer:
-    """The truncated normal of variance 1 / size, for `size` inputs summed into one output."""
-    return truncated_normal(1 / math.sqrt(size))
+def fan_in(size: int, scale: float = 1.0) -> Initializer:
+    """The truncated normal of std scale / sqrt(size), for `size` inputs summed into one output."""
+    return truncated_normal(scale / math.sqrt(size))
 
 
-def residual_fan_in(size: int, num_layers: int) -> Initializer:
+def residual_fan_in(size: int, num_layers: int, scale: float = 1.0) -> Initializer:
     """The `fan_in` initializer, scaled by 1 / sqrt(2 L), of a projection to the residual stream.
 
     Each of L layers adds to the stream twice; with the factor its variance stays bounded in depth
     (GPT-2).
     """
-    return truncated_normal(1 / math.sqrt(size * 2 * num_layers))
+    return truncated_normal(scale / math.sqrt(size * 2 * num_layers))
 
 
 def ones(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:

@@ -147,6 +147,19 @@ def check_shapes(model: ModelDef, mesh: Mesh | AbstractMesh) -> None:
         raise UserError(f"{fault}. Change config.mesh or the model's size.")
 
 
+def _describe_unbalanced(moe: MoEConfig, components: Components) -> list[str]:
+    """The line about settings with which nothing spreads the load over the experts."""
+    if not components.router.balanced_by_loss or (moe.balance_weight and not moe.freeze_router):
+        return []
+    why = (
+        "model.moe.freeze_router is True" if moe.freeze_router else "model.moe.balance_weight is 0"
+    )
+    return [
+        f"nothing balances the load of router {moe.router}: {why}. Some experts will get most "
+        f"tokens; set model.moe.balance_weight 0.01, or router sigmoid_bias."
+    ]
+
+
 def _describe_global_balance(config: Config) -> list[str]:
     """The rows that `balance_scope` global covers: those of one microbatch."""
     moe, train = config.model.moe, config.train
@@ -193,6 +206,7 @@ def describe(config: Config, components: Components | None) -> list[str]:
         f"MoE: {model.moe_layers} of {model.num_layers} layers, {moe.num_experts} experts per "
         f"layer, top-{moe.top_k}, router {moe.router}, dispatch {moe.dispatch}",
         f"routing group: {moe.group_rows} rows = {tokens} tokens",
+        *_describe_unbalanced(moe, components),
         *_describe_global_balance(config),
         *factors,
     ]

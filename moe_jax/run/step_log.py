@@ -12,6 +12,7 @@ from moe_jax.parallel.chips import peak_tflops
 from moe_jax.record.report import Reporter, SilentReporter
 from moe_jax.run.context import Run
 from moe_jax.run.flight import FlightRecorder
+from moe_jax.run.load_watch import LoadWatch
 from moe_jax.train.metrics import ledger_row, moe_row
 from moe_jax.train.step import StepMetrics
 
@@ -55,6 +56,9 @@ class StepLog:
         self._run, self._reporter, self._flight, self._start = run, reporter, flight, start
         self._clock, self._data_step = Clock(run), data_step
         self._running: tuple[int, StepMetrics, float] | None = None
+        parts = run.model.components
+        choices = 1 if parts is None else parts.router.choices_per_token
+        self._load = LoadWatch(choices, reporter.say)
 
     def launched(self, step: int, metrics: StepMetrics, data_wait: float) -> None:
         """Call after launching `step` and fetching the next batch; logs the previous step.
@@ -104,9 +108,12 @@ class StepLog:
         if not metrics.skipped:
             self.last_accepted_step = step
         refused = step - self.last_accepted_step  # in a row
+        if metrics.moe is not None and not refused:
+            self._load.saw(step, metrics.moe.load_E)
         due = step % train.log_every == 0 or step in (self._start + 1, self._end)
         if due or refused:
             row = {"step": step, **step_row(metrics), **self._clock.read(step)}
+            row["load_violation_mean"] = self._load.violation()
             self._reporter.log(row | {"epochs": self._epochs(step)})
         if self._ledger_due(step) and not refused:  # a skipped step counts nowhere
             self._reporter.ledger(

@@ -99,7 +99,7 @@ def loss_values(sums: LossSums, counts: Counts, model: ModelDef) -> LossValues:
     total = sums.lm.loss_sum / targets
     balance = router_z = jnp.zeros_like(lm)
     if sums.moe is not None:
-        means = aux_means(sums.moe, tokens)
+        means = aux_means(sums.moe, tokens, model.config.moe.balance_layers)
         means = AuxMeans(*(mean.astype(lm.dtype) for mean in means))
         balance, router_z = means
         total = add_aux_loss(total, means, model.config.moe)

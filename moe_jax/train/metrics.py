@@ -54,7 +54,8 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
     """
     if moe is None:
         zeros = dict.fromkeys(("assignments", "kept", "dropped", "unsampled", "padding"), 0)
-        rest = {"drop_fraction": 0.0, "load_max_over_mean": 1.0, "dead_experts": 0}
+        rest = {"drop_fraction": 0.0, "load_max_over_mean": 1.0, "load_violation": 0.0}
+        rest |= {"dead_experts": 0, "kept_weight": 0.0}
         return {**zeros, **rest, "router_entropy": 0.0, "layers": {}}
     stats, fates = moe.stats, moe.stats.fates
     total = {name: int(np.sum(value, dtype=np.int64)) for name, value in fates._asdict().items()}
@@ -76,7 +77,12 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         "dropped_capacity": fates.dropped_capacity.tolist(),
         "dropped_buffer": fates.dropped_buffer.tolist(),
         "lost_tokens": stats.lost_tokens.tolist(),
+        "kept_weight": (stats.kept_weight / np.maximum(fates.kept, 1)).tolist(),
     }
+    if moe.scale is not None:
+        layers["branch_over_residual"] = np.sqrt(
+            moe.scale.branch / np.maximum(moe.scale.residual, 1e-30)
+        ).tolist()
     return {
         "assignments": assignments,
         **total,
@@ -85,6 +91,8 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         "lost_tokens": int(np.sum(stats.lost_tokens, dtype=np.int64)),
         "drop_fraction": dropped / max(1, int(sampled_L.sum())),
         "load_max_over_mean": max(layers["load_max_over_mean"]),
+        "load_violation": max(layers["load_max_over_mean"]) - 1,
+        "kept_weight": float(np.sum(stats.kept_weight)) / max(1, total["kept"]),
         "dead_experts": int(sum(layers["dead_experts"])),
         "router_entropy": float(np.mean(layers["router_entropy"])),
         "layers": layers,

@@ -34,6 +34,11 @@ class ExpertChoiceRouter(LinearRouter):
         return self.top_k
 
     @property
+    def balanced_by_loss(self) -> bool:
+        """False: every expert takes equally many tokens."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """False: the tokens of an expert depend on all tokens of the group."""
         return False

@@ -55,6 +55,11 @@ class Hash:
         return self.top_k
 
     @property
+    def balanced_by_loss(self) -> bool:
+        """False: the load follows from the text."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """True: a token's experts depend on its id alone."""
         return True

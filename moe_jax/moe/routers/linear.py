@@ -4,6 +4,7 @@ Axes: G routing groups, S tokens per group, D width, E experts, K assignments pe
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import bounds
 from moe_jax.bounds import at_least, within
 from moe_jax.decides import Training
-from moe_jax.moe.balance import balance_loss, router_aux
+from moe_jax.moe.balance import balance_loss, probability_sums, router_aux
 from moe_jax.moe.noise import JITTER, row_uniform
 from moe_jax.moe.types import ParamSpec, RouterAux, RouterIn, StateSpec
 from moe_jax.nn.remat import ROUTER_LOGITS
@@ -35,6 +36,9 @@ class LinearRouter:
     # routers that differ in this field alone compare equal.
     num_experts: int = dataclasses.field(default=0, kw_only=True, compare=False)
     balance_scope: str = "group"  # tokens over which the load is balanced: group | row | global
+    balance_layers: str = "mean"  # pooled: report the mean probabilities as well
+    # Standard deviation of the router's initial matrix; 0: sqrt(0.1 / width), as in Switch.
+    init_std: Training[Annotated[float, at_least(0)]] = 0.02
     # j: in training the router's input is multiplied by U(1 - j, 1 + j) (Switch); 0: off.
     jitter: Training[Annotated[float, within("[0, 1)")]] = 0.0
     # c: logits become c * tanh(logits / c), smoothly bounded by c (Gemma 2); 0: off.
@@ -53,9 +57,15 @@ class LinearRouter:
         """True if the input is jittered in training."""
         return self.jitter > 0
 
+    @property
+    def balanced_by_loss(self) -> bool:
+        """True: nothing but the balance loss spreads the load over the experts."""
+        return True
+
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
         """One [D, E] matrix; std 0.02 as in OLMoE's and Mixtral's released configurations."""
-        return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), 0.02)}
+        std = self.init_std or math.sqrt(0.1 / width)
+        return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), std)}
 
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
         """Empty: the router keeps no state."""
@@ -96,7 +106,10 @@ class LinearRouter:
         balance = balance_loss(
             probs_GSE, ids_GSK, inputs.mask_GS, scope=self.balance_scope, rows=rows
         )
-        return router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+        aux = router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
+        if self.balance_layers == "pooled":
+            aux = aux._replace(probs=probability_sums(probs_GSE, inputs.mask_GS))
+        return aux
 
 
 def linear_logits(

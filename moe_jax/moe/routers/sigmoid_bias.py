@@ -77,6 +77,11 @@ class SigmoidBias(LinearRouter):
         """K, experts per token."""
         return self.top_k
 
+    @property
+    def balanced_by_loss(self) -> bool:
+        """True only if the bias is constant."""
+        return self.update_rate == 0
+
     def state_specs(self, num_experts: int) -> dict[str, StateSpec]:
         """The selection bias of each expert, in units of a sigmoid."""
         return {"bias": StateSpec((num_experts,))}

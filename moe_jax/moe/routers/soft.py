@@ -29,6 +29,11 @@ class Soft(LinearRouter):
         """E, experts per token."""
         return self.num_experts
 
+    @property
+    def balanced_by_loss(self) -> bool:
+        """False: every expert takes every token."""
+        return False
+
     def route(self, inputs: RouterIn, params, state):
         """Choose every expert; see `types.Router`."""
         logits_GSE = self.logits(inputs, params["kernel"])

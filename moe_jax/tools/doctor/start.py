@@ -34,6 +34,8 @@ NO_EXPERTS = Finding(True, "dense model: no experts")
 def expert_init(subject: Subject) -> Finding:
     """Compare the std of each expert with 1 / sqrt(fan-in), for w_out with 1 / sqrt(2 L fan-in).
 
+    Both are multiplied by `model.moe.expert_init_scale`.
+
     The std of a sample of n numbers has a relative standard error of 1 / sqrt(2 n).
     """
     if not subject.moe_layers:
@@ -44,10 +46,10 @@ def expert_init(subject: Subject) -> Finding:
         lambda p: reduce_leaves(run.model, p, lambda leaf, axes: leaf.std(axes)),
         out_shardings=replicated(run.mesh),
     )
-    D, F = config.width, config.moe.expert_width
+    D, F, scale = config.width, config.moe.expert_width, config.moe.expert_init_scale
     targets = {
-        "w_in_EDUF": (1 / math.sqrt(D), D * F),
-        "w_out_EFD": (1 / math.sqrt(F * 2 * config.num_layers), D * F),
+        "w_in_EDUF": (scale / math.sqrt(D), D * F),
+        "w_out_EFD": (scale / math.sqrt(F * 2 * config.num_layers), D * F),
     }
     worst = (0.0, 1.0, "", 0.0)  # deviations over the tolerance, ratio, where, tolerance
     for name, found_E in by_layer(run.model, jax.device_get(std(params))).items():
