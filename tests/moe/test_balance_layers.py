@@ -33,7 +33,7 @@ def layers(layers_as: str, router: str = "top_k"):
         moe = MoE(config, D, rngs=nnx.Rngs(layer))
         kernel = np.random.default_rng(layer).normal(size=(D, E))
         moe.router_kernel.set_value(jnp.asarray(kernel, jnp.float32))
-        x_BTD = jax.random.normal(jax.random.key(layer), (B, T, D))
+        x_BTD = 1 + jax.random.normal(jax.random.key(layer), (B, T, D))  # not balanced
         found.append(moe(x_BTD)[1])
         logits = np.asarray(x_BTD, np.float64).reshape(-1, D) @ kernel
         exp = np.exp(logits - logits.max(-1, keepdims=True))
