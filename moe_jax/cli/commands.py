@@ -137,6 +137,12 @@ COMMANDS = {
                 path=True,
             ),
             Flag("x", "", "Config key for the plot's right panel, such as model.moe.num_experts."),
+            Flag(
+                "compare",
+                "",
+                "Show speed-ups until the final held-out loss of the run in this folder.",
+                path=True,
+            ),
             REGISTRATIONS,
         ),
         config=False,

@@ -1,4 +1,5 @@
 """Compares the runs below a folder in a table, a CSV file and a plot.
 
-read.py reads workdirs, group.py groups runs over seeds, table.py and plot.py show them.
+read.py reads workdirs, group.py groups runs over seeds, table.py and plot.py show them.  compare.py
+computes speed-ups against a baseline.
 """
