@@ -204,7 +204,7 @@ def test_a_baseline_alone_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "why"),
-    [(["--x=train.steps"], "without --compare: leave")],
+    [(["--fit=clark"], "two reports"), (["--x=train.steps"], "without --compare and --fit")],
 )
 def test_flags_that_exclude_each_other(tmp_path, more, why):
     with pytest.raises(UserError, match=why):

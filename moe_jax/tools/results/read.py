@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
-from moe_jax.model.define import define
-from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.model.define import ModelDef, define
+from moe_jax.model.flops import active_outside_vocabulary, flops_per_token, param_counts
 from moe_jax.record.provenance import DATA_RECORD
 from moe_jax.record.report import METRICS, is_last, read_row
 
@@ -49,6 +49,8 @@ class Result:
     drop_fraction: float | None = None  # median of the log steps
     parameters: int | None = None
     active: int | None = None
+    active_body: int | None = None  # active parameters outside the embedding table and the head
+    expansion: float | None = None  # E / K, experts over choices per token; dense: 1
     flops_per_token: float | None = None  # model FLOPs, forward and backward
     step_tokens: int | None = None  # positions in the batch of a step, padding included
     last_step: int | None = None  # of all rows; 0: no row
@@ -90,6 +92,8 @@ def read_run(folder: Path, name: str) -> Result:
         "config": config,
         "parameters": counts.total,
         "active": counts.active,
+        "active_body": active_outside_vocabulary(model),
+        "expansion": _expansion(model),
         "flops_per_token": per_token,
         "step_tokens": config.train.batch_size * config.data.sequence_length,
     }
@@ -127,6 +131,13 @@ def read_run(folder: Path, name: str) -> Result:
         seconds=_seconds(train),
         **known,
     )
+
+
+def _expansion(model: ModelDef) -> float:
+    """E / K: routed experts over choices per token; 1 in a dense model."""
+    if model.components is None:
+        return 1.0
+    return model.config.moe.num_experts / model.components.router.choices_per_token
 
 
 def _seconds(train: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
