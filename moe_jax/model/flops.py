@@ -30,6 +30,21 @@ def param_counts(model: ModelDef) -> ParamCounts:
     return ParamCounts(total, sum(_used(model, axes, size) for _, axes, size in leaves))
 
 
+def active_outside_vocabulary(model: ModelDef) -> int:
+    """Count the active parameters outside the embedding table and the output head; allocates none.
+
+    Args:
+      model: the definition of the model.
+
+    Returns:
+      `param_counts(model).active` less the parameters with an axis over the vocabulary: N of laws
+      that leave out embeddings.
+
+    Reference: Kaplan et al., arXiv 2001.08361, section 2.1.
+    """
+    return sum(_used(model, axes, size) for _, axes, size in _leaves(model) if "vocab" not in axes)
+
+
 def flops_per_token(model: ModelDef, length: int) -> float:
     """Compute the model FLOPs per token, forward and backward, in rows of `length` tokens.
 

@@ -18,6 +18,21 @@ class Spread(NamedTuple):
     deviation: float | None
 
 
+def spread_of(values: Sequence[float | int]) -> Spread | None:
+    """Compute mean and sample standard deviation.
+
+    Args:
+      values: any number of finite numbers.
+
+    Returns:
+      The spread; None: there is no value.
+    """
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.mean(values), deviation)
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The finished runs of one configuration; `settings` has the keys that differ by group."""
@@ -28,11 +43,7 @@ class Group:
     def spread(self, name: str) -> Spread | None:
         """The spread of one number of `Result` over the runs that have it; None: no run has it."""
         values = [getattr(run, name) for run in self.runs]
-        values = [value for value in values if value is not None]
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return Spread(statistics.mean(values), deviation)
+        return spread_of([value for value in values if value is not None])
 
     def label(self, without: str = "") -> str:
         """A label such as `num_experts=8 router=switch`; "base" if no key differs by group."""
@@ -56,7 +67,20 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 def sample_fault(groups: Sequence[Group]) -> str:
     """Say in one sentence why the held-out losses are not comparable; empty: they are."""
-    runs = [run for each in groups for run in each.runs if run.sample is not None]
+    difference = sample_difference([run for each in groups for run in each.runs])
+    return difference and f"The held-out losses are not ranked: the runs {difference}"
+
+
+def sample_difference(results: Sequence[Result]) -> str:
+    """Say how the held-out samples of runs differ.
+
+    Args:
+      results: the runs; those without an evaluation are ignored.
+
+    Returns:
+      The rest of a sentence after "the runs"; empty: one sample, so their losses are comparable.
+    """
+    runs = [run for run in results if run.sample is not None]
     samples = [run.sample for run in runs if run.sample is not None]
     lengths = {sample.sequence_length for sample in samples}
     unlike = {
@@ -74,7 +98,7 @@ def sample_fault(groups: Sequence[Group]) -> str:
         for members in alike.values()
     )
     return (
-        f"The held-out losses are not ranked: the runs were evaluated on different samples "
+        f"were evaluated on different samples "
         f"({named}), which differ in {', '.join(name for name in unlike if unlike[name])}; "
         f"eval.rows=0, the whole split, is one sample for every data.sequence_length."
     )

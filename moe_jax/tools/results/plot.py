@@ -7,13 +7,18 @@ from typing import Any
 
 from moe_jax.errors import UserError
 from moe_jax.files.formats import count
+from moe_jax.tools.results.figure import (
+    HELDOUT_LOSS,
+    add_legend,
+    is_wide,
+    line_styles,
+    new_figure,
+    save_figure,
+)
 from moe_jax.tools.results.group import Group, sample_fault
 from moe_jax.tools.results.label import short_labels
 
-_LOSS = "held-out loss (nats per token)"
 _RATE = "learning_rate"  # keys with this ending are usually varied by factors: logarithmic axis
-_LINES = ("solid", "dashed", "dotted", "dashdot")  # the next style after every ten colours
-_HIGHEST = 30.0  # inches
 
 
 def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
@@ -25,10 +30,6 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
     Raises:
       UserError: matplotlib is missing, there is nothing to plot, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'moe_jax[plots]'.") from None
     if not groups:
         raise UserError("--plot has nothing to show: no run is finished. Leave --plot out.")
     if x:
@@ -37,32 +38,17 @@ def write_plot(path: Path, groups: Sequence[Group], x: str = "") -> None:
         [each.settings for each in groups],
         [each.runs[0].name for each in groups],
     )
-    styles = [
-        {"color": f"C{number % 10}", "linestyle": _LINES[number // 10 % len(_LINES)]}
-        for number in range(len(groups))
-    ]
-    height = min(_HIGHEST, max(4.2, 1.4 + 0.22 * len(groups)))
-    figure = Figure(figsize=(12, height), layout="constrained")
+    styles = line_styles(len(groups))
+    figure = new_figure(entries=len(groups))
     curves, best = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_curves(curves, groups, names, styles)
     if x:
         _draw_over(best, groups, x)
     else:
         _draw_best(best, groups, styles)
-    figure.legend(
-        *curves.get_legend_handles_labels(),
-        loc="outside right center",
-        title="configuration (parameters)",
-        alignment="left",
-        frameon=False,
-        fontsize="small",
-    )
+    add_legend(figure, curves, "configuration (parameters)")
     figure.suptitle(_title(groups), x=0.01, horizontalalignment="left")
-    try:
-        # With an explicit format, matplotlib does not append a suffix to the path.
-        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot={path} cannot be written ({error}).") from None
+    save_figure(figure, path)
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -100,12 +86,12 @@ def _draw_curves(
         high = [m + s for m, s in zip(mean, spread, strict=True)]
         axes.fill_between(whole, low, high, color=style["color"], alpha=0.2, linewidth=0)
         ends += whole[-1:]
-    if _is_wide(ends):
+    if is_wide(ends):
         axes.set_xscale("log")
     else:
         axes.ticklabel_format(axis="x", useMathText=True)
     axes.set_xlabel("training compute (model FLOPs)")
-    axes.set_ylabel(_LOSS)
+    axes.set_ylabel(HELDOUT_LOSS)
     axes.set_title("during training")
     axes.grid(alpha=0.3)
 
@@ -120,7 +106,7 @@ def _draw_best(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, st
         axes.plot(each_run, [place] * len(each_run), ".", color=colour, alpha=0.4)
     axes.set_yticks(range(len(groups)), [str(number + 1) for number in range(len(groups))])
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel(_LOSS)
+    axes.set_xlabel(HELDOUT_LOSS)
     axes.set_title("best (faint: single runs)" if _has_seeds(groups) else "best")
     axes.grid(alpha=0.3)
 
@@ -148,21 +134,16 @@ def _draw_over(axes: Any, groups: Sequence[Group], x: str) -> None:
             label=label,
         )
     values = sorted(each.settings[x] for each in groups if x in each.settings)
-    if _is_wide(values) or (x.endswith(_RATE) and values[0] > 0):
+    if is_wide(values) or (x.endswith(_RATE) and values[0] > 0):
         axes.set_xscale("log")
     axes.set_xlabel(x)
-    axes.set_ylabel(_LOSS)
+    axes.set_ylabel(HELDOUT_LOSS)
     axes.set_title("best")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(
             frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16)
         )
-
-
-def _is_wide(values: Sequence[float]) -> bool:
-    """True if `values` need a logarithmic axis: positive, and largest at least 8 x smallest."""
-    return bool(values) and min(values) > 0 and max(values) >= 8 * min(values)
 
 
 def _check_key(x: str, groups: Sequence[Group]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from moe_jax.config import Config, read_config
 from moe_jax.errors import UserError
 from moe_jax.files import json_files
-from moe_jax.model.define import define
-from moe_jax.model.flops import flops_per_token, param_counts
+from moe_jax.model.define import ModelDef, define
+from moe_jax.model.flops import active_outside_vocabulary, flops_per_token, param_counts
 from moe_jax.record.provenance import DATA_RECORD
 from moe_jax.record.report import METRICS, is_last, read_row
 
@@ -49,9 +49,16 @@ class Result:
     drop_fraction: float | None = None  # median of the log steps
     parameters: int | None = None
     active: int | None = None
+    active_body: int | None = None  # active parameters outside the embedding table and the head
+    expansion: float | None = None  # E / K, experts over choices per token; dense: 1
     flops_per_token: float | None = None  # model FLOPs, forward and backward
+    step_tokens: int | None = None  # positions in the batch of a step, padding included
+    last_step: int | None = None  # of all rows; 0: no row
     flops: float | None = None  # model FLOPs of all steps so far
     curve: tuple[tuple[float, float], ...] = ()  # (model FLOPs so far, held-out loss)
+    heldout: tuple[tuple[int, float], ...] = ()  # (step, held-out loss), as in `curve`
+    # (step, seconds of training until its end), by `step_seconds`; empty: not recorded
+    seconds: tuple[tuple[int, float], ...] = ()
 
 
 def read_runs(folder: Path) -> list[Result]:
@@ -85,7 +92,10 @@ def read_run(folder: Path, name: str) -> Result:
         "config": config,
         "parameters": counts.total,
         "active": counts.active,
+        "active_body": active_outside_vocabulary(model),
+        "expansion": _expansion(model),
         "flops_per_token": per_token,
+        "step_tokens": config.train.batch_size * config.data.sequence_length,
     }
     try:
         rows, broken = _read_rows(folder / METRICS)
@@ -93,7 +103,7 @@ def read_run(folder: Path, name: str) -> Result:
         return Result(name, f"no {METRICS}", **known)
     except UserError as error:
         return Result(name, str(error).removeprefix(f"{folder}/"), **known)
-    step_flops = per_token * config.train.batch_size * config.data.sequence_length
+    step_flops = per_token * known["step_tokens"]
     train = [row for row in rows if "loss" in row]
     accepted = [row for row in train if not _refused(row)]
     text = _text_of(folder)
@@ -102,21 +112,45 @@ def read_run(folder: Path, name: str) -> Result:
     newest = heldout[-1][1] if heldout else None
     alike = [row for row, sample in heldout if sample == newest]
     losses = [(row["step"], _number(row, "eval_loss")) for row in alike]
-    curve = tuple((step * step_flops, loss) for step, loss in losses if loss is not None)
+    points = tuple((step, loss) for step, loss in losses if loss is not None)
+    last_step = max((row["step"] for row in rows), default=0)
     return Result(
         name,
         _state(config, rows, train, broken),
         sample=newest,
         heldout_rows=_count(alike[-1], "eval_rows") if alike else None,
-        best_heldout=min((loss for _, loss in curve), default=None),
+        best_heldout=min((loss for _, loss in points), default=None),
         best_nodrop=_least(alike, "eval_loss_nodrop"),
         train_loss=_number(accepted[-1], "lm_loss") if accepted else None,
         tokens_per_second=_median(train, "tokens_per_second"),
         drop_fraction=_median(accepted, "drop_fraction"),
-        flops=max((row["step"] for row in rows), default=0) * step_flops,
-        curve=curve,
+        last_step=last_step,
+        flops=last_step * step_flops,
+        curve=tuple((step * step_flops, loss) for step, loss in points),
+        heldout=points,
+        seconds=_seconds(train),
         **known,
     )
+
+
+def _expansion(model: ModelDef) -> float:
+    """E / K: routed experts over choices per token; 1 in a dense model."""
+    if model.components is None:
+        return 1.0
+    return model.config.moe.num_experts / model.components.router.choices_per_token
+
+
+def _seconds(train: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
+    """(step, seconds until its end): steps since the row before, times their `step_seconds`."""
+    found, total, before = [], 0.0, 0
+    for row in train:
+        each = _number(row, "step_seconds")
+        if each is None:
+            return ()
+        total += each * max(0, row["step"] - before)
+        before = row["step"]
+        found.append((before, total))
+    return tuple(found)
 
 
 def _run_folders(folder: Path) -> list[Path]:
