@@ -122,6 +122,7 @@ COMMANDS = {
         (
             Flag("conformance", False, "Check every router, dispatch path and mesh instead."),
             Flag("full", False, "With --conformance: all combinations, not only all pairs."),
+            Flag("steps", 0, "Also train this many steps, such as 30, and judge the load; 0: off."),
             *PROCESS_FLAGS,
         ),
         workdir=False,

@@ -1,6 +1,7 @@
 """python -m moe_jax doctor --config=configs/tiny.py: check a config on the devices at hand."""
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import examine, make_subject, report
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.shrink import DEVICES
+from moe_jax.tools.doctor.spread import SPREAD, load_spreads
 
 _CONFORMANCE = ("conformance", "conformance=true", "conformance=True", "conformance=1")
 
@@ -37,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
         command = dataclasses.replace(command, config=False, flags=flags)
     parsed = parse(argv, command)
     given = parsed.flags
+    if given.steps < 0:
+        raise UserError(f"--steps={given.steps}: give a number of steps such as 30, or 0 for none.")
+    if given.steps and given.conformance:
+        raise UserError("--steps trains a config: remove --steps or --conformance.")
     keep_freed_memory()
     # The comparison of meshes needs them, and so does the mesh that a shrunk config keeps.
     if not (given.conformance and given.devices):
@@ -50,10 +56,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--full needs --conformance: add --conformance, or remove --full.")
     distributed.start(given.coordinator, given.process_count, given.process_id)
     config = from_config_dict(parsed.config)
-    agree.check_start(config, {"devices": given.devices})
+    agree.check_start(config, {"devices": given.devices, "steps": given.steps})
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     check_platforms()
+    checks = dict(CHECKS)
+    if given.steps:
+        checks[SPREAD] = functools.partial(load_spreads, steps=given.steps, say=_say)
     began = time.perf_counter()
     with _folder(given.workdir) as folder:
         try:
@@ -61,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
         except UserError as error:  # no check can run with this config
             report(next(iter(CHECKS)), Finding(False, "0 checks can run", str(error)), _say)
             return 1
-        failed = examine(subject, CHECKS, _say)
-    _say(f"{len(CHECKS)} checks, {failed} failed, {time.perf_counter() - began:.0f} s")
+        failed = examine(subject, checks, _say)
+    _say(f"{len(checks)} checks, {failed} failed, {time.perf_counter() - began:.0f} s")
     return 1 if failed else 0
 
 

@@ -156,6 +156,8 @@ MISTAKES = [
     (f"plan {TINY} --topology=h200:1 --mesh=data={'9' * 5000}", "write AXIS=SIZE"),
     (f"plan {TINY} --topology=h200:1 --mesh=data=0 --nocompile", r"mesh\.data is 0"),
     (f"doctor {TINY} --conformance=maybe", "--conformance=maybe .* type bool"),
+    (f"doctor {TINY} --steps=-1", "--steps=-1: give a number of steps such as 30"),
+    ("doctor --conformance --steps=30", "remove --steps or --conformance"),
     ("check more", "'more' is not a flag"),
 ]
 

@@ -20,7 +20,7 @@ from moe_jax.moe.routers import ROUTERS, hash, linear, top_k
 from moe_jax.moe.types import Mean
 from moe_jax.nn.params import truncated_normal
 from moe_jax.run import resolve, restore, setup
-from moe_jax.tools.doctor import balance, fit, learning, start
+from moe_jax.tools.doctor import balance, balance_pull, branch_scale, fit, learning, spread, start
 from moe_jax.tools.doctor.checks import CHECKS
 from moe_jax.tools.doctor.examine import attempt, examine, make_subject
 from moe_jax.tools.doctor.finding import Finding
@@ -33,6 +33,7 @@ from moe_jax.tools.doctor.shrink import (
     without_warmup,
 )
 from moe_jax.tools.doctor.subject import Steps, Subject
+from moe_jax.tools.doctor.walk import walk_blocks
 from moe_jax.train.optim import Optimizer
 
 
@@ -96,15 +97,17 @@ def ill(tmp_path_factory, corpus) -> Subject:
 @pytest.mark.lifecycle
 def test_every_check_has_a_figure(well):
     _, found, lines = well
-    assert list(found) == list(CHECKS) and len(CHECKS) >= 13
+    assert list(found) == list(CHECKS) and len(CHECKS) >= 15
     for name, line in zip(CHECKS, lines, strict=True):
         assert re.fullmatch(rf"ok    {re.escape(name)} +\S.*\d.*", line), line
 
 
 def test_a_dense_model_has_no_experts_to_check(tmp_path, corpus):
     subject = subject_of(tmp_path, corpus, model__dense=True)
-    for check in (start.expert_init, start.capacity, balance.balance_gradient):
+    checks = (start.expert_init, start.capacity, balance.balance_gradient)
+    for check in (*checks, branch_scale.branch_scale, balance_pull.balance_pull):
         assert check(subject) == start.NO_EXPERTS
+    assert spread.load_spreads(subject, 3, print) == start.NO_EXPERTS
     assert learning.router_gradient(subject) == balance.balance_at_uniform(subject)
     assert "1 device" in fit.divides(subject).figure
 
@@ -229,6 +232,105 @@ def test_experts_count_singly_and_only_where_a_token_came(well):
     finding = learning.gradients_arrive(subject)
     assert not finding.ok and "w_in_EDUF[1]." in finding.fix
     assert "no token reached layer 1 expert 2;" in finding.figure
+
+
+def at_init(subject: Subject) -> Subject:
+    """The same subject before its first step."""
+    fresh = dataclasses.replace(subject)
+    fresh._state = restore.fresh_state(subject.run, "", lambda line: None)
+    return fresh
+
+
+def first_number(finding: Finding) -> float:
+    return float(re.findall(r"\d[\d.e-]*", finding.figure)[0])
+
+
+def test_figures_of_the_moe_layer_are_those_of_numpy(well):
+    """The balance gradient from its formula; the dense twin from ten draws of its weights."""
+    subject, found, _ = well
+    fresh = at_init(subject)
+
+    def measure(block, context, run):
+        layer, seen = block.ffn, []
+
+        def recorded(x_BTD, context):
+            out_BTD, aux = layer(x_BTD, context)
+            seen.extend((x_BTD, out_BTD))
+            return out_BTD, aux
+
+        if hasattr(layer, "router_kernel"):
+            block.ffn = recorded
+        return run(), tuple(seen)
+
+    [_, (x, out)] = walk_blocks(fresh, measure, train=True)
+    config = subject.config.model
+    B, T, D = x.shape
+    groups = B // config.moe.group_rows
+    kernel = np.asarray(fresh.state().params["blocks"]["1"]["ffn"]["router_kernel"], np.float64)
+    E = kernel.shape[1]
+    tokens = np.asarray(x, np.float64).reshape(groups, -1, D)
+    gradient = np.zeros_like(kernel)
+    for x_SD in tokens:
+        p_SE = np.exp(x_SD @ kernel)
+        p_SE /= p_SE.sum(1, keepdims=True)
+        f_E = np.bincount(np.argsort(-p_SE, 1)[:, :2].ravel(), minlength=E) / (2 * len(x_SD))
+        gradient += x_SD.T @ (p_SE * (f_E - (p_SE @ f_E)[:, None])) * E / (B * T)
+    ratio = np.linalg.norm(gradient) / subject.probe.gradients["blocks/1/ffn/router_kernel"]
+    pull = found["balance gradient to the router"]
+    assert first_number(pull) == pytest.approx(config.moe.balance_weight * ratio, rel=0.06)
+
+    draw, F = np.random.default_rng(0), 2 * config.moe.expert_width
+    flat, twins = tokens.reshape(-1, D), []
+    for _ in range(10):
+        gate, up = draw.normal(size=(2, D, F)) / np.sqrt(D)
+        down = draw.normal(size=(F, D)) / np.sqrt(F * 2 * config.num_layers)
+        hidden = flat @ gate / (1 + np.exp(-flat @ gate)) * (flat @ up)
+        twins.append(np.sqrt(((hidden @ down) ** 2).mean()))
+    ratio = np.sqrt((np.asarray(out, np.float64) ** 2).mean()) / np.mean(twins)
+    branch = found["MoE output against its dense twin"]
+    assert first_number(branch) == pytest.approx(ratio, rel=0.25)
+
+
+def test_experts_at_four_times_their_scale_are_seen(well):
+    subject, found, _ = well
+    large = at_init(subject)
+    state = large.state()
+    ffn = state.params["blocks"]["1"]["ffn"]
+    params = {**state.params, "blocks": {**state.params["blocks"]}}
+    params["blocks"]["1"] = {
+        **params["blocks"]["1"],
+        "ffn": {**ffn, "w_out_EFD": 4 * ffn["w_out_EFD"]},
+    }
+    large._state = dataclasses.replace(state, params=params)
+    finding = branch_scale.branch_scale(large)
+    before = first_number(found["MoE output against its dense twin"])
+    assert first_number(finding) == pytest.approx(4 * before, rel=0.03)
+    assert finding.warns and "In layer 1" in finding.fix and "do not explain" in finding.fix
+
+
+def test_steps_start_at_the_initial_parameters_and_write_nothing(well, monkeypatch):
+    subject, _, _ = well
+    monkeypatch.setattr(spread, "PROGRESS", 0.0)
+    folder, lines = subject.run.workdir.parent, []
+    before = sorted(folder.rglob("*"))
+    trained = spread.train(subject, 3, lines.append)
+    assert sorted(folder.rglob("*")) == before
+    assert (trained.load_NLE[0] == subject.probe.moe.load_E).all()
+    tokens = subject.config.train.batch_size * subject.config.data.sequence_length
+    assert (trained.load_NLE.sum(2) == 2 * tokens).all() and trained.skipped == 0
+    assert trained.lm_N[0] == pytest.approx(subject.probe.loss, rel=1e-4)
+    assert trained.lm_N[2] < trained.lm_N[0]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+def test_steps_warm_up_over_at_most_a_third(well):
+    optimizer = dataclasses.replace(well[0].plan.asked.optimizer, warmup_steps=2000)
+    asked = dataclasses.replace(well[0].plan.asked, optimizer=optimizer)
+    subject = dataclasses.replace(well[0], plan=dataclasses.replace(well[0].plan, asked=asked))
+    run = spread._with_warmup(subject, 30)
+    rates = [float(run.optimizer.schedule(step, None)) for step in (0, 9, 29)]
+    peak = optimizer.learning_rate
+    assert rates == pytest.approx([peak / 10, peak, peak])
 
 
 def test_on_an_accelerator_the_config_itself_runs(tmp_path, corpus, monkeypatch):

@@ -89,7 +89,9 @@ def attempt(check: Callable[[Subject], Finding], subject: Subject) -> Finding:
 
 
 def report(name: str, finding: Finding, say: Say) -> None:
-    """Print one line, and a second one for a failure."""
-    say(f"{'ok  ' if finding.ok else 'FAIL'}  {name:<34}{finding.figure}")
-    if not finding.ok:
-        say(f"      {finding.fix}")
+    """Print one line, the details, and the advice after a failure or a warning."""
+    advises = finding.warns or not finding.ok
+    mark = "FAIL" if not finding.ok else "warn" if finding.warns else "ok  "
+    say(f"{mark}  {name:<34}{finding.figure}")
+    for line in (*finding.details, *([finding.fix] if advises else [])):
+        say(f"      {line}")

@@ -3,25 +3,22 @@
 E experts, D width, F expert width, U matrices into an expert, L layers, V vocabulary.
 """
 
-import dataclasses
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_jax.config import Config
-from moe_jax.model.forward import batch_context
-from moe_jax.model.layout import to_layers
-from moe_jax.model.rope import rope_tables
+from moe_jax.model.block import Block
 from moe_jax.moe.components import Components
+from moe_jax.moe.types import MoEContext
 from moe_jax.tools.doctor.finding import Finding
 from moe_jax.tools.doctor.subject import Subject, by_layer, reduce_leaves
+from moe_jax.tools.doctor.walk import walk_blocks
 from moe_jax.train.state import replicated
-from moe_jax.train.step import step_keys
 
 SIGMAS = 5  # tolerance, in standard errors of the estimated standard deviation
 LOSS_TOLERANCE = 1.0  # nats
@@ -106,35 +103,13 @@ def activations(subject: Subject) -> Finding:
 
 
 def residual_scale(subject: Subject) -> list[float]:
-    """The rms after each block on the first microbatch; each kind of block is compiled once."""
-    run, state = subject.run, subject.state()
-    model, config = run.model, run.model.config
-    batch = jax.tree.map(lambda leaf: leaf[0], subject.batch)
-    keys_B = step_keys(run.config.seed, jnp.int32(0), batch.row_B)
-    context = batch_context(batch, keys_B, run.mesh, False, {}, run.step_options.num_sources)
-    rope = rope_tables(batch.positions_BT, config.head_dim, config.rope_theta, model.dtype)
-    segments = batch.segments_BT if config.confine_attention else None
+    """The rms after each block on the first microbatch, in evaluation mode."""
 
-    def block_of(layer: int) -> Any:
-        def block(params: Any, router: Any, x: jax.Array):
-            here = dataclasses.replace(context, router_state=router)
-            x, _ = nnx.merge(model.blocks[layer], params)(x, rope, segments, here)
-            return x, jnp.sqrt((x.astype(jnp.float32) ** 2).mean())
+    def measure(block: Block, context: MoEContext, run: Callable[[], jax.Array]):
+        x = run()
+        return x, jnp.sqrt((x.astype(jnp.float32) ** 2).mean())
 
-        return jax.jit(block)
-
-    compiled: dict[bool, Any] = {}
-    x = state.params["embed_VD"].astype(model.dtype)[batch.tokens_BT]
-    blocks, found, moe_layer = to_layers(state.params, model.layout)["blocks"], [], 0
-    for layer in range(config.num_layers):
-        is_moe = config.is_moe(layer)
-        block = compiled.setdefault(is_moe, None) or block_of(layer)
-        compiled[is_moe] = block
-        router = {k: v[moe_layer] for k, v in state.router.items()} if is_moe else {}
-        moe_layer += is_moe
-        x, rms = block(blocks[str(layer)], router, x)
-        found.append(float(rms))
-    return found
+    return [float(rms) for rms in walk_blocks(subject, measure, train=False)]
 
 
 def capacity(subject: Subject) -> Finding:

@@ -114,7 +114,7 @@ class Subject:
 
         def evaluate(params: Any, router: Any, batch: Batch):
             grads, sums, counts = gradients(params, router, batch, jnp.int32(0))
-            norms = reduce_leaves(model, grads, _norm)
+            norms = reduce_leaves(model, grads, leaf_norm)
             return loss_values(sums, counts, model).lm, norms, sums.moe
 
         compiled = jax.jit(evaluate, out_shardings=replicated(self.run.mesh))
@@ -181,5 +181,5 @@ def _bits(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
     return bit_hash(leaf, kept=leaf.ndim - len(axes))
 
 
-def _norm(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+def leaf_norm(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sqrt((leaf.astype(jnp.float32) ** 2).sum(tuple(axes)))
