@@ -190,6 +190,9 @@ def aux_loss(aux: MoEAux, config: MoEConfig) -> Float[Array, ""]:
       balance_weight * balance + z_weight * z, each a mean over real tokens; over layers, z is the
       mean, and balance what `balance_layers` says.
 
+    Raises:
+      UserError: `balance_layers` is pooled and the router reports no probabilities.
+
     Reference: Switch, arXiv 2101.03961, equation 4; ST-MoE, arXiv 2202.08906, equation 5.
     """
     return add_aux_loss(0.0, aux_means(aux, layers=config.balance_layers), config)

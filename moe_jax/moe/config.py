@@ -56,9 +56,9 @@ class MoEConfig:
     balance_weight: Training[Annotated[float, at_least(0)]] = 0.01
     # Tokens over which the load is balanced: group | row | global (a microbatch).
     balance_scope: Training[Annotated[str, one_of(BALANCE_SCOPES)]] = "group"
-    # How the balance losses of the MoE layers become one: their mean (t5x, MegaBlocks) | their sum
-    # (Switch's paper, Megatron-LM, DeepSeek) | pooled: that of the load and the probabilities of a
-    # microbatch, averaged over layers (Hugging Face, whose coefficient c is balance_weight = K c).
+    # The balance loss of all MoE layers: mean (of theirs: t5x, MegaBlocks) | sum (of theirs:
+    # Switch, Megatron-LM, DeepSeek) | pooled (one loss, of the load and probabilities averaged over
+    # layers and each microbatch: Hugging Face, whose coefficient c is balance_weight = K c).
     balance_layers: Training[Annotated[str, one_of(BALANCE_LAYERS)]] = "mean"
     # Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off.
     z_weight: Training[Annotated[float, at_least(0)]] = 0.001

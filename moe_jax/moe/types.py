@@ -79,7 +79,7 @@ class RouterAux(NamedTuple):
     balance: Mean  # balance loss: 1 when balanced, for every router
     z: Mean  # mean squared logsumexp (ST-MoE, arXiv 2202.08906)
     entropy: Mean  # of each token's distribution over experts, in nats
-    probs: Mean | None = None  # of each expert [*layers, E]; only for `balance_layers` pooled
+    probs: Mean | None = None  # of each expert [*layers, E]; None: `balance_layers` is not pooled
 
 
 class Outcomes(NamedTuple):
@@ -378,17 +378,12 @@ class Dispatch(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MoEContext:
-    """The inputs that all MoE layers of a forward pass share: a pytree.
-
-    The mesh, `group_rows`, `train` and `num_sources` are static.
-    """
+    """The inputs shared by all MoE layers of a forward pass: a pytree, `meta_fields` static."""
 
     token_ids_BT: Int[Array, "B T"]  # smaller than the vocabulary size
     mask_BT: Bool[Array, "B T"]  # True for real tokens, False for padding
     row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
-    mesh: (
-        Mesh | AbstractMesh | None
-    )  # with the axes of parallel/mesh.py; None: XLA splits the layer
+    mesh: Mesh | AbstractMesh | None  # axes of parallel/mesh.py; None: XLA splits the layer
     train: bool  # True: capacity, noise and dropout of training; False: of evaluation
     group_rows: int = 0  # rows per routing group; 0: as in the layer's config
     # Name -> [MoE layers, ...]; in a single layer without that axis.  Empty: the router keeps none.

@@ -222,7 +222,7 @@ def test_every_path_flag_knows_the_home_folder(place, monkeypatch):
     main("ledger --workdir=~/run --csv=~/b.csv")
     main("goodput --workdir=~/run --plot=~/b.svg")
     assert {p.name for p in place.iterdir()} >= {"a.csv", "a.svg", "b.csv", "b.svg"}
-    names = {"workdir", "init_from", "save", "csv", "plot", "output"}
+    names = {"workdir", "init_from", "save", "csv", "plot", "output", "compare"}
     every = [*commands.COMMON_FLAGS, *commands.TRAIN_BPE.flags]
     every += [flag for command in commands.COMMANDS.values() for flag in command.flags]
     assert {flag.name for flag in every if flag.path} == names

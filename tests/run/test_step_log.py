@@ -25,6 +25,7 @@ def logged(monkeypatch):
     config = SimpleNamespace(train=train)
     run = SimpleNamespace(
         config=config,
+        model=SimpleNamespace(components=None),
         store=SimpleNamespace(sources=("a",), streams=("a", "b")),
         batches=SimpleNamespace(epochs=lambda steps: [steps / 4, steps / 8]),
     )
