@@ -14,8 +14,8 @@ from moe_jax.tools.doctor.conformance.reference import REFERENCE
 
 CELLS = all_cells()
 CHOSEN = pairwise(CELLS)
-DEFAULT = CHOSEN[:10]
-PAIRS = [pytest.param(cell, marks=pytest.mark.lifecycle) for cell in CHOSEN[10:]]
+DEFAULT = CHOSEN[:15]
+PAIRS = [pytest.param(cell, marks=pytest.mark.lifecycle) for cell in CHOSEN[15:]]
 REST = [pytest.param(cell, marks=pytest.mark.full) for cell in CELLS if cell not in CHOSEN]
 ONE = Cell("top_k", "capacity", "one_device", "float32", False)
 

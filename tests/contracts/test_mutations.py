@@ -380,7 +380,7 @@ def stds_of_experts() -> np.ndarray:
 def test_init_catches_experts_scaled_by_the_stack(monkeypatch):
     assert np.abs(stds_of_experts() - 1).max() < 0.2
     true = moe_layer.fan_in
-    monkeypatch.setattr(moe_layer, "fan_in", lambda size: true(size * 64))
+    monkeypatch.setattr(moe_layer, "fan_in", lambda size, scale: true(size * 64, scale))
     assert np.abs(stds_of_experts() - 1).max() > 0.5
 
 

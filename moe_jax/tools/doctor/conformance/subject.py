@@ -122,13 +122,15 @@ def _microbatches(case: Case, count: int) -> list[Case]:
 def _joined(parts: list[Any]) -> Outcome:
     """Join the results of microbatches: concatenate rows, add sums."""
     auxes = [aux for (_, (_, aux)), _ in parts]
-    router, stats, ledger = jax.tree.map(lambda *leaves: sum(leaves), *auxes)
+    aux = jax.tree.map(lambda *leaves: sum(leaves), *auxes)
+    stats, ledger = aux.stats, aux.ledger
+    means = {name: mean for name, mean in aux.router._asdict().items() if mean is not None}
     return Outcome(
         np.concatenate([y_BTD for (_, (y_BTD, _)), _ in parts]),
         np.concatenate([x_BTD for _, (_, x_BTD) in parts]),
         jax.tree.map(lambda *leaves: sum(leaves), *(params for _, (params, _) in parts)),
-        {name: getattr(router, name).sum for name in router._fields},
-        np.stack([getattr(router, name).count for name in router._fields]),
+        {name: mean.sum for name, mean in means.items()},
+        np.stack([mean.count for mean in means.values()]),
         {"total": stats.fates, **ledger._asdict()},
         stats.assignments,
         stats.lost_tokens,
