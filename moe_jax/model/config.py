@@ -53,9 +53,10 @@ class ModelConfig:
     attention: Run[Annotated[str, one_of(("auto", *ATTENTION))]] = "auto"
     confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
     scan_layers: Run[bool] = False  # scan the repeating period of layers instead of unrolling it
-    # What the backward pass recomputes: none (nothing) | full (all) | dots (all but matmuls) |
-    # save_dispatch (all but routing and dispatch) | save_hidden (all but routing, dispatch and the
-    # hidden activations of attention, FFNs and experts).
+    # What the backward pass recomputes: none (nothing) | full (all) | dots (all but matmuls without
+    # batch axes; the experts' matmuls are recomputed) | save_dispatch (all but routing and
+    # dispatch) | save_hidden (all but routing, dispatch and the hidden activations of attention,
+    # FFNs and experts).
     remat: Run[Annotated[str, one_of(REMAT)]] = "none"
     # Axis along which the loss computes logits in chunks: tokens | vocabulary | full (no chunks).
     cross_entropy: Run[Annotated[str, one_of(CROSS_ENTROPY)]] = "tokens"

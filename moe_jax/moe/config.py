@@ -32,7 +32,7 @@ class MoEConfig:
     """
 
     num_experts: Weights[Annotated[int, at_least(1)]] = 8  # E, routed experts per MoE layer
-    # K, experts per token; routers with a fixed K (switch, gshard) override it.
+    # K, experts per token; routers with a fixed K (switch 1, gshard 2, soft E) ignore it.
     top_k: Weights[Annotated[int, Rule("between 1 and num_experts")]] = 2
     expert_width: Weights[Annotated[int, at_least(1)]] = 1024  # F, hidden width of one expert
     router: Weights[str] = "top_k"  # which router chooses the experts of a token
@@ -65,7 +65,8 @@ class MoEConfig:
     # Factor on the initial standard deviation of the experts' matrices; Switch: 0.316, sqrt(0.1).
     expert_init_scale: Training[Annotated[float, above(0)]] = 1.0
     # Dropout of the routed experts' output in training; 0: none.  Switch (arXiv 2101.03961) applies
-    # dropout inside the experts; on the output, no mask is sent to the experts with the tokens.
+    # it inside the experts; that would require sending a mask or keys to the experts with the
+    # tokens.
     expert_dropout: Training[Annotated[float, within("[0, 1)")]] = 0.0
     # Precision of the experts' matmuls: compute (the model's dtype) | float8 (dispatch dropless;
     # ops/float8.py).

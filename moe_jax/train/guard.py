@@ -29,7 +29,7 @@ class GuardDecision(NamedTuple):
 
 
 def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
-    """Make the guard's state after `step` steps that it has not seen.
+    """Make the guard's initial state, with no accepted steps, for a run that continues at `step`.
 
     `loss` and `grad_norm` are running means over `accepted` steps, `changed` is the last step that
     changed the parameters, and `not_finite` and `spikes` count skipped steps.
@@ -57,7 +57,7 @@ def judge(
       factor: a spike is more than this many times the mean; 0: finite steps are always accepted.
 
     Returns:
-      Whether, and why, to skip the step.
+      The decision: accepted, or the reason to skip the step.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not factor:

@@ -85,9 +85,9 @@ def make_gradients(
     The A microbatches run one after the other, and their gradients are added.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       options: of the train step.
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
 
     Returns:
       (params, router state, batch [A, B, T], step) -> gradients, loss sums and their counts;
@@ -132,10 +132,10 @@ def make_train_step(
     """Make the train step as a pure function; `jit_train_step` makes the one that a run compiles.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       optimizer: the one that made the optimizer state.
       options: seed of the noise, clipping and step guard.
-      mesh: of `make_mesh`; holds state and batch.
+      mesh: from `make_mesh`; holds state and batch.
 
     Returns:
       (state, batch [A, B, T]) -> (state, metrics).
@@ -211,10 +211,10 @@ def jit_train_step(
     """Make the jitted train step that a run compiles; its state is donated.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       optimizer: the one that made the optimizer state.
       options: seed of the noise, clipping and step guard.
-      mesh: of `make_mesh`; holds state and batch.
+      mesh: from `make_mesh`; holds state and batch.
 
     Returns:
       (state, batch of `put_batch`) -> (state, metrics).  A step whose loss or gradient is not

@@ -2,7 +2,7 @@
 
 The transpose of a gather is a scatter-add, slow on every backend.  Dispatch and combine are
 permutations with holes, so each one's backward pass is the other's forward pass: a gather by the
-inverse index (MaxText, simply and EasyDeL all use it).
+inverse index (also used by three libraries: MaxText, "simply" and EasyDeL).
 
 Axes: N tokens, M buffer rows (slots or sorted rows), K assignments per token, G routing groups, D
 width.  An index without a target is `M` (or `N`), one past the end, and reads as zero; without

@@ -24,7 +24,10 @@ from moe_jax.nn.remat import MOE_DISPATCHED
 def run_sorted_experts(
     x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: ExpertFunctions
 ):
-    """Weighted sums of each token's local expert outputs: [N, D].  Other ids add nothing."""
+    """Compute the weighted sum of each token's local expert outputs: [N, D].
+
+    Other ids add nothing.
+    """
     K, local = ids_NK.shape[1], experts.num_experts
     moves, sizes_E = sorted_indices(ids_NK.reshape(-1), local, K)
     # At most `local` of a token's assignments are to experts of this device, whatever K is.
