@@ -10,10 +10,10 @@ from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 
 PRIORITIES = ("token", "choice", "batch")
-MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
+MAX_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 CAPACITY = Limit(
-    f"above 0 and at most {MOST_CAPACITY:g}; at num_experts nothing is dropped",
-    lambda factor: 0 < factor <= MOST_CAPACITY,
+    f"above 0 and at most {MAX_CAPACITY:g}; at num_experts nothing is dropped",
+    lambda factor: 0 < factor <= MAX_CAPACITY,
     "set it",
 )
 BALANCE_SCOPES = ("group", "row", "global")

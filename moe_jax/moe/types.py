@@ -123,9 +123,9 @@ class DispatchStats(NamedTuple):
     """The outcomes of all assignments (int32 counts); `conserved` holds in every step."""
 
     assignments: Int[Array, "*layers"]  # from the choice's shape, independent of the counts
-    fates: Outcomes  # [*layers], summed over experts
+    outcomes: Outcomes  # [*layers], summed over experts
     lost_tokens: Int[Array, "*layers"]  # real tokens without a kept assignment
-    kept_weight: Float[Array, "*layers"]  # sum of the weights of kept assignments
+    kept_weight_sum: Float[Array, "*layers"]  # sum of the weights of kept assignments
 
     def conserved(self) -> Any:
         """True if every assignment is counted exactly once.
@@ -133,7 +133,7 @@ class DispatchStats(NamedTuple):
         Returns:
           bool [*layers].
         """
-        return self.fates.total() == self.assignments
+        return self.outcomes.total() == self.assignments
 
 
 class BranchScale(NamedTuple):

@@ -160,10 +160,10 @@ def make_train_step(
             )
             router = _next_router_state(model, state.router, sums.moe)
             new = TrainState(state.step, params, moments, router, state.guard, state.fall)
-            verdict = judge(state.guard, loss.total, norm, options.spike_factor)
-            accepted = verdict.accepted
+            decision = judge(state.guard, loss.total, norm, options.spike_factor)
+            accepted = decision.accepted
             new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
-            guard = next_guard(state.guard, verdict, loss.total, norm, state.step + 1)
+            guard = next_guard(state.guard, decision, loss.total, norm, state.step + 1)
             copies = make_copies(model, new.params)
         if options.debug and sums.moe is not None:
             jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
@@ -172,8 +172,8 @@ def make_train_step(
             grad_norm=norm,
             learning_rate=jnp.asarray(optimizer.schedule(state.step, state.fall)),
             tokens=counts.tokens,
-            skipped=~verdict.accepted,
-            spike=verdict.spike,
+            skipped=~decision.accepted,
+            spike=decision.spike,
             guard=guard,
             moe=sums.moe,
         )
@@ -198,8 +198,8 @@ def _next_router_state(model: ModelDef, state: RouterState, moe: MoEAux | None) 
 
 def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:
     """Raise AssertionError, which ends the run, if an assignment is lost or counted twice."""
-    for name, fates in {"total": stats.fates, **ledger._asdict()}.items():
-        found = np.asarray(fates.total()).reshape(len(stats.assignments), -1).sum(1)
+    for name, outcomes in {"total": stats.outcomes, **ledger._asdict()}.items():
+        found = np.asarray(outcomes.total()).reshape(len(stats.assignments), -1).sum(1)
         assert (found == stats.assignments).all(), (
             f"assignments by {name} are not conserved: {found} of {stats.assignments} per layer"
         )

@@ -129,7 +129,7 @@ def _joined(parts: list[Any]) -> Outcome:
         jax.tree.map(lambda *leaves: sum(leaves), *(params for _, (params, _) in parts)),
         {name: getattr(router, name).sum for name in router._fields},
         np.stack([getattr(router, name).count for name in router._fields]),
-        {"total": stats.fates, **ledger._asdict()},
+        {"total": stats.outcomes, **ledger._asdict()},
         stats.assignments,
         stats.lost_tokens,
     )
