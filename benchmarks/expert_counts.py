@@ -82,7 +82,7 @@ def costs(
     step, arguments = layer(shape, dispatch)
     arguments = LOADS[load](shape, arguments)
     (_, stats), (gradients, _) = step(*arguments)
-    kept = float(stats.fates.kept / stats.assignments)
+    kept = float(stats.outcomes.kept / stats.assignments)
     both = timed(lambda: step(*arguments), rest)
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), arguments[0])
     size = sum(leaf.size for leaf in jax.tree.leaves(weights))

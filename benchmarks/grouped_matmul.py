@@ -2,7 +2,7 @@
 
     python -m benchmarks.grouped_matmul [--implementations=mosaic,ragged] [--rest=0.25]
 
-The three legs of a grouped matmul are the forward pass, the input gradient (dx) and the weight
+The three products of a grouped matmul are the forward pass, the input gradient (dx) and the weight
 gradient (dw).  The check runs on a small shape whose padding rows are NaN.  Speeds are TFLOP/s of
 the rows that belong to an expert, beside a plain matmul of 8192^3 in bfloat16 (1024^3 in float32 on
 a CPU).  A pause of `--rest` seconds before each short burst keeps a GPU below its power limit; with
@@ -30,8 +30,8 @@ GPU_SHAPES = {
 }
 CPU_SHAPES = {"small": (2048, 256, 512, 8)}
 CHECKED = (2048, 512, 768, 8)
-LEGS = ("forward", "input_gradient", "weight_gradient")
-ROUNDS, BURST = 3, 0.02  # bursts per leg; seconds of work per burst
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+ROUNDS, BURST = 3, 0.02  # bursts per product; seconds of work per burst
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}  # relative; a GPU rounds float32 operands to tf32
 
 
@@ -76,11 +76,20 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for shape_name, shape in (GPU_SHAPES if gpu else CPU_SHAPES).items():
         operands = arrays(shape, dtype)
-        legs = {(n, leg): compiled(n, leg, operands, shape[3]) for n in names for leg in LEGS}
+        products = {
+            (n, product): compiled(n, product, operands, shape[3])
+            for n in names
+            for product in PRODUCTS
+        }
         for load in ("even", "zipf", "half empty"):
             sizes = LOADS[load](shape[0], shape[3])
             for name in names:
-                cells = timed({leg: legs[name, leg] for leg in LEGS}, operands, sizes, args.rest)
+                cells = timed(
+                    {product: products[name, product] for product in PRODUCTS},
+                    operands,
+                    sizes,
+                    args.rest,
+                )
                 print(f"| {shape_name} | {load} | {name} | {cells} |", flush=True)
 
 
@@ -95,66 +104,68 @@ def arrays(shape: tuple[int, ...], dtype) -> tuple[jax.Array, jax.Array, jax.Arr
     return x_ND, jax.random.normal(keys[2], (E, D, F), dtype) / D**0.5, dy_NF
 
 
-def pick(leg: str, x_ND, w_EDF, dy_NF):
-    """Pick the two operands of a leg."""
+def pick(product: str, x_ND, w_EDF, dy_NF):
+    """Pick the two operands of a product."""
     return {
         "forward": (x_ND, w_EDF),
         "input_gradient": (dy_NF, w_EDF),
         "weight_gradient": (x_ND, dy_NF),
-    }[leg]
+    }[product]
 
 
-def compiled(name: str, leg: str, operands, experts: int) -> Callable:
-    """Compile a leg."""
+def compiled(name: str, product: str, operands, experts: int) -> Callable:
+    """Compile a product."""
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    function = getattr(IMPLEMENTATIONS[name], leg)
-    return jax.jit(function).lower(*pick(leg, *operands), sizes).compile()
+    function = getattr(IMPLEMENTATIONS[name], product)
+    return jax.jit(function).lower(*pick(product, *operands), sizes).compile()
 
 
 def check(name: str, dtype) -> None:
-    """Check every leg at every load on the small shape, with NaN in padding rows."""
+    """Check every product at every load on the small shape, with NaN in padding rows."""
     N, E = CHECKED[0], CHECKED[3]
     x, w, dy = arrays(CHECKED, dtype)
-    legs = {leg: compiled(name, leg, (x, w, dy), E) for leg in LEGS}
+    products = {product: compiled(name, product, (x, w, dy), E) for product in PRODUCTS}
     for load, sizes_of in LOADS.items():
         sizes = jnp.asarray(sizes_of(N, E), jnp.int32)
         used = jnp.arange(N)[:, None] < sizes.sum()
         clean = jnp.where(used, x, 0), w, jnp.where(used, dy, 0)
         poisoned = jnp.where(used, x, jnp.nan), w, jnp.where(used, dy, jnp.nan)
         expected = oracle(*(a.astype(jnp.float32) for a in clean), sizes)
-        for leg in LEGS:
-            found = legs[leg](*pick(leg, *poisoned), sizes)
-            if leg != "weight_gradient":
+        for product in PRODUCTS:
+            found = products[product](*pick(product, *poisoned), sizes)
+            if product != "weight_gradient":
                 found = jnp.where(used, found, 0)
-            difference = found.astype(jnp.float32) - expected[leg]
-            error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected[leg]))
-            print(f"{name} {leg} {load}: relative error {error:.1e}", flush=True)
+            difference = found.astype(jnp.float32) - expected[product]
+            error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected[product]))
+            print(f"{name} {product} {load}: relative error {error:.1e}", flush=True)
             if not error < TOLERANCE[jnp.dtype(dtype).name]:
-                raise SystemExit(f"{name} {leg} is wrong at load {load}.")
+                raise SystemExit(f"{name} {product} is wrong at load {load}.")
 
 
 @jax.jit
 def oracle(x_ND, w_EDF, dy_NF, sizes_E) -> dict[str, jax.Array]:
-    """Compute the three legs by automatic differentiation of the reference."""
+    """Compute the three products by automatic differentiation of the reference."""
     y_NF, pullback = jax.vjp(lambda x, w: reference(x, w, sizes_E), x_ND, w_EDF)
     dx_ND, dw_EDF = pullback(dy_NF)
     return {"forward": y_NF, "input_gradient": dx_ND, "weight_gradient": dw_EDF}
 
 
-def timed(legs: dict[str, Callable], operands, sizes: np.ndarray, rest: float) -> str:
-    """Make the cells: TFLOP/s of each leg, of the three together, and of the plain matmul."""
+def timed(products: dict[str, Callable], operands, sizes: np.ndarray, rest: float) -> str:
+    """Make the cells: TFLOP/s of each product, of the three together, and of the plain matmul."""
     x_ND, w_EDF, _ = operands
     sizes_E = jnp.asarray(sizes, jnp.int32)
     tflop = 2 * int(sizes.sum()) * x_ND.shape[1] * w_EDF.shape[2] / 1e12
-    seconds: dict[str, list[float]] = {leg: [] for leg in LEGS}
+    seconds: dict[str, list[float]] = {product: [] for product in PRODUCTS}
     matmul, square, matmul_tflop = plain_matmul(x_ND.dtype)
     ceiling = []
     for _ in range(ROUNDS):
-        for leg in LEGS:
-            inputs = pick(leg, *operands)
-            seconds[leg].append(burst(lambda leg=leg, i=inputs: legs[leg](*i, sizes_E), rest))
+        for product in PRODUCTS:
+            inputs = pick(product, *operands)
+            seconds[product].append(
+                burst(lambda product=product, i=inputs: products[product](*i, sizes_E), rest)
+            )
         ceiling.append(burst(lambda: matmul(square), rest))
-    each = [statistics.median(seconds[leg]) for leg in LEGS]
+    each = [statistics.median(seconds[product]) for product in PRODUCTS]
     speeds = [tflop / s for s in each] + [3 * tflop / sum(each)]
     return " | ".join(f"{s:.3g}" for s in [*speeds, matmul_tflop / statistics.median(ceiling)])
 

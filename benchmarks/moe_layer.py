@@ -41,7 +41,7 @@ def main() -> None:
             for load, make in LOADS.items():
                 loaded = make(shape, arguments)
                 (_, stats), _ = step(*loaded)
-                kept = float(stats.fates.kept / stats.assignments)
+                kept = float(stats.outcomes.kept / stats.assignments)
                 seconds = timed(lambda: step(*loaded), given.rest)  # noqa: B023
                 speed = f"{shape.flops / seconds / 1e12:.3g}"
                 beside = f"{plain(given.rest):.3g}"

@@ -167,7 +167,9 @@ def test_metrics(tmp_path, count):
 
 @COUNTS
 def test_the_ledger(tmp_path, count):
-    counts = {fate: [[1, 2, 0], [3, 0, 0]] for fate in Outcomes._fields if fate != "unsampled"}
+    counts = {
+        outcome: [[1, 2, 0], [3, 0, 0]] for outcome in Outcomes._fields if outcome != "unsampled"
+    }
     row = {"step": 4, "sources": ["a", "b", "c"], "assignments": [12, 12]}
     row |= dict.fromkeys(Ledger._fields, counts)
     path = tmp_path / "ledger.jsonl"

@@ -101,9 +101,9 @@ def eval_row(sums: EvalSums, sources: tuple[str, ...], rows: int) -> dict[str, A
         "eval_tokens": int(targets),
     }
     if sums.moe is not None:
-        fates = sums.moe.stats.fates
-        sampled = fates.sampled().sum()
-        row["eval_drop_fraction"] = float((sampled - fates.kept.sum()) / max(1, sampled))
+        outcomes = sums.moe.stats.outcomes
+        sampled = outcomes.sampled().sum()
+        row["eval_drop_fraction"] = float((sampled - outcomes.kept.sum()) / max(1, sampled))
     row["eval_loss_by_source"] = {
         sources[s]: float(sums.nll_S[s] / sums.targets_S[s]) for s in present
     }

@@ -13,7 +13,7 @@ from moe_jax.ops.attention import ATTENTION
 from moe_jax.ops.cross_entropy import CROSS_ENTROPY
 
 ACTIVATIONS = ("swiglu", "gelu")
-MOST_LAYERS = 2048  # each layer costs tracing time: with a million, start-up would hang
+MAX_LAYERS = 2048  # each layer costs tracing time: with a million, start-up would hang
 QK_NORMS = ("none", "head", "full")
 
 
@@ -33,7 +33,7 @@ class ModelConfig:
         0  # V, tokens in the vocabulary; 0: that of the tokenizer
     )
     # L, blocks of attention and FFN.
-    num_layers: Weights[Annotated[int, at_least(1), at_most(MOST_LAYERS)]] = 4
+    num_layers: Weights[Annotated[int, at_least(1), at_most(MAX_LAYERS)]] = 4
     width: Weights[Annotated[int, at_least(1)]] = 256  # D, of the residual stream
     num_heads: Weights[Annotated[int, at_least(1)]] = 4  # H, query heads
     num_kv_heads: Weights[Annotated[int, at_least(1)]] = 4  # J, key/value heads; divides H
@@ -53,9 +53,10 @@ class ModelConfig:
     attention: Run[Annotated[str, one_of(("auto", *ATTENTION))]] = "auto"
     confine_attention: Data[bool] = False  # attention (and targets) stop at document borders
     scan_layers: Run[bool] = False  # scan the repeating period of layers instead of unrolling it
-    # What the backward pass recomputes: none (nothing) | full (all) | dots (all but matmuls) |
-    # save_dispatch (all but routing and dispatch) | save_hidden (all but routing, dispatch and the
-    # hidden activations of attention, FFNs and experts).
+    # What the backward pass recomputes: none (nothing) | full (all) | dots (all but matmuls without
+    # batch axes; the experts' matmuls are recomputed) | save_dispatch (all but routing and
+    # dispatch) | save_hidden (all but routing, dispatch and the hidden activations of attention,
+    # FFNs and experts).
     remat: Run[Annotated[str, one_of(REMAT)]] = "none"
     # Axis along which the loss computes logits in chunks: tokens | vocabulary | full (no chunks).
     cross_entropy: Run[Annotated[str, one_of(CROSS_ENTROPY)]] = "tokens"

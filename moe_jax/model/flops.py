@@ -31,7 +31,9 @@ def param_counts(model: ModelDef) -> ParamCounts:
 
 
 def active_outside_vocabulary(model: ModelDef) -> int:
-    """Count the active parameters outside the embedding table and the output head; allocates none.
+    """Count the active parameters outside the embedding table and the output head.
+
+    It allocates nothing.
 
     Args:
       model: the definition of the model.

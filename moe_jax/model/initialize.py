@@ -16,7 +16,7 @@ def init(model: ModelDef, key: jax.Array) -> Params:
     """Draw the initial parameters, the same for any layout, mesh and device; call it under jit.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       key: PRNG key; a parameter depends only on the key, the layer and the parameter's name.
 
     Returns:
@@ -36,7 +36,7 @@ def init_on(model: ModelDef, key: jax.Array, shardings: Params) -> Params:
     layer separately (27 s for the 8 layers of bench_olmoe_half on an H200).
 
     Args:
-      model: of `define`.
+      model: from `define`.
       key: PRNG key, as for `init`.
       shardings: a tree like `model.abstract`.
 

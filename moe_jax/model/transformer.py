@@ -180,7 +180,7 @@ class Transformer(Trunk):
             without state.
           key: PRNG key, for routers that sample and for dropout in training; None: for calls that
             draw nothing.
-          mesh: of `make_mesh`; None as in `MoE`.
+          mesh: from `make_mesh`; None as in `MoE`.
           deterministic: True: no noise, no dropout, `eval_capacity_factor`; None: the module's
             attribute.
 

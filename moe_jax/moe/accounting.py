@@ -44,10 +44,10 @@ def count_outcomes(
     """
     G, S, K = kept_GSK.shape
     rows = context.mask_BT.shape[0]
-    fates = _fates(choice, by_token, context.mask_BT.reshape(G, S), kept_GSK, drop_cause)
+    outcomes = _outcomes(choice, by_token, context.mask_BT.reshape(G, S), kept_GSK, drop_cause)
     mine_GSK = by_token.ids_GSK
-    expert = Outcomes(*(_by_expert(mine_GSK, fate, num_experts) for fate in fates))
-    per_token = [fate.reshape(rows, -1, K).sum(-1, dtype=jnp.int32) for fate in fates]
+    expert = Outcomes(*(_by_expert(mine_GSK, outcome, num_experts) for outcome in outcomes))
+    per_token = [outcome.reshape(rows, -1, K).sum(-1, dtype=jnp.int32) for outcome in outcomes]
     ledger = Ledger(
         expert=expert,
         position=Outcomes(*map(_by_position, per_token)),
@@ -56,9 +56,9 @@ def count_outcomes(
     made = choice.ids_GEC if isinstance(choice, ExpertChoice) else choice.ids_GSK
     stats = DispatchStats(
         assignments=jnp.asarray(made.size, jnp.int32),
-        fates=Outcomes(*(n_BT.sum() for n_BT in per_token)),
+        outcomes=Outcomes(*(n_BT.sum() for n_BT in per_token)),
         lost_tokens=(context.mask_BT.reshape(G, S) & ~kept_GSK.any(-1)).sum(dtype=jnp.int32),
-        kept_weight=jnp.where(kept_GSK, jax.lax.stop_gradient(by_token.weights_GSK), 0).sum(),
+        kept_weight_sum=jnp.where(kept_GSK, jax.lax.stop_gradient(by_token.weights_GSK), 0).sum(),
     )
     return stats, ledger
 
@@ -83,28 +83,28 @@ def branch_scale(
     return BranchScale(squares(out_BTD), squares(residual_BTD))
 
 
-def _fates(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Outcomes:
+def _outcomes(choice, by_token, mask_GS, kept_GSK, drop_cause: str) -> Outcomes:
     """One mask [G, S, K] per outcome."""
     real_GSK = jnp.broadcast_to(mask_GS[..., None], kept_GSK.shape)
     made_GSK = jnp.ones_like(kept_GSK)
     if isinstance(choice, ExpertChoice):  # pairs that the expert did not take are no assignments
         made_GSK = by_token.valid_GSK
     nothing = jnp.zeros_like(kept_GSK)
-    fates = Outcomes(
+    outcomes = Outcomes(
         kept=kept_GSK,
         dropped_capacity=nothing,
         dropped_buffer=nothing,
         unsampled=made_GSK & real_GSK & ~by_token.valid_GSK,
         padding=made_GSK & ~real_GSK,
     )
-    return fates._replace(**{drop_cause: real_GSK & by_token.valid_GSK & ~kept_GSK})
+    return outcomes._replace(**{drop_cause: real_GSK & by_token.valid_GSK & ~kept_GSK})
 
 
 def _by_expert(
-    ids_GSK: Int[Array, "G S K"], fate_GSK: Bool[Array, "G S K"], num_experts: int
+    ids_GSK: Int[Array, "G S K"], outcome_GSK: Bool[Array, "G S K"], num_experts: int
 ) -> Int[Array, "E"]:
     """Count by comparing and summing, which XLA fuses; accelerators run a scatter-add slowly."""
-    hit_GSKE = (ids_GSK[..., None] == jnp.arange(num_experts)) & fate_GSK[..., None]
+    hit_GSKE = (ids_GSK[..., None] == jnp.arange(num_experts)) & outcome_GSK[..., None]
     return hit_GSKE.sum((0, 1, 2), dtype=jnp.int32)
 
 

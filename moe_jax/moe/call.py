@@ -36,7 +36,7 @@ class LayerNeeds:
       title: name of the router in error messages.
       num_experts: E, routed experts.
       hidden: F, hidden width of one expert.
-      dropout: rate, on the experts' output.
+      dropout: the dropout rate of the experts' output.
       layers: number of layers that share the context, the leading axis of each router state; None:
         one layer, whose state has no such axis.
     """

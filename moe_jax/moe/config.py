@@ -10,10 +10,10 @@ from moe_jax.decides import Data, Run, Training, Weights
 from moe_jax.errors import UserError
 
 PRIORITIES = ("token", "choice", "batch")
-MOST_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
+MAX_CAPACITY = 1e6  # far beyond any number of experts, and far from overflowing
 CAPACITY = Limit(
-    f"above 0 and at most {MOST_CAPACITY:g}; at num_experts nothing is dropped",
-    lambda factor: 0 < factor <= MOST_CAPACITY,
+    f"above 0 and at most {MAX_CAPACITY:g}; at num_experts nothing is dropped",
+    lambda factor: 0 < factor <= MAX_CAPACITY,
     "set it",
 )
 BALANCE_SCOPES = ("group", "row", "global")
@@ -32,7 +32,7 @@ class MoEConfig:
     """
 
     num_experts: Weights[Annotated[int, at_least(1)]] = 8  # E, routed experts per MoE layer
-    # K, experts per token; routers with a fixed K (switch, gshard) override it.
+    # K, experts per token; routers with a fixed K (switch 1, gshard 2, soft E) ignore it.
     top_k: Weights[Annotated[int, Rule("between 1 and num_experts")]] = 2
     expert_width: Weights[Annotated[int, at_least(1)]] = 1024  # F, hidden width of one expert
     router: Weights[str] = "top_k"  # which router chooses the experts of a token
@@ -65,7 +65,8 @@ class MoEConfig:
     # Factor on the initial standard deviation of the experts' matrices; Switch: 0.316, sqrt(0.1).
     expert_init_scale: Training[Annotated[float, above(0)]] = 1.0
     # Dropout of the routed experts' output in training; 0: none.  Switch (arXiv 2101.03961) applies
-    # dropout inside the experts; on the output, no mask is sent to the experts with the tokens.
+    # it inside the experts; that would require sending a mask or keys to the experts with the
+    # tokens.
     expert_dropout: Training[Annotated[float, within("[0, 1)")]] = 0.0
     # Precision of the experts' matmuls: compute (the model's dtype) | float8 (dispatch dropless;
     # ops/float8.py).

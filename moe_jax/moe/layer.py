@@ -104,7 +104,7 @@ class MoE(nnx.Module):
         expert = functools.partial(param, rngs, dtype=own, group="experts", compute_dtype_only=True)
         self.w_in_EDUF = expert("w_in", (E, D, U, F), into, fan_in(D, scale))
         self.w_out_EFD = expert("w_out", (E, F, D), out, residual_fan_in(F, depth, scale))
-        # Assigned only once: NNX takes an attribute that was ever None for one without parameters.
+        # Assign once: if an attribute was first None, NNX treats it as static, without parameters.
         self.shared = (
             DenseFFN(
                 width,

@@ -123,9 +123,9 @@ class DispatchStats(NamedTuple):
     """The outcomes of all assignments (int32 counts); `conserved` holds in every step."""
 
     assignments: Int[Array, "*layers"]  # from the choice's shape, independent of the counts
-    fates: Outcomes  # [*layers], summed over experts
+    outcomes: Outcomes  # [*layers], summed over experts
     lost_tokens: Int[Array, "*layers"]  # real tokens without a kept assignment
-    kept_weight: Float[Array, "*layers"]  # sum of the weights of kept assignments
+    kept_weight_sum: Float[Array, "*layers"]  # sum of the weights of kept assignments
 
     def conserved(self) -> Any:
         """True if every assignment is counted exactly once.
@@ -133,14 +133,14 @@ class DispatchStats(NamedTuple):
         Returns:
           bool [*layers].
         """
-        return self.fates.total() == self.assignments
+        return self.outcomes.total() == self.assignments
 
 
 class BranchScale(NamedTuple):
-    """The size of what a MoE layer adds to the residual stream, beside that of the stream."""
+    """Sums of squares over the real tokens at every SCALE_STRIDE-th position (accounting.py)."""
 
-    branch: Float[Array, "*layers"]  # sum of squares of the layer's output
-    residual: Float[Array, "*layers"]  # sum of squares of the residual stream before the layer
+    branch: Float[Array, "*layers"]  # of an MoE layer's output
+    residual: Float[Array, "*layers"]  # of the residual stream to which it is added
 
 
 class MoEAux(NamedTuple):
@@ -179,7 +179,7 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """An array of router state of one layer, in float32."""
+    """The shape and initial value of an array of router state of one layer (float32 or wider)."""
 
     shape: tuple[int, ...]  # sizes of its axes
     initial: float = 0.0  # initial value of each element, 0 for a bias
@@ -382,7 +382,7 @@ class MoEContext:
 
     token_ids_BT: Int[Array, "B T"]  # smaller than the vocabulary size
     mask_BT: Bool[Array, "B T"]  # True for real tokens, False for padding
-    row_keys_B: jax.Array  # typed PRNG keys: fold(seed, step, row, layer)
+    row_keys_B: jax.Array  # a typed PRNG key per row; a model folds in each layer's number
     mesh: Mesh | AbstractMesh | None  # axes of parallel/mesh.py; None: XLA splits the layer
     train: bool  # True: capacity, noise and dropout of training; False: of evaluation
     group_rows: int = 0  # rows per routing group; 0: as in the layer's config

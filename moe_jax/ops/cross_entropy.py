@@ -172,8 +172,9 @@ def _target_logits(logits_NV, targets_N, hit_NV):
 
     It is read by index, because a masked sum over all logits takes 0.7 ms per step of
     bench_olmoe_half on an H200.  If `tensor` splits the vocabulary, the masked sum is used, because
-    it stays local.  If only `tensor` has several devices, there is no region whose mesh could be
-    asked, and the logit is read by index: a test checks that this moves no logits.
+    it stays local.  If `tensor` is the only axis with several devices, `_by_rows` makes no
+    shard_map region, so the vocabulary's split is not visible here.  The logit is read by index; a
+    test checks that XLA then moves no logits between devices.
     """
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         return jnp.where(hit_NV, logits_NV, 0).sum(-1)

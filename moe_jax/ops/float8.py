@@ -5,12 +5,14 @@ K is the contracted width and M the other.
 
 Each row of `x`, or of `dy`, is scaled by its largest absolute value, and each expert's matrix by
 its own, so that both use the range of e4m3 (4 bits of exponent, 3 of mantissa, up to 448;
-https://arxiv.org/abs/2209.05433).  Products are summed in float32 and multiplied by the scales.
-The weight gradient sums over thousands of rows and goes into the optimizer, so it is that of
-grouped_matmul, from unrounded operands.
+https://arxiv.org/abs/2209.05433).  Products are summed in float32; the sums are rounded to the
+dtype of `x`, multiplied by the scales in float32, and rounded to it again.  The weight gradient
+sums over thousands of rows and goes into the optimizer, so it is that of grouped_matmul, from
+unrounded operands.
 
 On a Hopper GPU the kernels of moe_jax/ops/mosaic multiply.  Elsewhere the rounded operands are cast
-back and multiplied by grouped_matmul: the results are the same, without the gain in speed.
+back and multiplied by grouped_matmul: the results are equal up to rounding, without the gain in
+speed.
 """
 
 import functools

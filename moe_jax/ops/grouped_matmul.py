@@ -4,12 +4,12 @@ Axes: N rows, E groups (experts), D input width, F output width.  Group e has th
 rows.  Rows past the last group are padding: unspecified in the output, and without effect on a
 gradient.  The weight gradient of an empty group is zero.
 
-IMPLEMENTATIONS lists the implementations of each leg (forward, input gradient, weight gradient).
-`jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked matmul on the CPU backend (6
-to 60 times the FLOPs) and far below the hardware's rate on GPUs.  On the CPU, a loop over row tiles
-multiplies each tile by its group's matrix ("tiled").  For bfloat16 on a Hopper GPU there are
-kernels in moe_jax/ops/mosaic ("mosaic"), and on a TPU jax's own kernels ("megablox").  Shapes that
-the kernels do not support use ragged_dot.
+IMPLEMENTATIONS lists the implementations of the three products: forward, input gradient and weight
+gradient.  `jax.lax.ragged_dot` ("ragged") runs everywhere, but is a dense masked matmul on the CPU
+backend (6 to 60 times the FLOPs) and far below the hardware's rate on GPUs.  On the CPU, a loop
+over row tiles multiplies each tile by its group's matrix ("tiled").  For bfloat16 on a Hopper GPU
+there are kernels in moe_jax/ops/mosaic ("mosaic"), and on a TPU jax's own kernels ("megablox").
+Shapes that the kernels do not support use ragged_dot.
 """
 
 import dataclasses
@@ -78,11 +78,11 @@ def _kernels(x_ND: jax.Array, w_EDF: jax.Array) -> dict[str, str]:
     }
 
 
-def _run(leg: str, *operands: jax.Array, kernels: dict[str, str]) -> jax.Array:
-    """Run one leg by the implementation for the platform that it is compiled for."""
-    legs = {where: getattr(IMPLEMENTATIONS[name], leg) for where, name in kernels.items()}
+def _run(product: str, *operands: jax.Array, kernels: dict[str, str]) -> jax.Array:
+    """Run one product by the implementation for the platform that it is compiled for."""
+    products = {where: getattr(IMPLEMENTATIONS[name], product) for where, name in kernels.items()}
     return jax.lax.platform_dependent(
-        *operands, **legs, default=getattr(IMPLEMENTATIONS["ragged"], leg)
+        *operands, **products, default=getattr(IMPLEMENTATIONS["ragged"], product)
     )
 
 
@@ -194,7 +194,7 @@ def _of_transposed(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """The three legs: (x, w, sizes) -> y, (dy, w, sizes) -> dx and (x, dy, sizes) -> dw."""
+    """The three products: (x, w, sizes) -> y, (dy, w, sizes) -> dx and (x, dy, sizes) -> dw."""
 
     forward: Callable[..., jax.Array]
     input_gradient: Callable[..., jax.Array]

@@ -1,9 +1,9 @@
-"""The grouped matmul on TPUs: each leg by megablox, the Pallas kernels that jax ships.
+"""The grouped matmul on TPUs: each product by megablox, the Pallas kernels that jax ships.
 
 Axes: N rows, E groups (experts), D input width, F output width.  Groups may begin at any row: the
 kernels mask rows when they store (`gmm`) or load (`tgmm`) them.  An empty group's gradient is
 written as zero, and padding rows are not written.  N must be a multiple of the row tile.
-megablox's own VJP is not used, because it has one tiling for all three legs.
+megablox's own VJP is not used, because it has one tiling for all three products.
 """
 
 import contextlib

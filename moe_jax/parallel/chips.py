@@ -20,7 +20,7 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 TFLOP/s of a device; None if unknown (CPUs)."""
+    """The peak dense bfloat16 TFLOP/s of a device; None if unknown (CPUs)."""
     for name, peak in PEAK_BF16_TFLOPS.items():
         if name.lower() in device_kind.lower():
             return peak

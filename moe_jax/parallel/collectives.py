@@ -30,7 +30,7 @@ def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
-    """All-to-all [E, M, ...] -> [E/size, size*M, ...]: each device receives its experts' rows."""
+    """Send each device its experts' rows: all-to-all [E, M, ...] -> [E/size, size*M, ...]."""
     if size == 1:
         return x_EM
     E, M, *rest = x_EM.shape
@@ -39,7 +39,7 @@ def to_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
 
 
 def from_experts(x_EM: jax.Array, axis: str, size: int) -> jax.Array:
-    """Inverse of `to_experts`."""
+    """The inverse of `to_experts`."""
     if size == 1:
         return x_EM
     E, M, *rest = x_EM.shape

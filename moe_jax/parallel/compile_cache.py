@@ -170,7 +170,7 @@ def _usable(given: str, say: Callable[[str], None]) -> pathlib.Path | None:
 
 
 def _foreign(folder: pathlib.Path) -> str:
-    """Why other users could add programs that this process would run; "" if they cannot."""
+    """The reason why other users could add programs that this process would run; "": none."""
     found = folder.stat()
     if found.st_uid != os.getuid():
         return "it belongs to another user"

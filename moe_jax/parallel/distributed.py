@@ -20,7 +20,8 @@ FIX = 1  # the user must fix something
 DIVERGED = 3  # the loss diverged; running again would diverge again
 AGAIN = 42  # run the same command again: preempted, the watchdog fired, or a peer is gone
 INTERRUPTED = 130  # Ctrl-C, as in shells
-# In the errors of gloo, NCCL and JAX's coordination service when another process is gone.
+# Texts that the errors of gloo, NCCL and JAX's coordination service contain when another process
+# is gone.
 _LOST = (
     *("Gloo", "Connection closed by peer", "Connection reset by peer"),
     *("remote process exited", "CoordinationServiceError"),

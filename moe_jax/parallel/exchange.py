@@ -87,8 +87,8 @@ def telling() -> Iterator[None]:
 def leave() -> None:
     """Disconnect from the coordination service; every failing process calls this before it ends.
 
-    A process that ends without it aborts the others (134) before they can print why they end.  If
-    one of them never disconnects, this waits at most LEAVE seconds.
+    A process that ends without this call makes JAX abort the others (SIGABRT, exit code 134) before
+    they print their error.  If one of them never disconnects, this waits CLOSE_TIMEOUT seconds.
     """
 
     def shut_down() -> None:

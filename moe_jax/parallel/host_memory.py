@@ -18,7 +18,8 @@ def keep_freed_memory() -> None:
     time of a 700 ms step.  One arena that never shrinks causes no faults after the third step.
 
     Call this before jax starts its threads, because a thread keeps its first arena.  It does
-    nothing except on Linux with glibc, or if an accelerator plugin is installed.
+    nothing unless this is Linux with glibc and JAX will run on the CPU (JAX_PLATFORMS is cpu, or it
+    is unset and no accelerator plugin is installed).
     """
     if not sys.platform.startswith("linux") or not _cpu_only():
         return

@@ -66,7 +66,10 @@ class MeshConfig:
         return self
 
     def __str__(self) -> str:
-        """The axes with more than one device, such as `data 2 x expert 4`."""
+        """The axes of size above 1, such as "data 2 x expert 4"; "of one device" if there are none.
+
+        Call it after `resolve`.
+        """
         sizes = dataclasses.asdict(self)
         split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         return split or "of one device"
@@ -78,7 +81,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, expert and tensor, all of them Auto.
+    """Make a mesh with the axes data, fsdp, expert and tensor, all of them Auto.
 
     Args:
       config: sizes of the axes; by default all devices are on `data`.

@@ -8,7 +8,7 @@ _IMPORTED = time.monotonic()
 
 
 def process_age() -> float:
-    """Seconds since this process began, including the interpreter's start and all imports.
+    """The seconds since this process began, including the interpreter's start and all imports.
 
     On systems other than Linux: seconds since this module was imported.
     """

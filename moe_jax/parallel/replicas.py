@@ -25,7 +25,7 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: steps of it visit all words
 class Difference(NamedTuple):
     """Replicas of one shard of a leaf that differ."""
 
-    leaf: str  # such as `params/blocks/0/attention/query`
+    leaf: str  # such as `params/blocks/0/attention/q_DHA`
     odd: list[Any]  # devices outside the majority; all of them if there is no majority
     others: list[Any]  # devices of the majority
 
@@ -59,7 +59,9 @@ class Replicas:
             self._hash = _table(self._mesh, shardings).lower(self._leaves(tree)).compile()
 
     def compare(self, tree: Any) -> list[Difference]:
-        """The differences in the order of the leaves; all processes must call this, and agree.
+        """The differences in the order of the leaves.
+
+        All processes must call this; all get the same result.
 
         Args:
           tree: arrays with the structure and shardings of the tree given to `__init__`.

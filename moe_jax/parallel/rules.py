@@ -47,7 +47,7 @@ check_rules(RULES)
 
 
 def spec(logical_axes: Sequence[str | None], rules: Mapping[str, MeshAxes] = RULES) -> P:
-    """PartitionSpec for a tensor with these logical axes (None: not sharded).
+    """The PartitionSpec of a tensor with these logical axes (None: not sharded).
 
     Raises ValueError for an unknown name, a repeated name, or two names that map to one mesh axis.
     """
@@ -69,10 +69,10 @@ def on_mesh(
 ) -> tuple[str | None, ...]:
     """The logical axes by which a parameter is sharded on a mesh of these sizes.
 
-    If the number of experts is divisible by the sizes of expert and fsdp, fsdp shards the experts
-    and not their width, so each device holds whole experts.  All-gathered experts then need no
-    transpose.  Shards of the width did, in the optimizer's pass as well (20 of 338 ms per step of
-    bench_olmoe_half on two H200s).
+    If the product of the sizes of expert and fsdp divides the number of experts, fsdp shards the
+    experts and not their width, so each device holds whole experts.  All-gathered experts then need
+    no transpose.  Shards of the width did, in the optimizer's pass as well (20 of 338 ms per step
+    of bench_olmoe_half on two H200s).
     """
     axes = tuple(logical_axes)
     if "experts" not in axes:
@@ -86,12 +86,12 @@ def on_mesh(
 def param_sharding(
     mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
-    """NamedSharding of a parameter of this shape on `mesh`."""
+    """The NamedSharding of a parameter of this shape on `mesh`."""
     return sharding(mesh, on_mesh(logical_axes, shape, mesh.shape))
 
 
 def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
-    """NamedSharding of a tensor with these logical axes on `mesh`."""
+    """The NamedSharding of a tensor with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(logical_axes))
 
 

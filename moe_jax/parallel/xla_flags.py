@@ -14,11 +14,11 @@ def avoid_command_buffers() -> None:
     """Launch kernels one by one, not as CUDA graphs; NVIDIA only.
 
     cuDNN captures a stream when it loads its attention kernel.  Work that another thread submits
-    meanwhile ends the run ("capturing stream has unjoined work", jax 0.11.2).  That happened in 4
-    of 12 runs, with graphs and without, while the data feed's thread moved batches to the device.
-    It happened in none of 16 runs, 4 of them with graphs, after the consumer's thread took that
-    over.  CUDA graphs capture far more and stay off: the step is as fast without them
-    (bench_mixtral_2b, dropless: 144 ms either way).
+    meanwhile ends the run ("capturing stream has unjoined work", jax 0.11.2).  The data feed's
+    thread once moved batches to the device, and 4 of 12 runs ended so, with and without graphs.
+    Since the consumer's thread moves them, none of 16 runs did (4 with graphs).  CUDA graphs
+    capture far more and stay off: the step is as fast without them (bench_mixtral_2b, dropless: 144
+    ms either way).
     """
     add_xla_flag("xla_gpu_enable_command_buffer", "")
 

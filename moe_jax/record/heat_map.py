@@ -28,8 +28,10 @@ class Picture(NamedTuple):
 
 def expert_load(row: Mapping[str, Any]) -> np.ndarray | None:
     """The assignments [L, E] before any drop in a row of ledger.jsonl; None for a dense model."""
-    by_fate = row.get("expert", {})
-    counts = [np.asarray(by_fate[fate], float) for fate in _SAMPLED if fate in by_fate]
+    by_outcome = row.get("expert", {})
+    counts = [
+        np.asarray(by_outcome[outcome], float) for outcome in _SAMPLED if outcome in by_outcome
+    ]
     return sum(counts[1:], counts[0]) if counts else None
 
 

@@ -64,7 +64,7 @@ class FlightRecorder:
     def write(self, why: str, last: bool = False) -> None:
         """Write a record of the newest step; the run continues if that fails.
 
-        MOST limits the records of a run, except for the `last` skipped step before it ends.
+        MAX_RECORDS limits the records of a run, except for the `last` skipped step before it ends.
         """
         if not lead():
             return

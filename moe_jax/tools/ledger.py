@@ -130,14 +130,16 @@ def discrepancy(totals: Totals) -> str | None:
     counted = ledger.expert.total().sum(1)
     if (counted != totals.assignments).any():
         return f"NOT CONSERVED: {totals.assignments} assignments per layer, {counted} counted."
-    for fate in Outcomes._fields:
-        sums = {axis: getattr(fates, fate).sum(1) for axis, fates in ledger._asdict().items()}
+    for outcome in Outcomes._fields:
+        sums = {
+            axis: getattr(outcomes, outcome).sum(1) for axis, outcomes in ledger._asdict().items()
+        }
         for axis, found in sums.items():
             if (found != sums["expert"]).any():
                 layer = int(np.argmax(found != sums["expert"]))
                 return (
                     f"NOT CONSERVED: layer {layer} has {sums['expert'][layer]} assignments "
-                    f"'{_HEADINGS[fate]}' by expert and {found[layer]} by {axis}."
+                    f"'{_HEADINGS[outcome]}' by expert and {found[layer]} by {axis}."
                 )
     return None
 
@@ -149,7 +151,7 @@ def report(totals: Totals, layer: int = -1) -> str:
     per_layer = Outcomes(*(count_LE.sum(1) for count_LE in ledger.expert))
     chosen = slice(None) if layer < 0 else slice(layer, layer + 1)
     expert, position, source = (
-        Outcomes(*(count_LN[chosen].sum(0) for count_LN in fates)) for fates in ledger
+        Outcomes(*(count_LN[chosen].sum(0) for count_LN in outcomes)) for outcomes in ledger
     )
     buckets = len(position.kept)
     spans = [f"{100 * i // buckets}-{100 * (i + 1) // buckets}%" for i in range(buckets)]
@@ -185,11 +187,13 @@ def _experts(which: str, names: list[str], expert: Outcomes) -> Iterator[str]:
         )
 
 
-def _table(heading: str, names: Sequence[str], fates: Outcomes) -> str:
-    shown = {name: counts for name, counts in fates._asdict().items() if name != "dropped_buffer"}
-    if fates.dropped_buffer.any():
-        shown["dropped_buffer"] = fates.dropped_buffer
-    total = fates.total()
+def _table(heading: str, names: Sequence[str], outcomes: Outcomes) -> str:
+    shown = {
+        name: counts for name, counts in outcomes._asdict().items() if name != "dropped_buffer"
+    }
+    if outcomes.dropped_buffer.any():
+        shown["dropped_buffer"] = outcomes.dropped_buffer
+    total = outcomes.total()
     rows = [[heading, "assignments", *(_HEADINGS[name] for name in shown)]]
     for i, name in enumerate(names):
         if not total[i]:  # a source that these steps did not read
@@ -209,11 +213,13 @@ def write_csv(path: Path, totals: Totals) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["axis", "layer", "name", *Outcomes._fields])
-            for axis, fates in totals.ledger._asdict().items():
-                layers, size = fates.kept.shape
+            for axis, outcomes in totals.ledger._asdict().items():
+                layers, size = outcomes.kept.shape
                 names = totals.sources if axis == "source" else range(size)
                 for layer in range(layers):
                     for i, name in enumerate(names):
-                        writer.writerow([axis, layer, name, *(count[layer, i] for count in fates)])
+                        writer.writerow(
+                            [axis, layer, name, *(count[layer, i] for count in outcomes)]
+                        )
     except OSError as error:
         raise UserError(f"--csv={path} cannot be written ({error.strerror}).") from None

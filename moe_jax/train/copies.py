@@ -18,7 +18,7 @@ Copies = dict[str, jax.Array]  # path of a parameter -> its copy in the compute 
 def make_copies(model: ModelDef, params: Params) -> Copies:
     """Copy every parameter that the model reads only in the compute dtype.
 
-    Empty if parameters already have the compute dtype.
+    The result is empty if parameters already have the compute dtype.
     """
     return {
         name: leaf.astype(model.dtype) for name, leaf in leaves_with_copies(model, params).items()

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 WINDOW = 100  # accepted steps that a running mean covers
-LEAST = 20  # accepted steps before the means are used
+MIN_ACCEPTED = 20  # accepted steps before the means are used
 
 Guard = dict[str, jax.Array]
 
@@ -29,7 +29,7 @@ class GuardDecision(NamedTuple):
 
 
 def first_guard(dtype: DTypeLike, step: int = 0) -> Guard:
-    """Make the guard's state after `step` steps that it has not seen.
+    """Make the guard's initial state, with no accepted steps, for a run that continues at `step`.
 
     `loss` and `grad_norm` are running means over `accepted` steps, `changed` is the last step that
     changed the parameters, and `not_finite` and `spikes` count skipped steps.
@@ -57,18 +57,18 @@ def judge(
       factor: a spike is more than this many times the mean; 0: finite steps are always accepted.
 
     Returns:
-      Whether, and why, to skip the step.
+      The decision: accepted, or the reason to skip the step.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not factor:
         return GuardDecision(~finite, jnp.zeros((), bool))
     far = (loss > factor * guard["loss"]) | (grad_norm > factor * guard["grad_norm"])
-    return GuardDecision(~finite, finite & far & (guard["accepted"] >= LEAST))
+    return GuardDecision(~finite, finite & far & (guard["accepted"] >= MIN_ACCEPTED))
 
 
 def next_guard(
     guard: Guard,
-    verdict: GuardDecision,
+    decision: GuardDecision,
     loss: Float[Array, ""],
     grad_norm: Float[Array, ""],
     step: Int[Array, ""],
@@ -78,7 +78,7 @@ def next_guard(
     Running means are arithmetic over the first WINDOW accepted steps and exponential after them.
     Skipped steps do not enter the means.
     """
-    accepted = verdict.accepted
+    accepted = decision.accepted
     rate = 1 / jnp.minimum(guard["accepted"] + 1, WINDOW).astype(guard["loss"].dtype)
 
     def mean(old, value):
@@ -89,6 +89,6 @@ def next_guard(
         "grad_norm": mean(guard["grad_norm"], grad_norm),
         "accepted": guard["accepted"] + accepted,
         "changed": jnp.where(accepted, step, guard["changed"]),
-        "not_finite": guard["not_finite"] + verdict.not_finite,
-        "spikes": guard["spikes"] + verdict.spike,
+        "not_finite": guard["not_finite"] + decision.not_finite,
+        "spikes": guard["spikes"] + decision.spike,
     }

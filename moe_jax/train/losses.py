@@ -41,7 +41,8 @@ class LossValues:
     total: Float[Array, ""]  # lm plus the other losses, weighted by the config
     lm: Float[Array, ""]  # nats per target
     logits_z: Float[Array, ""]  # mean squared logsumexp of the logits, unweighted
-    balance: Float[Array, ""]  # mean over MoE layers, unweighted; 1 when balanced
+    # Over MoE layers as balance_layers says, unweighted; 1 when balanced (sum: number of layers).
+    balance: Float[Array, ""]
     router_z: Float[Array, ""]  # mean over MoE layers, unweighted
 
 
@@ -62,11 +63,11 @@ def loss_sums(
     """Run the forward pass and the loss of one microbatch.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       params: parameters, or their compute-dtype copies.
       batch: one microbatch, with axes B, T.
       context: for the MoE layers.
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
 
     Returns:
       Sums over the microbatch.

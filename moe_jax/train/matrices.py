@@ -56,7 +56,7 @@ def each(rule: optax.GradientTransformation, axis: int) -> optax.GradientTransfo
 def _state_axes(
     rule: optax.GradientTransformation, matrix: jax.ShapeDtypeStruct, axis: int
 ) -> tuple[Any, list[int | None]]:
-    """The structure of the state of `rule` and the axis in each leaf; None: it has none."""
+    """The state structure of `rule` and the axis in each leaf; None: the leaf has no such axis."""
     state = jax.eval_shape(rule.init, matrix)
     leaves, form = jax.tree.flatten(state)
     numbers = [i for i, leaf in enumerate(leaves) if leaf.shape == ()]

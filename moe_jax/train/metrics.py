@@ -37,11 +37,11 @@ def ledger_row(moe: MoEAux | None, sources: Sequence[str]) -> dict[str, Any]:
         "assignments": np.asarray(moe.stats.assignments).tolist(),
         **{
             axis: {
-                fate: np.asarray(count_LN).tolist()
-                for fate, count_LN in fates._asdict().items()
+                outcome: np.asarray(count_LN).tolist()
+                for outcome, count_LN in outcomes._asdict().items()
                 if np.any(count_LN)
             }
-            for axis, fates in moe.ledger._asdict().items()
+            for axis, outcomes in moe.ledger._asdict().items()
         },
     }
 
@@ -57,12 +57,12 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         rest = {"drop_fraction": 0.0, "load_max_over_mean": 1.0, "load_violation": 0.0}
         rest |= {"dead_experts": 0, "kept_weight": 0.0}
         return {**zeros, **rest, "router_entropy": 0.0, "layers": {}}
-    stats, fates = moe.stats, moe.stats.fates
-    total = {name: int(np.sum(value, dtype=np.int64)) for name, value in fates._asdict().items()}
+    stats, outcomes = moe.stats, moe.stats.outcomes
+    total = {name: int(np.sum(value, dtype=np.int64)) for name, value in outcomes._asdict().items()}
     assignments = int(np.sum(stats.assignments, dtype=np.int64))
     dropped = total["dropped_capacity"] + total["dropped_buffer"]
-    sampled_L = np.maximum(fates.sampled(), 1)
-    dropped_L = fates.sampled() - fates.kept
+    sampled_L = np.maximum(outcomes.sampled(), 1)
+    dropped_L = outcomes.sampled() - outcomes.kept
     layers = load_summary(np.asarray(moe.load_E, np.float64))
     router_L = {
         "balance_loss": moe.router.balance,
@@ -74,10 +74,10 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
     }
     layers |= {
         "drop_fraction": (dropped_L / sampled_L).tolist(),
-        "dropped_capacity": fates.dropped_capacity.tolist(),
-        "dropped_buffer": fates.dropped_buffer.tolist(),
+        "dropped_capacity": outcomes.dropped_capacity.tolist(),
+        "dropped_buffer": outcomes.dropped_buffer.tolist(),
         "lost_tokens": stats.lost_tokens.tolist(),
-        "kept_weight": (stats.kept_weight / np.maximum(fates.kept, 1)).tolist(),
+        "kept_weight": (stats.kept_weight_sum / np.maximum(outcomes.kept, 1)).tolist(),
     }
     if moe.scale is not None:
         layers["branch_over_residual"] = np.sqrt(
@@ -92,7 +92,7 @@ def moe_row(moe: MoEAux | None) -> dict[str, Any]:
         "drop_fraction": dropped / max(1, int(sampled_L.sum())),
         "load_max_over_mean": max(layers["load_max_over_mean"]),
         "load_violation": max(layers["load_max_over_mean"]) - 1,
-        "kept_weight": float(np.sum(stats.kept_weight)) / max(1, total["kept"]),
+        "kept_weight": float(np.sum(stats.kept_weight_sum)) / max(1, total["kept"]),
         "dead_experts": int(sum(layers["dead_experts"])),
         "router_entropy": float(np.mean(layers["router_entropy"])),
         "layers": layers,

@@ -98,7 +98,10 @@ class OptimizerConfig:
         return "." in self.name
 
     def _check_name(self) -> None:
-        """Raise UserError for options and keys that the update rule does not use."""
+        """Raise UserError for options, momentum or Adam's keys that the rule does not use.
+
+        Adam's keys are checked with a dotted name only.
+        """
         default = type(self).momentum
         if self.momentum != default and self.name != "muon":
             raise UserError(
@@ -230,7 +233,7 @@ class Optimizer:
             -rate(step) * (direction + weight_decay * parameter).
 
         Raises:
-          UserError: the run is too short for the warm-up and the fall of the learning rate.
+          UserError: the run is too short for the warm-up and the decay of the learning rate.
         """
         self.schedule, self.fall = make_schedule(config, steps), fall_of(config, steps)
         self._config, self._frozen, self._given = config, frozen, transformation
@@ -269,7 +272,7 @@ class Optimizer:
           params: the parameters.
           rules: as given to `init`.
           step: int32 scalar, from 0; decides the learning rate.
-          fall: when the learning rate falls (`schedule.fall_of`); None: as in a run of `steps`.
+          fall: the decay's end and duration (`schedule.fall_of`); None: those of a run of `steps`.
 
         Returns:
           New parameters and new state; those of frozen groups are unchanged.

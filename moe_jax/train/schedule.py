@@ -1,7 +1,7 @@
 """Learning-rate schedules, by name.
 
-What a rate needs of the length of a run (`fall_of`) is an array, so that one compiled train step
-serves runs of any length.
+The decay's end and duration (`fall_of`) depend on the length of the run.  They are an array, not
+constants, so that one compiled train step serves runs of any length.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Knobs(Protocol):
 
 
 def _fallen(step: jax.Array, fall: Any) -> jax.Array:
-    """The progress of the fall: 0 at the last step of the peak, 1 at the last step of the run."""
+    """The progress of the decay: 0 at the last step of the peak, 1 at the last step of the run."""
     return jnp.clip(1 - (fall[0] - step) * fall[1], 0, 1)
 
 
@@ -68,16 +68,16 @@ SCHEDULES: dict[str, Callable[[Knobs], Share]] = {
 
 
 def fall_of(config: Knobs, steps: int) -> np.ndarray:
-    """Compute what a rate needs of the length of the run.
+    """Compute the decay's end and duration from the length of the run.
 
     Args:
       config: hyperparameters of the schedule.
       steps: length of the run, train.steps.
 
     Returns:
-      Float [2]: the last step, from 0, and 1 / the number of steps over which the rate falls to
-      final_share (`cosine` and `wsd`; the other schedules do not use it).  It is the inverse
-      because steps are multiplied by it, as XLA does in place of dividing by a constant.
+      Float [2]: the last step, from 0, and 1 / the number of steps of the decay to final_share
+      (`cosine` and `wsd`; the other schedules do not use it).  It is the inverse because steps are
+      multiplied by it, as XLA does in place of dividing by a constant.
     """
     if config.schedule == "wsd":
         first = max(0, steps - 1 - _decay_steps(config, steps))
@@ -104,7 +104,7 @@ def make_schedule(config: Knobs, steps: int) -> Schedule:
       default is that of `steps`.
 
     Raises:
-      UserError: the run is too short for the warm-up and the fall.
+      UserError: the run is too short for the warm-up and the decay.
     """
     after = lookup(SCHEDULES, config.schedule, "optimizer.schedule")(config)
     _check_length(config, steps)
@@ -122,7 +122,7 @@ def make_schedule(config: Knobs, steps: int) -> Schedule:
 
 
 def _decay_steps(config: Knobs, steps: int) -> int:
-    """The steps over which the rate of `wsd` falls."""
+    """The number of steps of the decay of `wsd`."""
     return max(1, round(steps * config.decay_share))
 
 
@@ -137,7 +137,7 @@ def _check_length(config: Knobs, steps: int) -> None:
     if config.schedule == "cosine" and config.final_share < 1 and warmup == steps:
         raise UserError(
             f"config.optimizer.warmup_steps is {warmup}, equal to train.steps: no step is left for "
-            f"the fall to optimizer.final_share. Set it below {steps}, or raise train.steps."
+            f"the decay to optimizer.final_share. Set it below {steps}, or raise train.steps."
         )
     if config.schedule == "wsd" and warmup + _decay_steps(config, steps) > steps:
         raise UserError(

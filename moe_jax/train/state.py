@@ -27,7 +27,7 @@ class TrainState:
     """Everything that a step reads and updates.
 
     Checkpoints do not hold `copies` and `fall`, because both are computed: compute-dtype copies of
-    the weights (copies.py) and the fall of the learning rate (schedule.py).  The fields hold
+    the weights (copies.py) and the decay of the learning rate (schedule.py).  The fields hold
     arrays, or shapes or shardings in the trees of `abstract_state` and `state_shardings`.
     """
 
@@ -36,7 +36,7 @@ class TrainState:
     optimizer: Params  # the optimizer state of each parameter, in its place in the tree
     router: Mapping[str, Any]  # name -> [MoE layers, ...]; empty for most routers
     guard: dict[str, Any]  # name -> scalar (guard.py)
-    fall: Any  # float [2] of `fall_of`: an array, as one program serves runs of any length
+    fall: Any  # float [2] from `fall_of`: the decay's end and duration, as an array
     copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # path -> weight
 
 
@@ -49,9 +49,9 @@ def init_train_state(
     """Make a fresh state on the devices of `mesh`; not for use under jit.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       optimizer: its state is made for every parameter.
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
       key: PRNG key of the initial parameters.
 
     Returns:
@@ -195,7 +195,7 @@ def from_disk(tree: dict[str, Any], model: ModelDef, fall: jax.Array) -> TrainSt
     """Convert the form on disk to a state: the inverse of `to_disk`.
 
     Args:
-      tree: of `to_disk`, restored.
+      tree: the result of `to_disk`, restored.
       model: its layout decides which layers are stacked.
       fall: of the run that continues.
 

@@ -85,9 +85,9 @@ def make_gradients(
     The A microbatches run one after the other, and their gradients are added.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       options: of the train step.
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
 
     Returns:
       (params, router state, batch [A, B, T], step) -> gradients, loss sums and their counts;
@@ -132,10 +132,10 @@ def make_train_step(
     """Make the train step as a pure function; `jit_train_step` makes the one that a run compiles.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       optimizer: the one that made the optimizer state.
       options: seed of the noise, clipping and step guard.
-      mesh: of `make_mesh`; holds state and batch.
+      mesh: from `make_mesh`; holds state and batch.
 
     Returns:
       (state, batch [A, B, T]) -> (state, metrics).
@@ -160,10 +160,10 @@ def make_train_step(
             )
             router = _next_router_state(model, state.router, sums.moe)
             new = TrainState(state.step, params, moments, router, state.guard, state.fall)
-            verdict = judge(state.guard, loss.total, norm, options.spike_factor)
-            accepted = verdict.accepted
+            decision = judge(state.guard, loss.total, norm, options.spike_factor)
+            accepted = decision.accepted
             new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
-            guard = next_guard(state.guard, verdict, loss.total, norm, state.step + 1)
+            guard = next_guard(state.guard, decision, loss.total, norm, state.step + 1)
             copies = make_copies(model, new.params)
         if options.debug and sums.moe is not None:
             jax.debug.callback(_assert_conserved, sums.moe.stats, sums.moe.ledger)
@@ -172,8 +172,8 @@ def make_train_step(
             grad_norm=norm,
             learning_rate=jnp.asarray(optimizer.schedule(state.step, state.fall)),
             tokens=counts.tokens,
-            skipped=~verdict.accepted,
-            spike=verdict.spike,
+            skipped=~decision.accepted,
+            spike=decision.spike,
             guard=guard,
             moe=sums.moe,
         )
@@ -198,8 +198,8 @@ def _next_router_state(model: ModelDef, state: RouterState, moe: MoEAux | None) 
 
 def _assert_conserved(stats: DispatchStats, ledger: Ledger) -> None:
     """Raise AssertionError, which ends the run, if an assignment is lost or counted twice."""
-    for name, fates in {"total": stats.fates, **ledger._asdict()}.items():
-        found = np.asarray(fates.total()).reshape(len(stats.assignments), -1).sum(1)
+    for name, outcomes in {"total": stats.outcomes, **ledger._asdict()}.items():
+        found = np.asarray(outcomes.total()).reshape(len(stats.assignments), -1).sum(1)
         assert (found == stats.assignments).all(), (
             f"assignments by {name} are not conserved: {found} of {stats.assignments} per layer"
         )
@@ -211,10 +211,10 @@ def jit_train_step(
     """Make the jitted train step that a run compiles; its state is donated.
 
     Args:
-      model: of `define`.
+      model: from `define`.
       optimizer: the one that made the optimizer state.
       options: seed of the noise, clipping and step guard.
-      mesh: of `make_mesh`; holds state and batch.
+      mesh: from `make_mesh`; holds state and batch.
 
     Returns:
       (state, batch of `put_batch`) -> (state, metrics).  A step whose loss or gradient is not

@@ -102,7 +102,7 @@ def leaks(make, config: ModelConfig, mesh) -> int:
     before, after = inputs(2), inputs(3)
     y, aux = run(before)
     if config.moe.dispatch in ("capacity", "einsum"):
-        assert (aux.stats.fates.dropped_capacity > 0.2 * aux.stats.assignments).all()
+        assert (aux.stats.outcomes.dropped_capacity > 0.2 * aux.stats.assignments).all()
     changed = 0
     for t in (1, T // 2, T - 1):
         later, _ = run(before.at[:, t:].set(after[:, t:]))
@@ -203,7 +203,7 @@ def moved(dispatch, mesh, train: bool = True, choices: int = CHOICES) -> tuple[i
     y_GSD, kept_GSK = run(before)
     wanted_GSK = before.choice.valid_GSK & before.real_GS[..., None]
     position_S = np.arange(TOKENS) % POSITIONS
-    fates = outputs = 0
+    outcomes = outputs = 0
     for t in range(1, POSITIONS):
         later_S = position_S >= t
         mixed = jax.tree.map(
@@ -214,10 +214,10 @@ def moved(dispatch, mesh, train: bool = True, choices: int = CHOICES) -> tuple[i
             after,
         )
         later_y, later_kept = run(mixed)
-        fates += int((later_kept != kept_GSK)[:, ~later_S].sum())
+        outcomes += int((later_kept != kept_GSK)[:, ~later_S].sum())
         outputs += int((np.asarray(later_y) != np.asarray(y_GSD)).any(-1)[:, ~later_S].sum())
         assert (np.asarray(later_y) != np.asarray(y_GSD)).any(-1)[:, later_S].any()
-    return fates, outputs, int((wanted_GSK & ~np.asarray(kept_GSK)).sum())
+    return outcomes, outputs, int((wanted_GSK & ~np.asarray(kept_GSK)).sum())
 
 
 def sizes_of(mesh, choices: int = CHOICES) -> LayerSizes:
@@ -229,12 +229,12 @@ def sizes_of(mesh, choices: int = CHOICES) -> LayerSizes:
 
 def assert_as_announced(dispatch, mesh, **how) -> int:
     """Assert that the past changes only if `lookahead` names a knob; return the drops."""
-    fates, outputs, dropped = moved(dispatch, mesh, **how)
+    outcomes, outputs, dropped = moved(dispatch, mesh, **how)
     sizes = sizes_of(mesh, how.get("choices", CHOICES))
     if dispatch.lookahead(sizes):
-        assert fates > 0 and outputs > 0
+        assert outcomes > 0 and outputs > 0
     else:
-        assert (fates, outputs) == (0, 0)
+        assert (outcomes, outputs) == (0, 0)
     return dropped
 
 

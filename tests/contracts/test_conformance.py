@@ -76,7 +76,7 @@ def test_no_choice_hangs_on_rounding(router):
 def test_a_tight_capacity_drops_in_every_scenario_but_the_even_one():
     layer = cases.layer("top_k", "capacity", "one_device", "float32", False)
     dropped = {
-        name: expected(layer, case).fates["total"].dropped_capacity
+        name: expected(layer, case).outcomes["total"].dropped_capacity
         for name, case in cases.scenarios(layer.model).items()
     }
     assert dropped.pop("even") == 0

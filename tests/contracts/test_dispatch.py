@@ -32,8 +32,8 @@ def assert_agrees(layer: cases.Layer, keep=None) -> int:
         right = expected(layer, case, keep)
         error = worst(step(case), right)
         assert error.relative <= TOLERANCES["cpu", "float32"], (name, error)
-        fates = right.fates["total"]
-        dropped += fates.dropped_capacity + fates.dropped_buffer
+        outcomes = right.outcomes["total"]
+        dropped += outcomes.dropped_capacity + outcomes.dropped_buffer
     return dropped
 
 

@@ -192,9 +192,9 @@ def agrees(given_layer) -> None:
             if not math.isfinite(e.relative) or e.relative > ROUNDINGS * blurred[e.quantity]
         ]
     assert not wrong
-    assert found.fates["total"].total() == found.assignments
-    for fates in found.fates.values():
-        assert np.sum(fates.total()) == found.assignments
+    assert found.outcomes["total"].total() == found.assignments
+    for outcomes in found.outcomes.values():
+        assert np.sum(outcomes.total()) == found.assignments
 
 
 @pytest.mark.lifecycle

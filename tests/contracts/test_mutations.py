@@ -255,11 +255,11 @@ MATRIX = [
     Mutant("ignores expert groups", knob(top_groups=4), "kept by expert", "sigmoid_bias"),
     Mutant("forgets the scale of routed experts", knob(routed_scale=1.0), "output", "sigmoid_bias"),
     Mutant(
-        "measures a kept expert against itself",
+        "measures a chosen expert against itself",
         wrapped(
             noisy_top_k,
-            "kept_probability",
-            lambda f: lambda logits, std, kept, top: f(logits, std, kept & False, top),
+            "chosen_probability",
+            lambda f: lambda logits, std, chosen, top: f(logits, std, chosen & False, top),
         ),
         "balance",
         "noisy_top_k",

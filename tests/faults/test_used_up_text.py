@@ -78,7 +78,7 @@ def test_data_left_out_by_going_back_is_used_up(tmp_path, corpus, monkeypatch, c
     assert main(["train", *flags(straight, corpus, **more)]) == DONE
     data = steps_of(straight, 1)
     bad = dict.fromkeys((data - at - 1, data - at), np.nan)
-    for change in (*patches(bad, asked), (guard, "LEAST", 3)):
+    for change in (*patches(bad, asked), (guard, "MIN_ACCEPTED", 3)):
         monkeypatch.setattr(*change)
     assert main(["train", *flags(tmp_path / "run", corpus, **more)]) == DONE
     signal.signal(signal.SIGTERM, before)

@@ -85,5 +85,5 @@ def test_a_router_without_probabilities_is_refused():
 def test_kept_weight_and_the_scale_of_a_layer_alone():
     _, aux, *_ = layers("mean")
     assert aux.scale is None
-    np.testing.assert_allclose(aux.stats.kept_weight, [B * T] * L, rtol=1e-6)  # renormalized
-    assert np.asarray(aux.stats.fates.kept).tolist() == [B * T * K] * L
+    np.testing.assert_allclose(aux.stats.kept_weight_sum, [B * T] * L, rtol=1e-6)  # renormalized
+    assert np.asarray(aux.stats.outcomes.kept).tolist() == [B * T * K] * L

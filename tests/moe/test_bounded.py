@@ -140,14 +140,17 @@ def test_slots_are_handed_out_in_priority_order(data, shape, capacity, priority)
     # Compiled for each of the few shapes, because eager execution takes ten times as long.
     moves = jax.jit(lambda ids_GN: slot_moves(ids_GN, E, capacity, order))(ids_GN)
     kept_GN = jax.jit(lambda ids_GN: within_capacity(ids_GN, E, capacity, order))(ids_GN)
-    place_GN, choice_M = np.asarray(moves.place_NK).reshape(G, N), np.asarray(moves.choice_M)
-    expected_choice_M = np.full(E * G * capacity, G * N)
+    place_GN, assignment_M = (
+        np.asarray(moves.place_NK).reshape(G, N),
+        np.asarray(moves.assignment_M),
+    )
+    expected_assignment_M = np.full(E * G * capacity, G * N)
     for g, slots in enumerate(hand_out(ids_GN, E, capacity, order)):
         for n, slot in enumerate(slots):
             place = E * G * capacity if slot is None else (slot[0] * G + g) * capacity + slot[1]
             assert place_GN[g, n] == place
             assert kept_GN[g, n] == (slot is not None)
             if slot is not None:
-                expected_choice_M[place] = g * N + n
-    np.testing.assert_array_equal(choice_M, expected_choice_M)
-    np.testing.assert_array_equal(moves.token_M, expected_choice_M // K)
+                expected_assignment_M[place] = g * N + n
+    np.testing.assert_array_equal(assignment_M, expected_assignment_M)
+    np.testing.assert_array_equal(moves.token_M, expected_assignment_M // K)

@@ -35,11 +35,11 @@ def moves() -> DispatchIndices:
     place_NK = rng.permutation(M)[: N * K].reshape(N, K)
     place_NK[rng.random((N, K)) < 0.3] = M
     place_NK[4] = M  # a token whose assignments are all dropped
-    choice_M = np.full(M, N * K)
+    assignment_M = np.full(M, N * K)
     for number, place in enumerate(place_NK.reshape(-1)):
         if place < M:
-            choice_M[place] = number
-    arrays = (jnp.asarray(a, jnp.int32) for a in (choice_M // K, choice_M, place_NK))
+            assignment_M[place] = number
+    arrays = (jnp.asarray(a, jnp.int32) for a in (assignment_M // K, assignment_M, place_NK))
     return DispatchIndices(*arrays, zero_fill=True)
 
 

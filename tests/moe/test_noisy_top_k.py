@@ -28,7 +28,7 @@ from router_cases import (
 
 from moe_jax.errors import UserError
 from moe_jax.moe.noise import NOISY_LOGITS, row_normal
-from moe_jax.moe.routers.noisy_top_k import NoisyTopK, kept_probability
+from moe_jax.moe.routers.noisy_top_k import NoisyTopK, chosen_probability
 from moe_jax.moe.types import RouterIn
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -118,9 +118,9 @@ def test_importance_and_load_by_hand():
     np.testing.assert_allclose(aux.balance.value(), 1 + 7 / 32 + 1 / 8, rtol=1e-12)
 
 
-def test_the_probability_to_be_kept_by_hand():
+def test_the_probability_to_be_chosen_by_hand():
     """K = 2: the second largest of the others is -1 for experts 0 and 1 (chosen), 0.2 for 2."""
-    probability = kept_probability(
+    probability = chosen_probability(
         jnp.array([[[1.0, 0.0, -1.0]]]),
         jnp.ones((1, 1, 3)),
         jnp.array([[[True, True, False]]]),

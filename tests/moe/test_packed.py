@@ -96,8 +96,8 @@ def test_packed_rows_are_the_slots(mesh_of, monkeypatch, sizes, priority, router
     )
     (packed_BTD, packed_aux), packed_gradients = forward_backward(mesh, priority, router)
     assert asked  # the second run took the fast path
-    kept = aux.stats.fates.kept
-    assert 0 < kept < aux.stats.assignments and packed_aux.stats.fates.kept == kept
+    kept = aux.stats.outcomes.kept
+    assert 0 < kept < aux.stats.assignments and packed_aux.stats.outcomes.kept == kept
     np.testing.assert_allclose(packed_BTD, y_BTD, rtol=0, atol=1e-13)
     for found, expected in zip(
         jax.tree.leaves(packed_gradients), jax.tree.leaves(gradients), strict=True
@@ -172,11 +172,11 @@ def test_slots_stay_where_they_are_fewer_than_the_choices(mesh_of, monkeypatch):
     """If experts choose, every token has E assignments, so sorted rows would be more than slots."""
     monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: pytest.fail("asked"))
     (_, aux), _ = forward_backward(mesh_of(), "token", "expert_choice")
-    assert aux.stats.fates.kept > 0
+    assert aux.stats.outcomes.kept > 0
 
 
 def test_slots_stay_where_tokens_travel(mesh_of, monkeypatch):
     """An all-to-all needs buffers of a fixed size."""
     monkeypatch.setattr(Experts, "has_grouped_kernel", lambda self, rows: pytest.fail("asked"))
     (_, aux), _ = forward_backward(mesh_of(expert=2), "token", "top_k")
-    assert aux.stats.fates.kept > 0
+    assert aux.stats.outcomes.kept > 0

@@ -23,16 +23,16 @@ SIZES = {
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_the_legs_against_a_loop(case):
+def test_the_products_against_a_loop(case):
     sizes = SIZES[case]
     sizes_E, owned = jnp.array(sizes, jnp.int32), sum(sizes)
     x, w, dy = (jnp.asarray(a) for a in arrays(sizes, N, D, F, ml_dtypes.bfloat16))
     y, dx, dw = loop(x, w, dy, sizes)
-    legs = IMPLEMENTATIONS["megablox"]
+    products = IMPLEMENTATIONS["megablox"]
     with pltpu.force_tpu_interpret_mode():
-        close(legs.forward(x, w, sizes_E)[:owned], y)
-        close(legs.input_gradient(dy, w, sizes_E)[:owned], dx)
-        close(legs.weight_gradient(x, dy, sizes_E), dw)
+        close(products.forward(x, w, sizes_E)[:owned], y)
+        close(products.input_gradient(dy, w, sizes_E)[:owned], dx)
+        close(products.weight_gradient(x, dy, sizes_E), dw)
 
 
 @pytest.mark.parametrize(

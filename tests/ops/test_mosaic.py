@@ -35,21 +35,21 @@ def three_blocks(request, monkeypatch):
     monkeypatch.setattr("moe_jax.ops.mosaic.ring.count_waves", lambda units: request.param)
 
 
-def leg(name, *operands):
-    """Run a leg of the kernels in the interpreter."""
+def run_product(name, *operands):
+    """Run a product of the kernels in the interpreter."""
     ours, other = (getattr(IMPLEMENTATIONS[which], name) for which in ("mosaic", "ragged"))
     return interpreted(ours, other, *operands)
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_the_legs_against_a_loop(case, three_blocks):
+def test_the_products_against_a_loop(case, three_blocks):
     sizes = SIZES[case]
     sizes_E, owned = jnp.array(sizes, jnp.int32), sum(sizes)
     x, w, dy = (jnp.asarray(a) for a in arrays(sizes, N, D, F, ml_dtypes.bfloat16))
     y, dx, dw = loop(x, w, dy, sizes)
-    close(leg("forward", x, w, sizes_E)[:owned], y)
-    close(leg("input_gradient", dy, w, sizes_E)[:owned], dx)
-    close(leg("weight_gradient", x, dy, sizes_E), dw)
+    close(run_product("forward", x, w, sizes_E)[:owned], y)
+    close(run_product("input_gradient", dy, w, sizes_E)[:owned], dx)
+    close(run_product("weight_gradient", x, dy, sizes_E), dw)
 
 
 @pytest.mark.parametrize("width", [128, 384])
@@ -59,8 +59,8 @@ def test_narrow_outputs(width, three_blocks):
     w, dy = jnp.concatenate([w, w], 2)[:, :, :width], jnp.concatenate([dy, dy], 1)[:, :width]
     y, _, dw = loop(x, w, dy, [130, 126])
     sizes_E = jnp.array([130, 126], jnp.int32)
-    close(leg("forward", x, w, sizes_E), y)
-    close(leg("weight_gradient", x, dy, sizes_E), dw)
+    close(run_product("forward", x, w, sizes_E), y)
+    close(run_product("weight_gradient", x, dy, sizes_E), dw)
 
 
 @pytest.mark.parametrize("waves", [1, 3, 8])
@@ -79,7 +79,7 @@ def test_waves_follow_the_devices_and_the_work(monkeypatch):
     assert choose.count_waves(10**6) == 1
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     found = [choose.count_waves(units) for units in (0, 119, 240, 10**6)]
-    assert found == [1, 1, 2, choose.MOST_WAVES]
+    assert found == [1, 1, 2, choose.MAX_WAVES]
 
 
 def test_every_row_is_stored_once():

@@ -29,7 +29,7 @@ from moe_jax.train.state import to_disk
 
 # Two steps that are skipped, then three in a row that are finite and far too large.
 BAD = {4: np.nan, 5: np.nan, 9: 1e4, 10: 1e4, 11: 1e4}
-LEAST = 6  # accepted steps before a spike is one: the run is short
+MIN_ACCEPTED = 6  # accepted steps before a spike is one: the run is short
 OVERRIDES = {
     "model.num_layers": 1,
     "model.moe.every": 1,
@@ -52,7 +52,7 @@ def bad(tmp_path_factory):
     files = write_corpus(folder / "text")
     sigterm = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
-        for change in (*patches(BAD, asked), (guard, "LEAST", LEAST)):
+        for change in (*patches(BAD, asked), (guard, "MIN_ACCEPTED", MIN_ACCEPTED)):
             patch.setattr(*change)
         assert main(["train", *flags(folder / "run", files, **OVERRIDES)]) == DONE
         signal.signal(signal.SIGTERM, sigterm)

@@ -56,7 +56,7 @@ def test_the_next_step_runs_while_one_is_read(monkeypatch):
     def device_get(metrics):
         order.append(f"read {metrics}")
         stats = SimpleNamespace(
-            assignments=np.array([4, 4]), fates=SimpleNamespace(kept=np.array([3, 3]))
+            assignments=np.array([4, 4]), outcomes=SimpleNamespace(kept=np.array([3, 3]))
         )
         loss = SimpleNamespace(lm=np.float32(metrics))
         return SimpleNamespace(loss=loss, moe=SimpleNamespace(stats=stats))

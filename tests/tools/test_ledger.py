@@ -56,20 +56,20 @@ def one_by_one(choice, kept_GSK, context, cause):
     counts = {}
     for g, s, k in np.ndindex(kept_GSK.shape):
         row, t = g * ROWS + s // T, s % T
-        fate = cause
+        outcome = cause
         if not context.mask_BT[row, t]:
-            fate = "padding"
+            outcome = "padding"
         elif not choice.valid_GSK[g, s, k]:
-            fate = "unsampled"
+            outcome = "unsampled"
         elif kept_GSK[g, s, k]:
-            fate = "kept"
+            outcome = "kept"
         places = {
             "expert": int(choice.ids_GSK[g, s, k]),
             "position": t * POSITION_BUCKETS // T,
             "source": int(context.sources_BT[row, t]),
         }
         for axis, place in places.items():
-            counts[axis, place, fate] = counts.get((axis, place, fate), 0) + 1
+            counts[axis, place, outcome] = counts.get((axis, place, outcome), 0) + 1
     return counts
 
 
@@ -79,9 +79,9 @@ def test_every_assignment_is_counted_where_it_belongs(cause):
     stats, ledger = count_outcomes(choice, choice, kept_GSK, cause, E, context)
     expected = one_by_one(choice, kept_GSK, context, cause)
     found = {
-        (axis, place, fate): int(count)
-        for axis, fates in ledger._asdict().items()
-        for fate, counts in fates._asdict().items()
+        (axis, place, outcome): int(count)
+        for axis, outcomes in ledger._asdict().items()
+        for outcome, counts in outcomes._asdict().items()
         for place, count in enumerate(counts)
         if count
     }
@@ -103,7 +103,7 @@ def test_a_choice_of_experts_has_their_slots_as_assignments():
     assert stats.assignments == G * E * C and stats.conserved()
     np.testing.assert_array_equal(ledger.expert.total(), G * C)
     padding = ~np.asarray(context.mask_BT).reshape(G, S)
-    assert stats.fates.padding == sum(padding[g][tokens[g]].sum() for g in range(G))
+    assert stats.outcomes.padding == sum(padding[g][tokens[g]].sum() for g in range(G))
 
 
 def write(folder, rows):
@@ -170,6 +170,6 @@ def test_bad_files_are_one_sentence(tmp_path, text, complaint):
         main(["ledger", f"--workdir={tmp_path}"])
 
 
-def test_fates_add_in_the_order_of_their_fields():
-    fates = Outcomes(*(np.array([10**i]) for i in range(5)))
-    assert fates.sampled() == 111 and fates.total() == 11111
+def test_outcomes_add_in_the_order_of_their_fields():
+    outcomes = Outcomes(*(np.array([10**i]) for i in range(5)))
+    assert outcomes.sampled() == 111 and outcomes.total() == 11111

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.sections import TrainConfig
-from moe_jax.train.guard import LEAST, WINDOW, first_guard, judge, next_guard
+from moe_jax.train.guard import MIN_ACCEPTED, WINDOW, first_guard, judge, next_guard
 from moe_jax.train.state import TrainState, all_finite
 
 FACTOR = 10.0
@@ -17,10 +17,10 @@ def run(losses, norms, factor=FACTOR):
     guard, refused = first_guard(jnp.float32), []
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1):
         loss, norm = jnp.float32(loss), jnp.float32(norm)
-        verdict = judge(guard, loss, norm, factor)
-        guard = next_guard(guard, verdict, loss, norm, jnp.int32(step))
-        if not verdict.accepted:
-            refused.append((step, "spike" if verdict.spike else "not finite"))
+        decision = judge(guard, loss, norm, factor)
+        guard = next_guard(guard, decision, loss, norm, jnp.int32(step))
+        if not decision.accepted:
+            refused.append((step, "spike" if decision.spike else "not finite"))
     return {name: float(value) for name, value in guard.items()}, refused
 
 
@@ -39,21 +39,21 @@ def test_the_means_are_plain_at_first_and_forget_later():
 
 @pytest.mark.parametrize("what", ["loss", "norm"])
 def test_a_spike_is_refused_once_the_means_say_something(what):
-    losses, norms = np.ones(LEAST + 6), np.ones(LEAST + 6)
+    losses, norms = np.ones(MIN_ACCEPTED + 6), np.ones(MIN_ACCEPTED + 6)
     row = losses if what == "loss" else norms
-    row[3] = 1000  # before LEAST accepted steps: accepted, and part of the mean
-    mean = (LEAST - 1 + 1000) / LEAST
-    row[LEAST] = 0.99 * FACTOR * mean
-    row[LEAST + 1 :] = [1e9, np.nan, np.inf, 1, 1]
+    row[3] = 1000  # before MIN_ACCEPTED accepted steps: accepted, and part of the mean
+    mean = (MIN_ACCEPTED - 1 + 1000) / MIN_ACCEPTED
+    row[MIN_ACCEPTED] = 0.99 * FACTOR * mean
+    row[MIN_ACCEPTED + 1 :] = [1e9, np.nan, np.inf, 1, 1]
     guard, refused = run(losses, norms)
     assert refused == [
-        (LEAST + 2, "spike"),
-        (LEAST + 3, "not finite"),
-        (LEAST + 4, "not finite"),
+        (MIN_ACCEPTED + 2, "spike"),
+        (MIN_ACCEPTED + 3, "not finite"),
+        (MIN_ACCEPTED + 4, "not finite"),
     ]
     assert (guard["spikes"], guard["not_finite"]) == (1, 2)
-    assert guard["accepted"] == LEAST + 3 and guard["changed"] == LEAST + 6
-    accepted = np.delete(row, [LEAST + 1, LEAST + 2, LEAST + 3])
+    assert guard["accepted"] == MIN_ACCEPTED + 3 and guard["changed"] == MIN_ACCEPTED + 6
+    accepted = np.delete(row, [MIN_ACCEPTED + 1, MIN_ACCEPTED + 2, MIN_ACCEPTED + 3])
     mean_now = guard["loss" if what == "loss" else "grad_norm"]
     assert mean_now == pytest.approx(
         accepted.mean(), rel=1e-5
@@ -61,9 +61,9 @@ def test_a_spike_is_refused_once_the_means_say_something(what):
 
 
 def test_a_factor_of_0_refuses_only_what_is_not_finite():
-    losses = np.ones(LEAST + 2)
+    losses = np.ones(MIN_ACCEPTED + 2)
     losses[-2:] = 1e30, np.nan
-    assert run(losses, np.ones(LEAST + 2), 0.0)[1] == [(LEAST + 2, "not finite")]
+    assert run(losses, np.ones(MIN_ACCEPTED + 2), 0.0)[1] == [(MIN_ACCEPTED + 2, "not finite")]
 
 
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf])

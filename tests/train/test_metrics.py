@@ -203,9 +203,9 @@ def test_the_ledger_of_a_run(workdir):
     logged = {row["step"]: row for row in train_rows(workdir)}
     for row in ledger:
         for axis in ("expert", "position", "source"):
-            for fate in ("kept", "dropped_capacity", "unsampled", "padding"):
-                counts = np.sum(row[axis].get(fate, 0))
-                assert counts == logged[row["step"]][fate], (axis, fate)
+            for outcome in ("kept", "dropped_capacity", "unsampled", "padding"):
+                counts = np.sum(row[axis].get(outcome, 0))
+                assert counts == logged[row["step"]][outcome], (axis, outcome)
         assert np.shape(row["expert"]["kept"])[0] == MOE_LAYERS
         assert logged[row["step"]]["unaccounted"] == 0
 

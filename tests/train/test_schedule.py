@@ -47,7 +47,7 @@ def test_schedules(x64, name):
 
 
 def promised(config: OptimizerConfig, steps: int) -> bool:
-    """True if a run of `steps` has a step for the peak and the steps of the fall after it."""
+    """True if a run of `steps` has a step for the peak and the steps of the decay after it."""
     decay = max(1, round(steps * config.decay_share))
     fall = {"cosine": int(config.final_share < 1), "wsd": decay}.get(config.schedule, 0)
     return config.warmup_steps + fall <= steps
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_to_more_steps_has_their_rates():
     ("change", "sentence"),
     [
         ({"warmup_steps": 11}, "warmup_steps is 11, more than train.steps .10.*Set it below 10"),
-        ({"warmup_steps": 10}, "no step is left for the fall to .*final_share. Set it below 10"),
+        ({"warmup_steps": 10}, "no step is left for the decay to .*final_share. Set it below 10"),
         ({"warmup_steps": 11, "schedule": "constant"}, "would not reach its peak"),
         ({"warmup_steps": 11, "schedule": "inverse_sqrt"}, "would not reach its peak"),
         ({"warmup_steps": 9, "schedule": "wsd"}, r"decay_share \(0.2, 2 steps\) are more than"),

@@ -87,7 +87,7 @@ class BoundedDispatch:
         return False
 
     def lookahead(self, sizes: LayerSizes) -> str:
-        """The priority, if a token's first assignment can rank before an earlier token's second."""
+        """The name of the priority if a later token's assignment can rank before an earlier's."""
         if self.priority == "token" or (self.priority == "choice" and sizes.choices == 1):
             return ""
         return f"priority {self.priority}"

@@ -100,8 +100,8 @@ def slot_moves(
     found_GEC = jnp.take_along_axis(
         assignment_GN, jnp.minimum(sorted_GEC, N - 1).reshape(G, E * C), axis=1
     ).reshape(G, E, C)
-    choice_GEC = jnp.where(filled_GEC, found_GEC + group_G11 * N, G * N)
-    choice_M = choice_GEC.swapaxes(0, 1).reshape(-1)
+    assignment_GEC = jnp.where(filled_GEC, found_GEC + group_G11 * N, G * N)
+    assignment_M = assignment_GEC.swapaxes(0, 1).reshape(-1)
 
     # Assignment (g, n) gets slot c = its rank among its expert's assignments, if c < C.
     place_GN = (p_ids_GN * G + group_G11[..., 0]) * C + c_GN
@@ -109,5 +109,5 @@ def slot_moves(
     place_NK = order.undo(place_GN).reshape(G * N // K, K)
     place_NK = place_NK.astype(jnp.int32)
     return DispatchIndices(
-        choice_M // K, choice_M, place_NK, zero_fill=True
+        assignment_M // K, assignment_M, place_NK, zero_fill=True
     )  # empty slots are multiplied too

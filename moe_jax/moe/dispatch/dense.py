@@ -21,7 +21,7 @@ class Dense:
 
     @property
     def drop_cause(self) -> str:
-        """The field stays 0, because nothing is dropped."""
+        """The field dropped_capacity, which stays 0 because nothing is dropped."""
         return "dropped_capacity"
 
     @property
@@ -44,7 +44,10 @@ class Dense:
         return ""
 
     def buffer_rows(self, sizes: LayerSizes) -> int:
-        """Every token for every expert."""
+        """The rows that all experts read: every token once per expert.
+
+        One expert runs at a time.
+        """
         return sizes.tokens * sizes.experts
 
     def exchange(self, sizes: LayerSizes) -> None:

@@ -193,12 +193,14 @@ def shard_moves(
     order_N = sort_by_expert(ids_N[None], num_experts)[0]
     begin_P, end_P = start_E[:-1:local], start_E[local::local]
     sorted_PR = begin_P[:, None] + jnp.arange(room, dtype=jnp.int32)
-    choice_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
+    assignment_PR = jnp.where(sorted_PR < end_P[:, None], order_N[jnp.minimum(sorted_PR, N - 1)], N)
     target_N = jnp.minimum(ids_N // local, shards - 1)
     place_N = target_N * room + invert_permutation(order_N) - begin_P[target_N]
     place_N = jnp.where(sent_N, place_N, shards * room)
-    choice_M, K = choice_PR.reshape(-1), order.choices
-    indices = DispatchIndices(choice_M // K, choice_M, place_N.reshape(-1, K), zero_fill=True)
+    assignment_M, K = assignment_PR.reshape(-1), order.choices
+    indices = DispatchIndices(
+        assignment_M // K, assignment_M, place_N.reshape(-1, K), zero_fill=True
+    )
     return indices, jnp.diff(start_E)
 
 
@@ -226,7 +228,7 @@ def _across(
         gather_weights(weights_PR.reshape(M, 1), arrive),
     )
     leave = DispatchIndices(
-        arrive.place_NK[:, 0], arrive.choice_M, arrive.token_M[:, None], zero_fill=True
+        arrive.place_NK[:, 0], arrive.assignment_M, arrive.token_M[:, None], zero_fill=True
     )
     y_MD = gather_tokens(y_MD, leave)
     return from_experts(y_MD.reshape(1, M, D), "expert", shards).reshape(M, D)

@@ -3,8 +3,8 @@
 Axes: G routing groups, S tokens per group, K assignments per token, N = S*K assignments per group,
 E experts, C slots per expert per group, D width.
 
-Dispatch and combine are einsums with a [G, S, E, C] mask.  Memory and time grow with E * C, so the
-path is for reading and for checking the faster paths.
+Dispatch and combine are einsums with [G, S, E, C] masks, summed over K from [G, S, K, E, C].
+Memory and time grow with E * C, so the path is for reading and for checking the faster paths.
 """
 
 import dataclasses

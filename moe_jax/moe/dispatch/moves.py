@@ -2,7 +2,7 @@
 
 The transpose of a gather is a scatter-add, slow on every backend.  Dispatch and combine are
 permutations with holes, so each one's backward pass is the other's forward pass: a gather by the
-inverse index (MaxText, simply and EasyDeL all use it).
+inverse index (also used by three libraries: MaxText, "simply" and EasyDeL).
 
 Axes: N tokens, M buffer rows (slots or sorted rows), K assignments per token, G routing groups, D
 width.  An index without a target is `M` (or `N`), one past the end, and reads as zero; without
@@ -26,14 +26,14 @@ class DispatchIndices:
     """The source of each buffer row, and the buffer row of each assignment."""
 
     token_M: Int[Array, "M"]  # the token in each buffer row; N: padding row
-    choice_M: Int[Array, "M"]  # its assignment number n*K + k; N*K: padding row
+    assignment_M: Int[Array, "M"]  # assignment number n*K + k in each buffer row; N*K: padding row
     place_NK: Int[Array, "N K"]  # the buffer row of each assignment; M: dropped
     # True: padding rows are zero.  False: they may hold anything and must not reach a result.
     zero_fill: bool
 
 
 jax.tree_util.register_dataclass(
-    DispatchIndices, data_fields=["token_M", "choice_M", "place_NK"], meta_fields=["zero_fill"]
+    DispatchIndices, data_fields=["token_M", "assignment_M", "place_NK"], meta_fields=["zero_fill"]
 )
 
 
@@ -123,7 +123,7 @@ def _combine_backward(moves, dy_ND):
 @jax.custom_vjp
 def gather_weights(weights_NK: Float[Array, "N K"], moves: DispatchIndices) -> Float[Array, "M"]:
     """The weight of the assignment in each buffer row; padding rows have weight 0."""
-    return _numbers(weights_NK, moves.choice_M)
+    return _numbers(weights_NK, moves.assignment_M)
 
 
 def _weights_forward(weights_NK, moves):

@@ -1,7 +1,6 @@
 """Runs the experts of one device on rows sorted by expert, without slots.
 
-Axes: N tokens (in `expert_starts`, `invert_permutation` and `sorted_indices`: assignments),
-K assignments per token, M buffer rows, D width, E experts.
+Axes: N tokens, K assignments per token, A = N*K assignments, M buffer rows, D width, E experts.
 """
 
 import dataclasses
@@ -24,14 +23,17 @@ from moe_jax.nn.remat import MOE_DISPATCHED
 def run_sorted_experts(
     x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array, experts: ExpertFunctions
 ):
-    """Weighted sums of each token's local expert outputs: [N, D].  Other ids add nothing."""
+    """Compute the weighted sum of each token's local expert outputs: [N, D].
+
+    Other ids add nothing.
+    """
     K, local = ids_NK.shape[1], experts.num_experts
     moves, sizes_E = sorted_indices(ids_NK.reshape(-1), local, K)
     # At most `local` of a token's assignments are to experts of this device, whatever K is.
     moves = dataclasses.replace(
         moves,
         token_M=moves.token_M[: x_ND.shape[0] * local],
-        choice_M=moves.choice_M[: x_ND.shape[0] * local],
+        assignment_M=moves.assignment_M[: x_ND.shape[0] * local],
     )
     moves, sizes_E = checkpoint_name((moves, sizes_E), MOE_DISPATCHED)
     x_MD = checkpoint_name(gather_tokens(x_ND, moves), MOE_DISPATCHED)
@@ -41,28 +43,28 @@ def run_sorted_experts(
         return combine(y_MD, moves)
 
 
-def expert_starts(ids_N: jax.Array, num_experts: int) -> jax.Array:
+def expert_starts(ids_A: jax.Array, num_experts: int) -> jax.Array:
     """The sorted position at which each expert's assignments begin: [E + 1]."""
-    return (ids_N[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
+    return (ids_A[None, :] < jnp.arange(num_experts + 1)[:, None]).sum(-1, dtype=jnp.int32)
 
 
-def invert_permutation(order_N: jax.Array) -> jax.Array:
-    numbers = jnp.arange(order_N.shape[0], dtype=jnp.int32)
-    return jnp.zeros_like(order_N).at[order_N].set(numbers)
+def invert_permutation(order_A: jax.Array) -> jax.Array:
+    numbers = jnp.arange(order_A.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(order_A).at[order_A].set(numbers)
 
 
 def sorted_indices(
-    ids_N: jax.Array, num_experts: int, choices: int
+    ids_A: jax.Array, num_experts: int, choices: int
 ) -> tuple[DispatchIndices, jax.Array]:
-    """The indices that sort N assignments by expert (id `num_experts`: none), and expert sizes.
+    """The indices that sort A assignments by expert (id `num_experts`: none), and expert sizes.
 
     Rows >= the sum of the sizes are padding; they must not reach a result.
     """
-    N = ids_N.shape[0]
-    start_E = expert_starts(ids_N, num_experts)
-    order_N = sort_by_expert(ids_N[None], num_experts)[0]
-    choice_M = jnp.where(jnp.arange(N) < start_E[-1], order_N, N)
-    place_N = jnp.where(ids_N < num_experts, invert_permutation(order_N), N)
-    place_NK = place_N.reshape(-1, choices)
-    indices = DispatchIndices(choice_M // choices, choice_M, place_NK, zero_fill=False)
+    A = ids_A.shape[0]
+    start_E = expert_starts(ids_A, num_experts)
+    order_A = sort_by_expert(ids_A[None], num_experts)[0]
+    assignment_M = jnp.where(jnp.arange(A) < start_E[-1], order_A, A)
+    place_A = jnp.where(ids_A < num_experts, invert_permutation(order_A), A)
+    place_NK = place_A.reshape(-1, choices)
+    indices = DispatchIndices(assignment_M // choices, assignment_M, place_NK, zero_fill=False)
     return indices, jnp.diff(start_E)

@@ -24,8 +24,8 @@ from moe_jax.moe.types import Mean, ParamSpec, RouterAux, RouterIn, StateSpec, T
 class Hash:
     """K experts per token id from a balanced random table, with weights 1 / K.
 
-    The table gives every expert equally many of its `table_size` ids; larger ids wrap around.  The
-    router has no parameters and does not read the activations.
+    For each k, the table gives all experts equally many of its `table_size` ids, to within one;
+    larger ids wrap around.  The router has no parameters and does not read the activations.
 
     Raises:
       UserError: a table smaller than the number of experts, or a negative seed.

@@ -63,7 +63,10 @@ class LinearRouter:
         return True
 
     def param_specs(self, width: int, num_experts: int) -> dict[str, ParamSpec]:
-        """One [D, E] matrix; std 0.02 as in OLMoE's and Mixtral's released configurations."""
+        """The one [D, E] matrix.
+
+        The default std, 0.02, is that of OLMoE's and Mixtral's configurations.
+        """
         std = self.init_std or math.sqrt(0.1 / width)
         return {"kernel": ParamSpec((width, num_experts), ("embed", "router_experts"), std)}
 

@@ -17,7 +17,7 @@ from moe_jax.moe.routers.linear import LinearRouter, linear_logits, top_choices
 from moe_jax.moe.types import ParamSpec, RouterIn, TokenChoice
 from moe_jax.nn.remat import ROUTER_LOGITS
 
-LEAST_STD = 1e-6  # the load divides by the softplus, which can be 0 in float32
+MIN_STD = 1e-6  # the load divides by the softplus, which can be 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class NoisyTopK(LinearRouter):
         if inputs.train:
             raw_GSE = linear_logits(inputs, params["noise_kernel"], self.jitter)
             raw_GSE = checkpoint_name(raw_GSE, ROUTER_LOGITS)
-            std_GSE = jnp.maximum(jax.nn.softplus(raw_GSE), LEAST_STD)
+            std_GSE = jnp.maximum(jax.nn.softplus(raw_GSE), MIN_STD)
             shape = (logits_GSE.shape[1] // inputs.keys_GR.shape[1], E)
             noise_GSE = row_normal(inputs.keys_GR, NOISY_LOGITS, shape, logits_GSE.dtype)
             noisy_GSE = logits_GSE + noise_GSE * std_GSE
@@ -78,10 +78,10 @@ class NoisyTopK(LinearRouter):
         weights_GSK, ids_GSK = jax.nn.softmax(top_GSK[..., :K], axis=-1), ids_GSK[..., :K]
 
         chosen_GSKE = jax.nn.one_hot(ids_GSK, E, dtype=weights_GSK.dtype)
-        kept_GSE = chosen_GSKE.sum(-2)
-        load_GSE = kept_GSE
+        chosen_GSE = chosen_GSKE.sum(-2)
+        load_GSE = chosen_GSE
         if std_GSE is not None and K < E:
-            load_GSE = kept_probability(logits_GSE, std_GSE, kept_GSE > 0, top_GSK)
+            load_GSE = chosen_probability(logits_GSE, std_GSE, chosen_GSE > 0, top_GSK)
         balance = variation_loss(
             (chosen_GSKE * weights_GSK[..., None]).sum(-2),
             load_GSE,
@@ -94,16 +94,18 @@ class NoisyTopK(LinearRouter):
         return choice, router_aux(logits_GSE, probs_GSE, balance, inputs.mask_GS)
 
 
-def kept_probability(
+def chosen_probability(
     logits_GSE: Float[Array, "G S E"],
     std_GSE: Float[Array, "G S E"],
-    kept_GSE: Bool[Array, "G S E"],
+    chosen_GSE: Bool[Array, "G S E"],
     top_GSN: Float[Array, "G S N"],
 ) -> Float[Array, "G S E"]:
-    """The probability Phi((x Wg_i - K-th largest noisy logit of the others) / std_i).
+    """The probability that each expert is chosen if only its own noise is drawn again.
 
-    `top_GSN` holds the N = K + 1 largest noisy logits.  For a chosen expert, the K-th largest of
-    the others is the last of these; for an expert not chosen, the second to last.
+    It is Phi((x Wg_i - K-th largest noisy logit of the others) / std_i), with Phi the standard
+    normal distribution function.  `top_GSN` holds the N = K + 1 largest noisy logits.  For a chosen
+    expert, the K-th largest of the others is the last of these; for an expert not chosen, the
+    second to last.
     """
-    threshold_GSE = jnp.where(kept_GSE, top_GSN[..., -1:], top_GSN[..., -2:-1])
+    threshold_GSE = jnp.where(chosen_GSE, top_GSN[..., -1:], top_GSN[..., -2:-1])
     return jax.scipy.special.ndtr((logits_GSE - threshold_GSE) / std_GSE)

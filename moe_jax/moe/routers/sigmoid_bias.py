@@ -95,7 +95,7 @@ class SigmoidBias(LinearRouter):
     def route(self, inputs: RouterIn, params, state):
         """Choose K experts by biased scores; see `types.Router`."""
         logits_GSE = self.logits(inputs, params["kernel"])
-        # Normalised as logarithms, weights and gradients stay finite if all scores underflow to 0.
+        # Use log-sigmoids: weights and gradients then stay finite if all scores underflow to 0.
         log_scores_GSE = jax.nn.log_sigmoid(logits_GSE)
         biased_GSE = jax.lax.stop_gradient(jnp.exp(log_scores_GSE) + state["bias"])
         allowed_GSE = self.limit_groups(biased_GSE)
@@ -103,7 +103,8 @@ class SigmoidBias(LinearRouter):
         normalise = jax.nn.softmax if self.renormalize else jnp.exp
         weights_GSK = self.routed_scale * normalise(log_top_GSK)
         choice = TokenChoice(ids_GSK, weights_GSK, jnp.ones(ids_GSK.shape, bool))
-        # Sigmoids do not sum to 1, so with them the balance loss would not be 1 when balanced.
+        # Normalise the sigmoids to sum to 1; otherwise the balance loss would not be 1 when
+        # balanced.
         probs_GSE = jax.nn.softmax(log_scores_GSE, axis=-1)
         return choice, self.aux(inputs, logits_GSE, probs_GSE, ids_GSK)
 

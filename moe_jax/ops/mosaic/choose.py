@@ -16,7 +16,7 @@ CAPABILITY = "9.0"  # wgmma exists only on Hopper
 ALIGN = 8  # a copy of a swizzled tile must begin at a multiple of this many rows
 TILE_ROWS, WIDE, NARROW = 128, 256, 128
 MULTIPLIERS = 2  # warpgroups of a block that multiply
-MOST_WAVES, LEAST_ROUNDS = 8, 12
+MAX_WAVES, MIN_ROUNDS = 8, 12
 SMS = 132  # multiprocessors of an H100 or H200, used if the device does not tell
 
 
@@ -89,8 +89,8 @@ def count_waves(units: int) -> int:
     some multiprocessors for a while, and blocks that wait for those end late; with several shorter
     blocks, those run on free multiprocessors instead (with fsdp 2, steps of bench_olmoe_half took
     311 instead of 314 ms, of bench_mixtral_2b 275 instead of 281).  Starting a block costs time
-    (eight waves cost 1% on one device), so each block has at least LEAST_ROUNDS units.
+    (eight waves cost 1% on one device), so each block has at least MIN_ROUNDS units.
     """
     if jax.device_count() == 1:
         return 1
-    return max(1, min(MOST_WAVES, units // (multiprocessors() * LEAST_ROUNDS)))
+    return max(1, min(MAX_WAVES, units // (multiprocessors() * MIN_ROUNDS)))

@@ -121,7 +121,7 @@ def bounds(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _store(sums, out, y, tiles: Tiles, top, left, begin, end) -> None:
-    """Write rows [begin, end) of a piece whose first number is y[top, left]."""
+    """Write rows [begin, end) of a piece whose first element is y[top, left]."""
     squares, plain = out
     rows, cols = tiles.piece
     assert rows == SQUARE
@@ -158,9 +158,9 @@ def _runs(begin, end) -> list[tuple[int, Any, Any]]:
 
 
 def _store_runs(squares, y, top, left, runs) -> None:
-    """Copy the runs of rows of `squares`, which are side by side in y from y[top, left].
+    """Copy row ranges of `squares` to y; square i goes to column left + i * SQUARE.
 
-    The last copy must be of the last square, because `store_squares` leaves one copy unfinished.
+    Copy the last square last: `store_squares` lets the last copy overlap with its next write.
     """
     for length, begin, count in runs:
 

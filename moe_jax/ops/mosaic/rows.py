@@ -15,7 +15,7 @@ def chunk_of(columns: int) -> int:
 
 def read(ref, row: jax.Array, first: int, chunk: int) -> jax.Array:
     """Read ref[row, first : first + chunk] into registers."""
-    # Each thread reads its columns in one load; the default layout halves them.
+    # One load per thread.  With the default layout each thread would need two loads.
     layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=chunk // THREADS)
     source = ref.at[row, pl.ds(first, chunk)]
     # pyright checks jax 0.10's signature; the kernels run from 0.11 on.

@@ -131,7 +131,7 @@ class Steps:
         metrics = jax.device_get(self._running.pop(0))
         self.losses.append(float(metrics.loss.lm))
         stats = None if metrics.moe is None else metrics.moe.stats
-        kept = 1.0 if stats is None else float(stats.fates.kept.sum() / stats.assignments.sum())
+        kept = 1.0 if stats is None else float(stats.outcomes.kept.sum() / stats.assignments.sum())
         self.dropped.append(1 - kept)
 
     def run(self, count: int) -> list[float]:

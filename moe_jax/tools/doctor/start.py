@@ -121,9 +121,9 @@ def capacity(subject: Subject) -> Finding:
     asked, run = (_slots(of.config, parts) for of in (subject.plan, subject.run))
     moe = subject.probe.moe
     assert moe is not None
-    fates, stats = moe.stats.fates, moe.stats
-    dropped = fates.dropped_capacity + fates.dropped_buffer
-    share_L = dropped / np.maximum(fates.sampled(), 1)
+    outcomes, stats = moe.stats.outcomes, moe.stats
+    dropped = outcomes.dropped_capacity + outcomes.dropped_buffer
+    share_L = dropped / np.maximum(outcomes.sampled(), 1)
     worst = int(np.argmax(share_L))
     figure = f"{asked}; at init {share_L[worst]:.1%} dropped"
     figure += f" (worst: layer {subject.moe_layers[worst]})"

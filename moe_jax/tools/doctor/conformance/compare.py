@@ -51,9 +51,9 @@ def errors(found: Outcome, right: Outcome) -> Iterator[Error]:
     for name, value in right.losses.items():
         yield _close(name, found.losses[name], value)
     yield _equal("tokens counted", found.tokens, right.tokens)
-    for axis, fates in right.fates.items():
-        for fate, counts in fates._asdict().items():
-            yield _equal(f"{fate} by {axis}", getattr(found.fates[axis], fate), counts)
+    for axis, outcomes in right.outcomes.items():
+        for outcome, counts in outcomes._asdict().items():
+            yield _equal(f"{outcome} by {axis}", getattr(found.outcomes[axis], outcome), counts)
     yield _equal("assignments", found.assignments, right.assignments)
     yield _equal("lost tokens", found.lost_tokens, right.lost_tokens)
 

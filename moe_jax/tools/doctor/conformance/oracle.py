@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     params: Mapping[str, Any]  # gradients
     losses: Mapping[str, Any]  # sums of balance, z and entropy
     tokens: Any  # number of tokens in those sums
-    fates: Mapping[str, Outcomes]  # axis (total, expert, position, source) -> counts
+    outcomes: Mapping[str, Outcomes]  # axis (total, expert, position, source) -> counts
     assignments: Any
     lost_tokens: Any
 
@@ -227,7 +227,7 @@ def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
         return Outcomes(*(np.bincount(labels[masks[f]], minlength=count) for f in Outcomes._fields))
 
     by_token = (*kept_GSK.shape[:2], 1)
-    fates = {
+    outcomes = {
         "total": Outcomes(*(masks[f].sum() for f in Outcomes._fields)),
         "expert": spread(routed.ids_GSK, layer.model.moe.num_experts),
         "position": spread(
@@ -236,4 +236,4 @@ def _counts(layer: Layer, case: Case, routed: Routed, kept_GSK):
         "source": spread(case.sources_BT.reshape(by_token), SOURCES),
     }
     lost = (case.mask_BT.reshape(kept_GSK.shape[:2]) & ~kept_GSK.any(-1)).sum()
-    return fates, made.sum(), lost
+    return outcomes, made.sum(), lost

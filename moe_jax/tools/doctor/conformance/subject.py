@@ -131,7 +131,7 @@ def _joined(parts: list[Any]) -> Outcome:
         jax.tree.map(lambda *leaves: sum(leaves), *(params for _, (params, _) in parts)),
         {name: mean.sum for name, mean in means.items()},
         np.stack([mean.count for mean in means.values()]),
-        {"total": stats.fates, **ledger._asdict()},
+        {"total": stats.outcomes, **ledger._asdict()},
         stats.assignments,
         stats.lost_tokens,
     )
