@@ -206,9 +206,9 @@ class Batches:
           Whole steps and the stream that runs out first; None: no run reaches that step.
         """
         limits = [min(epochs * int(n), ENDLESS) for n in np.diff(self._windows.starts)]
-        # Grain computes the length of a mix by division and its order with integers, so the length
-        # is only near the row sought.  Rows taken from one of M streams are less than M from its
-        # share.
+        # Grain's length of a mix comes from a floating-point division, so it only approximates the
+        # row at which a stream runs out.  In any prefix, the rows of one of M streams differ from
+        # its share by less than M.  The search starts that far before, counted in rows of the mix.
         near = len(self._mix([grain.MapDataset.range(n) for n in limits])) if epochs else ENDLESS
         if near >= ENDLESS:
             return None
@@ -270,8 +270,9 @@ class Batches:
 def mixed_counts(rows: int, weights: Sequence[float]) -> list[int]:
     """Count the rows that Grain's mix takes from each stream among its first `rows` rows.
 
-    Grain scales the weights to whole numbers, the smallest 100.  The other streams get their share
-    of the rows, rounded down, and the first stream gets the rest; likewise among the others.
+    Grain scales the weights to whole numbers, the smallest 100.  All streams but the first together
+    get their share of the rows, rounded down, and the first gets the rest.  The others' rows are
+    divided among them by the same rule.
 
     Args:
       rows: number of rows from the first on.

@@ -1,9 +1,9 @@
 """Writes one split of a store, shard by shard; a killed build resumes where it stopped.
 
 A shard of tokens is written whole, then a part file that lists the documents that begin in it.
-The part files are the journal: the next build counts them, skips the documents they list, and
-drops the tokens of the last of those that are already written.  So a resumed build is
-byte-identical to one that was never stopped.
+The next build counts the part files and skips all documents they list except the last.  It
+tokenises that document again and drops those of its tokens that are already on disk.  A resumed
+build is therefore byte-identical to one that was never stopped.
 """
 
 import contextlib
