@@ -32,7 +32,7 @@ class StepFolder:
         self.root = epath.Path(root if "://" in root else os.path.abspath(root))
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pinned: set[int] = set()
-        self._swept = False
+        self._leftovers_removed = False
 
     def path(self, step: int) -> epath.Path:
         """The directory of the checkpoint of `step`, which may not exist."""
@@ -49,7 +49,7 @@ class StepFolder:
 
     def make_room(self, step: int) -> bool:
         """Prepare the folder for a save of `step`; False if its checkpoint already exists."""
-        self.sweep()
+        self.remove_leftovers()
         if step in self.steps():
             return False
         if self.path(step).exists() and any(self.path(step).iterdir()):
@@ -86,17 +86,17 @@ class StepFolder:
                 self.path(step).rename(doomed)
                 _remove(doomed)
 
-    def sweep(self, again: bool = False) -> None:
+    def remove_leftovers(self, again: bool = False) -> None:
         """Remove what killed saves and deletions left.
 
         Later calls do nothing unless again=True.
         """
-        if (again or not self._swept) and jax.process_index() == 0:
-            self._swept = False
+        if (again or not self._leftovers_removed) and jax.process_index() == 0:
+            self._leftovers_removed = False
             for path in self.root.iterdir() if self.root.exists() else ():
                 if _LEFTOVER.fullmatch(path.name):
                     _remove(path)
-        self._swept = True
+        self._leftovers_removed = True
 
     def _numbered(self) -> list[int]:
         if not self.root.exists():

@@ -342,7 +342,7 @@ class Checkpoints:
             if lost_peer(error):  # the disk is fine: the user has nothing to fix
                 raise
             with contextlib.suppress(OSError):  # the unfinished save would occupy the disk
-                self._folder.sweep(again=True)
+                self._folder.remove_leftovers(again=True)
             free = free_bytes(self.root)
             there = "" if free is None else f" and {formats.size(free, 1)} are free"
             raise UserError(

@@ -52,20 +52,21 @@ class Windows:
       pad_id: token of padding positions.
       sequence_length: T.
       confine: targets and positions stop at document borders.
-      lead: number of tokens that begin every document without being text (its bos).
+      bos_tokens: number of control tokens at the start of every document (0 or 1); they have no
+        bytes.
 
     Attributes:
       starts: number of each stream's first window, then the number of windows.
     """
 
     def __init__(
-        self, split: Split, pad_id: int, sequence_length: int, confine: bool, lead: int = 0
+        self, split: Split, pad_id: int, sequence_length: int, confine: bool, bos_tokens: int = 0
     ):
         self._split = split
         self._pad_id = pad_id
         self._T = sequence_length
         self._confine = confine
-        self._lead = lead
+        self._bos_tokens = bos_tokens
         lengths = np.diff(split.bounds)
         counts = -(-np.maximum(lengths - 1, 0) // sequence_length)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -128,7 +129,7 @@ class Windows:
         Sums over whole documents are exact for any tokenizer, and every token of the byte
         tokenizer gets exactly 1.  A bos gets 0.
         """
-        first_BT = self._document_starts[document_BT] + self._lead
+        first_BT = self._document_starts[document_BT] + self._bos_tokens
         length_BT = self._document_starts[document_BT + 1] - first_BT
         size_BT = self._split.documents[document_BT, BYTES]
         index_BT = place_BT - first_BT

@@ -85,7 +85,7 @@ class SplitWriter:
         self,
         documents: Iterator[Document],
         say: Callable[[str], None],
-        alive: Callable[[], None],
+        on_progress: Callable[[], None],
         threads: int,
     ) -> tuple[int, np.ndarray]:
         """Write the split.
@@ -93,7 +93,7 @@ class SplitWriter:
         Args:
           documents: of the split, in order.
           say: called with one line per shard.
-          alive: called when some text was encoded.
+          on_progress: called when some text was encoded.
           threads: number of encoding threads.
 
         Returns:
@@ -109,7 +109,7 @@ class SplitWriter:
         buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
         filled, rows, rate = 0, [], Rate()
         for piece in encode_documents(documents, self._tokenizer, threads):
-            alive()
+            on_progress()
             if piece.first:
                 size = utf8_size(piece.document.text) + 1  # the eos counts as one byte
                 rate.add(size)
