@@ -113,7 +113,7 @@ def step(given: Given) -> list[Job]:
 
 
 def even(given: Given) -> list[Job]:
-    """The same with a balanced load, at which capacity factor 1.25 drops nothing."""
+    """Times the same whole steps with a balanced load: capacity factor 1.25 drops nothing."""
     return _both_paths(given, *EVEN, also="even")
 
 

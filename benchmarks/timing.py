@@ -2,7 +2,8 @@
 
     python -m benchmarks.timing
 
-prints the TFLOP/s of an 8192^3 matmul in bfloat16 (1024^3 on a CPU), as one line of JSON.
+The command prints the TFLOP/s of an 8192^3 matmul in bfloat16 (1024^3 on a CPU), as one line of
+JSON.
 """
 
 import json

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from launch.shell import LaunchError
 
-# Exit codes of the trainer after which the same command resumes the run: 42 stopped with a
-# checkpoint; 134 (SIGABRT) and 137 (SIGKILL) lost a peer; 143 terminated before a checkpoint.
+# Exit codes of the trainer after which the same command resumes the run: 42 preempted (checkpoint
+# saved), the watchdog fired, or a peer was lost; 134 (SIGABRT) and 137 (SIGKILL) lost a peer; 143
+# terminated before a checkpoint.
 AGAIN = (42, 134, 137, 143)
 
 

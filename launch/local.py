@@ -12,7 +12,9 @@ from pathlib import Path
 from launch.job import Job
 from moe_jax.files.links import break_hard_link
 
-STOPPED = 42  # the exit code of a trainer that saved a checkpoint and asks to be run again
+# Exit code of the trainer: run the same command again.  It was preempted (checkpoint saved), the
+# watchdog fired, or a peer was lost.
+STOPPED = 42
 ATTEMPTS = 20  # per run, while its exit code is STOPPED
 LOG = "train.log"  # in a run's workdir: everything that the trainer prints
 _WAKE_SECONDS = 0.5

@@ -5,8 +5,9 @@
 COMMAND is restarted after exit codes 42, 134, 137 and 143 and after a death by any signal, also by
 a crash in native code; each restart prints one line.  After any other code, for example 0, 1 (needs
 a fix) or 3 (diverged), the supervisor ends with that code.  It ends with 1 after --max_stuck
-restarts in a row without a later checkpoint: steps that are then lost again are no progress.  A
-rewind of the trainer (rewinds.jsonl) resets the count.
+restarts in a row without a later checkpoint.  Steps logged after the last checkpoint do not count
+as progress, because a restart repeats them.  A rewind of the trainer (rewinds.jsonl) resets the
+count.
 
 If another process holds WORKDIR/lock when COMMAND starts, COMMAND ends with 1.  The supervisor then
 waits up to --max_in_use seconds for the lock and runs COMMAND again: the trainer of an earlier
@@ -20,8 +21,8 @@ supervisor is killed.  A script as COMMAND must `exec` the trainer, or signals d
 A run of several processes has one supervisor per process, all on the same workdir.  The loss of one
 process aborts its peers (134), at the latest when it restarts and the coordinator sees a new
 process.  All are then restarted and wait up to five minutes for each other, so --max_wait is below
-that.  A process that gets the loss as an exception, as CPUs do in a collective, ends with 42 and
-is restarted as well.
+that.  A process in which the failure of a peer raises an exception (in collectives on CPUs) ends
+with 42 and is restarted as well.
 """
 
 import dataclasses
@@ -57,7 +58,9 @@ from launch.shell import (
 )
 
 GAVE_UP = 1  # a person must look; after 42 or 137 an outer launcher would try again
-_STOPPED = 42  # with a checkpoint: the only code after which the first restart does not wait
+# Run the same command again: preempted (checkpoint saved), the watchdog fired, or a peer was lost.
+# The only code after which the first restart does not wait.
+_STOPPED = 42
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _HELPER = Path(__file__).with_name("with_parent.py")
 _REFUSED = 1  # the trainer's exit code if its workdir is in use

@@ -249,7 +249,10 @@ def until_the_end(pair: Pair) -> str:
 
 
 def until(pair: Pair, condition: Callable[[], bool]) -> str:
-    """Wait until the condition holds or both processes have ended; return an error or ""."""
+    """Wait until the condition holds or both supervisors have ended with 0; return "" then.
+
+    Returns an error if a supervisor ends with another code, or nothing happens for LIMIT seconds.
+    """
     began = time.monotonic()
     while not condition():
         pair.phase()

@@ -1,6 +1,7 @@
-"""Adds the manifest to Orbax's commit of a step.
+"""Adds the manifest to Orbax's commit of a checkpoint.
 
-The manifest is written before the commit; the files that the commit writes are added to it after.
+The manifest is written before the commit.  Files that the commit itself writes are added to the
+manifest afterwards.
 """
 
 import json

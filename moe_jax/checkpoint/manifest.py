@@ -1,10 +1,10 @@
-"""The SHA-256 manifest of one step, which detects flipped bits and truncated files.
+"""The SHA-256 manifest of one checkpoint, which detects flipped bits and truncated files.
 
 Orbax checksums almost nothing: a flipped payload byte loads as wrong weights.  The manifest lists
-every file of the step with its size and SHA-256.  Process 0 writes it after the per-process files
-were merged and before the step is committed, so a committed step always has one.  The files that
-Orbax writes to commit the step are added afterwards (`seal`); a step without that addition, because
-of a kill, is good.
+every file of the checkpoint with its size and SHA-256.  Process 0 writes it after the per-process
+files were merged and before the checkpoint is committed, so a committed checkpoint always has one.
+The files that Orbax writes to commit it are added afterwards (`seal`).  A kill may prevent this
+addition; the checkpoint is then still valid.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _FORMAT = 1
 # Bytes per block.  Between blocks a hashing thread needs the interpreter lock, which the training
 # loop may hold.
 _BLOCK = 4 * 2**20
-SLOWEST = 2**20  # bytes per second: reading a step fails if it is slower
+SLOWEST = 2**20  # bytes per second: reading a checkpoint fails if it is slower
 # Files that Orbax and TensorStore read; hidden files belong to file systems and editors.
 _READ_BY_ORBAX = re.compile(
     r"(manifest\.ocdbt|_METADATA|_sharding|(d|array_metadatas|ocdbt\.[^/]*)/(.*/)?[^./][^/]*)"
@@ -41,7 +41,7 @@ _READERS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter lock
 
 
 class Entry(NamedTuple):
-    """One file of the step."""
+    """One file of the checkpoint."""
 
     size: int  # bytes
     sha256: str  # 64 hex digits
@@ -67,16 +67,16 @@ def seal(directory: epath.Path) -> None:
 
 
 def incomplete(directory: epath.Path) -> str | None:
-    """None if every file of the step exists with its listed size, else the reason in a few words.
+    """Return the first fault of the checkpoint in a few words; None if it has none.
 
-    Unlisted files that Orbax would read are refused, and so is anything other than regular files
-    and folders.
+    Every listed file must exist with its size; no content is read.  Unlisted files that Orbax would
+    read are refused, and so is anything other than regular files and folders.
     """
     return _reason(lambda: _irregular(directory) or _sizes(directory, _listed(directory)))
 
 
 def undeclared(directory: epath.Path) -> str | None:
-    """None if the arrays of a local, complete step fit its files, else why not in a few words."""
+    """Return why the arrays of a local, complete checkpoint do not fit its files; None: they do."""
 
     def check() -> None:
         files = _listed(directory)
@@ -88,17 +88,17 @@ def undeclared(directory: epath.Path) -> str | None:
 
 
 def verify(directory: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """None if every file of the step is as it was written, else the reason in a few words.
+    """Return the first file that differs from what was written, and why; None if there is none.
 
     Args:
-      directory: directory of the step.
+      directory: directory of the checkpoint.
       share: (i, n): process i of n hashes only every n-th file from the i-th on.
     """
     return incomplete(directory) or _reason(lambda: _contents(directory, _listed(directory), share))
 
 
 def committed(directory: epath.Path) -> bool:
-    """True if the save of this step was completed, even if the step was damaged later.
+    """True if the save of this checkpoint was completed, even if it was damaged later.
 
     gs:// cannot rename: a killed save may leave a manifest there, but not one that lists the
     marker.
@@ -118,7 +118,7 @@ def size(directory: epath.Path) -> int:
 
 
 def _files(directory: epath.Path, above: str = "") -> Iterator[tuple[str, epath.Path]]:
-    """(name relative to the step, path) of every file."""
+    """(name relative to the checkpoint, path) of every file."""
     for path in directory.iterdir():
         if path.is_dir() and not os.path.islink(path):  # links may form a cycle
             yield from _files(path, f"{above}{path.name}/")
@@ -138,7 +138,7 @@ def _entry(path: epath.Path, deadline: float = math.inf) -> Entry:
 
 
 def seconds_to_read(size: int) -> float:
-    """The time limit in seconds for reading `size` bytes of a step."""
+    """The time limit in seconds for reading `size` bytes of a checkpoint."""
     return 60 + size / SLOWEST
 
 
@@ -148,7 +148,7 @@ def _text(files: dict[str, Entry]) -> str:
 
 
 def _listed(directory: epath.Path) -> dict[str, Entry]:
-    """The files that a committed step lists; raises ValueError or OSError."""
+    """The files that a committed checkpoint lists; raises ValueError or OSError."""
     if not (directory / COMMIT).exists():
         raise ValueError(f"{COMMIT} is missing: the save was never committed")
     try:
@@ -164,7 +164,7 @@ def _manifest(directory: epath.Path) -> dict[str, Entry]:
 
 
 def _irregular(directory: epath.Path) -> str | None:
-    """A message naming the first entry of a local step that is not a regular file or folder."""
+    """A message naming the first entry of a local checkpoint that is no file or folder."""
     if _is_remote(directory):
         return None
     for name, path in _files(directory):
@@ -219,7 +219,7 @@ def _reason(check: Callable[[], str | None]) -> str | None:
 
 
 def _files_of(manifest: Any) -> dict[str, Entry]:
-    """The files of a manifest; raises ValueError, also for a name outside the step."""
+    """The files of a manifest; raises ValueError, also for a name outside its folder."""
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"it is not of format {_FORMAT}")
     listed = manifest.get("files")

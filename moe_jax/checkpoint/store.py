@@ -39,43 +39,44 @@ _DAMAGE = (
 
 
 class Checkpoints:
-    """The checkpoints under `root`, one directory per step; every process of a run creates one.
+    """The checkpoints under `root`, a directory each; every process of a run creates one object.
 
     Nothing is written before the first `save`, so reading a folder through this class is safe.
 
     Args:
       root: WORKDIR/checkpoints, a local path (relative or absolute) or gs://, visible to all
         processes.
-      keep_last: number of newest steps that retention keeps.
-      keep_every: retention never deletes steps divisible by this; 0: it may delete any older step.
+      keep_last: number of newest checkpoints that retention keeps.
+      keep_every: retention never deletes checkpoints of steps divisible by this; 0: it may delete
+        any older checkpoint.
     """
 
     def __init__(self, root: os.PathLike[str] | str, keep_last: int = 3, keep_every: int = 0):
         self._folder = StepFolder(root, keep_last, keep_every)
         self.root = self._folder.root
-        self._saving: int | None = None  # the step being written
+        self._saving: int | None = None  # the step whose checkpoint is being written
         self._needed = 0  # bytes of its arrays
         # Weights hardly compress, and zstd is slower than a disk; zarr3 loads slower (128 MiB: 0.67
-        # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a step has only a few
-        # files for any number of leaves and devices.
+        # against 0.13 s).  OCDBT saves 1.5x slower than a file per shard, but a checkpoint has only
+        # a few files for any number of leaves and devices.
         self._handler = Handler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         unfinished = Marked if "://" in os.fspath(root) else Renamed
         self._orbax = ocp.AsyncCheckpointer(self._handler, temporary_path_class=unfinished)
 
     def steps(self) -> list[int]:
-        """Saved steps in ascending order, good or bad; without unfinished saves."""
+        """The steps of all checkpoints, ascending, good or bad; without unfinished saves."""
         return self._folder.steps()
 
     def incomplete(self, step: int) -> str | None:
-        """None if all files of `step` exist with the right size, else the reason; reads none."""
+        """The first missing or wrongly sized file of a checkpoint, or None; reads no contents."""
         return manifest.incomplete(self._folder.path(step))
 
     def verify(self, step: int) -> str | None:
-        """None if `step` is as it was written, else the reason; reads every byte."""
+        """The first fault of a checkpoint, or None if it has none; reads every byte."""
         return manifest.verify(self._folder.path(step))
 
     def examine(self, step: int) -> str | None:
-        """`verify` an untrusted step: the declared sizes of its arrays must also fit its files."""
+        """`verify` an untrusted checkpoint: its arrays' declared sizes must also fit its files."""
         directory = self._folder.path(step)
         return (
             manifest.incomplete(directory)
@@ -88,17 +89,17 @@ class Checkpoints:
         return self._folder.quarantined()
 
     def size(self, step: int) -> int:
-        """Bytes of `step` on disk."""
+        """Bytes of a checkpoint on disk."""
         return manifest.size(self._folder.path(step))
 
     def latest_good(self, report: Report = lambda text: None) -> int | None:
-        """The newest step that verifies; None if there are no steps.
+        """The step of the newest checkpoint that verifies; None if there are no checkpoints.
 
-        Newer steps that do not verify are moved to quarantine/, each reported in one sentence.
-        All processes must call this: each hashes its share of the files.
+        Newer checkpoints that do not verify are moved to quarantine/, each reported in one
+        sentence.  All processes must call this: each hashes its share of the files.
 
         Raises:
-          UserError: there are steps, but none verifies; none is moved then.
+          UserError: there are checkpoints, but none verifies; none is moved then.
         """
         return self._walk_back(lambda step: first_of_all(self._verify_share(step)), report)
 
@@ -341,7 +342,7 @@ class Checkpoints:
             if lost_peer(error):  # the disk is fine: the user has nothing to fix
                 raise
             with contextlib.suppress(OSError):  # the unfinished save would occupy the disk
-                self._folder.sweep(again=True)
+                self._folder.remove_leftovers(again=True)
             free = free_bytes(self.root)
             there = "" if free is None else f" and {formats.size(free, 1)} are free"
             raise UserError(

@@ -41,7 +41,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def abstract(leaf: Any) -> Leaf:
-    """The shape, dtype and sharding (None: not on a device) of an array, scalar or struct.
+    """Return the shape, dtype and sharding (None: not on a device) of an array or scalar.
 
     Raises:
       TypeError: `leaf` is a typed PRNG key; store `jax.random.key_data` of it.

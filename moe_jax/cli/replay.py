@@ -35,7 +35,7 @@ from moe_jax.tools.replay import (
     read_log,
     replay,
     say,
-    split_legs,
+    split_segments,
 )
 
 
@@ -62,14 +62,14 @@ def main(argv: Sequence[str]) -> int:
     if start:
         check_rewinds(past.rewinds, start, checkpoints, workdir / REWINDS)
     judge = find_judge(past, start, step)
-    legs = split_legs(past.settings, start, max(step, judge))
+    segments = split_segments(past.settings, start, max(step, judge))
     # ---- repeat the steps and compare
     say(f"replaying steps {start + 1} to {max(step, judge)}")
-    rows = replay(workdir, start, legs, past.rewinds, {step, judge}, given.init_from)
+    rows = replay(workdir, start, segments, past.rewinds, {step, judge}, given.init_from)
     say(describe(rows[step]))
     different = differences(rows[judge], past.rows[judge])
     if different:
-        names, why = ", ".join(different), excuse(legs)
+        names, why = ", ".join(different), excuse(segments)
         say(f"Step {judge} differs from {past.source} in {names}{why}.")
         return 1
     unlogged = "" if judge == step else f" (step {step} is not in {past.source})"

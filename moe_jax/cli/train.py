@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
             # With the lock held, no other process changes the workdir that is read from here on.
             lock = held.enter_context(lock_workdir(workdir, say)) if lead else None
             exchange.gather("locked", "")
-            on_progress = exchange.relayed(watchdog.alive)
+            on_progress = exchange.relayed(watchdog.on_progress)
             with waits("preparing the run"):
                 run = prepare(
                     config,
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
                     build_store=_building(waits),
                     init_from=given.init_from,
                 )
-            agree.check_run(run, watchdog.alive)
+            agree.check_run(run, watchdog.on_progress)
             for line in [*_describe(run), *notes]:
                 say(line)
         timekeeper = held.enter_context(Timekeeper(workdir, lead))

@@ -56,7 +56,7 @@ def build_store(
     root: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
     layout: ChunkSizes = LAYOUT,
-    alive: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Store:
     """Open the store of `config` under `root`; build it, or finish its build, if necessary.
 
@@ -68,7 +68,7 @@ def build_store(
       root: folder of all stores, local or gs://.
       progress: called with lines for the log; None: nothing is logged.
       layout: chunk and shard sizes.
-      alive: called when this process, or the builder that it waits for, has read some text.
+      on_progress: called when this process, or the builder that it waits for, has read some text.
 
     Returns:
       The store, open for reading.
@@ -80,8 +80,8 @@ def build_store(
     say = progress or (lambda line: None)
     root = _checked_root(root)
     tokenizer = config_tokenizer(config)
-    turn = BuildLock(alive)
-    streams = find_streams(config, turn.alive, tokenizer.cut)
+    turn = BuildLock(on_progress)
+    streams = find_streams(config, turn.on_progress, tokenizer.cut)
     for line in (line for stream in streams for line in stream.notes):
         say(line)
     known = store_fingerprints(config, streams, tokenizer, layout)
@@ -243,7 +243,10 @@ def _write(
             writer = SplitWriter(path / split, tokenizer, layout, ids, bos)
             documents = hold_out.split(split)
             total, table = writer.write(
-                documents, lambda line, split=split: say(f"{split}: {line}"), turn.alive, cores()
+                documents,
+                lambda line, split=split: say(f"{split}: {line}"),
+                turn.on_progress,
+                cores(),
             )
             rate.add(int(table[:, BYTES].sum()))
             first = np.searchsorted(stream_of[table[:, SOURCE]], np.arange(len(streams)))

@@ -25,17 +25,18 @@ class BuildLock:
     counts as making progress only while the builder does.
 
     Args:
-      report: called when a build makes progress, in this process or in the builder it waits for.
+      on_progress: called when a build makes progress, here or in the builder that this process
+        waits for.
     """
 
-    def __init__(self, report: Callable[[], None]):
-        self._report = report
+    def __init__(self, on_progress: Callable[[], None]):
+        self._on_progress = on_progress
         self._held: BinaryIO | None = None
         self._due = 0.0
 
-    def alive(self) -> None:
+    def on_progress(self) -> None:
         """Record that this process has made progress with its text or its store."""
-        self._report()
+        self._on_progress()
         if self._held is not None and time.monotonic() >= self._due:
             os.utime(self._held.fileno())
             self._due = time.monotonic() + TELL_INTERVAL
@@ -105,4 +106,4 @@ class BuildLock:
             told = os.fstat(file.fileno()).st_mtime_ns
             if told != seen:
                 seen = told
-                self._report()
+                self._on_progress()

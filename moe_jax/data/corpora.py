@@ -48,7 +48,7 @@ class Stream:
     files: tuple[SourceFile, ...]
     heldout_files: tuple[SourceFile, ...] = ()  # the whole held-out text; empty: a share of `files`
     key: str = "data"  # section of the config that describes it
-    alive: Callable[[], None] = _no_report  # called for each document or block that was read
+    on_progress: Callable[[], None] = _no_report  # called for each document or block that was read
     notes: tuple[str, ...] = ()  # lines for the log
     # Collects the records that hold no text.
     bad: BadRecords = dataclasses.field(default_factory=BadRecords)
@@ -80,7 +80,7 @@ class Stream:
             with _reading(file.path):
                 records = read(file.path, self.field, f"{self.key}.field", self.limit)
                 for number, text in enumerate(records):
-                    self.alive()
+                    self.on_progress()
                     if isinstance(text, BadRecord):
                         self.bad.add(file.path, text)
                     elif text:
@@ -99,20 +99,20 @@ class Stream:
                 while block := stream.read(1 << 20):
                     sha.update(block.removeprefix(mark))
                     mark = b""
-                    self.alive()
+                    self.on_progress()
             yield file.name, sha.hexdigest()
 
 
 def find_streams(
     config: DataConfig,
-    alive: Callable[[], None] = _no_report,
+    on_progress: Callable[[], None] = _no_report,
     cut: Cut | None = None,
 ) -> tuple[Stream, ...]:
     """Find the streams of the corpus that `config` describes.
 
     Args:
       config: the files and how to read them.
-      alive: called for each document or block that was read.
+      on_progress: called for each document or block that was read.
       cut: finds where the tokenizer allows a cut; None: nothing is encoded.
 
     Raises:
@@ -120,21 +120,25 @@ def find_streams(
         keys contradict each other.
     """
     limit = DocumentLimit(config.max_document_bytes, cut)
-    found = _find_mixture(config, alive) if config.mixture else (_find_corpus(config, alive),)
+    found = (
+        _find_mixture(config, on_progress)
+        if config.mixture
+        else (_find_corpus(config, on_progress),)
+    )
     return tuple(dataclasses.replace(stream, limit=limit) for stream in found)
 
 
-def _find_corpus(config: DataConfig, alive: Callable[[], None]) -> Stream:
+def _find_corpus(config: DataConfig, on_progress: Callable[[], None]) -> Stream:
     """The one stream of a config without a mixture."""
     if config.source == "stdlib" and not config.files and config.heldout_files:
         raise UserError("data.heldout_files is set without data.files: set data.files too.")
     asked = "" if config.source == "stdlib" and config.files else config.source
     entry = MixtureEntry(asked, config.files, config.field, 1.0, config.heldout_files)
-    stream = _find_stream("", entry, "data", config, alive)
+    stream = _find_stream("", entry, "data", config, on_progress)
     return dataclasses.replace(stream, name=stream.kind)
 
 
-def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream, ...]:
+def _find_mixture(config: DataConfig, on_progress: Callable[[], None]) -> tuple[Stream, ...]:
     for key in ("files", "heldout_files"):
         if getattr(config, key):
             raise UserError(
@@ -149,7 +153,7 @@ def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream
                 f"{key}.source is 'stdlib', which has files of its own: remove the entry's files "
                 f"or its source."
             )
-        streams.append(_find_stream(name, entry, key, config, alive))
+        streams.append(_find_stream(name, entry, key, config, on_progress))
     if len({bool(stream.heldout_files) for stream in streams}) > 1:
         without = next(stream.key for stream in streams if not stream.heldout_files)
         raise UserError(
@@ -160,7 +164,7 @@ def _find_mixture(config: DataConfig, alive: Callable[[], None]) -> tuple[Stream
 
 
 def _find_stream(
-    name: str, entry: MixtureEntry, key: str, config: DataConfig, alive: Callable[[], None]
+    name: str, entry: MixtureEntry, key: str, config: DataConfig, on_progress: Callable[[], None]
 ) -> Stream:
     """Find the stream of an entry; without a name, its text is labelled by file."""
     notes: tuple[str, ...] = ()
@@ -180,7 +184,7 @@ def _find_stream(
     most = config.max_bad_records if entry.max_bad_records < 0 else entry.max_bad_records
     bad = BadRecords(entry.bad_records or config.bad_records, most, key)
     weight = float(entry.weight)
-    return Stream(name, kind, entry.field, weight, files, heldout, key, alive, notes, bad)
+    return Stream(name, kind, entry.field, weight, files, heldout, key, on_progress, notes, bad)
 
 
 @contextlib.contextmanager

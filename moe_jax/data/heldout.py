@@ -57,7 +57,7 @@ class HeldOutSplitter:
         return key < self._limit or key in self._chosen
 
     def _smallest(self, stream: Stream) -> set[int]:
-        """The key to hold out of a stream that has none below the limit; empty if it has one."""
+        """The smallest content hash, to be held out, if no hash is below the limit; else empty."""
         smallest = min((_key(doc.text) for doc in stream.documents()), default=None)
         if smallest is None:
             raise UserError(f"{stream.key}: {stream.name!r} holds no documents: name other files.")

@@ -52,20 +52,21 @@ class Windows:
       pad_id: token of padding positions.
       sequence_length: T.
       confine: targets and positions stop at document borders.
-      lead: number of tokens that begin every document without being text (its bos).
+      bos_tokens: number of control tokens at the start of every document (0 or 1); they have no
+        bytes.
 
     Attributes:
       starts: number of each stream's first window, then the number of windows.
     """
 
     def __init__(
-        self, split: Split, pad_id: int, sequence_length: int, confine: bool, lead: int = 0
+        self, split: Split, pad_id: int, sequence_length: int, confine: bool, bos_tokens: int = 0
     ):
         self._split = split
         self._pad_id = pad_id
         self._T = sequence_length
         self._confine = confine
-        self._lead = lead
+        self._bos_tokens = bos_tokens
         lengths = np.diff(split.bounds)
         counts = -(-np.maximum(lengths - 1, 0) // sequence_length)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -128,7 +129,7 @@ class Windows:
         Sums over whole documents are exact for any tokenizer, and every token of the byte
         tokenizer gets exactly 1.  A bos gets 0.
         """
-        first_BT = self._document_starts[document_BT] + self._lead
+        first_BT = self._document_starts[document_BT] + self._bos_tokens
         length_BT = self._document_starts[document_BT + 1] - first_BT
         size_BT = self._split.documents[document_BT, BYTES]
         index_BT = place_BT - first_BT
@@ -206,9 +207,9 @@ class Batches:
           Whole steps and the stream that runs out first; None: no run reaches that step.
         """
         limits = [min(epochs * int(n), ENDLESS) for n in np.diff(self._windows.starts)]
-        # Grain computes the length of a mix by division and its order with integers, so the length
-        # is only near the row sought.  Rows taken from one of M streams are less than M from its
-        # share.
+        # Grain's length of a mix comes from a floating-point division, so it only approximates the
+        # row at which a stream runs out.  In any prefix, the rows of one of M streams differ from
+        # its share by less than M.  The search starts that far before, counted in rows of the mix.
         near = len(self._mix([grain.MapDataset.range(n) for n in limits])) if epochs else ENDLESS
         if near >= ENDLESS:
             return None
@@ -270,8 +271,9 @@ class Batches:
 def mixed_counts(rows: int, weights: Sequence[float]) -> list[int]:
     """Count the rows that Grain's mix takes from each stream among its first `rows` rows.
 
-    Grain scales the weights to whole numbers, the smallest 100.  The other streams get their share
-    of the rows, rounded down, and the first stream gets the rest; likewise among the others.
+    Grain scales the weights to whole numbers, the smallest 100.  All streams but the first together
+    get their share of the rows, rounded down, and the first gets the rest.  The others' rows are
+    divided among them by the same rule.
 
     Args:
       rows: number of rows from the first on.

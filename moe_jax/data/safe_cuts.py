@@ -160,7 +160,10 @@ def _adds_blank(part: Mapping[str, Any]) -> bool:
 
 
 def _keeps_apart(part: Mapping[str, Any]) -> bool:
-    """True if a pre-tokenizer that does not end a part at a cut treats both sides as the whole."""
+    """True if a pre-tokenizer splits the two sides of a cut exactly as it splits the whole text.
+
+    It need not end a part at the cut.
+    """
     if part["type"] in ("Digits", "Punctuation"):
         return True
     numbers = part["type"] == "Split" and part["pattern"].get("Regex") in _NUMBERS

@@ -1,9 +1,9 @@
 """Writes one split of a store, shard by shard; a killed build resumes where it stopped.
 
 A shard of tokens is written whole, then a part file that lists the documents that begin in it.
-The part files are the journal: the next build counts them, skips the documents they list, and
-drops the tokens of the last of those that are already written.  So a resumed build is
-byte-identical to one that was never stopped.
+The next build counts the part files and skips all documents they list except the last.  It
+tokenises that document again and drops those of its tokens that are already on disk.  A resumed
+build is therefore byte-identical to one that was never stopped.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ class SplitWriter:
         self,
         documents: Iterator[Document],
         say: Callable[[str], None],
-        alive: Callable[[], None],
+        on_progress: Callable[[], None],
         threads: int,
     ) -> tuple[int, np.ndarray]:
         """Write the split.
@@ -93,7 +93,7 @@ class SplitWriter:
         Args:
           documents: of the split, in order.
           say: called with one line per shard.
-          alive: called when some text was encoded.
+          on_progress: called when some text was encoded.
           threads: number of encoding threads.
 
         Returns:
@@ -109,7 +109,7 @@ class SplitWriter:
         buffer = np.empty(self._layout.shard, self._tokens.dtype.numpy_dtype)
         filled, rows, rate = 0, [], Rate()
         for piece in encode_documents(documents, self._tokenizer, threads):
-            alive()
+            on_progress()
             if piece.first:
                 size = utf8_size(piece.document.text) + 1  # the eos counts as one byte
                 rate.add(size)

@@ -23,7 +23,7 @@ TELL_INTERVAL = 1.0  # seconds between two signs of progress
 _FAILED, _PROGRESS = "failed", "progress"
 
 
-def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> list[str]:
+def gather(name: str, text: str, on_progress: Callable[[], None] = lambda: None) -> list[str]:
     """Publish `text` under `name` and return what every process published there.
 
     This waits for the slowest process without a limit of its own: `watchdog.start` limits it if a
@@ -32,7 +32,7 @@ def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> li
     Args:
       name: a key that this process uses in only one call.
       text: what this process publishes.
-      alive: called whenever a process that this one waits for has made progress (`relayed`).
+      on_progress: called whenever a process that this one waits for has made progress (`relayed`).
 
     Returns:
       One text per process, in the order of their indices.
@@ -54,17 +54,17 @@ def gather(name: str, text: str, alive: Callable[[], None] = lambda: None) -> li
             index = min(failed)
             raise UserError(f"Process {index} of this run cannot go on: {failed[index]}")
         if progress != (progress := _said(_PROGRESS)):
-            alive()
+            on_progress()
         time.sleep(LOOK_INTERVAL)
 
 
-def relayed(alive: Callable[[], None]) -> Callable[[], None]:
-    """A function that calls `alive` and signals progress to the processes waiting in `gather`."""
+def relayed(on_progress: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `on_progress` and signals it to the processes waiting in `gather`."""
     due = 0.0
 
     def told() -> None:
         nonlocal due
-        alive()
+        on_progress()
         if jax.distributed.is_initialized() and time.monotonic() >= due:
             _say(_PROGRESS, str(time.monotonic()))
             due = time.monotonic() + TELL_INTERVAL

@@ -42,8 +42,9 @@ class Rewind:
 
     step: int  # step of the checkpoint that the run returned to
     data_step: int  # data step that the next training step uses instead of its own
-    refused: tuple[int, int]  # first and last skipped training step that caused the rewind
-    skipped: tuple[int, int]  # first and last data step that the run leaves out
+    # First and last step that the step guard rejected; they caused the rewind.
+    refused: tuple[int, int]
+    skipped: tuple[int, int]  # first and last data step whose batches are never trained on
     why: str
     time: str  # UTC
     settled: bool  # later checkpoints are in quarantine; False only after a kill

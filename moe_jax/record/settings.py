@@ -78,7 +78,7 @@ def settings_go_back(workdir: Folder, step: int) -> None:
 
 
 def settings_at(history: Sequence[Settings], step: int) -> Settings:
-    """The settings in force when `step` (1-based) last ran.
+    """Return the settings in force when `step` (1-based) last ran.
 
     Raises:
       UserError: the step ran under an older version, which did not record its settings.

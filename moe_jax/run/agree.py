@@ -58,7 +58,7 @@ def check_start(config: Config | None, flags: Mapping[str, Any]) -> None:
     _check("start", mine, advice)
 
 
-def check_run(run: Run, alive: Callable[[], None]) -> None:
+def check_run(run: Run, on_progress: Callable[[], None]) -> None:
     """Check that all processes have the same resolved config and the same text.
 
     Every process must call this before the first collective.  The text is not read again: the
@@ -66,7 +66,7 @@ def check_run(run: Run, alive: Callable[[], None]) -> None:
 
     Args:
       run: what this process has prepared.
-      alive: called whenever a process that this one waits for makes progress with its text.
+      on_progress: called whenever a process that this one waits for makes progress with its text.
 
     Raises:
       UserError: the processes differ; every process raises the same message, which says what
@@ -75,7 +75,7 @@ def check_run(run: Run, alive: Callable[[], None]) -> None:
     mine = {_TEXT: run.store.fingerprint}
     mine |= {_PARTS[name]: value for name, value in data_record(run.store).items()}
     mine |= {f"config.{key}, resolved,": value for key, value in _flat(run.config).items()}
-    _check("run", mine, "give all processes the same files, tokenizer and --workdir", alive)
+    _check("run", mine, "give all processes the same files, tokenizer and --workdir", on_progress)
 
 
 def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
@@ -114,11 +114,11 @@ def _settings() -> dict[str, str]:
 
 
 def _check(
-    name: str, mine: Mapping[str, Any], advice: str, alive: Callable[[], None] = lambda: None
+    name: str, mine: Mapping[str, Any], advice: str, on_progress: Callable[[], None] = lambda: None
 ) -> None:
     text = json.dumps(mine)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    digests = exchange.gather(f"{name}/digests", digest, alive)
+    digests = exchange.gather(f"{name}/digests", digest, on_progress)
     if len(set(digests)) == 1:
         return
     everyone = [json.loads(one) for one in exchange.gather(f"{name}/values", text)]

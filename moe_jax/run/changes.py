@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """The keys whose values differ, in the order of the new config.
+    """List the keys whose values differ, in the order of the new config.
 
     A key that a config does not set has its default, and this includes the keys below
     `model.moe.options`.  Keys of a router or dispatch path that is not in use decide nothing, and

@@ -64,7 +64,8 @@ class FlightRecorder:
     def write(self, why: str, last: bool = False) -> None:
         """Write a record of the newest step; the run continues if that fails.
 
-        MAX_RECORDS limits the records of a run, except for the `last` skipped step before it ends.
+        A run keeps at most MAX_RECORDS records.  With `last` (the skipped step that ends the run)
+        the record is written regardless.
         """
         if not lead():
             return

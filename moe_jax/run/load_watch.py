@@ -1,7 +1,7 @@
 """Follows the load of every MoE layer and says when a router collapses.
 
-L MoE layers, E experts.  The balance loss does not tell: near a uniform softmax it is close to 1
-whatever the load is, so the load itself is followed.
+L MoE layers, E experts.  The balance loss does not reveal a collapse: near a uniform softmax it is
+close to 1 for any load.  The load itself is therefore checked.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from moe_jax.train.metrics import load_summary
 
 DECAY = 0.98  # of the moving means: about the last 50 steps
 FIRST_STEP = 100  # until then routers are uneven in healthy runs, too
-# A layer has collapsed if its busiest expert gets COLLAPSED times the mean load or, with few
-# experts, SHARE of the largest possible load, E / K times the mean.  It has recovered below half of
-# that.  Healthy runs stay below 2; collapsed ones were at 7 to 12 (64 experts, docs/learning.md).
+# A layer has collapsed if its max / mean load reaches min(COLLAPSED, SHARE * E / K); E / K is the
+# largest possible ratio.  It has recovered when the ratio is below half that limit.  Healthy runs
+# stay below 2; collapsed ones were at 7 to 12 (64 experts, docs/learning.md).
 COLLAPSED, SHARE = 4.0, 0.75
 
 

@@ -136,10 +136,10 @@ class Trainer:
             log = StepLog(run, reporter, flight, start, accepted, total, self._rewinds.data_step)
             stop = Stop.CONTINUE
             while stop is Stop.CONTINUE:
-                if self._profiler.turns(step_number):
+                if self._profiler.toggles_at(step_number):
                     with watch("step"):
                         log.flush()
-                    self._profiler.turn()
+                    self._profiler.toggle()
                 with watch("step"):
                     state, metrics = program.step(state, batch)
                 done = step_number + 1

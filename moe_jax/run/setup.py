@@ -71,7 +71,7 @@ def prepare(
     resolve.check_shapes(model, mesh)
     optimizer = make_optimizer(config, model)
     root = store_root(config.data, workdir)
-    store = build_store(config.data, root, progress=say, alive=on_progress)
+    store = build_store(config.data, root, progress=say, on_progress=on_progress)
     store.check_vocabulary(config.model.vocab_size)
     check_same_text(store, workdir)
     checkpoints = checkpoint.Checkpoints(

@@ -71,7 +71,7 @@ class Segment(NamedTuple):
 def replay(
     workdir: Folder,
     start: int,
-    legs: Sequence[Segment],
+    segments: Sequence[Segment],
     rewinds: Sequence[Rewind],
     wanted: Collection[int],
     init_from: str = "",
@@ -81,14 +81,14 @@ def replay(
     Args:
       workdir: of the run.
       start: the step whose checkpoint is restored; 0: start with `fresh_state(run, init_from)`.
-      legs: the settings of the steps after `start`.
+      segments: the settings of the steps after `start`.
       rewinds: the rewinds that decide which batches each step reads.
       wanted: the steps, counted from 1, whose rows are returned.
       init_from: the run's own --init_from; empty: none.
     """
     run = state = None
     found = {}
-    for settings, last in legs:
+    for settings, last in segments:
         before, run = run, _prepared(settings, workdir)
         if state is not None and before is not None:
             state = moved_state(state, before, run, say)
@@ -207,22 +207,22 @@ def _devices(count: int) -> str:
     return f"{count} device{'s' if count > 1 else ''}"
 
 
-def split_legs(history: Sequence[Settings], start: int, last: int) -> list[Segment]:
+def split_segments(history: Sequence[Settings], start: int, last: int) -> list[Segment]:
     """Group the steps after `start`, up to `last`, by their settings.
 
     Raises:
       UserError: the number of devices changed, which one process cannot repeat.
     """
     grouped = itertools.groupby(range(start + 1, last + 1), lambda step: settings_at(history, step))
-    legs = [Segment(settings, max(steps)) for settings, steps in grouped]
-    for leg, after in itertools.pairwise(legs):
-        if leg.settings.devices != after.settings.devices:
+    segments = [Segment(settings, max(steps)) for settings, steps in grouped]
+    for segment, after in itertools.pairwise(segments):
+        if segment.settings.devices != after.settings.devices:
             raise UserError(
-                f"Step {leg.last} used {_devices(leg.settings.devices)}, the next step used "
-                f"{_devices(after.settings.devices)}, and there is no good checkpoint between step "
-                f"{leg.last} and step {last}: set --step to a step near a checkpoint."
+                f"Step {segment.last} used {_devices(segment.settings.devices)}, the next step "
+                f"used {_devices(after.settings.devices)}, and there is no good checkpoint between "
+                f"step {segment.last} and step {last}: set --step to a step near a checkpoint."
             )
-    return legs
+    return segments
 
 
 def find_start(checkpoints: Checkpoints, step: int, past: RunHistory, from_beginning: bool) -> int:
@@ -260,9 +260,9 @@ def find_judge(past: RunHistory, start: int, step: int) -> int:
     return max(there)
 
 
-def excuse(legs: Sequence[Segment]) -> str:
+def excuse(segments: Sequence[Segment]) -> str:
     """A known reason for a difference, in parentheses; empty: there is none."""
-    for settings, last in legs:
+    for settings, last in segments:
         if settings.platform == "gpu" and not settings.typed().train.deterministic:
             return " (on NVIDIA only train.deterministic=true repeats bit for bit)"
         if settings.processes != jax.process_count():

@@ -23,12 +23,15 @@ class Profiler:
         self._say = say
         self._mirror: Mirror | None = None  # folder of the current trace; None: not tracing
 
-    def turns(self, step: int) -> bool:
-        """True if tracing begins or ends before `step`: finish all earlier steps, then `turn`."""
+    def toggles_at(self, step: int) -> bool:
+        """True if tracing starts or stops just before `step`.
+
+        The caller must then wait for all earlier steps and call `toggle`.
+        """
         return (step in self._steps) != (self._mirror is not None)
 
-    def turn(self) -> None:
-        """Begin or end the trace."""
+    def toggle(self) -> None:
+        """Start or stop the trace."""
         if self._mirror is not None:
             self.close()
             return

@@ -28,8 +28,9 @@ INIT = "init"
 # Seconds between two rows, or this share of a long attempt: the most that a kill can leave
 # unaccounted for.
 BEAT, SHARE = 2.0, 1e-3
-# A row overwrites the previous one, unless that one came this share of the attempt, or this many
-# seconds, after the last kept row.  `goodput` interpolates the steps between two rows.
+# A row overwrites the previous one.  The previous one is kept if it is later than the last kept row
+# by this share of the attempt's age, or by this many seconds.  `goodput` interpolates the steps
+# between two rows.
 KEPT_SHARE, MAX_KEPT = 0.2, 60.0
 _LEAVE = 5.0  # seconds to wait at the end for the thread, which may be waiting for a lost device
 

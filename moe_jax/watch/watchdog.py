@@ -66,7 +66,7 @@ class Watchdog:
         finally:
             self._phase = ""
 
-    def alive(self) -> None:
+    def on_progress(self) -> None:
         """Report progress: the limit of the phase counts from now."""
         self._seconds, self._spent = 0.0, "made no progress for"
 

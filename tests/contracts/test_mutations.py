@@ -1,4 +1,4 @@
-"""Plants bugs that trainers have shipped, one by one; the right check must catch each.
+"""Injects bugs that trainers have shipped, one by one; the right check must catch each.
 
 A mutant changes the real layer in memory; the oracle shares no code with it.  MATRIX mutants run in
 one cell of the conformance matrix and must show in the quantity named; the others have a small
@@ -40,7 +40,7 @@ class Mutant(NamedTuple):
     """A bug, the quantity that it makes wrong, and the layer and scenario that show it."""
 
     name: str
-    plant: Callable[[Any], None]  # takes a function patch(object, attribute, value)
+    inject: Callable[[Any], None]  # takes a function patch(object, attribute, value)
     quantity: str
     router: str = "top_k"
     dispatch: str = "capacity"
@@ -50,31 +50,31 @@ class Mutant(NamedTuple):
 
 
 def wrapped(owner: Any, name: str, change: Callable) -> Callable[[Any], None]:
-    """A plant that replaces owner.name by change(owner.name)."""
+    """Make a function that replaces owner.name by change(owner.name) while the test runs."""
     return lambda patch: patch(owner, name, change(getattr(owner, name)))
 
 
 def replaced(owner: Any, name: str, value: Any) -> Callable[[Any], None]:
-    """A plant that replaces owner.name."""
+    """Make a function that replaces owner.name while the test runs."""
     return lambda patch: patch(owner, name, value)
 
 
 def knob(**knobs) -> Callable[[Any], None]:
-    """A plant that builds the router with these knobs, whatever the config says."""
+    """Make a function that builds the router with these knobs, whatever the config says."""
 
-    def plant(make):
-        def ill(*given):
+    def inject(make):
+        def mutated(*given):
             parts = make(*given)
             router = dataclasses.replace(parts.router, **knobs)
             return dataclasses.replace(parts, router=router)
 
-        return ill
+        return mutated
 
-    return wrapped(moe_layer, "make_components", plant)
+    return wrapped(moe_layer, "make_components", inject)
 
 
 def weights(change: Callable) -> Callable[[Any], None]:
-    """A plant that changes the combine weights."""
+    """Make a function that changes the combine weights."""
 
     def of_path(gather_weights):
         return lambda weights_NK, moves: gather_weights(change(weights_NK), moves)
@@ -83,7 +83,7 @@ def weights(change: Callable) -> Callable[[Any], None]:
 
 
 def losses(change: Callable) -> Callable[[Any], None]:
-    """A plant that changes the inputs (probs, ids, mask) of balance_loss."""
+    """Make a function that changes the inputs (probs, ids, mask) of balance_loss."""
 
     def of_loss(balance_loss):
         return lambda *arrays, **knobs: balance_loss(*change(*arrays), **knobs)
@@ -92,7 +92,7 @@ def losses(change: Callable) -> Callable[[Any], None]:
 
 
 def logits(change: Callable) -> Callable[[Any], None]:
-    """A plant that replaces linear_logits: change(linear_logits, inputs, kernel, jitter)."""
+    """Make a function that replaces linear_logits by change(linear_logits, *arguments)."""
 
     def of_logits(linear_logits):
         return lambda *given: change(linear_logits, *given)
@@ -101,7 +101,7 @@ def logits(change: Callable) -> Callable[[Any], None]:
 
 
 def region_psum(psum: Callable) -> Callable[[Any], None]:
-    """A plant that replaces the sum over tensor shards at the end of the dispatch region."""
+    """Make a function that replaces the sum over tensor shards after the dispatch region."""
     lax = SimpleNamespace(psum=psum)
     shim = SimpleNamespace(lax=lax, shard_map=jax.shard_map, Array=jax.Array)
     return replaced(region, "jax", shim)
@@ -365,7 +365,7 @@ def _params():
 @pytest.mark.parametrize("mutant", list(_params()))
 def test_the_matrix_catches(mutant, monkeypatch):
     assert not wrong_unbroken(*mutant[3:])
-    mutant.plant(monkeypatch.setattr)
+    mutant.inject(monkeypatch.setattr)
     assert mutant.quantity in wrong(mutant)
 
 

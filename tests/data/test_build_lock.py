@@ -35,13 +35,13 @@ def test_who_waits_is_alive_when_the_builder_is(tmp_path):
 def test_a_builder_says_so_in_the_time_of_its_lock(tmp_path):
     told = []
     turn = BuildLock(lambda: told.append(1))
-    turn.alive()
+    turn.on_progress()
     with turn(epath.Path(tmp_path), "store"):
         lock = tmp_path / "store.lock"
         os.utime(lock, (1, 1))
-        turn.alive()
+        turn.on_progress()
         assert len(told) == 2 and lock.stat().st_mtime > 1
-    turn.alive()
+    turn.on_progress()
     assert len(told) == 3 and not lock.exists()
 
 
@@ -49,8 +49,8 @@ def test_a_build_gets_on_with_every_document_it_reads(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
     config, told = DataConfig(source="text", files=f"{tmp_path}/*.txt"), []
-    build_store(config, tmp_path / "stores", alive=lambda: told.append(1))
+    build_store(config, tmp_path / "stores", on_progress=lambda: told.append(1))
     assert len(told) >= 4 * (1 + 1 + 2)  # hashed, looked through, written in two splits
     built = len(told)
-    build_store(config, tmp_path / "stores", alive=lambda: told.append(1))
+    build_store(config, tmp_path / "stores", on_progress=lambda: told.append(1))
     assert len(told) == built + 4

@@ -101,7 +101,7 @@ def profile(workdir: Path, say: Say) -> Write:
         if n == 3:
             jax.profiler.stop_trace()  # JAX keeps a failed trace open
         profiler = Profiler(range(9), workdir / str(n), say)
-        profiler.turn()
+        profiler.toggle()
         jax.block_until_ready(jnp.ones(9) + n)
         profiler.close()
 

@@ -1,4 +1,7 @@
-"""Checks 22 and 23: an exception on one host, and hosts that are killed or frozen."""
+"""Tests that an exception on one host, or a killed or frozen host, ends the other host.
+
+Supervisors then finish the run (checks 22 and 23 of docs/reliability.md).
+"""
 
 import os
 import select

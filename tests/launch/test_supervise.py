@@ -1,4 +1,4 @@
-"""launch.supervise and the command that it runs, both as real processes."""
+"""Tests launch.supervise and its command as real processes."""
 
 import json
 import os

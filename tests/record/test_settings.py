@@ -67,9 +67,9 @@ def test_a_step_has_the_settings_of_the_process_that_took_it_last(tmp_path, begi
 
     begins(14, 8, 300)
     history = read_settings(tmp_path)
-    assert [leg.last for leg in replay.split_legs(history, 9, 17)] == [14, 17]
+    assert [segment.last for segment in replay.split_segments(history, 9, 17)] == [14, 17]
     with pytest.raises(UserError, match="Step 3 used 8 devices, the next step used 4"):
-        replay.split_legs(history, 2, 11)
+        replay.split_segments(history, 2, 11)
 
 
 def test_a_run_that_an_older_version_began(tmp_path, begins):

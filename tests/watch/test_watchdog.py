@@ -61,7 +61,7 @@ def test_a_phase_that_gets_on_counts_anew_and_one_that_stops_does_not(capfd):
     with watch, watch("start"):
         for _ in range(3):
             watch._seconds = 999 * TICK  # nearly over
-            watch.alive()
+            watch.on_progress()
             assert not over.wait(3 * TICK)
         watch._seconds = 1000 * TICK
         assert over.wait(30)

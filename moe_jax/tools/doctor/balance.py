@@ -113,9 +113,10 @@ def routed(router: Router, num_experts: int, alike: bool = False) -> Routed:
 def balance_gradient(subject: Subject) -> Finding:
     """Compare the gradient of the balance loss alone on one device and on the run's mesh.
 
-    It goes through one layer and the train step's own gradients, in every scope.  If the run has
-    one device, the mesh is eight virtual devices.  Scopes that do not depend on accumulation use
-    two microbatches on the mesh.  Rows are padded unevenly, so that a mean of means would differ.
+    The gradient is computed by the train step's own code on a one-layer model, once per scope.  If
+    the run has one device, the mesh is eight virtual devices.  Scopes that do not depend on
+    accumulation use two microbatches on the mesh.  Rows are padded unevenly, so that a mean of
+    means would differ.
     """
     if not subject.moe_layers:
         return NO_EXPERTS

@@ -27,8 +27,9 @@ from moe_jax.tools.doctor.start import NO_EXPERTS
 from moe_jax.tools.doctor.subject import Subject
 from moe_jax.tools.doctor.walk import walk_blocks
 
-# Times 1 / sqrt(K), the least ratio of weights that sum to 1: below it they sum to less than about
-# 1/2, as probabilities over all experts do, or most assignments are dropped.
+# The smallest accepted ratio is LEAST_SHARE / sqrt(K); 1 / sqrt(K) is the minimum for weights that
+# sum to 1.  A smaller ratio means weights that sum to less than about 1/2 (probabilities over all
+# experts), or that most assignments are dropped.
 LEAST_SHARE = 0.5
 # DeepSeek-V3 (weights that sum to 2.5, K = 8, a shared expert) has 1.3; K = 8 experts that are
 # summed without weights have 2.8.

@@ -82,10 +82,10 @@ def attempt(check: Callable[[Subject], Finding], subject: Subject) -> Finding:
     try:
         return check(subject)
     except UserError as error:
-        return Finding(False, "0 figures: refused", str(error))
+        return Finding(False, "not measured: the config was rejected", str(error))
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding(False, "0 figures: the check raised an error", f"Fix the cause of {what}")
+        return Finding(False, "not measured: the check raised an error", f"Fix the cause of {what}")
 
 
 def report(name: str, finding: Finding, say: Say) -> None:

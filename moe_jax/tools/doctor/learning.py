@@ -19,7 +19,7 @@ def router_gradient(subject: Subject) -> Finding:
     moe, gradients = subject.config.model.moe, subject.probe.gradients
     norms = {name: float(gradients[name]) for name in subject.router_parameters}
     if not norms:
-        return Finding(True, f"router {moe.router} has no parameters (0 of them)")
+        return Finding(True, f"router {moe.router} has no parameters")
     if moe.freeze_router:
         return Finding(True, f"frozen: model.moe.freeze_router is True ({len(norms)} parameters)")
     whole = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))

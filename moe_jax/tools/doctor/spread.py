@@ -1,7 +1,8 @@
 """Trains some steps and says per MoE layer whether the load spreads over the experts or collapses.
 
-The load tells, the balance loss does not: with probabilities near 1 / E it stays near 1 while one
-expert gets 9 times the mean (E = 64, K = 2, one H200, 1,000 steps).
+The balance loss does not reveal a collapse: near a uniform softmax it is close to 1 for any load,
+even if one expert gets 9 times the mean (E = 64, K = 2, one H200, 1,000 steps).  The load itself is
+therefore checked.
 
 N steps, L MoE layers, E experts, K assignments per token.
 """
@@ -140,8 +141,9 @@ def _with_warmup(subject: Subject, steps: int) -> Run:
 def judge(load_NLE: np.ndarray, numbers: list[int], choices: int) -> list[Layer]:
     """Judge each MoE layer from its load.
 
-    Of the experts beyond K, a layer that spreads has at least half effective at the end, or more
-    than at the first step; one that collapses has less than COLLAPSED; the others are uneven.
+    share = (effective experts - K) / (E - K), over the last steps.  A layer spreads if its
+    effective experts increased since the first step, or if share >= EVEN; otherwise it collapses
+    if share < COLLAPSED, else it is uneven.
 
     Args:
       load_NLE: assignments per expert in each step.

@@ -199,8 +199,9 @@ def layer_bytes(local: DeviceSizes) -> Working:
     if model.remat == "none":  # nothing is recomputed: only the gradients
         return Working(stream, (U + 1) * wide + 2 * narrow)
     if local.dispatch is not None and local.dispatch.grouped:
-        # Either the inputs of the activation, their gradients and the arrays between them; or the
-        # recomputed hidden layer, with tokens sent, received and sorted for dispatch and combine.
+        # The peak is the larger of two moments: the activation's backward pass (its inputs, their
+        # gradients, and intermediates), or the recomputed hidden layer together with the tokens
+        # sent, received and sorted for dispatch and combine.
         here = model.moe.num_experts // local.sizes["expert"]
         mask = M * here * 128 if here > 1 else 0  # of ragged_dot, one byte per lane
         return Working(

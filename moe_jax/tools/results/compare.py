@@ -28,9 +28,10 @@ class Speed:
     Attributes:
       above: its final loss less L*, nats per token; above 0: it does not reach L*.
       crossing: where its curve reaches L*; None: it does not.
-      steps: baseline's steps over its steps to L*; None: it does not reach L*.
-      flops: the same of model FLOPs; None: it does not reach L*.
-      seconds: the same of training time; None: it does not reach L*, or a run has no step times.
+      steps: speed-up in steps: steps of the baseline / steps of this run until L*; None: L* is not
+        reached.
+      flops: the same ratio of model FLOPs; None: L* is not reached.
+      seconds: the same ratio of training time; None: L* is not reached, or a run has no step times.
     """
 
     above: float
@@ -109,7 +110,7 @@ def compare(results: Sequence[Result], baseline: str) -> Comparison:
     """Compare every finished configuration with the baseline.
 
     Args:
-      results: runs; those that differ from the baseline only in the seed are its twins.
+      results: runs that differ from the baseline only in the seed belong to the baseline's group.
       baseline: the name of one of them.
 
     Returns:

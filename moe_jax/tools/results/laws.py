@@ -1,7 +1,8 @@
 """Scaling laws as functions of arrays: the loss of runs by parameters, experts and tokens.
 
-N active parameters outside embedding table and head, E experts per choice, Ê effective experts,
-D training tokens, L held-out loss in nats per token; R runs, K terms, P coefficients.
+N active parameters outside embedding table and head, Ê effective experts, D training tokens, L
+held-out loss in nats per token; R runs, K terms, P coefficients.  Here E is num_experts / K (K
+assignments per token), not the number of experts; in the chinchilla formula it is the constant.
 
 The loss of each law is a sum of K terms, and the log of a term is linear in its own coefficients.
 So log L is the logsumexp over K of design_KRP @ coefficients_P.
@@ -93,7 +94,7 @@ def design(law: Law, n: Array, e: Array, d: Array, saturation: Saturation) -> Ar
     Args:
       law: the law.
       n: active parameters N, float [R].
-      e: experts E, float [R].
+      e: E = num_experts / assignments per token, float [R].
       d: tokens D, float [R].
       saturation: E_start and E_max.
 
@@ -158,7 +159,7 @@ LAWS = {
         {"N": 3, "E": 2, "D": 3},
         "E and D",
     ),
-    # Hoffmann et al., arXiv 2203.15556, equation 2 (approach 3).
+    # Hoffmann et al., arXiv 2203.15556, equation 2 (approach 3); E is the constant of the law.
     "chinchilla": Law(
         "chinchilla",
         "L = A / N^alpha + B / D^beta + E",
