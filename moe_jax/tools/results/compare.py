@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_jax.errors import UserError
-from moe_jax.tools.results.decay import decay_fault
+from moe_jax.tools.results.decay import decay_fault, split_finished
 from moe_jax.tools.results.group import Group, Spread, group, sample_difference, spread_of
 from moe_jax.tools.results.read import Result, read_run
 
@@ -122,7 +122,7 @@ def compare(results: Sequence[Result], baseline: str) -> Comparison:
     """
     base = next(run for run in results if run.name == baseline)
     _check_baseline(base)
-    finished, left_out = _split_finished(results)
+    finished, left_out = split_finished(results)
     groups = group(finished)
     twins = next(each for each in groups if baseline in [run.name for run in each.runs])
     alike: list[Group] = []
@@ -196,18 +196,6 @@ def _check_baseline(base: Result) -> None:
     fault = decay_fault(base)
     if fault:
         raise UserError(f"--compare={base.name} {fault}. Name a run that is finished.")
-
-
-def _split_finished(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """The runs with a final loss, and one sentence for each of the others."""
-    finished, left_out = [], []
-    for run in results:
-        fault = f"has no config ({run.state})" if run.config is None else decay_fault(run)
-        if fault:
-            left_out.append(f"{run.name} left out: it {fault}.")
-        else:
-            finished.append(run)
-    return finished, left_out
 
 
 def _against(twins: Group, others: Sequence[Group], left_out: Sequence[str]) -> Comparison:

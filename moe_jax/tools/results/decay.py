@@ -1,5 +1,7 @@
 """Decides whether a run's final loss is that of a finished learning-rate schedule."""
 
+from collections.abc import Sequence
+
 from moe_jax.tools.results.read import DONE, Result
 
 # Schedules whose rate does not depend on train.steps.
@@ -29,6 +31,25 @@ def decay_fault(run: Result) -> str:
     if run.heldout[-1][0] < steps:
         return f"has no finite held-out loss at its last step, {steps}"
     return ""
+
+
+def split_finished(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """Separate the runs that have a final held-out loss.
+
+    Args:
+      results: runs.
+
+    Returns:
+      These runs, and one sentence for each of the others.
+    """
+    finished, left_out = [], []
+    for run in results:
+        fault = f"has no config ({run.state})" if run.config is None else decay_fault(run)
+        if fault:
+            left_out.append(f"{run.name} left out: it {fault}.")
+        else:
+            finished.append(run)
+    return finished, left_out
 
 
 def endless(run: Result) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.registry import lookup
-from moe_jax.tools.results.decay import decay_fault
+from moe_jax.tools.results.decay import split_finished
 from moe_jax.tools.results.fit import Fit, fit
 from moe_jax.tools.results.group import sample_difference
 from moe_jax.tools.results.laws import LAWS, Array, Saturation, effective_experts
@@ -54,13 +54,7 @@ def fit_runs(results: Sequence[Result], law: str, saturation: Saturation) -> Fit
     """
     chosen = lookup(LAWS, law, "--fit")
     effective_experts(np.ones(1), saturation)  # raises for wrong bounds, whatever the runs
-    runs, left_out = [], []
-    for run in results:
-        fault = f"has no config ({run.state})" if run.config is None else decay_fault(run)
-        if fault:
-            left_out.append(f"{run.name} left out: it {fault}.")
-        else:
-            runs.append(run)
+    runs, left_out = split_finished(results)
     difference = sample_difference(runs)
     if difference:
         raise UserError(f"--fit={law} needs one held-out sample: the runs {difference}")
