@@ -159,6 +159,7 @@ def loads(first: list[float], last: list[float]) -> np.ndarray:
 
 EVEN = [1 / 8] * 8
 HALF = [0.5, 0.5, 0, 0, 0, 0, 0, 0]  # K = 2: all tokens choose the same two experts
+BARELY = [0.47, 0.47, *[0.01] * 6]  # 2.7 effective experts
 UNEVEN = [0.35, 0.35, 0.1, 0.1, 0.025, 0.025, 0.025, 0.025]  # 4.6 effective experts
 
 
@@ -170,6 +171,7 @@ UNEVEN = [0.35, 0.35, 0.1, 0.1, 0.025, 0.025, 0.025, 0.025]  # 4.6 effective exp
         (EVEN, UNEVEN, "uneven"),
         (HALF, UNEVEN, "spreads"),  # more effective experts than at first
         (HALF, HALF, "collapses"),
+        (HALF, BARELY, "collapses"),  # more than at first, and still collapsed
     ],
 )
 def test_verdict_on_a_layer(first, last, verdict):

@@ -22,16 +22,15 @@ from moe_jax.run.restore import fresh_state
 from moe_jax.tools.doctor.finding import Finding, name_layers
 from moe_jax.tools.doctor.start import NO_EXPERTS
 from moe_jax.tools.doctor.subject import Subject
-from moe_jax.train.metrics import load_summary
+from moe_jax.train.metrics import COLLAPSED, effective_share, load_summary
 
 SPREAD = "load spreads over the experts"  # the name of the check
 LAST = 5  # steps at the end over which figures are averaged
 PROGRESS = 10.0  # seconds between two lines
-# Share of the way from K effective experts (all tokens choose the same K) to E (balanced).  The two
-# layers of shrunk configs/tiny.py have 0.23 and 0.00 after 30 steps without a balance loss, and
-# 0.70 and 0.23 with balance_weight 0.01, with which they recover (0.68 and 0.62 after 100).  The
-# first layer of Switch on one H200 (E = 64), which collapsed, had 0.05 to 0.17.
-EVEN, COLLAPSED = 0.5, 0.15
+# Effective share of a layer that spreads.  The two layers of shrunk configs/tiny.py have 0.23 and
+# 0.00 after 30 steps without a balance loss, and 0.70 and 0.23 with balance_weight 0.01, with which
+# they recover (0.68 and 0.62 after 100).
+EVEN = 0.5
 FIRST_WEIGHT = 0.1  # the balance weight that the advice names if it is 0
 
 Say = Callable[[str], None]
@@ -141,9 +140,8 @@ def _with_warmup(subject: Subject, steps: int) -> Run:
 def judge(load_NLE: np.ndarray, numbers: list[int], choices: int) -> list[Layer]:
     """Judge each MoE layer from its load.
 
-    share = (effective experts - K) / (E - K), over the last steps.  A layer spreads if its
-    effective experts increased since the first step, or if share >= EVEN; otherwise it collapses
-    if share < COLLAPSED, else it is uneven.
+    A layer collapses if its effective share over the last steps is below COLLAPSED.  Otherwise it
+    spreads if the share is at least EVEN or larger than at the first step, else it is uneven.
 
     Args:
       load_NLE: assignments per expert in each step.
@@ -160,10 +158,11 @@ def judge(load_NLE: np.ndarray, numbers: list[int], choices: int) -> list[Layer]
             (first[name][i], float(np.mean([summary[name][i] for summary in last])))
             for name in ("load_max_over_mean", "effective_experts")
         )
-        share = (effective[1] - choices) / (E - choices) if choices < E else 1.0
-        verdict = "collapses" if share < COLLAPSED else "uneven" if share < EVEN else "spreads"
-        if effective[1] > effective[0]:
-            verdict = "spreads"
+        share = effective_share(effective[1], E, choices)
+        if share < COLLAPSED:
+            verdict = "collapses"
+        else:
+            verdict = "spreads" if share >= EVEN or effective[1] > effective[0] else "uneven"
         layers.append(Layer(number, busiest, effective, int(dead_L[i]), verdict))
     return layers
 
