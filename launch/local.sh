@@ -55,7 +55,7 @@ trap - TERM INT
 case "$code" in
   0) ;;
   42)
-    say "stopped with a checkpoint; the same command resumes from it."
+    say "stopped; the same command resumes from the newest checkpoint."
     exit 42
     ;;
   *)

@@ -119,7 +119,7 @@ def _run_here(jobs: Sequence[Job], workdir: Path, given: Any, shell: Shell) -> i
         how = {
             None: "not started",
             0: "exit code 0, not finished",
-            STOPPED: "stopped with a checkpoint",
+            STOPPED: "stopped, to be resumed",
         }
         shell.say(f"  {name}: {how.get(code, f'exit code {code}')} ({workdir / name / LOG})")
     if local.stopping and failed:
