@@ -9,7 +9,13 @@ from test_quoted_output import shape
 from test_readme import README, ROOT, typed_in_order
 
 COMMANDS = typed_in_order()
-LINES = [line for line in COMMANDS if line.startswith("python -m moe_jax ")]
+# `runs/sizes` holds runs of an hour.  tests/tools/test_results_compare.py and test_results_fit.py
+# run these commands on recorded runs.
+LINES = [
+    line
+    for line in COMMANDS
+    if line.startswith("python -m moe_jax ") and "--workdir=runs/sizes" not in line
+]
 # The groups are those that tiny itself has.
 SMALLER = ONE_LAYER | {"eval.samples": 0, "model.moe.group_rows": 1}
 
