@@ -24,7 +24,6 @@ _GROUPS = {
         "drop_fraction",
         "load_max_over_mean",
         "load_violation",
-        "load_violation_mean",
         "kept_weight",
         "dead_experts",
         "router_entropy",

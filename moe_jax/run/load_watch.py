@@ -20,6 +20,9 @@ RECOVERED = 2 * COLLAPSED
 class LoadWatch:
     """Moving means of the load of each layer, and a line when a layer collapses or recovers.
 
+    The means start again with each attempt, so no row of metrics.jsonl may hold them: a resumed run
+    writes the rows of a run that was never stopped.
+
     Args:
       choices: K.
       say: called with the lines.
@@ -46,10 +49,6 @@ class LoadWatch:
         if step >= FIRST_STEP:
             for layer, (busiest, effective) in enumerate(self._sums_2L.T / self._weight):
                 self._judge(step, layer, busiest, effective, load_LE.shape[1])
-
-    def violation(self) -> float:
-        """The moving mean of max / mean - 1 of the worst layer; 0 before the first step."""
-        return 0.0 if self._sums_2L is None else float(self._sums_2L[0].max() / self._weight) - 1
 
     def _judge(self, step: int, layer: int, busiest: float, effective: float, experts: int) -> None:
         share = effective_share(effective, experts, self._choices)

@@ -113,7 +113,6 @@ class StepLog:
         due = step % train.log_every == 0 or step in (self._start + 1, self._end)
         if due or refused:
             row = {"step": step, **step_row(metrics), **self._clock.read(step)}
-            row["load_violation_mean"] = self._load.violation()
             self._reporter.log(row | {"epochs": self._epochs(step)})
         if self._ledger_due(step) and not refused:  # a skipped step counts nowhere
             self._reporter.ledger(

@@ -1,9 +1,8 @@
-"""The lines about routers that collapse, and the moving mean of the load violation."""
+"""The lines about routers that collapse and recover."""
 
 import numpy as np
-import pytest
 
-from moe_jax.run.load_watch import DECAY, FIRST_STEP, LoadWatch
+from moe_jax.run.load_watch import FIRST_STEP, LoadWatch
 
 EVEN = np.full(64, 10)
 COLLAPSED = np.where(np.arange(64) < 4, 150, 1)  # 4 of 64 experts get nearly everything
@@ -16,12 +15,12 @@ def watch(loads, choices=2):
     follower = LoadWatch(choices, lines.append)
     for step, load_LE in enumerate(loads, 1):
         follower.saw(step, np.array(load_LE))
-    return follower, lines
+    return lines
 
 
 def test_a_collapsed_layer_is_named_once_and_its_recovery_too():
     bad, good = [[EVEN, COLLAPSED]] * (FIRST_STEP + 50), [[EVEN, EVEN]] * 150
-    _, lines = watch([*bad, *good])
+    lines = watch([*bad, *good])
     assert len(lines) == 2
     ratio = COLLAPSED.max() / COLLAPSED.mean()
     share = COLLAPSED / COLLAPSED.sum()
@@ -33,7 +32,7 @@ def test_a_collapsed_layer_is_named_once_and_its_recovery_too():
 
 
 def test_the_first_layer_can_be_made_dense():
-    _, [line] = watch([[COLLAPSED, EVEN]] * FIRST_STEP)
+    [line] = watch([[COLLAPSED, EVEN]] * FIRST_STEP)
     assert "Make this layer dense (model.moe.first_dense), or raise" in line
 
 
@@ -41,18 +40,9 @@ def test_an_early_or_short_collapse_and_one_busy_expert_are_no_collapse():
     """Healthy runs with sigmoid_bias look collapsed for 150 steps."""
     early = [[COLLAPSED]] * (FIRST_STEP - 60) + [[EVEN]] * 300
     short = [[COLLAPSED]] * 8 + [[PEAKED]] * 100
-    _, lines = watch([*early, *short])
+    lines = watch([*early, *short])
     assert lines == []
 
 
 def test_all_experts_for_every_token_are_no_collapse():
-    assert not watch([[EVEN]] * (FIRST_STEP + 1), choices=64)[1]
-
-
-def test_the_mean_is_that_of_the_worst_layer():
-    follower, _ = watch([[EVEN, COLLAPSED], [EVEN, EVEN]])
-    ratio = COLLAPSED.max() / COLLAPSED.mean()
-    weights = np.array([DECAY, 1.0])
-    expected = (weights * [ratio, 1.0]).sum() / weights.sum() - 1
-    assert follower.violation() == pytest.approx(expected)
-    assert LoadWatch(1, print).violation() == 0
+    assert not watch([[EVEN]] * (FIRST_STEP + 1), choices=64)
